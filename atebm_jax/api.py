@@ -1,0 +1,265 @@
+"""The Python interface: a trained model with numpy in, numpy out, batched inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from atebm_jax import attacks, checkpoint, energy, losses, models, sampling
+from atebm_jax.errors import UserError
+
+
+def load(
+    path: str | epath.Path, *, best_by: str | None = None, batch_size: int = 128
+) -> Model:
+    """Loads a trained model with its averaged weights.
+
+    Args:
+      path: a workdir (last step of its last stage), a stage's folder or one step's.
+      best_by: instead of the last step the best one by "robust_accuracy" or
+        "sample_distance".
+      batch_size: images at once on the device.
+
+    Raises:
+      UserError: nothing is there, it cannot be read, or `batch_size` is not positive.
+    """
+    weights, meta = checkpoint.load_weights(path, best_by=best_by)
+    return Model(weights, ml_collections.ConfigDict(meta["config"]), batch_size)
+
+
+class Model:
+    """A classifier that is an energy-based model.
+
+    Images are [N, H, W, C], float in [0, 1] or uint8; one image [H, W, C] is taken as
+    N = 1. Labels are ints in 0..K-1, [N] or one number for all.
+
+    Attributes:
+      image_shape: (H, W, C).
+      num_classes: K.
+    """
+
+    def __init__(
+        self, variables: Any, config: ml_collections.ConfigDict, batch_size: int
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be positive.")
+        self.image_shape: tuple[int, int, int] = tuple(config.data.image_shape)
+        self.num_classes: int = config.model.num_classes
+        self._config = config
+        self._batch_size = batch_size
+        self._variables = jax.device_put(variables)
+        self._model = models.build(config.model)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits f(x): [N, K] float32."""
+        return self._run(_logits(self._model), self._images(images))
+
+    def energy(self, images: np.ndarray, labels: Any = None) -> np.ndarray:
+        """E(x), or E(x, y) where labels are given: [N] float32, lower is likelier."""
+        logits = jnp.asarray(self.logits(images))
+        if labels is None:
+            return np.asarray(energy.marginal(logits))
+        y = jnp.asarray(self._labels(labels, len(logits)))
+        return np.asarray(energy.joint(logits, y))
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Class probabilities p(y | x): [N, K] float32; `argmax(-1)` is the class."""
+        return np.asarray(energy.class_probabilities(jnp.asarray(self.logits(images))))
+
+    def sample(
+        self,
+        labels: Any = None,
+        *,
+        count: int | None = None,
+        seeds: np.ndarray | None = None,
+        step_size: float | None = None,
+        num_steps: int | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Draws images by PGD on the energy (paper, section 5).
+
+        Args:
+          labels: classes to draw, [N] or one for all; None draws from the marginal.
+          count: how many, where neither labels nor seeds have a length; default 1.
+          seeds: images to start from; default uniform noise.
+          step_size: L2 pixels per step; default the config's.
+          num_steps: steps; default the config's.
+          seed: of the noise; image i does not depend on how many are drawn.
+
+        Returns:
+          [N, H, W, C] float32 in [0, 1].
+        """
+        settings = self._config.evaluate.samples
+        number = self._count(labels, count, seeds)
+        size = settings.step_size if step_size is None else step_size
+        steps = settings.num_steps if num_steps is None else num_steps
+        if steps < 0 or not size > 0:
+            raise UserError(
+                f"num_steps is {steps} and step_size {size}: the steps must not be "
+                "negative, their size is positive."
+            )
+        if seeds is None:
+            indices = jnp.arange(number, dtype=jnp.int32)
+            start = np.asarray(
+                sampling.noise_seeds(jax.random.key(seed), indices, self.image_shape)
+            )
+        else:
+            start = self._images(seeds)
+        arrays = [start]
+        if labels is not None:
+            arrays.append(self._labels(labels, number))
+        sampler = _sampler(self._model, labels is not None)
+        return self._run(sampler, *arrays, fixed=(np.float32(size), np.int32(steps)))
+
+    def attack(
+        self,
+        images: np.ndarray,
+        labels: Any,
+        *,
+        norm: str | None = None,
+        epsilon: float | None = None,
+        step_size: float | None = None,
+        num_steps: int | None = None,
+    ) -> np.ndarray:
+        """PGD on the cross-entropy; every default is that of the config's evaluation.
+
+        Args:
+          images: to be attacked.
+          labels: their true classes.
+          norm: "l2", "linf" or "unbounded".
+          epsilon: radius in the norm's pixels of a [0, 1] image.
+          step_size: pixels per step.
+          num_steps: steps.
+
+        Returns:
+          [N, H, W, C] float32 in [0, 1], inside the ball.
+        """
+        settings = self._config.evaluate.attack
+        x = self._images(images)
+        attack = _attacker(
+            self._model,
+            settings.norm if norm is None else norm,
+            float(settings.epsilon if epsilon is None else epsilon),
+        )
+        size = settings.step_size if step_size is None else step_size
+        steps = settings.num_steps if num_steps is None else num_steps
+        return self._run(
+            attack,
+            x,
+            self._labels(labels, len(x)),
+            fixed=(np.float32(size), np.int32(steps)),
+        )
+
+    def _run(
+        self, function: Callable, *arrays: np.ndarray, fixed: tuple = ()
+    ) -> np.ndarray:
+        """Applies a compiled function in padded batches of one size."""
+        outputs = []
+        for start in range(0, len(arrays[0]), self._batch_size):
+            parts = [array[start : start + self._batch_size] for array in arrays]
+            missing = self._batch_size - len(parts[0])
+            padded = [
+                np.pad(p, [(0, missing)] + [(0, 0)] * (p.ndim - 1)) for p in parts
+            ]
+            output = function(self._variables, *padded, *fixed)
+            outputs.append(np.asarray(output)[: len(parts[0])])
+        return np.concatenate(outputs)
+
+    def _images(self, images: np.ndarray) -> np.ndarray:
+        x = np.asarray(images)
+        x = x[None] if x.ndim == 3 else x
+        if x.ndim != 4 or x.shape[1:] != self.image_shape or not len(x):
+            raise UserError(
+                f"images have shape {np.shape(images)}: this model takes [N, H, W, C] "
+                f"= [N, {', '.join(map(str, self.image_shape))}] with N >= 1."
+            )
+        if x.dtype == np.uint8:
+            return x.astype(np.float32) / np.float32(255)
+        x = x.astype(np.float32)
+        if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
+            raise UserError(
+                f"images run from {x.min():g} to {x.max():g}: expected finite floats "
+                "in [0, 1] or uint8, without any normalisation (the network does it)."
+            )
+        return x
+
+    def _labels(self, labels: Any, number: int) -> np.ndarray:
+        y = np.asarray(labels)
+        y = np.full(number, y) if y.ndim == 0 else y
+        if y.shape != (number,) or not np.issubdtype(y.dtype, np.integer):
+            raise UserError(
+                f"labels have shape {y.shape} and dtype {y.dtype}: expected one int "
+                f"for each of {number} images."
+            )
+        if y.min() < 0 or y.max() >= self.num_classes:
+            raise UserError(
+                f"labels run from {y.min()} to {y.max()}: expected 0 to "
+                f"{self.num_classes - 1}."
+            )
+        return y.astype(np.int32)
+
+    def _count(self, labels: Any, count: int | None, seeds: Any) -> int:
+        lengths = {
+            "labels": np.size(labels) if np.ndim(labels) == 1 else None,
+            "seeds": len(self._images(seeds)) if seeds is not None else None,
+            "count": count,
+        }
+        given = {name: n for name, n in lengths.items() if n is not None}
+        if len(set(given.values())) > 1 or min(given.values(), default=1) < 1:
+            described = ", ".join(f"{name} {n}" for name, n in given.items())
+            raise UserError(
+                f"how many images to sample is not clear: {described}; they must be "
+                "positive and the same."
+            )
+        return next(iter(given.values()), 1)
+
+
+@lru_cache
+def _logits(model: nn.Module) -> Callable:
+    return jax.jit(lambda variables, x: model.apply(variables, x))
+
+
+@lru_cache
+def _sampler(model: nn.Module, conditional: bool) -> Callable:
+    def sample(variables: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
+        *labels, step_size, num_steps = rest
+        draw = sampling.conditional if conditional else sampling.unconditional
+        return draw(
+            lambda images: model.apply(variables, images),
+            x,
+            *labels,
+            step_size=step_size,
+            num_steps=num_steps,
+        )
+
+    return jax.jit(sample)
+
+
+@lru_cache
+def _attacker(model: nn.Module, norm: str, epsilon: float) -> Callable:
+    threat = attacks.threat(norm, epsilon)
+
+    def attack(
+        variables: Any,
+        x: jax.Array,
+        y: jax.Array,
+        step_size: jax.Array,
+        num_steps: jax.Array,
+    ) -> jax.Array:
+        return attacks.pgd(
+            lambda images: losses.cross_entropy(model.apply(variables, images), y),
+            x,
+            threat=threat,
+            step_size=step_size,
+            num_steps=num_steps,
+        )
+
+    return jax.jit(attack)

@@ -1,0 +1,272 @@
+"""Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
+
+A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state and a
+small JSON that says what it is (`meta`: format, stage, config). The last two steps are
+kept, the best by robust accuracy and the best by sample distance. A step appears under
+its number only when it is complete, and is moved to `trash/` before it is deleted, so
+that a killed process leaves no broken step behind.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from atebm_jax.errors import UserError
+from atebm_jax.train_state import TrainState
+
+FORMAT = 1
+
+# Metrics by which a best checkpoint is kept, and whether more is better.
+BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
+
+STAGE_ORDER = ("stage1", "stage2")
+
+
+def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
+    """`workdir/checkpoints/<stage>`."""
+    return epath.Path(workdir) / "checkpoints" / stage
+
+
+def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
+    """Opens (and creates) the checkpoints of one stage for writing.
+
+    Saves are asynchronous; call `close` to wait for the last one.
+    """
+    folder = stage_folder(workdir, stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (folder / "trash").rmtree(missing_ok=True)
+    policies: list[checkpoint_managers.PreservationPolicy] = [
+        checkpoint_managers.LatestN(2)
+    ]
+    for name, more_is_better in BEST_BY.items():
+        policies.append(
+            checkpoint_managers.BestN(
+                get_metric_fn=_rank_by(name, more_is_better),
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        # Without a best_fn Orbax does not store the metrics that the policies read.
+        best_fn=_rank_by("robust_accuracy", True),
+        todelete_subdir="trash",
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
+
+
+def save(
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    *,
+    stage: str,
+    config: ml_collections.ConfigDict,
+    metrics: Mapping[str, float] | None,
+) -> None:
+    """Saves a state under its step; does nothing if that step is already there.
+
+    Args:
+      checkpoints: as of `manager`.
+      state: the state; its step names the checkpoint.
+      stage: name of the stage.
+      config: the whole config, stored beside the state.
+      metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
+    """
+    step = int(state.step)
+    if step in checkpoints.all_steps():
+        return
+    meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
+    checkpoints.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        ),
+        metrics=None if metrics is None else dict(metrics),
+    )
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, step: int, like: TrainState
+) -> TrainState:
+    """Restores a state onto the devices and shardings of another.
+
+    Args:
+      checkpoints: as of `manager`.
+      step: one of `checkpoints.all_steps()`.
+      like: a state of the same structure, placed as the result shall be.
+
+    Raises:
+      UserError: the checkpoint cannot be read or holds another structure.
+    """
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    try:
+        restored = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+        )
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {epath.Path(checkpoints.directory) / str(step)} cannot be "
+            f"restored ({_first_line(error)}): it is damaged or of another network; "
+            "delete that folder to go on from the step before."
+        ) from error
+    return restored["state"]
+
+
+def load_weights(
+    path: str | epath.Path, *, best_by: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads the averaged weights of a checkpoint as host arrays.
+
+    Args:
+      path: a workdir (its last stage's last step), a stage's folder (its last step),
+        or one step's folder.
+      best_by: instead of the last step the best one by this key of `BEST_BY`.
+
+    Returns:
+      ({"params": ..., "batch_stats": ...} of float32 numpy arrays, meta) with meta's
+      "config" as plain dicts.
+
+    Raises:
+      UserError: nothing is there, or it cannot be read.
+    """
+    folder = find(path, best_by=best_by)
+    try:
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+        weights = _read_averages(folder / "state")
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({_first_line(error)}): it is damaged "
+            "or no checkpoint of this project; choose another step of it."
+        ) from error
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {folder} has format {meta.get('format')!r}: this version "
+            f"reads format {FORMAT}."
+        )
+    return weights, meta
+
+
+def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
+    """The folder of the step that `path` means; see `load_weights`.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = epath.Path(path)
+    if not folder.exists():
+        raise UserError(f"there is no checkpoint at {path}: the path does not exist.")
+    if (folder / "state").exists() and (folder / "meta").exists():
+        return folder
+    if best_by is not None and best_by not in BEST_BY:
+        raise UserError(
+            f"unknown best_by {best_by!r}: choose one of {', '.join(BEST_BY)}."
+        )
+    stages = [folder / "checkpoints" / stage for stage in reversed(STAGE_ORDER)]
+    for candidate in [*stages, folder]:
+        steps = steps_in(candidate)
+        if steps:
+            step = steps[-1] if best_by is None else _best(candidate, steps, best_by)
+            return candidate / str(step)
+    raise UserError(
+        f"there is no checkpoint at {path}: expected a workdir with a checkpoints/ "
+        "folder, a stage's folder in it, or one step's folder."
+    )
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """Complete steps in a stage's folder, ascending; none if it does not exist."""
+    if not folder.exists():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def check_weights(expected: Any, weights: Any, source: str) -> None:
+    """Refuses weights that are not those of a network.
+
+    Args:
+      expected: a network's variables (arrays or shapes).
+      weights: the loaded ones.
+      source: where they came from, for the message.
+
+    Raises:
+      UserError: names the first parameters that are missing, left over or misshapen.
+    """
+    want, have = _shapes(expected), _shapes(weights)
+    differences = [
+        f"{name} {have.get(name, 'missing')} instead of {want.get(name, 'nothing')}"
+        for name in sorted(want.keys() | have.keys())
+        if want.get(name) != have.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"the weights of {source} do not fit config.model, {len(differences)} "
+            f"arrays differ: {'; '.join(differences[:3])}. Give config.model the "
+            "values they were trained with."
+        )
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _rank_by(name: str, more_is_better: bool) -> Any:
+    sign = 1.0 if more_is_better else -1.0
+    return lambda metrics: sign * metrics[name]
+
+
+def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
+    rank = _rank_by(best_by, BEST_BY[best_by])
+    ranked = {}
+    for step in steps:
+        file = folder / str(step) / "metrics" / "metrics"
+        if file.exists():
+            ranked[step] = rank(json.loads(file.read_text()))
+    if not ranked:
+        raise UserError(f"no checkpoint in {folder} was evaluated: none is the best.")
+    return max(ranked, key=lambda step: ranked[step])
+
+
+def _read_averages(folder: epath.Path) -> dict[str, Any]:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        names = {"average_params": "params", "average_batch_stats": "batch_stats"}
+        item = {name: tree[name] for name in names}
+        restored = checkpointer.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
+                ),
+                partial_restore=True,
+            ),
+        )
+    return {short: restored[name] for name, short in names.items()}
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): str(tuple(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if str(error).strip()
+        else type(error).__name__
+    )

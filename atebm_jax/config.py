@@ -1,0 +1,373 @@
+"""The config: every field with its default and meaning, and how it is checked.
+
+A file in `configs/` starts from `default()` and sets what its data set needs; the
+command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from atebm_jax.errors import UserError
+
+# Fields that cannot change what is computed: a workdir may be continued with others.
+RUN_CONTROL = frozenset(
+    {"stages", "log_every_steps", "data.num_workers", "data.num_threads"}
+)
+
+
+def default() -> ml_collections.ConfigDict:
+    """A complete config; what is empty or 0 here is set by the files in `configs/`."""
+    config = ml_collections.ConfigDict()
+    # Seed of the parameters, the data order, the augmentation and all noise.
+    config.seed = 0
+    # "auto" (both; only stage2 with init_from), "stage1", "stage2", "stage1,stage2".
+    config.stages = "auto"
+    # Workdir or checkpoint whose averaged weights the first stage starts from.
+    config.init_from = ""
+    # Metrics are fetched, shown and written every so many steps.
+    config.log_every_steps = 10
+    # Steps in a row with NaN or Inf after which the job rolls back.
+    config.max_skipped_in_row = 10
+    # Rollbacks of a stage after which the job gives up.
+    config.max_rollbacks = 3
+    config.data = _data()
+    config.model = _model()
+    config.stage1 = _stage()
+    config.stage2 = _stage()
+    config.stage2.schedule = "constant"
+    _add_contrastive(config.stage2)
+    config.evaluate = _evaluate()
+    return config
+
+
+def adversary(
+    *, norm: str = "l2", epsilon: float = 0.5, step_size: float, num_steps: int
+) -> ml_collections.ConfigDict:
+    """An attack on the classifier's cross-entropy."""
+    block = ml_collections.ConfigDict()
+    # "l2", "linf" or "unbounded".
+    block.norm = norm
+    # Radius in the norm's pixels of a [0, 1] image.
+    block.epsilon = epsilon
+    # Pixels of the norm per step.
+    block.step_size = step_size
+    block.num_steps = num_steps
+    # Decay of the velocity; 0 is plain PGD (the paper's published stage 1: 0.9).
+    block.momentum = 0.0
+    # Return the iterate with the highest loss (the paper's published stage 1: True).
+    block.keep_best = False
+    return block
+
+
+def _data() -> ml_collections.ConfigDict:
+    data = ml_collections.ConfigDict()
+    # Sources: "digits:SPLIT", "tfds:NAME:SPLIT" or "folder:PATH".
+    data.train = ""
+    # Held-out images for the evaluation while training; never used to train.
+    data.eval = ""
+    # Held-out images for the final report.
+    data.test = ""
+    # Seeds of the contrastive images and samples: "noise" or a source.
+    data.seeds = "noise"
+    # Folder with prepared TFDS data sets; empty for the TFDS default.
+    data.data_dir = ""
+    # (height, width, channels) after augmentation and preprocessing.
+    data.image_shape = (32, 32, 3)
+    # Augmentations, operations joined by "|": generative batch, classifier's batch,
+    # seeds; and the fixed preparation of evaluation images.
+    data.augment_gen = ""
+    data.augment_cls = ""
+    data.augment_seeds = ""
+    data.preprocess = ""
+    # Worker processes that decode and augment; 0 uses threads of this process.
+    data.num_workers = 0
+    data.num_threads = 4
+    # Undecodable images that are skipped before the job stops.
+    data.max_bad_images = 10
+    return data
+
+
+def _model() -> ml_collections.ConfigDict:
+    model = ml_collections.ConfigDict()
+    # Family: a key of `atebm_jax.models.MODELS`.
+    model.name = "wide_resnet"
+    # 6n + 4 for WideResNets.
+    model.depth = 34
+    model.widen_factor = 10
+    model.num_classes = 10
+    # Input normalisation inside the network, one number a channel; () for none.
+    model.mean = ()
+    model.std = ()
+    # "relu" or "swish".
+    model.activation = "relu"
+    # Compute dtype of the convolutions, "float32" or "bfloat16".
+    model.dtype = "float32"
+    # Image gradient of convolutions: "auto", "xla" or "forward".
+    model.conv_gradient = "auto"
+    return model
+
+
+def _stage() -> ml_collections.ConfigDict:
+    stage = ml_collections.ConfigDict()
+    # Images a step and stream, over all devices and processes.
+    stage.batch_size = 128
+    # Length, one of the two: passes over the training set, or steps; the other is 0.
+    stage.num_epochs = 0.0
+    stage.num_steps = 0
+    # "sgd" (Nesterov 0.9, coupled decay) or "adamw" (0.9, 0.95, decoupled decay).
+    stage.optimizer = "sgd"
+    stage.learning_rate = 0.1
+    # "constant", "cosine" (to 0) or "step".
+    stage.schedule = "cosine"
+    # Steps of linear warm-up.
+    stage.warmup_steps = 0
+    # For "step": fractions of the stage, and the factor at each.
+    stage.decay_at = (0.5, 0.75)
+    stage.decay_factor = 0.1
+    stage.weight_decay = 5e-4
+    # Limit of the weight average's decay.
+    stage.average_decay = 0.999
+    # Held-out evaluation with the averaged weights, and a checkpoint, every so many
+    # steps, and at the end; 0 for only at the end.
+    stage.eval_every_steps = 0
+    # Checkpoints in between; 0 for none.
+    stage.checkpoint_every_steps = 0
+    stage.adversary = adversary(step_size=0.1, num_steps=10)
+    return stage
+
+
+def _add_contrastive(stage: ml_collections.ConfigDict) -> None:
+    # What contrastive images ascend: "conditional" f(x)[y] or "marginal" logsumexp.
+    stage.contrastive_objective = "conditional"
+    # L2 pixels per contrastive step.
+    stage.contrastive_step_size = 0.1
+    # T_max: T stops growing here.
+    stage.t_max = 50
+    # Mean AUC of a full window at which T grows by one.
+    stage.auc_threshold = 0.8
+    # Images in the AUC window: ceil(auc_window_images / batch_size) steps.
+    stage.auc_window_images = 1000
+    # Weights of the terms of the loss.
+    stage.weight_ce = 1.0
+    stage.weight_bce = 1.0
+    stage.weight_r1 = 0.0
+    # Compute and log R1 although its weight is 0 (costs a double backward pass).
+    stage.log_r1 = False
+
+
+def _evaluate() -> ml_collections.ConfigDict:
+    evaluate = ml_collections.ConfigDict()
+    evaluate.batch_size = 128
+    # Images of data.eval in each periodic evaluation; 0 for all.
+    evaluate.num_examples = 1000
+    # Images of data.test in the final report; 0 for all.
+    evaluate.num_test_examples = 0
+    evaluate.attack = adversary(step_size=0.1, num_steps=20)
+    samples = ml_collections.ConfigDict()
+    # Samples in each periodic evaluation and in the final report.
+    samples.num = 100
+    samples.num_test = 1000
+    # L2 pixels per step, and steps.
+    samples.step_size = 0.2
+    samples.num_steps = 35
+    # Rows of the grid, one column a class.
+    samples.grid_rows = 8
+    # Principal components of the training images for the sample distance.
+    samples.pca_components = 32
+    # Training images that the components and the reference are estimated on.
+    samples.num_reference = 5000
+    # Classifier of real images that judges the samples' classes: "svc" or "".
+    samples.judge = ""
+    evaluate.samples = samples
+    return evaluate
+
+
+def stages_to_run(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The stages that `config.stages` asks for, in order.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if config.stages == "auto":
+        return ("stage2",) if config.init_from else ("stage1", "stage2")
+    names = tuple(name.strip() for name in config.stages.split(","))
+    if names not in (("stage1",), ("stage2",), ("stage1", "stage2")):
+        raise UserError(
+            f"config.stages is {config.stages!r}: choose auto, stage1, stage2 or "
+            "stage1,stage2."
+        )
+    return names
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses values that no job can run with; the rooms check their own further.
+
+    Raises:
+      UserError: names the field, its value, what is allowed and the remedy.
+    """
+    stages_to_run(config)
+    shape = tuple(config.data.image_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise UserError(
+            f"config.data.image_shape is {shape}: give (height, width, channels)."
+        )
+    for field, smallest in _SMALLEST.items():
+        value = lookup(config, field)
+        if value < smallest:
+            raise UserError(
+                f"config.{field} is {value}: it must be at least {smallest}."
+            )
+    for field in ("train", "eval", "test", "seeds"):
+        if not config.data[field]:
+            raise UserError(
+                f"config.data.{field} is empty: give a source such as "
+                "'tfds:cifar10:train' or 'folder:PATH'."
+            )
+    for name in stages_to_run(config):
+        _check_stage(name, config[name])
+
+
+_SMALLEST: dict[str, float] = {
+    "seed": 0,
+    "log_every_steps": 1,
+    "max_skipped_in_row": 1,
+    "max_rollbacks": 0,
+    "data.num_workers": 0,
+    "data.num_threads": 1,
+    "data.max_bad_images": 0,
+    "evaluate.batch_size": 1,
+    "evaluate.num_examples": 0,
+    "evaluate.num_test_examples": 0,
+    "evaluate.samples.num": 2,
+    "evaluate.samples.num_test": 2,
+    "evaluate.samples.num_steps": 0,
+    "evaluate.samples.grid_rows": 1,
+    "evaluate.samples.pca_components": 1,
+    "evaluate.samples.num_reference": 2,
+}
+
+
+def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
+    if (stage.num_epochs > 0) == (stage.num_steps > 0):
+        raise UserError(
+            f"config.{name}.num_epochs is {stage.num_epochs} and config.{name}."
+            f"num_steps {stage.num_steps}: a budget is required, exactly one of the "
+            "two must be positive."
+        )
+    for field in ("eval_every_steps", "checkpoint_every_steps", "num_steps"):
+        if stage[field] < 0:
+            raise UserError(
+                f"config.{name}.{field} is {stage[field]}: it must be >= 0."
+            )
+    if not stage.learning_rate > 0:
+        raise UserError(
+            f"config.{name}.learning_rate is {stage.learning_rate}: it must be positive."
+        )
+    if not 0 <= stage.average_decay < 1:
+        raise UserError(
+            f"config.{name}.average_decay is {stage.average_decay}: it must lie in "
+            "[0, 1)."
+        )
+    if name == "stage2" and stage.t_max < 0:
+        raise UserError(f"config.stage2.t_max is {stage.t_max}: it must be >= 0.")
+    if name == "stage2" and not 0 <= stage.auc_threshold <= 1:
+        raise UserError(
+            f"config.stage2.auc_threshold is {stage.auc_threshold}: an AUC lies in "
+            "[0, 1]."
+        )
+
+
+def num_steps(stage: ml_collections.ConfigDict, num_train: int) -> int:
+    """Steps of a stage: its `num_steps`, or its epochs over `num_train` images."""
+    if stage.num_steps > 0:
+        return stage.num_steps
+    return max(round(stage.num_epochs * num_train / stage.batch_size), 1)
+
+
+def lookup(config: ml_collections.ConfigDict, field: str) -> Any:
+    """The value of a dotted field name."""
+    value: Any = config
+    for part in field.split("."):
+        value = value[part]
+    return value
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a config or of plain dicts."""
+    for name, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields in which two configs (as plain JSON) differ, run control left out."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"{name}: {before.get(name, 'absent')!r} before, "
+        f"{after.get(name, 'absent')!r} now"
+        for name in sorted(before.keys() | after.keys())
+        if name not in RUN_CONTROL and before.get(name) != after.get(name)
+    ]
+
+
+def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
+    """Refuses an override of a field that does not exist or has another type.
+
+    Args:
+      config: the config before the override.
+      field: dotted name after "--config.".
+      text: the value as written on the command line.
+
+    Raises:
+      UserError: names the nearest fields, or the type that is expected.
+    """
+    fields = dict(flatten(config))
+    if field not in fields:
+        inside = [name for name in fields if name.startswith(f"{field}.")]
+        leaf = {name.rpartition(".")[2]: name for name in fields}
+        near = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
+        near += [
+            leaf[match]
+            for match in difflib.get_close_matches(
+                field.rpartition(".")[2], leaf, n=3, cutoff=0.6
+            )
+        ]
+        names = inside[:5] or list(dict.fromkeys(near))[:4] or sorted(config)
+        problem = "is a group of fields" if inside else "does not exist"
+        raise UserError(
+            f"--config.{field} {problem}: the nearest valid names are "
+            f"{', '.join(names)}."
+        )
+    wanted = type(fields[field])
+    if not _PARSES[wanted](text):
+        raise UserError(
+            f"--config.{field}={text} is no {wanted.__name__}: expected a value such "
+            f"as {fields[field]!r}."
+        )
+
+
+def _is_number(text: str, kind: type) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_tuple(text: str) -> bool:
+    stripped = text.strip()
+    return not stripped or (stripped[0] in "([" and stripped[-1] in ")]")
+
+
+_PARSES = {
+    bool: lambda text: text.lower() in ("true", "false", "1", "0"),
+    int: lambda text: _is_number(text, int),
+    float: lambda text: _is_number(text, float),
+    str: lambda text: True,
+    tuple: _is_tuple,
+}

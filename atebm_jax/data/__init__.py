@@ -1,0 +1,35 @@
+"""Images in: sources, augmentations, and batches for training and evaluation."""
+
+from atebm_jax.data.augment import Augmentation, decode, parse
+from atebm_jax.data.pipeline import (
+    Batches,
+    Stream,
+    eval_batches,
+    materialise,
+    train_batches,
+)
+from atebm_jax.data.sources import (
+    UNLABELLED,
+    ArraySource,
+    FolderSource,
+    Source,
+    TfdsSource,
+    open_source,
+)
+
+__all__ = [
+    "UNLABELLED",
+    "ArraySource",
+    "Augmentation",
+    "Batches",
+    "FolderSource",
+    "Source",
+    "Stream",
+    "TfdsSource",
+    "decode",
+    "eval_batches",
+    "materialise",
+    "open_source",
+    "parse",
+    "train_batches",
+]

@@ -1,0 +1,53 @@
+"""One classifier, three readings (paper, section 3).
+
+A classifier's logits f(x) in R^K define a joint energy, a marginal energy and the
+usual softmax. This is the only file in which the sign of an energy is written.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def joint(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Joint energy E(x, y) = -f(x)[y].
+
+    Args:
+      logits: [B, K] float, f(x).
+      labels: [B] int in 0..K-1.
+
+    Returns:
+      [B] energies, in the dtype of the logits. Lower means more likely.
+    """
+    return -jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def marginal(logits: jax.Array) -> jax.Array:
+    """Marginal energy E(x) = -logsumexp_y f(x)[y].
+
+    Args:
+      logits: [B, K] float, f(x).
+
+    Returns:
+      [B] energies, in the dtype of the logits. Lower means more likely.
+    """
+    return -jax.nn.logsumexp(logits, axis=-1)
+
+
+def class_probabilities(logits: jax.Array) -> jax.Array:
+    """The classifier p(y | x) = softmax f(x): [B, K] logits to [B, K]."""
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def score(logits: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    """Unnormalised log-density: -E(x, y) with labels, -E(x) without.
+
+    This is what samplers ascend and what the contrastive loss takes as its logit.
+
+    Args:
+      logits: [B, K] float, f(x).
+      labels: [B] int in 0..K-1, or None for the marginal.
+
+    Returns:
+      [B] scores. Higher means more likely.
+    """
+    return -marginal(logits) if labels is None else -joint(logits, labels)

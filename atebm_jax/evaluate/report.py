@@ -1,0 +1,52 @@
+"""The report at the end of a job: `report.json` and a table on the terminal."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from atebm_jax.reporting import replace_text
+
+# Column title and number format of each figure of the table.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "clean_accuracy": ("clean", "{:.4f}"),
+    "robust_accuracy": ("robust (PGD)", "{:.4f}"),
+    "sample_agreement": ("agreement", "{:.4f}"),
+    "sample_distance": ("sample distance", "{:.3f}"),
+}
+
+
+def write(workdir: epath.Path, report: Mapping[str, Any]) -> None:
+    """Writes `report.json`, whole or not at all."""
+    replace_text(workdir / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+def read(workdir: epath.Path) -> dict[str, Any] | None:
+    """The report of an earlier run of the same workdir, or None."""
+    path = workdir / "report.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def show(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints one row a stage, and what the figures mean below."""
+    columns = [
+        name
+        for name in COLUMNS
+        if any(name in stage for stage in report["stages"].values())
+    ]
+    table = Table(title=f"{report['data']['test']}, seed {report['seed']}")
+    table.add_column("after")
+    for name in columns:
+        table.add_column(COLUMNS[name][0], justify="right")
+    for stage, figures in report["stages"].items():
+        cells = [
+            COLUMNS[name][1].format(figures[name]) if name in figures else "-"
+            for name in columns
+        ]
+        table.add_row(f"{stage} ({figures['step']} steps)", *cells)
+    console.print(table)
+    for note in report["notes"]:
+        console.print(note, highlight=False)

@@ -1,0 +1,41 @@
+"""Flax networks, one file a family, and the way to build one from a config."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import ml_collections
+
+from atebm_jax.errors import UserError
+from atebm_jax.models import wide_resnet
+from atebm_jax.models.layers import conv_function
+
+MODELS: dict[str, Callable[[ml_collections.ConfigDict], nn.Module]] = {
+    "wide_resnet": wide_resnet.build,
+}
+
+DTYPES = ("float32", "bfloat16")
+
+
+def build(config: ml_collections.ConfigDict) -> nn.Module:
+    """Builds the network that `config.model` describes.
+
+    Every network maps images [B, H, W, C] float in [0, 1] to logits [B, K] float32 and
+    takes `train: bool` (batch statistics) and `features: bool` (pooled features).
+
+    Args:
+      config: `config.model`, with the family's key of `MODELS` in `name`.
+
+    Raises:
+      UserError: unknown family, dtype or convolution gradient, or a value that the
+        family refuses.
+    """
+    if config.name not in MODELS:
+        raise UserError(
+            f"unknown model.name {config.name!r}: choose one of {', '.join(MODELS)}."
+        )
+    if config.dtype not in DTYPES:
+        raise UserError(
+            f"unknown model.dtype {config.dtype!r}: choose one of {', '.join(DTYPES)}."
+        )
+    conv_function(config.conv_gradient)
+    return MODELS[config.name](config)

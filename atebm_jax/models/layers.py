@@ -1,0 +1,246 @@
+"""Layers shared by the families: convolution and batch normalisation, NHWC.
+
+Compute dtype and parameter dtype are apart: parameters and normalisation are float32,
+convolutions run in `dtype` (float32 or bfloat16).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from atebm_jax.errors import UserError
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def conv_xla(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int = 1,
+) -> jax.Array:
+    """2-D convolution with XLA's own gradients.
+
+    Args:
+      images: [B, H, W, I].
+      kernel: [h, w, I / groups, O], of the same dtype.
+      strides: (vertical, horizontal).
+      padding: ((top, bottom), (left, right)) zeros.
+      groups: number of channel groups.
+
+    Returns:
+      [B, H', W', O].
+    """
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=_DIMENSIONS,
+        feature_group_count=groups,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv_forward_gradient(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int = 1,
+) -> jax.Array:
+    """`conv_xla` whose image gradient is itself written as a plain convolution.
+
+    XLA expresses the image gradient with permuted dimension numbers. On CPU such a
+    convolution is slow inside a loop body, where it is not put into the canonical
+    layout. Flipping and transposing the kernel ourselves gives the canonical layout
+    everywhere. The kernel gradient stays XLA's. Same arguments as `conv_xla`;
+    reverse-mode derivatives only, of any order.
+    """
+    return conv_xla(images, kernel, strides, padding, groups)
+
+
+def _conv_fwd(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return conv_xla(images, kernel, strides, padding, groups), (images, kernel)
+
+
+def _conv_bwd(
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    images, kernel = residuals
+    height, width, per_group, features = kernel.shape
+    # [h, w, I/g, O] -> flipped [h, w, O/g, I]: inputs and outputs of each group swap.
+    flipped = jnp.flip(kernel, (0, 1))
+    flipped = flipped.reshape(height, width, per_group, groups, features // groups)
+    flipped = flipped.transpose(0, 1, 4, 3, 2)
+    flipped = flipped.reshape(height, width, features // groups, groups * per_group)
+    image_gradient = lax.conv_general_dilated(
+        cotangent,
+        flipped,
+        window_strides=(1, 1),
+        padding=[
+            _transposed_padding(*axis)
+            for axis in zip(
+                images.shape[1:3],
+                cotangent.shape[1:3],
+                (height, width),
+                strides,
+                padding,
+                strict=True,
+            )
+        ],
+        lhs_dilation=strides,
+        dimension_numbers=_DIMENSIONS,
+        feature_group_count=groups,
+    )
+    _, kernel_pullback = jax.vjp(
+        lambda k: conv_xla(images, k, strides, padding, groups), kernel
+    )
+    return image_gradient, kernel_pullback(cotangent)[0]
+
+
+def _transposed_padding(
+    size: int, out_size: int, window: int, stride: int, padding: tuple[int, int]
+) -> tuple[int, int]:
+    low = window - 1 - padding[0]
+    dilated = (out_size - 1) * stride + 1
+    return low, size - dilated + window - 1 - low
+
+
+conv_forward_gradient.defvjp(_conv_fwd, _conv_bwd)
+
+CONV_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
+    "xla": conv_xla,
+    "forward": conv_forward_gradient,
+}
+
+
+def conv_function(conv_gradient: str) -> Callable[..., jax.Array]:
+    """The convolution for a `conv_gradient` setting.
+
+    Args:
+      conv_gradient: "xla", "forward", or "auto": "forward" on CPU, where it was
+        measured to be faster (`benchmarks/step.py`), "xla" elsewhere.
+
+    Raises:
+      UserError: any other value.
+    """
+    if conv_gradient == "auto":
+        conv_gradient = "forward" if jax.default_backend() == "cpu" else "xla"
+    if conv_gradient not in CONV_GRADIENTS:
+        raise UserError(
+            f"unknown conv_gradient {conv_gradient!r}: choose one of auto, "
+            f"{', '.join(CONV_GRADIENTS)}."
+        )
+    return CONV_GRADIENTS[conv_gradient]
+
+
+class Conv(nn.Module):
+    """2-D convolution with symmetric zero padding, NHWC.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square window.
+      stride: the same in both directions.
+      padding: zeros on every side.
+      groups: channel groups.
+      use_bias: adds a learned vector.
+      dtype: compute dtype; the parameters are float32.
+      conv_gradient: see `conv_function`.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    conv_gradient: str = "auto"
+    # He et al. (2015) by the number of outputs, as WideResNets are initialised.
+    kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
+        2.0, "fan_out", "normal"
+    )
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        shape = (
+            self.kernel_size,
+            self.kernel_size,
+            images.shape[-1] // self.groups,
+            self.features,
+        )
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        pad = (self.padding, self.padding)
+        x = conv_function(self.conv_gradient)(
+            images.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            (pad, pad),
+            self.groups,
+        )
+        if self.use_bias:
+            bias = self.param(
+                "bias", nn.initializers.zeros, (self.features,), jnp.float32
+            )
+            x = x + bias.astype(self.dtype)[None, None, None, :]
+        return x
+
+
+def batch_norm(name: str, train: bool) -> nn.BatchNorm:
+    """Batch normalisation in float32, eps 1e-5, statistics averaged with weight 0.1.
+
+    `train=False` uses the running statistics and leaves them alone: that is both the
+    evaluation mode and the frozen mode of stage 2. In training the statistics are
+    those of the whole global batch, and the running variance averages the biased
+    batch variance (PyTorch: unbiased, a relative difference of 1/(B H W - 1)).
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, inside the network so that attacks see pixels.
+
+    Attributes:
+      mean: one number a channel, in pixels of a [0, 1] image.
+      std: one number a channel.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        if not len(self.mean) == len(self.std) == images.shape[-1]:
+            raise UserError(
+                f"model.mean has {len(self.mean)} and model.std {len(self.std)} "
+                f"numbers for images of {images.shape[-1]} channels: give one a "
+                "channel."
+            )
+        mean = jnp.asarray(self.mean, images.dtype)[None, None, None, :]
+        std = jnp.asarray(self.std, images.dtype)[None, None, None, :]
+        return (images - mean) / std

@@ -1,0 +1,130 @@
+"""Pre-activation WideResNet for small images (Zagoruyko and Komodakis, 2016).
+
+WRN-34-10 is the paper's CIFAR network. Any depth 6n + 4 and width; ReLU or Swish;
+input normalisation inside; global average pooling, so that any image size divisible
+by four fits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from atebm_jax.errors import UserError
+from atebm_jax.models.layers import Conv, Normalize, batch_norm
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "swish": nn.swish,
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions after norm and activation, with a shortcut.
+
+    Where the width changes, the shortcut is a 1x1 convolution of the activated input.
+    """
+
+    features: int
+    stride: int
+    activation: Callable[[jax.Array], jax.Array]
+    dtype: Any
+    conv_gradient: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = dict(dtype=self.dtype, conv_gradient=self.conv_gradient)
+        active = self.activation(batch_norm("bn1", train)(x))
+        y = Conv(self.features, 3, self.stride, 1, name="conv1", **conv)(active)
+        y = self.activation(batch_norm("bn2", train)(y))
+        y = Conv(self.features, 3, 1, 1, name="conv2", **conv)(y)
+        if x.shape[-1] == self.features:
+            return x + y
+        return y + Conv(self.features, 1, self.stride, name="shortcut", **conv)(active)
+
+
+class WideResNet(nn.Module):
+    """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
+
+    Attributes:
+      depth: 6n + 4, number of convolutions.
+      widen_factor: width k; the groups have 16k, 32k and 64k channels.
+      num_classes: K.
+      mean, std: input normalisation, one number a channel; empty for none.
+      activation: "relu" or "swish".
+      dtype: compute dtype of the convolutions.
+      conv_gradient: see `layers.conv_function`.
+    """
+
+    depth: int
+    widen_factor: int
+    num_classes: int
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    activation: str = "relu"
+    dtype: Any = jnp.float32
+    conv_gradient: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, features: bool = False
+    ) -> jax.Array:
+        """Logits, or the pooled features [B, 64 k] before them.
+
+        Args:
+          images: [B, H, W, C] float in [0, 1].
+          train: normalise with the batch's statistics and update the running ones
+            (collection "batch_stats" must be mutable).
+          features: return what the linear layer would see.
+        """
+        activation = ACTIVATIONS[self.activation]
+        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        conv = dict(dtype=self.dtype, conv_gradient=self.conv_gradient)
+        x = Conv(16, 3, 1, 1, name="conv1", **conv)(x)
+        for group, stride in enumerate((1, 2, 2)):
+            for index in range((self.depth - 4) // 6):
+                x = Block(
+                    features=16 * self.widen_factor * 2**group,
+                    stride=stride if index == 0 else 1,
+                    activation=activation,
+                    name=f"block{group + 1}_{index}",
+                    **conv,
+                )(x, train)
+        x = activation(batch_norm("bn1", train)(x)).mean(axis=(1, 2))
+        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+
+
+def build(config: ml_collections.ConfigDict) -> WideResNet:
+    """Builds a WideResNet from `config.model`.
+
+    Raises:
+      UserError: depth not 6n + 4, non-positive sizes, unknown activation.
+    """
+    if config.depth < 10 or (config.depth - 4) % 6:
+        raise UserError(
+            f"model.depth is {config.depth}: a WideResNet has depth 6n + 4, "
+            "10, 16, 22, 28 or 34, say."
+        )
+    if config.widen_factor < 1 or config.num_classes < 1:
+        raise UserError(
+            f"model.widen_factor is {config.widen_factor} and model.num_classes "
+            f"{config.num_classes}: both must be positive."
+        )
+    if config.activation not in ACTIVATIONS:
+        raise UserError(
+            f"unknown model.activation {config.activation!r}: choose one of "
+            f"{', '.join(ACTIVATIONS)}."
+        )
+    return WideResNet(
+        depth=config.depth,
+        widen_factor=config.widen_factor,
+        num_classes=config.num_classes,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        activation=config.activation,
+        dtype=jnp.dtype(config.dtype),
+        conv_gradient=config.conv_gradient,
+    )

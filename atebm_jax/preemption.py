@@ -1,0 +1,54 @@
+"""Leaving in good order on SIGTERM or Ctrl-C."""
+
+import signal
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Interrupted(Exception):
+    """The job was asked to stop and has saved what it had."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class StopSignal:
+    """Remembers a SIGTERM or SIGINT until the job reaches a safe point.
+
+    Among several processes all must leave after the same step: there JAX's own
+    synchronisation decides, which any one process's SIGTERM sets off.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._several = jax.process_count() > 1
+        signals = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
+        self._previous = {
+            number: signal.signal(number, self._note) for number in signals
+        }
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._number = number
+        # A second signal ends the process at once.
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> int:
+        """The signal to obey after this step, 0 for none; the same in all processes."""
+        if self._several:
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if reached else 0
+        return self._number
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal came; for work that leaves nothing behind."""
+        if self._number and not self._several:
+            raise Interrupted(self._number)

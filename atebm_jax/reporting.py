@@ -1,0 +1,142 @@
+"""What a running job shows and writes: progress, `metrics.jsonl`, event files."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import tensorboardX
+from etils import epath
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class MetricWriter:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard event files.
+
+    Only the first process writes. After a resume what lies behind the restored step is
+    cut away, so that every step of a stage stands there once.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        self._active = jax.process_index() == 0
+        self._workdir = workdir
+        self._path = workdir / "metrics.jsonl"
+        self._events: dict[str, tensorboardX.SummaryWriter] = {}
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops what was written of `stage` after `step`, before going on from it."""
+        if not self._active:
+            return
+        if self._path.exists():
+            kept = [
+                json.dumps(record)
+                for record in read_metrics(self._workdir)
+                if record["stage"] != stage or record["step"] <= step
+            ]
+            replace_text(self._path, "".join(f"{line}\n" for line in kept))
+        if stage in self._events:
+            self._events[stage].close()
+        self._events[stage] = tensorboardX.SummaryWriter(
+            os.fspath(self._workdir / "events" / stage), purge_step=step + 1
+        )
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one record."""
+        if not self._active:
+            return
+        record = {"stage": stage, "step": step, **metrics}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in metrics.items():
+            self._events[stage].add_scalar(name, value, step)
+        self._events[stage].flush()
+
+    def close(self) -> None:
+        """Closes the event files."""
+        for events in self._events.values():
+            events.close()
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; a line cut off by a killed job is left out."""
+    path = workdir / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """Writes a file so that a killed process leaves the old or the new one, whole."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# Metrics of the progress line, in this order, with their format.
+_SHOWN = (
+    ("T", "T {:.0f}"),
+    ("auc", "AUC {:.2f}"),
+    ("loss_ce", "CE {:.3f}"),
+    ("loss_bce", "BCE {:.3f}"),
+    ("images_per_second", "{:.0f} img/s"),
+)
+
+
+class ProgressLine:
+    """A progress bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, console: Console, stage: str, step: int, total: int):
+        self._console = console
+        self._stage = stage
+        self._total = total
+        self._bar: Progress | None = None
+        self._next_line = time.monotonic()
+        if jax.process_index() == 0 and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(
+                stage, completed=step, total=total, shown="compiling"
+            )
+            self._bar.start()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics of a step."""
+        shown = "  ".join(
+            form.format(metrics[name]) for name, form in _SHOWN if name in metrics
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif jax.process_index() == 0 and time.monotonic() >= self._next_line:
+            self._console.print(
+                f"{self._stage} step {step}/{self._total}  {shown}", soft_wrap=True
+            )
+            self._next_line = time.monotonic() + 5
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if jax.process_index() == 0:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()

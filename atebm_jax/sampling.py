@@ -1,0 +1,79 @@
+"""Samples by gradient ascent on the score of the model (paper, section 5)."""
+
+import jax
+import jax.numpy as jnp
+
+from atebm_jax import attacks, energy
+from atebm_jax.attacks import ObjectiveFn
+
+
+def noise_seeds(
+    key: jax.Array, indices: jax.Array, image_shape: tuple[int, int, int]
+) -> jax.Array:
+    """Uniform noise in [0, 1], each image by its own index.
+
+    Args:
+      key: a typed PRNG key.
+      indices: [B] int32; image i is the same in every batch that contains index i.
+      image_shape: (H, W, C).
+
+    Returns:
+      [B, H, W, C] float32.
+    """
+    return jax.vmap(
+        lambda index: jax.random.uniform(jax.random.fold_in(key, index), image_shape)
+    )(indices)
+
+
+def conditional(
+    logits_fn: ObjectiveFn,
+    seeds: jax.Array,
+    labels: jax.Array,
+    *,
+    step_size: float,
+    num_steps: jax.Array | int,
+) -> jax.Array:
+    """Samples of given classes: unbounded PGD on f(x)[y] = -E(x, y).
+
+    Args:
+      logits_fn: images [B, H, W, C] -> logits [B, K].
+      seeds: [B, H, W, C] float in [0, 1].
+      labels: [B] int in 0..K-1.
+      step_size: L2 pixels per step.
+      num_steps: number of steps; a traced int32 never recompiles.
+
+    Returns:
+      [B, H, W, C] images in [0, 1].
+    """
+    return attacks.pgd(
+        lambda x: energy.score(logits_fn(x), labels),
+        seeds,
+        threat=attacks.unbounded(),
+        step_size=step_size,
+        num_steps=num_steps,
+    )
+
+
+def unconditional(
+    logits_fn: ObjectiveFn,
+    seeds: jax.Array,
+    *,
+    step_size: float,
+    num_steps: jax.Array | int,
+) -> jax.Array:
+    """Samples of any class: unbounded PGD on logsumexp f(x) = -E(x).
+
+    Arguments and result as of `conditional`, without labels.
+    """
+    return attacks.pgd(
+        lambda x: energy.score(logits_fn(x)),
+        seeds,
+        threat=attacks.unbounded(),
+        step_size=step_size,
+        num_steps=num_steps,
+    )
+
+
+def cyclic_labels(count: int, num_classes: int) -> jax.Array:
+    """Labels 0..K-1 over and over, class balanced: [count] int32 (paper, section 5)."""
+    return jnp.arange(count, dtype=jnp.int32) % num_classes

@@ -1,0 +1,231 @@
+"""The two stages of the method, each a pair of functions (paper, section 4).
+
+`adversaries` runs the PGD loops and is never differentiated; `loss` is what the
+optimiser differentiates, with those images as constants.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from atebm_jax import attacks, energy, losses, metrics
+from atebm_jax.errors import UserError
+
+Batch = Mapping[str, jax.Array]
+Variables = Mapping[str, Any]
+
+
+class Stage(NamedTuple):
+    """One of the two objectives.
+
+    Attributes:
+      name: "stage1" or "stage2".
+      streams: the batches it takes, of "gen", "cls" and "ood".
+      adversaries: (variables, batch, num_steps) -> images made by PGD and what is
+        known of them; `num_steps` is T, a traced int32 (unused by stage 1).
+      loss: (params, batch_stats, batch, adversaries) -> (scalar loss,
+        (new batch_stats, metrics)); differentiable in params.
+    """
+
+    name: str
+    streams: tuple[str, ...]
+    adversaries: Callable[[Variables, Batch, jax.Array], dict[str, jax.Array]]
+    loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+
+
+def classifier_adversary(
+    config: ml_collections.ConfigDict,
+) -> Callable[[Callable, jax.Array, jax.Array], jax.Array]:
+    """The adversary that maximises the cross-entropy inside a ball.
+
+    Args:
+      config: an `adversary` block: norm, epsilon, step_size, num_steps, momentum,
+        keep_best.
+
+    Returns:
+      (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
+      Plain PGD unless momentum or keep_best is set.
+    """
+    threat = attacks.threat(config.norm, config.epsilon)
+    if config.num_steps < 0 or not 0 <= config.momentum < 1:
+        raise UserError(
+            f"adversary.num_steps is {config.num_steps} and adversary.momentum "
+            f"{config.momentum}: the steps must not be negative, the momentum lies in "
+            "[0, 1)."
+        )
+    options = dict(
+        threat=threat, step_size=config.step_size, num_steps=config.num_steps
+    )
+    momentum, keep_best = config.momentum, config.keep_best
+
+    def adversary(logits_fn: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
+        def objective(images: jax.Array) -> jax.Array:
+            return losses.cross_entropy(logits_fn(images), y)
+
+        if momentum == 0 and not keep_best:
+            return attacks.pgd(objective, x, **options)
+        return attacks.momentum_pgd(
+            objective, x, momentum=momentum, keep_best=keep_best, **options
+        )
+
+    return adversary
+
+
+def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
+    """Adversarial training: L_AT-CE = E[CE(f(x_adv), y)].
+
+    The attack runs in evaluation mode (running statistics); only the training pass
+    uses the batch's statistics and moves the running ones.
+
+    Args:
+      model: images to logits.
+      config: `config.stage1`.
+    """
+    adversary = classifier_adversary(config.adversary)
+
+    def adversaries(
+        variables: Variables, batch: Batch, num_steps: jax.Array
+    ) -> dict[str, jax.Array]:
+        del num_steps
+        logits_fn = _evaluation_logits(model, variables)
+        return {"x_adv": adversary(logits_fn, batch["x_cls"], batch["y_cls"])}
+
+    def loss(
+        params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            made["x_adv"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        loss_ce = losses.cross_entropy(logits, batch["y_cls"]).mean()
+        statistics = {
+            "loss_ce": loss_ce,
+            "accuracy_adv": metrics.accuracy(logits, batch["y_cls"]).mean(),
+        }
+        return loss_ce, (updated.get("batch_stats", {}), statistics)
+
+    return Stage("stage1", ("cls",), adversaries, loss)
+
+
+CONTRASTIVE_OBJECTIVES = ("conditional", "marginal")
+
+
+def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
+    """Joint training: L_AT-CE + L_BCE + optionally R1, normalisation frozen.
+
+    Contrastive images are T unbounded steps from the seeds towards the labels of the
+    generative batch; the binary cross-entropy then tells real from contrastive by
+    s(x) = -E(x).
+
+    Args:
+      model: images to logits; always applied in evaluation mode.
+      config: `config.stage2`.
+
+    Raises:
+      UserError: unknown contrastive objective or a negative weight.
+    """
+    if config.contrastive_objective not in CONTRASTIVE_OBJECTIVES:
+        raise UserError(
+            f"unknown stage2.contrastive_objective {config.contrastive_objective!r}: "
+            f"choose one of {', '.join(CONTRASTIVE_OBJECTIVES)}."
+        )
+    weights = {"ce": config.weight_ce, "bce": config.weight_bce, "r1": config.weight_r1}
+    for name, weight in weights.items():
+        if weight < 0:
+            raise UserError(f"stage2.weight_{name} is {weight}: it must not be < 0.")
+    adversary = classifier_adversary(config.adversary)
+    conditional = config.contrastive_objective == "conditional"
+    step_size = config.contrastive_step_size
+    with_r1 = config.weight_r1 > 0 or config.log_r1
+
+    def adversaries(
+        variables: Variables, batch: Batch, num_steps: jax.Array
+    ) -> dict[str, jax.Array]:
+        logits_fn = _evaluation_logits(model, variables)
+        labels = batch["y_gen"] if conditional else None
+        x_contrastive = attacks.pgd(
+            lambda x: energy.score(logits_fn(x), labels),
+            batch["x_ood"],
+            threat=attacks.unbounded(),
+            step_size=step_size,
+            num_steps=num_steps,
+        )
+        distance = attacks.l2_norm(x_contrastive - batch["x_ood"]).mean()
+        longest = step_size * jnp.maximum(num_steps, 1).astype(jnp.float32)
+        return {
+            "x_contrastive": x_contrastive,
+            "x_adv": adversary(logits_fn, batch["x_cls"], batch["y_cls"]),
+            "seed_logits": logits_fn(batch["x_ood"]),
+            "travel": distance / longest,
+        }
+
+    def loss(
+        params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        logits_fn = _evaluation_logits(
+            model, {"params": params, "batch_stats": batch_stats}
+        )
+        real, contrastive, adversarial = _one_pass(
+            logits_fn, batch["x_gen"], made["x_contrastive"], made["x_adv"]
+        )
+        loss_ce = losses.cross_entropy(adversarial, batch["y_cls"]).mean()
+        loss_bce = losses.contrastive_bce(energy.score(real), energy.score(contrastive))
+        total = weights["ce"] * loss_ce + weights["bce"] * loss_bce
+        statistics = {
+            "loss_ce": loss_ce,
+            "loss_bce": loss_bce,
+            "accuracy_adv": metrics.accuracy(adversarial, batch["y_cls"]).mean(),
+            "travel": made["travel"],
+            **_score_statistics(real, contrastive, made["seed_logits"], batch["y_gen"]),
+        }
+        if with_r1:
+            r1 = losses.r1(lambda x: energy.score(logits_fn(x)), batch["x_gen"])
+            total = total + weights["r1"] * r1
+            statistics["r1"] = r1
+        return total, (batch_stats, statistics)
+
+    return Stage("stage2", ("gen", "cls", "ood"), adversaries, loss)
+
+
+STAGES: dict[str, Callable[[nn.Module, ml_collections.ConfigDict], Stage]] = {
+    "stage1": stage1,
+    "stage2": stage2,
+}
+
+
+def _evaluation_logits(
+    model: nn.Module, variables: Variables
+) -> Callable[[jax.Array], jax.Array]:
+    return lambda images: model.apply(variables, images)
+
+
+def _one_pass(logits_fn: Callable, *batches: jax.Array) -> list[jax.Array]:
+    """Logits of several batches in one forward pass.
+
+    Every image is on its own in evaluation mode, so the batches may share a pass.
+    Interleaving keeps each image on its device; concatenating would move them all.
+    """
+    stacked = jnp.stack(batches, axis=1)
+    images = stacked.reshape(-1, *stacked.shape[2:])
+    logits = logits_fn(images).reshape(*stacked.shape[:2], -1)
+    return [logits[:, i] for i in range(len(batches))]
+
+
+def _score_statistics(
+    real: jax.Array, contrastive: jax.Array, seeds: jax.Array, labels: jax.Array
+) -> dict[str, jax.Array]:
+    """AUCs of f(x)[y] against contrastive images and seeds; mean s(x) of all three."""
+    real_score = energy.score(real, labels)
+    return {
+        "auc": metrics.auroc(real_score, energy.score(contrastive, labels)),
+        "auc_seeds": metrics.auroc(real_score, energy.score(seeds, labels)),
+        "score_real": energy.score(real).mean(),
+        "score_contrastive": energy.score(contrastive).mean(),
+        "score_seeds": energy.score(seeds).mean(),
+    }

@@ -1,0 +1,303 @@
+"""The training loop: one stage from its first or its last saved step to its end."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+from rich.console import Console
+
+from atebm_jax import (
+    checkpoint,
+    curriculum,
+    data,
+    optim,
+    sharding,
+    stages,
+    train_state,
+    train_step,
+)
+from atebm_jax import config as configuration
+from atebm_jax.errors import UserError
+from atebm_jax.preemption import Interrupted, StopSignal
+from atebm_jax.reporting import MetricWriter, ProgressLine
+from atebm_jax.train_state import TrainState
+
+# (stage, step, averaged variables) -> held-out metrics, the keys of checkpoint.BEST_BY
+# among them.
+EvaluateFn = Callable[[str, int, Any], dict[str, float]]
+
+
+class Job(NamedTuple):
+    """What every stage of one job shares."""
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    model: nn.Module
+    sources: Mapping[str, data.Source]  # "train" and, unless noise, "seeds"
+    evaluate: EvaluateFn
+    writer: MetricWriter
+    console: Console
+    stop: StopSignal
+
+
+class Diverged(Exception):
+    """Too many steps in a row, up to `step`, were not finite."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
+    """Trains one stage to its end; goes on from its last checkpoint if there is one.
+
+    Killing the process at any moment and calling this again ends with the same
+    parameters, bit by bit, on the same number of devices.
+
+    Args:
+      job: config, data, network and where to write.
+      name: "stage1" or "stage2".
+      initial: makes the variables to start from; called only for a fresh start and
+        after a rollback to the beginning.
+
+    Raises:
+      UserError: the config does not fit, or training keeps diverging.
+      Interrupted: asked to stop; everything is saved.
+    """
+    config = job.config[name]
+    total = configuration.num_steps(config, len(job.sources["train"]))
+    sharding.check_batch_size(config.batch_size, job.mesh, f"config.{name}.batch_size")
+    step_fn, fresh = _compile(job, name, total, initial)
+    checkpoints = checkpoint.manager(job.workdir, name)
+    try:
+        state = _latest(checkpoints, fresh)
+        while int(state.step) < total:
+            job.writer.rewind(name, int(state.step))
+            # Read now: the step takes the state's buffers for its own.
+            offset, rollbacks = int(state.data_offset), int(state.rollbacks)
+            try:
+                state = _advance(job, name, state, total, step_fn, checkpoints)
+            except Diverged as error:
+                state = _roll_back(
+                    job,
+                    name,
+                    checkpoints,
+                    fresh,
+                    position=error.step + offset,
+                    rollbacks=rollbacks + 1,
+                )
+    finally:
+        # Waits for a save that is under way, also when interrupted.
+        checkpoints.close()
+
+
+def _compile(
+    job: Job, name: str, total: int, initial: Callable[[], Any]
+) -> tuple[train_step.StepFn, Callable[[], TrainState]]:
+    """The jitted step of a stage and a function that makes its fresh state."""
+    config = job.config[name]
+    optimizer = optim.optimizer(config.optimizer, weight_decay=config.weight_decay)
+    learning_rate = optim.schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        num_steps=total,
+        warmup_steps=config.warmup_steps,
+        decay_at=tuple(config.decay_at),
+        decay_factor=config.decay_factor,
+    )
+    options: dict[str, Any] = {}
+    window_length = 1
+    if name == "stage2":
+        options["auc_threshold"] = config.auc_threshold
+        options["max_contrastive_steps"] = config.t_max
+        window_length = curriculum.window_length(
+            config.auc_window_images, config.batch_size
+        )
+    step = train_step.make(
+        stages.STAGES[name](job.model, config),
+        optimizer,
+        learning_rate,
+        seed=job.config.seed,
+        max_decay=config.average_decay,
+        **options,
+    )
+    everywhere = sharding.replicated(job.mesh)
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+
+    def fresh() -> TrainState:
+        state = train_state.create(initial(), optimizer, window_length=window_length)
+        return sharding.put_replicated(state, job.mesh)
+
+    return step_fn, fresh
+
+
+def _latest(
+    checkpoints: ocp.CheckpointManager, fresh: Callable[[], TrainState]
+) -> TrainState:
+    step = checkpoints.latest_step()
+    state = fresh()
+    return state if step is None else checkpoint.restore(checkpoints, step, state)
+
+
+def _advance(
+    job: Job,
+    name: str,
+    state: TrainState,
+    total: int,
+    step_fn: train_step.StepFn,
+    checkpoints: ocp.CheckpointManager,
+) -> TrainState:
+    """Steps until the end of the stage, logging, evaluating and saving on the way."""
+    config = job.config[name]
+    first = int(state.step)
+    line = ProgressLine(job.console, name, first, total)
+    save = partial(checkpoint.save, checkpoints, stage=name, config=job.config)
+    log = _Log(job, name, line, first)
+    try:
+        with _batches(job, name, first + int(state.data_offset)) as batches:
+            for step in range(first + 1, total + 1):
+                batch = sharding.put_batch(next(batches), job.mesh)
+                state, metrics = step_fn(state, batch)
+                # The step before is fetched only now, while this one runs.
+                log.flush()
+                log.add(step, metrics)
+                evaluate = _due(step, config.eval_every_steps, total)
+                if evaluate or _due(step, config.checkpoint_every_steps, total):
+                    log.flush()
+                    if int(state.skipped_in_row) == 0 or step == total:
+                        held_out = _evaluate(job, name, state) if evaluate else None
+                        log.evaluated(step, held_out)
+                        save(state, metrics=held_out)
+                number = job.stop.requested(step)
+                if number:
+                    log.flush()
+                    save(state, metrics=None)
+                    raise Interrupted(number)
+            log.flush()
+    finally:
+        line.close()
+    return state
+
+
+class _Log:
+    """Metrics of the latest step on their way to screen and disk, one step late."""
+
+    def __init__(self, job: Job, name: str, line: ProgressLine, step: int):
+        self._job, self._name, self._line = job, name, line
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._since, self._time = step, time.monotonic()
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        if step % self._job.config.log_every_steps == 0:
+            self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Writes what is pending; raises `Diverged` if too many steps were broken."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {key: float(value) for key, value in metrics.items()}
+        now = time.monotonic()
+        images = self._job.config[self._name].batch_size * (step - self._since)
+        values["images_per_second"] = images / max(now - self._time, 1e-9)
+        self._since, self._time = step, now
+        self._job.writer.write(self._name, step, values)
+        self._line.show(step, values)
+        if values["skipped_in_row"] >= self._job.config.max_skipped_in_row:
+            raise Diverged(step)
+
+    def evaluated(self, step: int, held_out: Mapping[str, float] | None) -> None:
+        """Writes a held-out evaluation, and leaves its time out of the speed."""
+        if held_out is not None:
+            record = {f"eval_{key}": value for key, value in held_out.items()}
+            self._job.writer.write(self._name, step, record)
+            shown = "  ".join(f"{key} {value:.3f}" for key, value in held_out.items())
+            self._line.note(f"{self._name} step {step} held out: {shown}")
+            self._since, self._time = step, time.monotonic()
+
+
+def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:
+    variables = train_state.average_variables(state)
+    metrics = job.evaluate(name, int(state.step), variables)
+    worst = {
+        key: -math.inf if more else math.inf for key, more in checkpoint.BEST_BY.items()
+    }
+    # A comparison with NaN has no order: it counts as the worst.
+    return {
+        key: worst[key] if key in worst and math.isnan(value) else value
+        for key, value in metrics.items()
+    }
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return step == total or (every > 0 and step % every == 0)
+
+
+def _batches(job: Job, name: str, start: int) -> data.Batches:
+    """The training batches of a stage from a position on."""
+    config = job.config.data
+    stage_index = checkpoint.STAGE_ORDER.index(name)
+    seed = job.config.seed * len(checkpoint.STAGE_ORDER) + stage_index
+    train = job.sources["train"]
+    streams = {"cls": data.Stream(train, config.augment_cls, seed=seed)}
+    if name == "stage2":
+        streams["gen"] = data.Stream(train, config.augment_gen, seed=seed)
+        if "seeds" in job.sources:
+            streams["ood"] = data.Stream(
+                job.sources["seeds"], config.augment_seeds, seed=seed, labels=False
+            )
+    return data.train_batches(
+        streams,
+        batch_size=job.config[name].batch_size,
+        image_shape=tuple(config.image_shape),
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=config.num_workers,
+        num_threads=config.num_threads,
+        max_bad_images=config.max_bad_images,
+    )
+
+
+def _roll_back(
+    job: Job,
+    name: str,
+    checkpoints: ocp.CheckpointManager,
+    fresh: Callable[[], TrainState],
+    *,
+    position: int,
+    rollbacks: int,
+) -> TrainState:
+    """The last good state, with data from `position` on instead of the same again."""
+    if rollbacks > job.config.max_rollbacks:
+        raise UserError(
+            f"{name} keeps diverging: loss or gradient was NaN or Inf in "
+            f"{job.config.max_skipped_in_row} steps in a row, again after "
+            f"{rollbacks - 1} rollbacks. Lower config.{name}.learning_rate, or T's "
+            "growth by a higher config.stage2.auc_threshold, in a new workdir."
+        )
+    checkpoints.wait_until_finished()
+    state = _latest(checkpoints, fresh)
+    step = int(state.step)
+    job.console.print(
+        f"{name} diverged at data position {position}: rolled back to step {step}, "
+        f"going on with the data after it ({rollbacks} of at most "
+        f"{job.config.max_rollbacks} rollbacks)",
+        soft_wrap=True,
+    )
+    counters = {
+        "data_offset": jnp.asarray(position - step, jnp.int32),
+        "rollbacks": jnp.asarray(rollbacks, jnp.int32),
+    }
+    return state.replace(**sharding.put_replicated(counters, job.mesh))

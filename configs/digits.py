@@ -1,0 +1,56 @@
+"""Handwritten digits, the embedded default: both stages, evaluation and samples.
+
+    python -m atebm_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Data: scikit-learn's `load_digits` (1,797 real digits of 8x8 pixels, a fifth held out).
+Hardware: two CPU cores, a few minutes. Numbers: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from atebm_jax.config import adversary, default
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.data.train = "digits:train"
+    config.data.eval = "digits:test"
+    config.data.test = "digits:test"
+    config.data.seeds = "noise"
+    config.data.image_shape = (8, 8, 1)
+    # Shifts of one pixel, in the classifier's batches only.
+    config.data.augment_cls = "pad_crop(1)"
+
+    config.model.depth = 10
+    config.model.widen_factor = 1
+    config.model.num_classes = 10
+
+    config.stage1.batch_size = 64
+    config.stage1.num_steps = 300
+    config.stage1.learning_rate = 0.1
+    config.stage1.schedule = "cosine"
+    config.stage1.adversary = adversary(epsilon=0.5, step_size=0.15, num_steps=5)
+    config.stage1.eval_every_steps = 100
+    config.stage1.checkpoint_every_steps = 50
+
+    config.stage2.batch_size = 64
+    config.stage2.num_steps = 250
+    config.stage2.learning_rate = 0.01
+    config.stage2.schedule = "constant"
+    config.stage2.adversary = adversary(epsilon=0.5, step_size=0.15, num_steps=5)
+    config.stage2.contrastive_step_size = 0.3
+    config.stage2.t_max = 30
+    config.stage2.auc_threshold = 0.8
+    config.stage2.auc_window_images = 256
+    config.stage2.eval_every_steps = 50
+    config.stage2.checkpoint_every_steps = 50
+
+    config.evaluate.batch_size = 100
+    config.evaluate.num_examples = 0
+    config.evaluate.attack = adversary(epsilon=0.5, step_size=0.1, num_steps=20)
+    config.evaluate.samples.num = 200
+    config.evaluate.samples.num_test = 1000
+    config.evaluate.samples.step_size = 0.3
+    config.evaluate.samples.num_steps = 60
+    config.evaluate.samples.judge = "svc"
+    return config

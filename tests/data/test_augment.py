@@ -1,0 +1,230 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from atebm_jax.data import augment
+from atebm_jax.data.augment import decode, parse
+from atebm_jax.errors import UserError
+
+SIGNS = {"p": 1, "n": -1}
+
+
+@pytest.mark.parametrize("group, fill", [("op", 0), ("op_fill128", 128)])
+@pytest.mark.parametrize("name", sorted(augment.AUTOAUGMENT_OPS))
+def test_autoaugment_operation_equals_the_reference(golden, name, group, fill):
+    keys = [key for key in golden.files if key.startswith(f"{group}/{name}/")]
+    assert keys or group == "op_fill128"  # stored where the fill matters
+    for key in keys:
+        _, _, index, sign = key.split("/")
+        for before, after in zip(golden["images_u8"], golden[key]):
+            out = augment.apply_step(
+                Image.fromarray(before), name, int(index[1:]), SIGNS[sign], fill
+            )
+            np.testing.assert_array_equal(np.asarray(out), after, err_msg=key)
+
+
+def test_autoaugment_magnitudes_equal_the_reference(golden):
+    for name, values in augment.MAGNITUDES.items():
+        np.testing.assert_allclose(values, golden[f"magnitudes/{name}"], atol=1e-12)
+
+
+def test_autoaugment_policy_is_the_reference_policy(golden):
+    policy = augment.CIFAR10_POLICY
+    for slot in range(2):
+        steps = [sub[slot] for sub in policy]
+        names = golden[f"subpolicy/op{slot + 1}"].tolist()
+        assert [step.name for step in steps] == names
+        probabilities = golden["subpolicy/probabilities"][:, slot]
+        assert [step.probability for step in steps] == probabilities.tolist()
+        indices = golden["subpolicy/magnitude_index"][:, slot]
+        assert [step.magnitude_index for step in steps] == indices.tolist()
+
+
+@pytest.mark.parametrize("sign", ["p", "n"])
+def test_autoaugment_sub_policies_equal_the_reference(golden, sign):
+    expected = golden[f"subpolicy/out_all_applied_{sign}"]
+    for sub_policy, outputs in zip(augment.CIFAR10_POLICY, expected):
+        for before, after in zip(golden["images_u8"], outputs):
+            out = Image.fromarray(before)
+            for step in sub_policy:
+                if step.probability > 0:
+                    out = augment.apply_step(
+                        out, step.name, step.magnitude_index, SIGNS[sign]
+                    )
+            np.testing.assert_array_equal(np.asarray(out), after)
+
+
+def test_cutout_equals_the_reference(golden):
+    image = golden["images_u8"][0]
+    for (y, x), out in zip(golden["cutout/centers_yx"], golden["cutout/out"]):
+        cut = augment.cutout_at(image, int(y), int(x), 16)
+        np.testing.assert_array_equal(cut, np.rint(255 * out))
+
+
+def test_autoaugment_draws_every_sub_policy_and_often_changes_the_image(image):
+    rng = np.random.default_rng(0)
+    outputs = [augment.autoaugment_cifar10(image, rng) for _ in range(400)]
+    assert {out.shape for out in outputs} == {image.shape}
+    assert len({out.tobytes() for out in outputs}) > 50
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "spec, shape",
+    [
+        ("pad_crop(4)|flip|autoaugment_cifar10|cutout(16)", (16, 20)),
+        ("random_resized_crop(12)|flip", (12, 12)),
+        ("resize(8)|center_crop(8)", (8, 8)),
+        ("resize(32, bicubic)", (32, 40)),
+        ("", (16, 20)),
+    ],
+)
+def test_pipelines_give_uint8_images_and_leave_the_input(image, channels, spec, shape):
+    image = image[:, :, :channels]
+    before = image.copy()
+    apply = pickle.loads(pickle.dumps(parse(spec)))
+    for seed in range(30):
+        out = apply(image, np.random.default_rng(seed))
+        assert out.dtype == np.uint8 and out.shape == (*shape, channels)
+        again = apply(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(out, again)
+    np.testing.assert_array_equal(image, before)
+
+
+def test_operations_apply_from_left_to_right(image):
+    rng = np.random.default_rng(0)
+    out = parse("center_crop(8)|resize(4)")(image, rng)
+    expected = augment.resize(augment.center_crop(image, None, 8), None, 4)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_pad_crop_shifts_by_up_to_the_padding():
+    image = np.zeros((9, 9, 1), np.uint8)
+    image[4, 4] = 255
+    rng = np.random.default_rng(0)
+    crops = [augment.pad_crop(image, rng, 2)[:, :, 0] for _ in range(400)]
+    positions = {tuple(np.argwhere(crop)[0].tolist()) for crop in crops}
+    assert positions == {(y, x) for y in range(2, 7) for x in range(2, 7)}
+
+
+def test_pad_crop_fills_with_black():
+    white = np.full((4, 4, 3), 255, np.uint8)
+    rng = np.random.default_rng(0)
+    assert min(augment.pad_crop(white, rng, 2).min() for _ in range(20)) == 0
+
+
+def test_flip_mirrors_half_of_the_images(image):
+    rng = np.random.default_rng(0)
+    flipped = 0
+    for _ in range(400):
+        out = augment.flip(image, rng)
+        mirrored = np.array_equal(out, image[:, ::-1])
+        assert mirrored or np.array_equal(out, image)
+        flipped += mirrored
+    assert 160 < flipped < 240
+
+
+def test_random_box_has_the_areas_and_aspects_it_should():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        top, left, height, width = augment._random_box(200, 300, rng)
+        assert 0 <= top <= 200 - height and 0 <= left <= 300 - width
+        assert 0.078 < height * width / 60_000 <= 1
+        assert 0.73 < width / height < 1.37
+
+
+@pytest.mark.parametrize("height, width", [(1, 100), (100, 1)])
+def test_random_box_of_a_sliver_stays_inside(height, width):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        top, left, h, w = augment._random_box(height, width, rng)
+        assert h >= 1 and w >= 1 and top + h <= height and left + w <= width
+
+
+def test_random_resized_crop_keeps_a_flat_image():
+    flat = np.full((40, 50, 3), 77, np.uint8)
+    out = augment.random_resized_crop(flat, np.random.default_rng(0), 16)
+    assert out.shape == (16, 16, 3) and (out == 77).all()
+
+
+def test_resize_averages_when_it_shrinks():
+    checks = np.indices((64, 64)).sum(0) % 2 * 255
+    out = augment.resize(checks.astype(np.uint8)[:, :, None], None, 8)
+    assert 120 < out.min() and out.max() < 136  # without antialiasing: 0 or 255
+
+
+def test_center_crop_takes_the_middle_and_leaves_short_sides():
+    image = np.arange(25, dtype=np.uint8).reshape(5, 5, 1)
+    middle = augment.center_crop(image, None, 3)
+    np.testing.assert_array_equal(middle, image[1:4, 1:4])
+    assert augment.center_crop(image[:2], None, 3).shape == (2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("flipp", "did you mean 'flip'"),
+        ("flip|", "unknown augmentation ''"),
+        ("cutout", "cutout\\(16\\)"),
+        ("cutout(-3)", "cutout\\(16\\)"),
+        ("cutout(0)", "above 0"),
+        ("flip(3)", "write flip"),
+        ("resize(8,lanczos)", "bicubic"),
+        ("pad_crop(4,4)", "pad_crop\\(4\\)"),
+        ("pad_crop(4", "unknown augmentation"),
+    ],
+)
+def test_wrong_strings_are_explained(spec, message):
+    with pytest.raises(UserError, match=message):
+        parse(spec)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_converts_every_mode(mode, channels):
+    buffer = io.BytesIO()
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    Image.new("RGB", (6, 4), (200, 200, 200)).convert(mode).save(buffer, kind)
+    out = decode(buffer.getvalue(), channels)
+    assert out.shape == (4, 6, channels) and out.dtype == np.uint8
+    if mode not in ("P", "1"):
+        assert (abs(out.astype(int) - 200) <= 1).all()
+
+
+def test_decode_scales_sixteen_bits(encode):
+    deep = np.full((4, 6), 0x8000, np.uint16)
+    assert (decode(encode(deep, "PNG"), 3) == 128).all()
+
+
+def test_decode_passes_arrays_and_converts_their_channels(image):
+    assert decode(image, 3) is image
+    grey = decode(image, 1)
+    assert grey.shape == (16, 20, 1)
+    np.testing.assert_array_equal(decode(grey, 3)[:, :, 2], grey[:, :, 0])
+    assert decode(image[:, :, 0], 1).shape == (16, 20, 1)
+
+
+def test_decode_ignores_the_exif_orientation(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue(), 3).shape == image.shape
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+def test_decode_refuses_truncated_files(image, encode, kind, part):
+    big = np.tile(image, (8, 8, 1))
+    data = encode(big, kind)
+    assert decode(data, 3).shape == big.shape
+    with pytest.raises(ValueError):
+        decode(data[: int(part * len(data))], 3)
+
+
+def test_decode_refuses_text():
+    with pytest.raises(ValueError, match="cannot decode"):
+        decode(b"<html>not found</html>", 3)

@@ -1,0 +1,175 @@
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+from atebm_jax.data import ArraySource, decode, open_source
+from atebm_jax.data.sources import parse_tfds_spec
+from atebm_jax.errors import UserError
+
+
+def test_digits_hold_out_a_fifth_of_each_class():
+    train, test = open_source("digits:train"), open_source("digits:test")
+    assert len(train) + len(test) == 1797
+    assert train.num_classes == test.num_classes == 10
+    for label in range(10):
+        held_out = sum(test[i]["label"] == label for i in range(len(test)))
+        rest = sum(train[i]["label"] == label for i in range(len(train)))
+        assert held_out == round((held_out + rest) / 5)
+    image = test[0]["image"]
+    assert image.shape == (8, 8, 1) and image.dtype == np.uint8
+    assert max(train[i]["image"].max() for i in range(20)) == 255
+
+
+def test_digits_are_split_alike_each_time():
+    first, second = open_source("digits:test"), open_source("digits:test")
+    assert all(
+        np.array_equal(first[i]["image"], second[i]["image"]) for i in range(len(first))
+    )
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("cifar10", "must begin with"),
+        ("", "must begin with"),
+        ("digits:validation", "digits:train or digits:test"),
+        ("folder:", "no such folder"),
+        ("folder:/nowhere", "no such folder"),
+        ("tfds:cifar10", "tfds:NAME:SPLIT"),
+        ("tfds:cifar10:test[10", "tfds:NAME:SPLIT"),
+    ],
+)
+def test_wrong_specs_are_explained(spec, message):
+    with pytest.raises(UserError, match=message):
+        open_source(spec)
+
+
+@pytest.mark.parametrize(
+    "spec, name, split",
+    [
+        ("tfds:cifar10:train", "cifar10", "train"),
+        ("tfds:cifar10:test[10:20]", "cifar10", "test[10:20]"),
+        ("tfds:cifar10:3.0.2:test[:20]", "cifar10:3.0.2", "test[:20]"),
+        ("tfds:imagenet_v2/topimages:test", "imagenet_v2/topimages", "test"),
+        ("tfds:a:train[:10%]+test", "a", "train[:10%]+test"),
+    ],
+)
+def test_tfds_specs_are_split_outside_of_brackets(spec, name, split):
+    assert parse_tfds_spec(spec) == (name, split)
+
+
+def test_tfds_reads_encoded_images_and_labels(tfds_dir):
+    source = open_source("tfds:cifar10:test[10:30]", tfds_dir)
+    whole = open_source("tfds:cifar10:test", tfds_dir)
+    assert len(source) == 20 and len(whole) == 10_000
+    assert source.num_classes == 10 and source.class_names[3] == "cat"
+    assert source[0] == whole[10]
+    assert isinstance(source[0]["image"], bytes)
+    assert decode(source[0]["image"], 3).shape == (32, 32, 3)
+    assert source.describe(4) == "tfds:cifar10:test[10:30][4]"
+
+
+def test_tfds_needs_no_tensorflow(tfds_dir):
+    before = "tensorflow" in sys.modules
+    open_source("tfds:cifar10:test[:2]", tfds_dir)[0]
+    assert ("tensorflow" in sys.modules) == before
+
+
+def test_tfds_source_is_reopened_after_pickling(tfds_dir):
+    source = open_source("tfds:cifar10:test[:5]", tfds_dir)
+    copy = pickle.loads(pickle.dumps(source))
+    assert len(copy) == 5 and copy[2] == source[2]
+
+
+def test_tfds_names_a_version(tfds_dir):
+    assert len(open_source("tfds:cifar10:3.0.2:test", tfds_dir)) == 10_000
+    with pytest.raises(UserError, match="version '9.9.9'.*3.0.2"):
+        open_source("tfds:cifar10:9.9.9:test", tfds_dir)
+
+
+def test_missing_tfds_data_set_tells_what_is_there(tfds_dir):
+    with pytest.raises(UserError, match="no data set 'svhn'.*cifar10.*tfds build"):
+        open_source("tfds:svhn:test", tfds_dir)
+
+
+@pytest.mark.parametrize("split", ["validation", "test[:99999]"])
+def test_missing_tfds_split_tells_what_is_there(tfds_dir, split):
+    with pytest.raises(UserError, match=r"no split.*test \(10000 images\)"):
+        open_source(f"tfds:cifar10:{split}", tfds_dir)
+
+
+def test_missing_tfds_folder_is_explained(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        open_source("tfds:cifar10:train", str(tmp_path / "absent"))
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    with pytest.raises(UserError, match="no prepared version.*3.0.2"):
+        open_source("tfds:cifar10:train", str(tmp_path))
+
+
+def test_class_folders_are_labelled_in_order_of_name(tmp_path, encode, image):
+    for path in ("cat/2.JPG", "cat/1.png", "ant/deep/er/3.jpeg", ".hidden/4.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(encode(image, "PNG"))
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ("ant", "cat") and source.num_classes == 2
+    assert [source[i]["label"] for i in range(len(source))] == [0, 1, 1]
+    names = [source.describe(i) for i in range(3)]
+    expected = ("ant/deep/er/3.jpeg", "cat/1.png", "cat/2.JPG")
+    assert names == [str(tmp_path / path) for path in expected]
+    np.testing.assert_array_equal(decode(source[1]["image"], 3), image)
+
+
+def test_flat_folder_is_unlabelled(flat_folder):
+    source = open_source(f"folder:{flat_folder(3)}")
+    assert len(source) == 3
+    assert source.num_classes is None and source.class_names is None
+    assert source[2]["label"] == -1 and decode(source[2]["image"], 3)[0, 0, 0] == 10
+
+
+def test_folder_without_images_is_explained(tmp_path):
+    with pytest.raises(UserError, match="no images found"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_empty_class_folder_is_named(tmp_path, encode, image):
+    for name in ("full", "vacant"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "1.png").write_bytes(encode(image, "PNG"))
+    with pytest.raises(UserError, match="vacant"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_images_beside_class_folders_are_refused(flat_folder):
+    root = flat_folder(1)
+    (root / "cat").mkdir()
+    with pytest.raises(UserError, match=r"000\.png.*cat"):
+        open_source(f"folder:{root}")
+
+
+def test_array_source_returns_what_it_was_given():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    source = ArraySource(images, [2, 0], spec="mine")
+    assert len(source) == 2 and source.num_classes == 3
+    assert source[0]["label"] == 2 and source.describe(1) == "mine[1]"
+    np.testing.assert_array_equal(source[1]["image"], images[1])
+    assert ArraySource(images).num_classes is None
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), None, "uint8"),
+        (np.zeros((2, 4, 4), np.uint8), None, "N, H, W, C"),
+        (np.zeros((2, 3, 4, 4), np.uint8), None, "C = 1 or 3"),
+        (np.zeros((0, 4, 4, 3), np.uint8), None, "no images"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], r"shape \[2\]"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], "integers"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, -1], "0..0"),
+    ],
+)
+def test_wrong_arrays_are_explained(images, labels, message):
+    with pytest.raises(UserError, match=message):
+        ArraySource(images, labels)
