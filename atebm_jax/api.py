@@ -224,7 +224,7 @@ class Model:
 
 @lru_cache
 def _logits(model: nn.Module) -> Callable:
-    return jax.jit(lambda variables, x: model.apply(variables, x))
+    return jax.jit(lambda variables, x: models.logits_fn(model, variables)(x))
 
 
 @lru_cache
@@ -233,7 +233,7 @@ def _sampler(model: nn.Module, conditional: bool) -> Callable:
         *labels, step_size, num_steps = rest
         draw = sampling.conditional if conditional else sampling.unconditional
         return draw(
-            lambda images: model.apply(variables, images),
+            models.logits_fn(model, variables),
             x,
             *labels,
             step_size=step_size,
@@ -254,8 +254,9 @@ def _attacker(model: nn.Module, norm: str, epsilon: float) -> Callable:
         step_size: jax.Array,
         num_steps: jax.Array,
     ) -> jax.Array:
+        logits_fn = models.logits_fn(model, variables)
         return attacks.pgd(
-            lambda images: losses.cross_entropy(model.apply(variables, images), y),
+            lambda images: losses.cross_entropy(logits_fn(images), y),
             x,
             threat=threat,
             step_size=step_size,

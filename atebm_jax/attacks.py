@@ -153,7 +153,7 @@ def pgd(
     images: jax.Array,
     *,
     threat: Threat,
-    step_size: float,
+    step_size: jax.Array | float,
     num_steps: jax.Array | int,
     start: jax.Array | None = None,
 ) -> jax.Array:
@@ -185,7 +185,7 @@ def momentum_pgd(
     images: jax.Array,
     *,
     threat: Threat,
-    step_size: float,
+    step_size: jax.Array | float,
     num_steps: jax.Array | int,
     momentum: float = 0.0,
     keep_best: bool = False,

@@ -42,7 +42,7 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
     folder = stage_folder(workdir, stage)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        (folder / "trash").rmtree(missing_ok=True)
+        _remove_leftovers(folder)
     policies: list[checkpoint_managers.PreservationPolicy] = [
         checkpoint_managers.LatestN(2)
     ]
@@ -59,7 +59,6 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
         # Without a best_fn Orbax does not store the metrics that the policies read.
         best_fn=_rank_by("robust_accuracy", True),
         todelete_subdir="trash",
-        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
 
@@ -220,6 +219,13 @@ def check_weights(expected: Any, weights: Any, source: str) -> None:
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """A config as plain JSON values (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def _remove_leftovers(folder: epath.Path) -> None:
+    """Removes what a killed process was about to save or to delete: all but steps."""
+    for path in folder.iterdir():
+        if not path.name.isdigit():
+            path.rmtree()
 
 
 def _rank_by(name: str, more_is_better: bool) -> Any:

@@ -4,6 +4,7 @@ A file in `configs/` starts from `default()` and sets what its data set needs; t
 command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
 """
 
+import ast
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -264,7 +265,8 @@ def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
             )
     if not stage.learning_rate > 0:
         raise UserError(
-            f"config.{name}.learning_rate is {stage.learning_rate}: it must be positive."
+            f"config.{name}.learning_rate is {stage.learning_rate}: it must be "
+            "positive."
         )
     if not 0 <= stage.average_decay < 1:
         raise UserError(
@@ -360,8 +362,10 @@ def _is_number(text: str, kind: type) -> bool:
 
 
 def _is_tuple(text: str) -> bool:
-    stripped = text.strip()
-    return not stripped or (stripped[0] in "([" and stripped[-1] in ")]")
+    try:
+        return isinstance(ast.literal_eval(text), tuple | list)
+    except (SyntaxError, ValueError):
+        return False
 
 
 _PARSES = {

@@ -22,7 +22,8 @@ from atebm_jax.errors import UserError
 from atebm_jax.evaluate import accuracy, plots, report, samples
 from atebm_jax.preemption import StopSignal
 from atebm_jax.reporting import MetricWriter, read_metrics, replace_text
-from atebm_jax.train import Job, train_stage
+from atebm_jax.stages import classifier_adversary
+from atebm_jax.train import Job, build_step, train_stage
 
 
 def run(
@@ -51,12 +52,13 @@ def run(
     configuration.check(config)
     console = console or Console()
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(
-        config.evaluate.batch_size, mesh, "config.evaluate.batch_size"
-    )
     model = models.build(config.model)
     sources = _open_sources(config)
-    workdir = _claim(epath.Path(workdir), config, allow_config_change)
+    workdir = epath.Path(workdir)
+    # Everything that can be refused is refused before anything is written.
+    _check_rooms(config, mesh, model, len(sources["train"]))
+    origins = _origins(config, workdir, model)
+    _claim(workdir, config, allow_config_change)
     stop = StopSignal()
     writer = MetricWriter(workdir)
     try:
@@ -75,7 +77,7 @@ def run(
         )
         _greet(console, job)
         for name in configuration.stages_to_run(config):
-            train_stage(job, name, _initial(job, name))
+            train_stage(job, name, origins[name])
         return evaluation.final(console)
     finally:
         writer.close()
@@ -103,9 +105,26 @@ def _open_sources(config: ml_collections.ConfigDict) -> dict[str, data.Source]:
     return sources
 
 
+def _check_rooms(
+    config: ml_collections.ConfigDict, mesh: Mesh, model: nn.Module, num_train: int
+) -> None:
+    """Has every room check its part of the config."""
+    sizes = {"evaluate.batch_size": config.evaluate.batch_size}
+    for name in configuration.stages_to_run(config):
+        total = configuration.num_steps(config[name], num_train)
+        build_step(config, name, model, total)
+        sizes[f"{name}.batch_size"] = config[name].batch_size
+    for field, size in sizes.items():
+        sharding.check_batch_size(size, mesh, f"config.{field}")
+    for field in ("augment_gen", "augment_cls", "augment_seeds", "preprocess"):
+        data.parse(config.data[field])
+    classifier_adversary(config.evaluate.attack)
+    samples.check_judge(config.evaluate.samples.judge)
+
+
 def _claim(
     workdir: epath.Path, config: ml_collections.ConfigDict, allow_change: bool
-) -> epath.Path:
+) -> None:
     """Makes the workdir, or refuses one that another config has made."""
     path = workdir / "config.json"
     now = checkpoint.as_json(config)
@@ -123,7 +142,6 @@ def _claim(
             replace_text(path, json.dumps(now, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error}.") from error
-    return workdir
 
 
 def _greet(console: Console, job: Job) -> None:
@@ -149,29 +167,37 @@ def _random_variables(model: nn.Module, config: ml_collections.ConfigDict) -> An
     return model.init(jax.random.key(config.seed), jnp.zeros(shape))
 
 
-def _initial(job: Job, name: str) -> Callable[[], Any]:
-    """Where a stage starts: random, `init_from`, or stage 1's averaged weights."""
-    expected = jax.eval_shape(lambda: _random_variables(job.model, job.config))
-    first = configuration.stages_to_run(job.config)[0]
+def _origins(
+    config: ml_collections.ConfigDict, workdir: epath.Path, model: nn.Module
+) -> dict[str, Callable[[], Any]]:
+    """For each stage what makes the variables that it starts from.
 
-    def initial() -> Any:
-        if job.config.init_from and name == first:
-            source = job.config.init_from
-        elif name == "stage1":
-            return jax.jit(lambda: _random_variables(job.model, job.config))()
-        else:
-            source = checkpoint.stage_folder(job.workdir, "stage1")
-            if not checkpoint.steps_in(source):
-                raise UserError(
-                    f"stage2 starts from the weights of stage 1 and {job.workdir} has "
-                    "none: run stage1 first or give --config.init_from=CHECKPOINT."
-                )
+    The first stage starts from `init_from` or at random; stage 2 otherwise from the
+    averaged weights of stage 1 in the workdir.
+    """
+    expected = jax.eval_shape(lambda: _random_variables(model, config))
+
+    def loaded(source: str | epath.Path) -> Any:
         weights, _ = checkpoint.load_weights(source)
         weights = {k: v for k, v in weights.items() if v or k in expected}
         checkpoint.check_weights(expected, weights, str(source))
         return weights
 
-    return initial
+    stage1 = checkpoint.stage_folder(workdir, "stage1")
+    origins: dict[str, Callable[[], Any]] = {
+        "stage1": jax.jit(lambda: _random_variables(model, config)),
+        "stage2": lambda: loaded(stage1),
+    }
+    first = configuration.stages_to_run(config)[0]
+    if config.init_from:
+        loaded(config.init_from)
+        origins[first] = lambda: loaded(config.init_from)
+    elif first == "stage2" and not checkpoint.steps_in(stage1):
+        raise UserError(
+            f"stage2 starts from the weights of stage1 and {workdir} has none: run "
+            "stage1 there first, or give --config.init_from=CHECKPOINT."
+        )
+    return origins
 
 
 class _Evaluation:
@@ -269,20 +295,24 @@ class _Evaluation:
                 },
             },
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "notes": [
-                f"robust: {attack.num_steps}-step PGD, {attack.norm} radius "
-                f"{attack.epsilon:g}, step {attack.step_size:g}, averaged weights.",
-                f"samples: {sample.num_test}, {sample.num_steps} steps of "
-                f"{sample.step_size:g} from "
-                f"{'uniform noise' if config.data.seeds == 'noise' else config.data.seeds}; "
-                f"distance: Frechet on {self._components()} principal components of the "
-                "training pixels (not FID).",
-                *_gain_note(config, stages),
-            ],
+            "notes": self._notes(stages),
         }
 
-    def _components(self) -> int:
-        return int(self._fitted_reference().pca.n_components_)
+    def _notes(self, stages: dict[str, dict[str, Any]]) -> list[str]:
+        attack, sample = self._config.evaluate.attack, self._config.evaluate.samples
+        seeds = self._config.data.seeds
+        components = self._fitted_reference().pca.n_components_
+        robust = (
+            f"robust: {attack.num_steps}-step PGD, {attack.norm} radius "
+            f"{attack.epsilon:g}, step {attack.step_size:g}, averaged weights."
+        )
+        drawn = (
+            f"samples: {sample.num_test}, {sample.num_steps} steps of "
+            f"{sample.step_size:g} from "
+            f"{'uniform noise' if seeds == 'noise' else seeds}; distance: Frechet on "
+            f"{components} principal components of the training pixels (not FID)."
+        )
+        return [robust, drawn, *_gain_note(self._config, stages)]
 
     def _accuracy(self, role: str, variables: Any, limit: int) -> dict[str, float]:
         settings = self._config.data
@@ -354,8 +384,9 @@ def _gain_note(config: ml_collections.ConfigDict, stages: dict[str, Any]) -> lis
         return []
     if config.data.augment_gen == config.data.augment_cls:
         return []
-    return [
+    gain = (
         "Stage 2 also sees the training images under the weaker augmentation of the "
         f"generative batch ({config.data.augment_gen or 'none'} instead of "
         f"{config.data.augment_cls}): part of its gain over stage 1 comes from that."
-    ]
+    )
+    return [gain]

@@ -49,6 +49,6 @@ class StopSignal:
         return self._number
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal came; for work that leaves nothing behind."""
+        """Raises `Interrupted` if a signal came; for work that is done again."""
         if self._number and not self._several:
             raise Interrupted(self._number)

@@ -30,7 +30,7 @@ def conditional(
     seeds: jax.Array,
     labels: jax.Array,
     *,
-    step_size: float,
+    step_size: jax.Array | float,
     num_steps: jax.Array | int,
 ) -> jax.Array:
     """Samples of given classes: unbounded PGD on f(x)[y] = -E(x, y).
@@ -58,7 +58,7 @@ def unconditional(
     logits_fn: ObjectiveFn,
     seeds: jax.Array,
     *,
-    step_size: float,
+    step_size: jax.Array | float,
     num_steps: jax.Array | int,
 ) -> jax.Array:
     """Samples of any class: unbounded PGD on logsumexp f(x) = -E(x).

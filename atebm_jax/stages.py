@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax import attacks, energy, losses, metrics
+from atebm_jax import attacks, energy, losses, metrics, models
 from atebm_jax.errors import UserError
 
 Batch = Mapping[str, jax.Array]
@@ -57,9 +57,7 @@ def classifier_adversary(
             f"{config.momentum}: the steps must not be negative, the momentum lies in "
             "[0, 1)."
         )
-    options = dict(
-        threat=threat, step_size=config.step_size, num_steps=config.num_steps
-    )
+    step_size, num_steps = config.step_size, config.num_steps
     momentum, keep_best = config.momentum, config.keep_best
 
     def adversary(logits_fn: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -67,9 +65,17 @@ def classifier_adversary(
             return losses.cross_entropy(logits_fn(images), y)
 
         if momentum == 0 and not keep_best:
-            return attacks.pgd(objective, x, **options)
+            return attacks.pgd(
+                objective, x, threat=threat, step_size=step_size, num_steps=num_steps
+            )
         return attacks.momentum_pgd(
-            objective, x, momentum=momentum, keep_best=keep_best, **options
+            objective,
+            x,
+            threat=threat,
+            step_size=step_size,
+            num_steps=num_steps,
+            momentum=momentum,
+            keep_best=keep_best,
         )
 
     return adversary
@@ -91,7 +97,7 @@ def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         variables: Variables, batch: Batch, num_steps: jax.Array
     ) -> dict[str, jax.Array]:
         del num_steps
-        logits_fn = _evaluation_logits(model, variables)
+        logits_fn = models.logits_fn(model, variables)
         return {"x_adv": adversary(logits_fn, batch["x_cls"], batch["y_cls"])}
 
     def loss(
@@ -147,7 +153,7 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     def adversaries(
         variables: Variables, batch: Batch, num_steps: jax.Array
     ) -> dict[str, jax.Array]:
-        logits_fn = _evaluation_logits(model, variables)
+        logits_fn = models.logits_fn(model, variables)
         labels = batch["y_gen"] if conditional else None
         x_contrastive = attacks.pgd(
             lambda x: energy.score(logits_fn(x), labels),
@@ -168,7 +174,7 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     def loss(
         params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        logits_fn = _evaluation_logits(
+        logits_fn = models.logits_fn(
             model, {"params": params, "batch_stats": batch_stats}
         )
         real, contrastive, adversarial = _one_pass(
@@ -197,12 +203,6 @@ STAGES: dict[str, Callable[[nn.Module, ml_collections.ConfigDict], Stage]] = {
     "stage1": stage1,
     "stage2": stage2,
 }
-
-
-def _evaluation_logits(
-    model: nn.Module, variables: Variables
-) -> Callable[[jax.Array], jax.Array]:
-    return lambda images: model.apply(variables, images)
 
 
 def _one_pass(logits_fn: Callable, *batches: jax.Array) -> list[jax.Array]:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,8 +77,13 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
     """
     config = job.config[name]
     total = configuration.num_steps(config, len(job.sources["train"]))
-    sharding.check_batch_size(config.batch_size, job.mesh, f"config.{name}.batch_size")
-    step_fn, fresh = _compile(job, name, total, initial)
+    step, new_state = build_step(job.config, name, job.model, total)
+    everywhere = sharding.replicated(job.mesh)
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+
+    def fresh() -> TrainState:
+        return sharding.put_replicated(new_state(initial()), job.mesh)
+
     checkpoints = checkpoint.manager(job.workdir, name)
     try:
         state = _latest(checkpoints, fresh)
@@ -101,44 +107,52 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
         checkpoints.close()
 
 
-def _compile(
-    job: Job, name: str, total: int, initial: Callable[[], Any]
-) -> tuple[train_step.StepFn, Callable[[], TrainState]]:
-    """The jitted step of a stage and a function that makes its fresh state."""
-    config = job.config[name]
-    optimizer = optim.optimizer(config.optimizer, weight_decay=config.weight_decay)
+def build_step(
+    config: ml_collections.ConfigDict, name: str, model: nn.Module, total: int
+) -> tuple[train_step.StepFn, Callable[[Any], TrainState]]:
+    """The update of a stage as its config describes it, and its fresh state.
+
+    Args:
+      config: the whole config.
+      name: "stage1" or "stage2".
+      model: images to logits.
+      total: steps of the stage.
+
+    Returns:
+      (the step as of `train_step.make`, variables -> train state).
+
+    Raises:
+      UserError: a value of the stage's config is refused.
+    """
+    stage = config[name]
+    optimizer = optim.optimizer(stage.optimizer, weight_decay=stage.weight_decay)
     learning_rate = optim.schedule(
-        config.schedule,
-        peak=config.learning_rate,
+        stage.schedule,
+        peak=stage.learning_rate,
         num_steps=total,
-        warmup_steps=config.warmup_steps,
-        decay_at=tuple(config.decay_at),
-        decay_factor=config.decay_factor,
+        warmup_steps=stage.warmup_steps,
+        decay_at=tuple(stage.decay_at),
+        decay_factor=stage.decay_factor,
     )
     options: dict[str, Any] = {}
     window_length = 1
     if name == "stage2":
-        options["auc_threshold"] = config.auc_threshold
-        options["max_contrastive_steps"] = config.t_max
+        options["auc_threshold"] = stage.auc_threshold
+        options["max_contrastive_steps"] = stage.t_max
         window_length = curriculum.window_length(
-            config.auc_window_images, config.batch_size
+            stage.auc_window_images, stage.batch_size
         )
     step = train_step.make(
-        stages.STAGES[name](job.model, config),
+        stages.STAGES[name](model, stage),
         optimizer,
         learning_rate,
-        seed=job.config.seed,
-        max_decay=config.average_decay,
+        seed=config.seed,
+        max_decay=stage.average_decay,
         **options,
     )
-    everywhere = sharding.replicated(job.mesh)
-    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
-
-    def fresh() -> TrainState:
-        state = train_state.create(initial(), optimizer, window_length=window_length)
-        return sharding.put_replicated(state, job.mesh)
-
-    return step_fn, fresh
+    return step, partial(
+        train_state.create, optimizer=optimizer, window_length=window_length
+    )
 
 
 def _latest(
@@ -300,4 +314,4 @@ def _roll_back(
         "data_offset": jnp.asarray(position - step, jnp.int32),
         "rollbacks": jnp.asarray(rollbacks, jnp.int32),
     }
-    return state.replace(**sharding.put_replicated(counters, job.mesh))
+    return replace(state, **sharding.put_replicated(counters, job.mesh))

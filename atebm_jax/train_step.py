@@ -1,6 +1,7 @@
 """One update of the parameters as a pure function of state and batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -61,13 +62,14 @@ def make(
         gradient_norm = optax.global_norm(gradients)
         applied = _apply(state, optimizer, gradients, batch_stats, rate, max_decay)
         if "auc" in metrics:
-            applied = applied.replace(
+            applied = replace(
+                applied,
                 curriculum=curriculum.update(
                     state.curriculum,
                     metrics["auc"],
                     threshold=auc_threshold,
                     max_steps=max_contrastive_steps,
-                )
+                ),
             )
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         new_state = _keep_if(finite, applied, state)
@@ -116,7 +118,8 @@ def _apply(
         state.num_averages,
         max_decay,
     )
-    return state.replace(
+    return replace(
+        state,
         params=params,
         batch_stats=batch_stats,
         optimizer=optimizer_state,
@@ -130,7 +133,8 @@ def _keep_if(finite: jax.Array, applied: TrainState, state: TrainState) -> Train
     """The applied state where the step was finite, else the old one; counts both."""
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), applied, state)
     broken = (~finite).astype(jnp.int32)
-    return kept.replace(
+    return replace(
+        kept,
         step=state.step + 1,
         skipped=state.skipped + broken,
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),

@@ -92,7 +92,7 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarray:
-    """Pads each side with `pad` black pixels, then crops the original size at random."""
+    """Pads every side with `pad` black pixels, crops the old size at random."""
     height, width, channels = image.shape
     top, left = rng.integers(0, 2 * pad + 1, size=2)
     padded = np.zeros((height + 2 * pad, width + 2 * pad, channels), np.uint8)

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from atebm_jax import metrics, sharding
+from atebm_jax import metrics, models, sharding
 from atebm_jax.stages import classifier_adversary
 
 CountFn = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
@@ -34,9 +34,7 @@ def make_counter(
     adversary = classifier_adversary(attack)
 
     def count(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        def logits_fn(x: jax.Array) -> jax.Array:
-            return model.apply(variables, x)
-
+        logits_fn = models.logits_fn(model, variables)
         images = batch["images"].astype(jnp.float32) / 255.0
         clean = metrics.accuracy(logits_fn(images), batch["labels"]) & batch["mask"]
         attacked = adversary(logits_fn, images, batch["labels"])

@@ -7,9 +7,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from etils import epath  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from etils import epath
 
 
 def sample_grid(

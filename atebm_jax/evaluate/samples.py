@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from atebm_jax import metrics, sampling, sharding
+from atebm_jax import metrics, models, sampling, sharding
 from atebm_jax.errors import UserError
 
 SampleFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -41,6 +41,19 @@ class Reference(NamedTuple):
     judge: Any
 
 
+def check_judge(judge: str) -> None:
+    """Refuses a judge that is neither a key of `JUDGES` nor empty.
+
+    Raises:
+      UserError: unknown judge.
+    """
+    if judge and judge not in JUDGES:
+        raise UserError(
+            f"unknown config.evaluate.samples.judge {judge!r}: choose one of "
+            f"{', '.join(JUDGES)}, or leave it empty."
+        )
+
+
 def make_reference(
     images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict
 ) -> Reference:
@@ -50,15 +63,7 @@ def make_reference(
       images: [N, H, W, C] uint8.
       labels: [N] int.
       config: `config.evaluate.samples`.
-
-    Raises:
-      UserError: unknown judge.
     """
-    if config.judge and config.judge not in JUDGES:
-        raise UserError(
-            f"unknown config.evaluate.samples.judge {config.judge!r}: choose one of "
-            f"{', '.join(JUDGES)}, or leave it empty."
-        )
     pixels = _flatten(images)
     components = min(config.pca_components, *pixels.shape)
     pca = PCA(components, svd_solver="full").fit(pixels)
@@ -109,7 +114,7 @@ def make_sampler(
 
     def sample(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
         return sampling.conditional(
-            lambda x: model.apply(variables, x),
+            models.logits_fn(model, variables),
             seeds,
             labels,
             step_size=config.step_size,
@@ -156,11 +161,12 @@ def draw(
         check_stop()
         indices = np.arange(start, start + batch_size, dtype=np.int32)
         if seed_images is None:
-            seeds = sampling.noise_seeds(key, jnp.asarray(indices), image_shape)
+            noise = sampling.noise_seeds(key, jnp.asarray(indices), image_shape)
+            start_images = np.asarray(noise)
         else:
             chosen = seed_images[indices % len(seed_images)]
-            seeds = chosen.astype(np.float32) / np.float32(255)
-        seeds = jax.device_put(np.asarray(seeds), target)
+            start_images = chosen.astype(np.float32) / np.float32(255)
+        seeds = jax.device_put(start_images, target)
         labels = jax.device_put(indices % num_classes, target)
         images.append(np.asarray(sample(variables, seeds, labels)))
     labels = np.asarray(sampling.cyclic_labels(num, num_classes))

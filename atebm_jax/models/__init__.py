@@ -1,13 +1,17 @@
 """Flax networks, one file a family, and the way to build one from a config."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import jax
 import ml_collections
 
 from atebm_jax.errors import UserError
 from atebm_jax.models import wide_resnet
 from atebm_jax.models.layers import conv_function
+
+LogitsFn = Callable[[jax.Array], jax.Array]
 
 MODELS: dict[str, Callable[[ml_collections.ConfigDict], nn.Module]] = {
     "wide_resnet": wide_resnet.build,
@@ -39,3 +43,17 @@ def build(config: ml_collections.ConfigDict) -> nn.Module:
         )
     conv_function(config.conv_gradient)
     return MODELS[config.name](config)
+
+
+def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:
+    """The network in evaluation mode: images [B, H, W, C] -> logits [B, K].
+
+    Normalisation layers use the running statistics in `variables` and leave them.
+    """
+
+    def apply(images: jax.Array) -> jax.Array:
+        logits = model.apply(variables, images)
+        assert isinstance(logits, jax.Array)
+        return logits
+
+    return apply

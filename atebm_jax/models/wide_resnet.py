@@ -36,7 +36,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = dict(dtype=self.dtype, conv_gradient=self.conv_gradient)
+        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         active = self.activation(batch_norm("bn1", train)(x))
         y = Conv(self.features, 3, self.stride, 1, name="conv1", **conv)(active)
         y = self.activation(batch_norm("bn2", train)(y))
@@ -82,7 +82,7 @@ class WideResNet(nn.Module):
         """
         activation = ACTIVATIONS[self.activation]
         x = Normalize(self.mean, self.std)(images) if self.mean else images
-        conv = dict(dtype=self.dtype, conv_gradient=self.conv_gradient)
+        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         x = Conv(16, 3, 1, 1, name="conv1", **conv)(x)
         for group, stride in enumerate((1, 2, 2)):
             for index in range((self.depth - 4) // 6):
