@@ -59,7 +59,7 @@ def make(
             state.params, state.batch_stats, inputs, made
         )
         rate = learning_rate(state.step)
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         applied = _apply(state, optimizer, gradients, batch_stats, rate, max_decay)
         if "auc" in metrics:
             applied = replace(

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.model.num_classes = 10
 
     config.stage1.batch_size = 64
-    config.stage1.num_steps = 300
+    config.stage1.num_steps = 400
     config.stage1.learning_rate = 0.1
     config.stage1.schedule = "cosine"
     config.stage1.adversary = adversary(epsilon=0.5, step_size=0.15, num_steps=5)
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.stage1.checkpoint_every_steps = 50
 
     config.stage2.batch_size = 64
-    config.stage2.num_steps = 250
+    config.stage2.num_steps = 400
     config.stage2.learning_rate = 0.01
     config.stage2.schedule = "constant"
     config.stage2.adversary = adversary(epsilon=0.5, step_size=0.15, num_steps=5)
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.stage2.t_max = 30
     config.stage2.auc_threshold = 0.8
     config.stage2.auc_window_images = 256
-    config.stage2.eval_every_steps = 50
+    config.stage2.eval_every_steps = 100
     config.stage2.checkpoint_every_steps = 50
 
     config.evaluate.batch_size = 100

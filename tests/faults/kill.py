@@ -1,4 +1,4 @@
-"""Kills a small digits job again and again and compares its end with an undisturbed one.
+"""Kills a small digits job at random moments and compares its end with another's.
 
     python tests/faults/kill.py --kills=10 --seed=0
 

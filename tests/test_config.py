@@ -1,0 +1,189 @@
+"""Configs: overrides, checks and comparison."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from ml_collections import ConfigDict
+
+from atebm_jax import UserError, config, curriculum, data, main, models
+from atebm_jax.train import build_step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+ROWS = [
+    "digits.py",
+    "cifar10.py:wrn34_10_t40",
+    "cifar10.py:wrn34_10_t50",
+    "cifar10.py:small",
+    "cifar100.py:wrn34_10_t45",
+    "cifar100.py:wrn34_10_t50",
+    "cifar100.py:small",
+]
+
+
+def load(row: str) -> ConfigDict:
+    return main.load_config(str(CONFIGS / row))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_is_accepted_by_every_room(row):
+    settings = load(row)
+    config.check(settings)
+    model = models.build(settings.model)
+    for name in ("stage1", "stage2"):
+        build_step(settings, name, model, config.num_steps(settings[name], 50_000))
+    for field in ("augment_gen", "augment_cls", "augment_seeds", "preprocess"):
+        data.parse(settings.data[field])
+
+
+def test_all_rows_of_all_files_are_tested():
+    found = []
+    for path in sorted(CONFIGS.glob("*.py")):
+        spec = importlib.util.spec_from_file_location("rows", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        rows = getattr(module, "ROWS", None)
+        found += [f"{path.name}:{row}" for row in rows] if rows else [path.name]
+    assert sorted(found) == sorted(ROWS)
+
+
+def test_cifar_rows_carry_the_values_of_the_paper():
+    ten, hundred = load(ROWS[2]), load(ROWS[5])
+    assert (ten.stage2.learning_rate, hundred.stage2.learning_rate) == (1e-3, 1e-2)
+    assert (ten.stage2.auc_threshold, hundred.stage2.auc_threshold) == (0.7, 0.75)
+    assert (ten.stage2.t_max, load(ROWS[1]).stage2.t_max) == (100, 50)
+    for settings in (ten, hundred):
+        for stage in (settings.stage1, settings.stage2):
+            assert (stage.batch_size, stage.weight_decay) == (128, 5e-4)
+            assert (stage.optimizer, stage.average_decay) == ("sgd", 0.999)
+            attack = stage.adversary
+            assert (attack.norm, attack.epsilon) == ("l2", 0.5)
+            assert (attack.step_size, attack.num_steps) == (0.1, 10)
+        assert settings.stage1.num_epochs == 300
+        assert settings.stage1.schedule == "cosine"
+        assert settings.stage2.schedule == "constant"
+        assert settings.stage2.contrastive_step_size == 0.1
+        assert curriculum.window_length(settings.stage2.auc_window_images, 128) == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stage2.auc_treshold", "0.7", "stage2.auc_threshold"),
+        ("auc_threshold", "0.7", "stage2.auc_threshold"),
+        ("stage2", "1", "group of fields"),
+        ("stage2.t_max", "7.5", "no int"),
+        ("stage2.auc_threshold", "high", "no float"),
+        ("data.image_shape", "8", "no tuple"),
+        ("stage2.log_r1", "maybe", "no bool"),
+    ],
+)
+def test_misspelt_or_ill_typed_override_names_the_remedy(field, value, message):
+    with pytest.raises(UserError, match=message):
+        config.check_override(config.default(), field, value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stage2.t_max", "7"),
+        ("stage2.auc_threshold", "1"),
+        ("stage2.auc_threshold", "1e-3"),
+        ("data.image_shape", "(8, 8, 1)"),
+        ("stage2.log_r1", "true"),
+        ("data.train", "folder:x"),
+    ],
+)
+def test_fitting_override_is_taken(field, value):
+    config.check_override(config.default(), field, value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stages", "stage3", "choose auto"),
+        ("seed", -1, "seed"),
+        ("data.image_shape", (8, 8), "image_shape"),
+        ("data.train", "", "data.train"),
+        ("stage1.num_steps", 0, "budget"),
+        ("stage1.num_epochs", 1.0, "budget"),
+        ("stage1.learning_rate", 0.0, "positive"),
+        ("stage1.average_decay", 1.0, "average_decay"),
+        ("stage2.t_max", -1, "t_max"),
+        ("stage2.auc_threshold", 1.5, "AUC"),
+        ("evaluate.samples.num", 1, "samples.num"),
+    ],
+)
+def test_impossible_value_is_refused_by_name(field, value, message):
+    settings = load("digits.py")
+    settings.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        config.check(settings)
+
+
+def test_steps_follow_from_epochs_or_are_given():
+    stage = config.default().stage1
+    stage.num_epochs = 2.0
+    assert config.num_steps(stage, 1280) == 20
+    stage.num_epochs, stage.num_steps = 0.0, 7
+    assert config.num_steps(stage, 1280) == 7
+
+
+def test_comparison_names_fields_and_leaves_run_control_out():
+    old, new = config.default(), config.default()
+    new.stages, new.data.num_workers, new.stage2.t_max = "stage1", 3, 51
+    assert config.differences(old.to_dict(), new.to_dict()) == [
+        "stage2.t_max: 50 before, 51 now"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.py", "no config file"),
+        ("cifar10.py:smal", "did you mean 'small'"),
+        ("digits.py:row", "no rows"),
+    ],
+)
+def test_config_file_that_cannot_be_loaded_is_explained(path, message):
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_command_line_overrides_reach_the_config(monkeypatch):
+    path = str(CONFIGS / "cifar10.py")
+    arguments = ["main", f"--config={path}:small", "--workdir=x"]
+    arguments += ["--config.stage2.t_max=7", "--config.data.image_shape=(64,64,3)"]
+    # ml_collections reads the overrides from sys.argv itself.
+    monkeypatch.setattr(sys, "argv", arguments)
+    with flagsaver.flagsaver():
+        main._parse(arguments)
+        settings = flags.FLAGS.config
+    assert settings.stage2.t_max == 7
+    assert tuple(settings.data.image_shape) == (64, 64, 3)
+    assert settings.model.depth == 16
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--workdir=x"],
+        ["--config=configs/nowhere.py", "--workdir=x"],
+        ["--config={digits}"],
+        ["--config={digits}", "--workdir=x", "--config.stage2.t_maxx=3"],
+        ["--config={digits}", "--workdir=x", "--workdirr=3"],
+        ["--config={digits}", "--workdir=x", "surplus"],
+    ],
+)
+def test_user_mistake_on_the_command_line_exits_with_2(arguments, capsys):
+    filled = [a.format(digits=CONFIGS / "digits.py") for a in arguments]
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as leaving:
+        flags.FLAGS.unparse_flags()
+        main._parse(["main", *filled])
+    assert leaving.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") <= 2
