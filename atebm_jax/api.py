@@ -101,11 +101,7 @@ class Model:
         number = self._count(labels, count, seeds)
         size = settings.step_size if step_size is None else step_size
         steps = settings.num_steps if num_steps is None else num_steps
-        if steps < 0 or not size > 0:
-            raise UserError(
-                f"num_steps is {steps} and step_size {size}: the steps must not be "
-                "negative, their size is positive."
-            )
+        _check_steps(size, steps)
         if seeds is None:
             indices = jnp.arange(number, dtype=jnp.int32)
             start = np.asarray(
@@ -151,6 +147,7 @@ class Model:
         )
         size = settings.step_size if step_size is None else step_size
         steps = settings.num_steps if num_steps is None else num_steps
+        _check_steps(size, steps)
         return self._run(
             attack,
             x,
@@ -220,6 +217,14 @@ class Model:
                 "positive and the same."
             )
         return next(iter(given.values()), 1)
+
+
+def _check_steps(step_size: float, num_steps: int) -> None:
+    if num_steps < 0 or not step_size > 0:
+        raise UserError(
+            f"num_steps is {num_steps} and step_size {step_size}: the steps must not "
+            "be negative, their size is positive."
+        )
 
 
 @lru_cache

@@ -1,0 +1,125 @@
+"""The Python interface: numpy in, numpy out, batched inside."""
+
+import numpy as np
+import pytest
+import tiny
+
+import atebm_jax
+from atebm_jax import UserError
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "digits"
+    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return atebm_jax.load(workdir, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((6, 8, 8, 1), np.float32)
+
+
+def test_three_readings_of_the_logits_agree(model, images):
+    logits = model.logits(images)
+    assert logits.shape == (6, 10) and logits.dtype == np.float32
+    labels = np.arange(6)
+    np.testing.assert_array_equal(
+        model.energy(images, labels), -logits[np.arange(6), labels]
+    )
+    marginal = -np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+    np.testing.assert_allclose(model.energy(images), marginal, rtol=1e-5, atol=1e-5)
+    probabilities = model.classify(images)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(probabilities.argmax(1), logits.argmax(1))
+
+
+def test_result_does_not_depend_on_the_batch_size(workdir, model, images):
+    other = atebm_jax.load(workdir, batch_size=6)
+    np.testing.assert_allclose(
+        other.logits(images), model.logits(images), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_bytes_and_floats_are_the_same_image(model):
+    pixels = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
+    as_floats = pixels.astype(np.float32) / 255
+    np.testing.assert_array_equal(model.logits(pixels), model.logits(as_floats))
+
+
+def test_one_image_counts_as_a_batch_of_one(model, images):
+    assert model.logits(images[0]).shape == (1, 10)
+
+
+def test_samples_lie_in_the_unit_range_and_raise_their_class(model):
+    labels = np.arange(6)
+    drawn = model.sample(labels, step_size=0.3, num_steps=5)
+    assert drawn.shape == (6, 8, 8, 1) and drawn.dtype == np.float32
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    start = model.sample(labels, num_steps=0)
+    assert (model.energy(drawn, labels) < model.energy(start, labels)).all()
+
+
+def test_unconditional_samples_lower_the_marginal_energy(model):
+    drawn = model.sample(count=3, step_size=0.3, num_steps=5)
+    start = model.sample(count=3, num_steps=0)
+    assert (model.energy(drawn) < model.energy(start)).all()
+
+
+def test_sample_does_not_depend_on_how_many_are_drawn(model):
+    few, many = model.sample(count=2, num_steps=0), model.sample(count=5, num_steps=0)
+    np.testing.assert_array_equal(few, many[:2])
+    other = model.sample(count=2, num_steps=0, seed=1)
+    assert not np.array_equal(few, other)
+
+
+def test_samples_start_from_given_seeds(model, images):
+    np.testing.assert_array_equal(model.sample(3, seeds=images, num_steps=0), images)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("l2", 0.5), ("linf", 8 / 255)])
+def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsilon):
+    labels = model.classify(images).argmax(1)
+    attacked = model.attack(images, labels, norm=norm, epsilon=epsilon)
+    delta = (attacked - images).reshape(6, -1)
+    order = 2 if norm == "l2" else np.inf
+    assert (np.linalg.norm(delta, order, axis=1) <= epsilon * (1 + 1e-5)).all()
+    rows = np.arange(6)
+    before, after = model.classify(images), model.classify(attacked)
+    assert (after[rows, labels] < before[rows, labels]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: m.logits(x[:, :7]), r"this model takes \[N, H, W, C\]"),
+        (lambda m, x: m.logits(x[:0]), "N >= 1"),
+        (lambda m, x: m.logits(x * 255), "without any normalisation"),
+        (lambda m, x: m.logits(x * np.nan), "finite"),
+        (lambda m, x: m.energy(x, np.arange(5)), "one int"),
+        (lambda m, x: m.energy(x, np.full(6, 10)), "expected 0 to 9"),
+        (lambda m, x: m.energy(x, np.full(6, 0.5)), "dtype float64"),
+        (lambda m, x: m.sample([1, 2], count=3), "labels 2, count 3"),
+        (lambda m, x: m.sample(count=0), "count 0"),
+        (lambda m, x: m.sample(1, num_steps=-1), "num_steps is -1"),
+        (lambda m, x: m.sample(1, step_size=0.0), "positive"),
+        (lambda m, x: m.attack(x, 1, norm="l3"), "unknown threat norm 'l3'"),
+        (lambda m, x: m.attack(x, 1, epsilon=-1.0), "must be positive"),
+        (lambda m, x: m.attack(x, 1, num_steps=-1), "num_steps is -1"),
+    ],
+)
+def test_wrong_input_gets_one_clear_sentence(model, images, call, message):
+    with pytest.raises(UserError, match=message):
+        call(model, images)
+
+
+def test_wrong_path_or_batch_size_gets_one_clear_sentence(workdir, tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        atebm_jax.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="batch_size is 0"):
+        atebm_jax.load(workdir, batch_size=0)

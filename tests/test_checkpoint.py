@@ -1,0 +1,177 @@
+"""Checkpoints: what is kept, what is read, what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from atebm_jax import UserError, checkpoint, models, optim, sharding, train_state
+
+CONFIG = tiny.config()
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A train state of the tiny network, with an AUC window."""
+    model = models.build(CONFIG.model)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    optimizer = optim.optimizer("sgd", weight_decay=0.0)
+    fresh = train_state.create(variables, optimizer, window_length=3)
+    return sharding.put_replicated(fresh, sharding.make_mesh())
+
+
+def at(state, step):
+    """The state as it would be at a step, told apart by its weights."""
+    values = jnp.asarray(step, jnp.int32), jnp.asarray(step, jnp.float32)
+    scaled = jax.tree.map(lambda x: x + values[1], state.average_params)
+    curriculum = replace(state.curriculum, num_steps=values[0])
+    moved = replace(state, step=values[0], average_params=scaled, curriculum=curriculum)
+    return sharding.put_replicated(moved, sharding.make_mesh())
+
+
+def write(workdir, state, evaluated):
+    """Saves one checkpoint for each (step, metrics)."""
+    manager = checkpoint.manager(workdir, "stage1")
+    for step, metrics in evaluated.items():
+        checkpoint.save(
+            manager, at(state, step), stage="stage1", config=CONFIG, metrics=metrics
+        )
+        manager.wait_until_finished()
+    manager.close()
+    return checkpoint.stage_folder(workdir, "stage1")
+
+
+def figures(robust, distance):
+    return {"robust_accuracy": robust, "sample_distance": distance}
+
+
+@pytest.fixture(scope="module")
+def stored(state, tmp_path_factory):
+    """A stage's folder: best accuracy at 1, best distance at 2, last two 5 and 6."""
+    evaluated = {
+        1: figures(0.9, 3.0),
+        2: figures(0.2, 0.5),
+        3: figures(0.3, 2.0),
+        4: None,
+        5: figures(0.4, 2.5),
+        6: None,
+    }
+    return write(tmp_path_factory.mktemp("stored"), state, evaluated)
+
+
+def test_last_two_and_best_by_each_metric_are_kept(stored):
+    assert checkpoint.steps_in(stored) == [1, 2, 5, 6]
+
+
+def test_worst_value_of_a_metric_is_never_the_best(state, tmp_path):
+    worst = figures(-float("inf"), float("inf"))
+    folder = write(tmp_path, state, {1: worst, 2: figures(0.1, 9.0), 3: None, 4: None})
+    assert checkpoint.steps_in(folder) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("best_by", "step"), [(None, 6), ("robust_accuracy", 1), ("sample_distance", 2)]
+)
+def test_weights_are_those_of_the_step_that_was_asked_for(stored, state, best_by, step):
+    weights, meta = checkpoint.load_weights(stored, best_by=best_by)
+    assert meta["step"] == step and meta["stage"] == "stage1"
+    expected = at(state, step).average_params
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], expected)
+
+
+def test_workdir_stage_and_step_are_all_paths_of_a_checkpoint(stored):
+    workdir = stored.parent.parent
+    assert checkpoint.find(workdir) == checkpoint.find(stored) == stored / "6"
+    assert checkpoint.find(stored / "2") == stored / "2"
+
+
+def test_restored_state_is_the_saved_one_bit_by_bit(stored, state):
+    manager = checkpoint.manager(stored.parent.parent, "stage1")
+    restored = checkpoint.restore(manager, 5, state)
+    manager.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, at(state, 5))
+    assert restored.step.sharding == state.step.sharding
+
+
+def test_step_that_is_there_is_not_saved_again(stored, state):
+    manager = checkpoint.manager(stored.parent.parent, "stage1")
+    other = replace(state, step=jnp.asarray(6, jnp.int32))
+    checkpoint.save(manager, other, stage="stage1", config=CONFIG, metrics=None)
+    manager.close()
+    weights, _ = checkpoint.load_weights(stored)
+    expected = at(state, 6).average_params
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], expected)
+
+
+def test_leftovers_of_a_killed_process_are_removed(stored, tmp_path):
+    folder = checkpoint.stage_folder(tmp_path, "stage1")
+    shutil.copytree(stored, folder)
+    (folder / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (folder / "trash" / "3").mkdir(parents=True)
+    manager = checkpoint.manager(tmp_path, "stage1")
+    assert sorted(manager.all_steps()) == [1, 2, 5, 6]
+    manager.close()
+    left = {p.name for p in folder.iterdir()}
+    assert {"1", "2", "5", "6"} <= left <= {"1", "2", "5", "6", "trash"}
+    assert not (folder / "trash" / "3").exists()
+
+
+def test_another_network_is_refused_and_nothing_is_cast(stored, state):
+    manager = checkpoint.manager(stored.parent.parent, "stage1")
+    wider = jax.tree.map(lambda x: jnp.concatenate([x, x]), state.params["fc"])
+    other = replace(state, params={**state.params, "fc": wider})
+    with pytest.raises(UserError, match="cannot be restored"):
+        checkpoint.restore(manager, 6, other)
+    manager.close()
+
+
+@pytest.mark.parametrize("best_by", ["accuracy", "robust_acc"])
+def test_unknown_metric_names_the_known_ones(stored, best_by):
+    with pytest.raises(UserError, match="robust_accuracy, sample_distance"):
+        checkpoint.find(stored, best_by=best_by)
+
+
+def test_best_of_a_stage_without_evaluation_is_refused(state, tmp_path):
+    folder = write(tmp_path, state, {1: None})
+    with pytest.raises(UserError, match="none is the best"):
+        checkpoint.load_weights(folder, best_by="robust_accuracy")
+
+
+def test_path_without_checkpoint_says_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.load_weights(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="expected a workdir"):
+        checkpoint.load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("victim", ["state", "meta"])
+def test_damaged_checkpoint_is_refused_by_name(stored, tmp_path, victim):
+    folder = tmp_path / "6"
+    shutil.copytree(stored / "6", folder)
+    for path in (folder / victim).rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"checkpoint {folder}.*damaged"):
+        checkpoint.load_weights(folder)
+
+
+def test_checkpoint_of_a_later_format_is_refused(stored, tmp_path):
+    folder = tmp_path / "6"
+    shutil.copytree(stored / "6", folder)
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.load_weights(folder)
+
+
+def test_weights_of_another_shape_are_named():
+    expected = {"params": {"fc": {"kernel": np.zeros((64, 10))}}}
+    weights = {"params": {"fc": {"kernel": np.zeros((64, 7)), "bias": np.zeros(7)}}}
+    with pytest.raises(UserError, match="2 arrays differ.*fc/bias.*fc/kernel"):
+        checkpoint.check_weights(expected, weights, "x")

@@ -1,0 +1,145 @@
+"""What a job shows and writes on the way."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from rich.console import Console
+
+from atebm_jax.evaluate import plots, report, samples
+from atebm_jax.reporting import (
+    MetricWriter,
+    ProgressLine,
+    read_metrics,
+    replace_text,
+)
+
+METRICS = {
+    "T": 3.0,
+    "auc": 0.812,
+    "loss_ce": 1.5,
+    "loss_bce": 0.25,
+    "images_per_second": 640.0,
+}
+
+
+def write_steps(workdir, steps, **metrics):
+    writer = MetricWriter(workdir)
+    writer.rewind("stage1", steps[0] - 1)
+    for step in steps:
+        writer.write("stage1", step, {"loss": float(step), **metrics})
+    writer.close()
+
+
+def test_steps_stand_once_after_a_resume(tmp_path):
+    workdir = epath.Path(tmp_path)
+    write_steps(workdir, [1, 2, 3])
+    write_steps(workdir, [3, 4], resumed=1.0)
+    assert [r["step"] for r in read_metrics(workdir)] == [1, 2, 3, 4]
+    assert "resumed" in read_metrics(workdir)[2]
+
+
+def test_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    workdir = epath.Path(tmp_path)
+    write_steps(workdir, [1, 2])
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert [r["step"] for r in read_metrics(workdir)] == [1]
+    write_steps(workdir, [2])
+    assert [r["step"] for r in read_metrics(workdir)] == [1, 2]
+
+
+def test_broken_figures_stay_readable(tmp_path):
+    workdir = epath.Path(tmp_path)
+    write_steps(workdir, [1], gradient_norm=float("nan"))
+    assert np.isnan(read_metrics(workdir)[0]["gradient_norm"])
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = epath.Path(tmp_path) / "report.json"
+    replace_text(path, "old")
+    replace_text(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_stage_step_t_auc_losses_and_speed(terminal):
+    printed = io.StringIO()
+    console = Console(file=printed, width=160, force_terminal=terminal)
+    line = ProgressLine(console, "stage2", 0, 100)
+    line.show(40, METRICS)
+    line.close()
+    shown = printed.getvalue()
+    for part in ("stage2", "40/100", "T 3", "AUC 0.81", "CE 1.500", "BCE 0.250"):
+        assert part in shown
+    assert "640 img/s" in shown
+
+
+def test_table_has_a_row_a_stage_and_only_measured_columns():
+    printed = io.StringIO()
+    figures = {"step": 6, "clean_accuracy": 0.975, "robust_accuracy": 0.7}
+    content = {
+        "stages": {"stage1": figures, "stage2": figures | {"sample_distance": 0.5}},
+        "data": {"test": "digits:test"},
+        "seed": 0,
+        "notes": ["robust: how it was measured."],
+    }
+    report.show(Console(file=printed, width=120), content)
+    assert "0.9750" in printed.getvalue() and "agreement" not in printed.getvalue()
+    assert "how it was measured" in printed.getvalue()
+
+
+def test_report_is_read_as_it_was_written(tmp_path):
+    workdir = epath.Path(tmp_path)
+    assert report.read(workdir) is None
+    report.write(workdir, {"seed": 1})
+    assert report.read(workdir) == {"seed": 1}
+    assert json.loads((tmp_path / "report.json").read_text()) == {"seed": 1}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_is_drawn_for_grey_and_colour_and_for_broken_images(tmp_path, channels):
+    images = np.random.default_rng(0).random((6, 8, 8, channels))
+    images[2] = np.nan
+    labels = np.arange(6) % 3
+    path = epath.Path(tmp_path) / "grid.png"
+    plots.sample_grid(path, {"a": (images, labels)}, num_classes=3, num_rows=2)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_drawn_from_one_stage_alone(tmp_path):
+    path = epath.Path(tmp_path) / "curves.png"
+    plots.training_curves(path, [{"stage": "stage2", "step": 5, "loss_ce": 1.0}])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def reference(digits):
+    settings = type("Settings", (), {"pca_components": 16, "judge": "svc"})
+    return samples.make_reference(*digits, settings)
+
+
+@pytest.fixture
+def digits():
+    from atebm_jax.data import materialise, open_source
+
+    return materialise(open_source("digits:train"), "", (8, 8, 1), 400, 0)
+
+
+def test_real_images_are_near_themselves_and_agree_with_their_labels(reference, digits):
+    scores = samples.score(reference, *digits)
+    assert scores["sample_distance"] == pytest.approx(0, abs=1e-6)
+    assert scores["sample_agreement"] > 0.98
+    noise = np.random.default_rng(0).random((50, 8, 8, 1), np.float32)
+    assert samples.score(reference, noise, digits[1][:50])["sample_distance"] > 1
+
+
+def test_broken_samples_are_infinitely_far(reference, digits):
+    images = digits[0][:20].astype(np.float32) / 255
+    images[3] = np.inf
+    assert samples.score(reference, images, digits[1][:20])["sample_distance"] == (
+        float("inf")
+    )
