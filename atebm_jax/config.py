@@ -78,11 +78,14 @@ def _data() -> ml_collections.ConfigDict:
     # (height, width, channels) after augmentation and preprocessing.
     data.image_shape = (32, 32, 3)
     # Augmentations, operations joined by "|": generative batch, classifier's batch,
-    # seeds; and the fixed preparation of evaluation images.
+    # seeds.
     data.augment_gen = ""
     data.augment_cls = ""
     data.augment_seeds = ""
+    # Fixed preparation, without randomness, of evaluation images and of the seeds that
+    # evaluation samples start from.
     data.preprocess = ""
+    data.preprocess_seeds = ""
     # Worker processes that decode and augment; 0 uses threads of this process.
     data.num_workers = 0
     data.num_threads = 4

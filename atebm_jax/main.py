@@ -137,6 +137,9 @@ def _quiet_libraries() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Batches that workers made ahead of a stop lie in shared memory, which Python
+    # frees at exit, with a warning.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from atebm_jax.config import default
 from atebm_jax.errors import UserError
 
+CIFAR_SIZE = "resize(32)|center_crop(32)"
 CIFAR_BASIC = "pad_crop(4)|flip"
 CIFAR_STRONG = f"{CIFAR_BASIC}|autoaugment_cifar10|cutout(16)"
 
@@ -29,6 +30,9 @@ def cifar(name: str, num_classes: int) -> ConfigDict:
     config.data.image_shape = (32, 32, 3)
     config.data.augment_gen = CIFAR_BASIC
     config.data.augment_cls = CIFAR_STRONG
+    # Seeds are noise unless asked otherwise; images of any size then fit.
+    config.data.augment_seeds = f"{CIFAR_SIZE}|{CIFAR_BASIC}"
+    config.data.preprocess_seeds = CIFAR_SIZE
     config.data.num_workers = 4
 
     config.model.depth = 34

@@ -13,10 +13,8 @@ Rows, with the paper's numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
 Hardware of the WRN-34-10 rows: one 80 GB GPU, some 30 hours for stage 1, ten for stage
 2 (estimated). The paper's seeds come from 80 Million Tiny Images, which its makers
 have withdrawn; the default here is uniform noise, at some cost in sample quality.
-`--config.data.seeds=folder:PATH` or `tfds:NAME:SPLIT`, with
-`--config.data.augment_seeds='random_resized_crop(32)|flip'` for images of other sizes,
-uses images instead. The paper does not fix the length of stage 2: the budgets here are
-ours.
+`--config.data.seeds=folder:PATH` or `tfds:NAME:SPLIT` uses images instead, of any
+size. The paper does not fix the length of stage 2: the budgets here are ours.
 """
 
 from ml_collections import ConfigDict

@@ -36,8 +36,9 @@ def test_every_row_is_accepted_by_every_room(row):
     model = models.build(settings.model)
     for name in ("stage1", "stage2"):
         build_step(settings, name, model, config.num_steps(settings[name], 50_000))
-    for field in ("augment_gen", "augment_cls", "augment_seeds", "preprocess"):
-        data.parse(settings.data[field])
+    for field, value in settings.data.items():
+        if field.startswith(("augment_", "preprocess")):
+            data.parse(value)
 
 
 def test_all_rows_of_all_files_are_tested():

@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import jax
@@ -135,6 +133,14 @@ def test_number_of_classes_must_be_that_of_the_data(tmp_path):
         tiny.run(tiny.config(**{"model.num_classes": 7}), tmp_path / "new")
 
 
+@pytest.mark.parametrize("field", ["augment_gen", "augment_cls", "preprocess"])
+def test_images_of_another_size_are_refused_and_nothing_is_written(tmp_path, field):
+    settings = tiny.config(**{f"data.{field}": "center_crop(4)"})
+    with pytest.raises(UserError, match=rf"config\.data\.{field}='center_crop\(4\)'"):
+        tiny.run(settings, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_batch_that_does_not_split_over_the_devices_is_refused(tmp_path):
     if jax.device_count() == 1:
         pytest.skip("one device divides every batch")
@@ -179,31 +185,6 @@ def test_signal_saves_and_the_same_command_ends_bit_identically(
         for records in (read_metrics(tmp_path), read_metrics(finished[0]))
     ]
     assert without_time[0] == without_time[1]
-
-
-def test_sigterm_ends_the_command_with_a_clear_line(tmp_path):
-    sys.path.insert(0, str(ROOT / "tests" / "faults"))
-    import kill
-
-    process = kill.start(tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    give_up = threading.Timer(120, process.kill)
-    give_up.start()
-    while not metrics.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
-    give_up.cancel()
-    printed = (tmp_path / "run.log").read_text()
-    assert "stopped by SIGTERM: everything is saved" in printed
-    assert "Traceback" not in printed
-
-
-def test_killed_runs_end_bit_identically(tmp_path):
-    sys.path.insert(0, str(ROOT / "tests" / "faults"))
-    import kill
-
-    assert kill.compare(tmp_path, kills=2, seed=1) == []
 
 
 def test_two_processes_train_like_one(tmp_path):

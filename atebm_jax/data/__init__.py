@@ -1,6 +1,7 @@
 """Images in: sources, augmentations, and batches for training and evaluation."""
 
-from atebm_jax.data.augment import Augmentation, decode, parse
+from atebm_jax.data.augment import Augmentation, parse
+from atebm_jax.data.decoding import decode
 from atebm_jax.data.pipeline import (
     Batches,
     Stream,

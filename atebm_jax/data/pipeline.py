@@ -8,6 +8,10 @@ workers or processes.
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any, Self
@@ -16,17 +20,21 @@ import grain
 import numpy as np
 from absl import flags
 
-from atebm_jax.data import augment as augmentations
-from atebm_jax.data.augment import Augmentation
+from atebm_jax.data.augment import parse
+from atebm_jax.data.examples import (
+    NOT_BAD,
+    ImageShape,
+    bad_field,
+    eval_example,
+    too_many_bad,
+    train_example,
+)
 from atebm_jax.data.sources import Source
 from atebm_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
-ImageShape = tuple[int, int, int]
-
-_NOT_BAD = -1
 _MATERIALISE_BATCH = 64
 
 
@@ -72,7 +80,7 @@ class Batches(Iterator[Batch]):
         try:
             batch = next(self._batches)
             for name in self._sources:
-                self._note_bad(name, batch.pop(_bad_field(name)))
+                self._note_bad(name, batch.pop(bad_field(name)))
         except (StopIteration, UserError):
             self.close()
             raise
@@ -102,12 +110,12 @@ class Batches(Iterator[Batch]):
 
     def _note_bad(self, name: str, indices: np.ndarray) -> None:
         bad = self._bad[name]
-        for index in indices[indices != _NOT_BAD].tolist():
+        for index in indices[indices != NOT_BAD].tolist():
             if index not in bad:
                 bad[index] = self._sources[name].describe(index)
                 _log.warning("skipped an undecodable image: %s", bad[index])
         if len(bad) > self._max_bad_images:
-            raise _too_many_bad(list(bad.values()), self._max_bad_images)
+            raise too_many_bad(list(bad.values()), self._max_bad_images)
 
 
 def train_batches(
@@ -219,9 +227,9 @@ def eval_batches(
     num_images = len(source) if limit is None else min(limit, len(source))
     num_batches = -(-num_images // batch_size)
     example = functools.partial(
-        _eval_example,
+        eval_example,
         source=source,
-        preprocess=augmentations.parse(preprocess),
+        preprocess=parse(preprocess),
         image_shape=image_shape,
         num_images=num_images,
         local_size=local_size,
@@ -261,9 +269,6 @@ def materialise(
     return np.concatenate(images), np.concatenate(labels)
 
 
-# --- Examples -------------------------------------------------------------------------
-
-
 def _endless(
     name: str, stream: Stream, image_shape: ImageShape, max_bad_images: int
 ) -> grain.MapDataset:
@@ -280,134 +285,16 @@ def _endless(
     seeds = np.random.SeedSequence([stream.seed, zlib.crc32(name.encode())])
     order_seed, augment_seed = seeds.generate_state(2).tolist()
     example = functools.partial(
-        _train_example,
+        train_example,
         name=name,
         source=source,
-        augment=augmentations.parse(stream.augment),
+        augment=parse(stream.augment),
         image_shape=image_shape,
         labels=stream.labels,
         max_bad_images=max_bad_images,
     )
     order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
     return order.random_map(example, seed=augment_seed)
-
-
-def _train_example(
-    index: int,
-    rng: np.random.Generator,
-    *,
-    name: str,
-    source: Source,
-    augment: Augmentation,
-    image_shape: ImageShape,
-    labels: bool,
-    max_bad_images: int,
-) -> dict[str, Any]:
-    """One example of a stream, or of the next image that can be decoded."""
-    bad: list[int] = []
-    while (decoded := _decode(source, index, image_shape[2])) is None:
-        bad.append(index)
-        if len(bad) > max_bad_images or len(bad) == len(source):
-            raise _too_many_bad([source.describe(i) for i in bad], max_bad_images)
-        index = (index + 1) % len(source)
-    image, label = decoded
-    image = _augment(source, index, image, augment, rng, image_shape)
-    # The first one stands for all: the order brings the others up in their turn.
-    first_bad = bad[0] if bad else _NOT_BAD
-    example = {f"x_{name}": image, _bad_field(name): np.int64(first_bad)}
-    return {**example, f"y_{name}": np.int32(label)} if labels else example
-
-
-def _eval_example(
-    local_index: int,
-    *,
-    source: Source,
-    preprocess: Augmentation,
-    image_shape: ImageShape,
-    num_images: int,
-    local_size: int,
-    process_index: int,
-    process_count: int,
-) -> dict[str, Any]:
-    """One example of this process's part; blank beyond the end and if undecodable."""
-    batch, row = divmod(local_index, local_size)
-    index = (batch * process_count + process_index) * local_size + row
-    in_range = index < num_images
-    decoded = _decode(source, index, image_shape[2]) if in_range else None
-    if decoded is None:
-        image, label = np.zeros(image_shape, np.uint8), 0
-    else:
-        # Evaluation is a function of the image: nothing random may be asked for.
-        rng = np.random.default_rng(index)
-        image = _augment(source, index, decoded[0], preprocess, rng, image_shape)
-        label = decoded[1]
-    bad = index if in_range and decoded is None else _NOT_BAD
-    return {
-        "images": image,
-        "labels": np.int32(label),
-        "mask": np.bool_(decoded is not None),
-        _bad_field("images"): np.int64(bad),
-    }
-
-
-def _decode(source: Source, index: int, channels: int) -> tuple[np.ndarray, int] | None:
-    """Image and label, or None if the file is gone or cannot be decoded."""
-    try:
-        example = source[index]
-        return augmentations.decode(example["image"], channels), example["label"]
-    except UserError:
-        raise
-    except (ValueError, OSError):
-        return None
-    except Exception as error:
-        raise _told_plainly(source, index, error) from error
-
-
-def _augment(
-    source: Source,
-    index: int,
-    image: np.ndarray,
-    augment: Augmentation,
-    rng: np.random.Generator,
-    image_shape: ImageShape,
-) -> np.ndarray:
-    try:
-        image = augment(image, rng)
-    except Exception as error:
-        raise _told_plainly(source, index, error) from error
-    if image.shape != tuple(image_shape):
-        height, width = image_shape[:2]
-        remedy = (
-            f'"resize({height})|center_crop({height})"'
-            if height == width
-            else "resizing and cropping"
-        )
-        raise UserError(
-            f"the image {source.describe(index)} has the shape {list(image.shape)} "
-            f"after preprocessing, wanted {list(image_shape)} ([height, width, "
-            f"channels]): add an augmentation such as {remedy}, or change the image "
-            "size"
-        )
-    return image
-
-
-def _told_plainly(source: Source, index: int, error: Exception) -> UserError:
-    # A worker's exception reaches the main process only if it can be pickled, which
-    # holds for one made of a single string.
-    what = str(error) if isinstance(error, UserError) else repr(error)
-    return UserError(f"cannot prepare the image {source.describe(index)}: {what}")
-
-
-def _too_many_bad(names: list[str], max_bad_images: int) -> UserError:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return UserError(
-        f"{len(names)} images cannot be decoded, {max_bad_images} are tolerated: "
-        f"{', '.join(names[:5])}{more}; repair or remove them, or raise max_bad_images"
-    )
-
-
-def _bad_field(name: str) -> str:
-    return f"bad_{name}"
 
 
 def _merge(examples: tuple[dict[str, Any], ...]) -> dict[str, Any]:
@@ -427,8 +314,23 @@ def _iterate(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers)
-        dataset = dataset.mp_prefetch(workers)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_become_worker)
     return iter(dataset)
+
+
+def _become_worker(worker_index: int, worker_count: int) -> None:
+    """Leaves signals to the main process and ends with it, however it ends."""
+    del worker_index, worker_count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    main_process = multiprocessing.parent_process()
+    if main_process is not None:
+        main_process.join()
+        os._exit(1)
 
 
 # --- Checks ---------------------------------------------------------------------------

@@ -5,34 +5,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atebm_jax.data import augment
-from atebm_jax.data.augment import decode, parse
+from atebm_jax.data import augment, autoaugment, decode
+from atebm_jax.data.augment import parse
 from atebm_jax.errors import UserError
 
 SIGNS = {"p": 1, "n": -1}
 
 
 @pytest.mark.parametrize("group, fill", [("op", 0), ("op_fill128", 128)])
-@pytest.mark.parametrize("name", sorted(augment.AUTOAUGMENT_OPS))
+@pytest.mark.parametrize("name", sorted(autoaugment.AUTOAUGMENT_OPS))
 def test_autoaugment_operation_equals_the_reference(golden, name, group, fill):
     keys = [key for key in golden.files if key.startswith(f"{group}/{name}/")]
     assert keys or group == "op_fill128"  # stored where the fill matters
     for key in keys:
         _, _, index, sign = key.split("/")
         for before, after in zip(golden["images_u8"], golden[key]):
-            out = augment.apply_step(
+            out = autoaugment.apply_step(
                 Image.fromarray(before), name, int(index[1:]), SIGNS[sign], fill
             )
             np.testing.assert_array_equal(np.asarray(out), after, err_msg=key)
 
 
 def test_autoaugment_magnitudes_equal_the_reference(golden):
-    for name, values in augment.MAGNITUDES.items():
+    for name, values in autoaugment.MAGNITUDES.items():
         np.testing.assert_allclose(values, golden[f"magnitudes/{name}"], atol=1e-12)
 
 
 def test_autoaugment_policy_is_the_reference_policy(golden):
-    policy = augment.CIFAR10_POLICY
+    policy = autoaugment.CIFAR10_POLICY
     for slot in range(2):
         steps = [sub[slot] for sub in policy]
         names = golden[f"subpolicy/op{slot + 1}"].tolist()
@@ -46,12 +46,12 @@ def test_autoaugment_policy_is_the_reference_policy(golden):
 @pytest.mark.parametrize("sign", ["p", "n"])
 def test_autoaugment_sub_policies_equal_the_reference(golden, sign):
     expected = golden[f"subpolicy/out_all_applied_{sign}"]
-    for sub_policy, outputs in zip(augment.CIFAR10_POLICY, expected):
+    for sub_policy, outputs in zip(autoaugment.CIFAR10_POLICY, expected):
         for before, after in zip(golden["images_u8"], outputs):
             out = Image.fromarray(before)
             for step in sub_policy:
                 if step.probability > 0:
-                    out = augment.apply_step(
+                    out = autoaugment.apply_step(
                         out, step.name, step.magnitude_index, SIGNS[sign]
                     )
             np.testing.assert_array_equal(np.asarray(out), after)
@@ -66,7 +66,7 @@ def test_cutout_equals_the_reference(golden):
 
 def test_autoaugment_draws_every_sub_policy_and_often_changes_the_image(image):
     rng = np.random.default_rng(0)
-    outputs = [augment.autoaugment_cifar10(image, rng) for _ in range(400)]
+    outputs = [autoaugment.autoaugment_cifar10(image, rng) for _ in range(400)]
     assert {out.shape for out in outputs} == {image.shape}
     assert len({out.tobytes() for out in outputs}) > 50
 

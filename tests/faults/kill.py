@@ -38,15 +38,16 @@ SETTINGS = (
 )
 
 
-def start(workdir: Path) -> subprocess.Popen:
-    """Starts the job, or goes on with it."""
+def start(workdir: Path, *flags: str) -> subprocess.Popen:
+    """Starts the job in a process group of its own, or goes on with it."""
     command = [sys.executable, "-m", "atebm_jax.main", f"--workdir={workdir}"]
     log = (workdir.parent / f"{workdir.name}.log").open("a")
     return subprocess.Popen(
-        [*command, "--config=configs/digits.py", *SETTINGS],
+        [*command, "--config=configs/digits.py", *SETTINGS, *flags],
         cwd=ROOT,
         stdout=log,
         stderr=log,
+        start_new_session=True,
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache")},
     )
 

@@ -1,0 +1,135 @@
+"""One example: read, decoded, augmented; broken images told from broken settings."""
+
+from typing import Any
+
+import numpy as np
+
+from atebm_jax.data.augment import Augmentation
+from atebm_jax.data.decoding import decode
+from atebm_jax.data.sources import Source
+from atebm_jax.errors import UserError
+
+ImageShape = tuple[int, int, int]
+
+# In the field `bad_field(NAME)` of an example: every image of it could be decoded.
+NOT_BAD = -1
+
+
+def train_example(
+    index: int,
+    rng: np.random.Generator,
+    *,
+    name: str,
+    source: Source,
+    augment: Augmentation,
+    image_shape: ImageShape,
+    labels: bool,
+    max_bad_images: int,
+) -> dict[str, Any]:
+    """One example of a stream, or of the next image that can be decoded."""
+    bad: list[int] = []
+    while (decoded := _decode(source, index, image_shape[2])) is None:
+        bad.append(index)
+        if len(bad) > max_bad_images or len(bad) == len(source):
+            raise too_many_bad([source.describe(i) for i in bad], max_bad_images)
+        index = (index + 1) % len(source)
+    image, label = decoded
+    image = _augment(source, index, image, augment, rng, image_shape)
+    # The first one stands for all: the order brings the others up in their turn.
+    first_bad = bad[0] if bad else NOT_BAD
+    example = {f"x_{name}": image, bad_field(name): np.int64(first_bad)}
+    return {**example, f"y_{name}": np.int32(label)} if labels else example
+
+
+def eval_example(
+    local_index: int,
+    *,
+    source: Source,
+    preprocess: Augmentation,
+    image_shape: ImageShape,
+    num_images: int,
+    local_size: int,
+    process_index: int,
+    process_count: int,
+) -> dict[str, Any]:
+    """One example of this process's part; blank beyond the end and if undecodable."""
+    batch, row = divmod(local_index, local_size)
+    index = (batch * process_count + process_index) * local_size + row
+    in_range = index < num_images
+    decoded = _decode(source, index, image_shape[2]) if in_range else None
+    if decoded is None:
+        image, label = np.zeros(image_shape, np.uint8), 0
+    else:
+        # Evaluation is a function of the image: nothing random may be asked for.
+        rng = np.random.default_rng(index)
+        image = _augment(source, index, decoded[0], preprocess, rng, image_shape)
+        label = decoded[1]
+    bad = index if in_range and decoded is None else NOT_BAD
+    return {
+        "images": image,
+        "labels": np.int32(label),
+        "mask": np.bool_(decoded is not None),
+        bad_field("images"): np.int64(bad),
+    }
+
+
+def _decode(source: Source, index: int, channels: int) -> tuple[np.ndarray, int] | None:
+    """Image and label, or None if the file is gone or cannot be decoded."""
+    try:
+        example = source[index]
+        return decode(example["image"], channels), example["label"]
+    except UserError:
+        raise
+    except (ValueError, OSError):
+        return None
+    except Exception as error:
+        raise _told_plainly(source, index, error) from error
+
+
+def _augment(
+    source: Source,
+    index: int,
+    image: np.ndarray,
+    augment: Augmentation,
+    rng: np.random.Generator,
+    image_shape: ImageShape,
+) -> np.ndarray:
+    try:
+        image = augment(image, rng)
+    except Exception as error:
+        raise _told_plainly(source, index, error) from error
+    if image.shape != tuple(image_shape):
+        height, width = image_shape[:2]
+        remedy = (
+            f'"resize({height})|center_crop({height})"'
+            if height == width
+            else "resizing and cropping"
+        )
+        raise UserError(
+            f"the image {source.describe(index)} has the shape {list(image.shape)} "
+            f"after preprocessing, wanted {list(image_shape)} ([height, width, "
+            f"channels]): add an augmentation such as {remedy}, or change the image "
+            "size"
+        )
+    return image
+
+
+def _told_plainly(source: Source, index: int, error: Exception) -> UserError:
+    # A worker's exception reaches the main process only if it can be pickled, which
+    # holds for one made of a single string.
+    what = str(error) if isinstance(error, UserError) else repr(error)
+    return UserError(f"cannot prepare the image {source.describe(index)}: {what}")
+
+
+def too_many_bad(names: list[str], max_bad_images: int) -> UserError:
+    """The error that ends a job on the `max_bad_images + 1`-th broken image."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return UserError(
+        f"{len(names)} images cannot be decoded, {max_bad_images} are tolerated: "
+        f"{', '.join(names[:5])}{more}; repair or remove them, or raise max_bad_images"
+    )
+
+
+def bad_field(name: str) -> str:
+    """The field of stream NAME that holds the index of a broken image, or NOT_BAD."""
+    return f"bad_{name}"

@@ -1,0 +1,61 @@
+"""The command stopped or killed from outside."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+import kill
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A job with two worker processes, in the middle of stage 1, and its workdir."""
+    workdir = tmp_path / "run"
+    process = kill.start(workdir, "--config.data.num_workers=2")
+    give_up = threading.Timer(120, process.kill)
+    give_up.start()
+    while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    yield process, tmp_path / "run.log"
+    give_up.cancel()
+    process.kill()
+    process.wait()
+
+
+def alive(processes):
+    """Of these the ones that still run."""
+    _, running = psutil.wait_procs(processes, timeout=20)
+    return running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes_ends_with_one_clear_line(training, number):
+    process, log = training
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    assert process.wait() == 128 + number
+    last = log.read_text().splitlines()[-1]
+    assert f"stopped by {signal.Signals(number).name}: everything is saved" in last
+    assert "Traceback" not in log.read_text()
+    assert alive(workers) == []
+
+
+def test_killed_job_leaves_no_worker_behind(training):
+    process, _ = training
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    assert alive(workers) == []
+
+
+def test_killed_runs_end_bit_identically(tmp_path):
+    assert kill.compare(tmp_path, kills=2, seed=1) == []
