@@ -29,9 +29,16 @@ BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 STAGE_ORDER = ("stage1", "stage2")
 
 
+def absolute(path: str | epath.Path) -> epath.Path:
+    """A path as Orbax wants it: absolute, or of a cloud (gs://...); ~ is the home."""
+    if "://" in str(path):
+        return epath.Path(path)
+    return epath.Path(path).expanduser().absolute()
+
+
 def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
     """`workdir/checkpoints/<stage>`."""
-    return epath.Path(workdir) / "checkpoints" / stage
+    return absolute(workdir) / "checkpoints" / stage
 
 
 def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
@@ -163,7 +170,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    folder = epath.Path(path)
+    folder = absolute(path)
     if not folder.exists():
         raise UserError(f"there is no checkpoint at {path}: the path does not exist.")
     if (folder / "state").exists() and (folder / "meta").exists():

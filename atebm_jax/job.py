@@ -53,7 +53,7 @@ def run(
     mesh = sharding.make_mesh()
     model = models.build(config.model)
     sources = _open_sources(config)
-    workdir = epath.Path(workdir)
+    workdir = checkpoint.absolute(workdir)
     # Everything that can be refused is refused before anything is written.
     _check_rooms(config, mesh, model, len(sources["train"]))
     _check_images(config, sources)

@@ -130,6 +130,12 @@ def test_another_network_is_refused_and_nothing_is_cast(stored, state):
     manager.close()
 
 
+def test_cloud_paths_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert checkpoint.absolute("run") == tmp_path / "run"
+
+
 @pytest.mark.parametrize("best_by", ["accuracy", "robust_acc"])
 def test_unknown_metric_names_the_known_ones(stored, best_by):
     with pytest.raises(UserError, match="robust_accuracy, sample_distance"):

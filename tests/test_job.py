@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+import atebm_jax
 from atebm_jax import UserError, checkpoint
 from atebm_jax.preemption import Interrupted
 from atebm_jax.reporting import MetricWriter, read_metrics
@@ -113,6 +114,15 @@ def test_stage2_starts_from_a_checkpoint_of_another_workdir(finished, tmp_path):
     assert_equal_bits(
         averages(tmp_path / "from", "stage2"), averages(finished[0], "stage2")
     )
+
+
+def test_relative_paths_of_workdir_and_checkpoint_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.run(tiny.config(stages="stage1"), "runs/one")
+    tiny.run(tiny.config(init_from="runs/one"), "runs/two")
+    steps = checkpoint.steps_in(checkpoint.stage_folder("runs/two", "stage2"))
+    assert steps[-1] == 6
+    assert atebm_jax.load("runs/two").logits(np.zeros((8, 8, 1))).shape == (1, 10)
 
 
 def test_stage2_without_any_stage1_is_refused_and_nothing_is_written(tmp_path):

@@ -42,7 +42,7 @@ def config(**overrides: Any) -> ConfigDict:
     return result
 
 
-def run(settings: ConfigDict, workdir: Path, **options: Any) -> tuple[dict, str]:
+def run(settings: ConfigDict, workdir: str | Path, **options: Any) -> tuple[dict, str]:
     """Runs a job; returns its report and what it printed."""
     printed = io.StringIO()
     console = Console(file=printed, width=200)
