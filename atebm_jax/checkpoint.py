@@ -1,10 +1,10 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
 A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state and a
-small JSON that says what it is (`meta`: format, stage, config). The last two steps are
-kept, the best by robust accuracy and the best by sample distance. A step appears under
-its number only when it is complete, and is moved to `trash/` before it is deleted, so
-that a killed process leaves no broken step behind.
+small JSON that says what it is (`meta`: format, stage, step, T, config). The last two
+steps are kept, the best by robust accuracy and the best by sample distance. A step
+appears under its number only when it is complete, and is moved to `trash/` before it is
+deleted, so that a killed process leaves no broken step behind.
 """
 
 import json
@@ -91,6 +91,7 @@ def save(
     if step in checkpoints.all_steps():
         return
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
+    meta["T"] = int(state.curriculum.num_steps)
     checkpoints.save(
         step,
         args=ocp.args.Composite(

@@ -210,6 +210,7 @@ class _Log:
         self._job, self._name, self._line = job, name, line
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._since, self._time = step, time.monotonic()
+        self._t_max = job.config.stage2.t_max if name == "stage2" else math.inf
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         if step % self._job.config.log_every_steps == 0:
@@ -228,6 +229,9 @@ class _Log:
         self._since, self._time = step, now
         self._job.writer.write(self._name, step, values)
         self._line.show(step, values)
+        if values.get("T", 0) >= self._t_max > 0:
+            self._line.note(f"{self._name} step {step}: T has reached its maximum")
+            self._t_max = math.inf
         if values["skipped_in_row"] >= self._job.config.max_skipped_in_row:
             raise Diverged(step)
 

@@ -59,6 +59,9 @@ def test_report_gives_figures_after_both_stages_and_says_what_they_mean(finished
         assert figures["robust_accuracy"] <= figures["clean_accuracy"]
         assert figures["sample_distance"] > 0
         assert f"{figures['clean_accuracy']:.4f}" in printed
+    assert (
+        report["stages"]["stage2"]["T"] >= 0 and "T" not in report["stages"]["stage1"]
+    )
     assert "part of its gain over stage 1 comes from that" in " ".join(printed.split())
 
 

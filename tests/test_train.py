@@ -87,7 +87,8 @@ def test_training_that_keeps_diverging_stops_with_a_clear_error(monkeypatch, tmp
 
 
 def test_stage2_freezes_statistics_and_carries_t_in_the_state(tmp_path):
-    tiny.run(tiny.config(**{"stage2.auc_threshold": 0.0}), tmp_path)
+    settings = {"stage2.auc_threshold": 0.0, "stage2.t_max": 3, "log_every_steps": 1}
+    _, printed = tiny.run(tiny.config(**settings, **{"stage2.num_steps": 8}), tmp_path)
     first, second = last_state(tmp_path), last_state(tmp_path, "stage2")
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -96,3 +97,4 @@ def test_stage2_freezes_statistics_and_carries_t_in_the_state(tmp_path):
     )
     # A window of two steps and a threshold that every AUC reaches.
     assert int(second["curriculum"]["num_steps"]) == 3
+    assert printed.count("stage2 step 7: T has reached its maximum") == 1

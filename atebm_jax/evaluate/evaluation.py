@@ -82,7 +82,8 @@ class Evaluation:
             figures = self._accuracy("test", variables, settings.num_test_examples)
             drawn[stage] = self._draw(variables, settings.samples.num_test)
             figures |= samples.score(self._fitted_reference(), *drawn[stage])
-            stages[stage] = {"step": meta["step"], **figures}
+            reached = {"T": meta["T"]} if stage == "stage2" else {}
+            stages[stage] = {"step": meta["step"], **reached, **figures}
         result = self._describe(stages)
         if jax.process_index() == 0:
             titles = {f"samples after {stage}": drawn[stage] for stage in drawn}

@@ -12,6 +12,7 @@ from atebm_jax.reporting import replace_text
 
 # Column title and number format of each figure of the table.
 COLUMNS: dict[str, tuple[str, str]] = {
+    "T": ("T", "{}"),
     "clean_accuracy": ("clean", "{:.4f}"),
     "robust_accuracy": ("robust (PGD)", "{:.4f}"),
     "sample_agreement": ("agreement", "{:.4f}"),
