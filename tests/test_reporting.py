@@ -83,12 +83,14 @@ def test_table_has_a_row_a_stage_and_only_measured_columns():
     figures = {"step": 6, "clean_accuracy": 0.975, "robust_accuracy": 0.7}
     content = {
         "stages": {"stage1": figures, "stage2": figures | {"sample_distance": 0.5}},
+        "real_test": {"sample_distance": 0.0514},
         "data": {"test": "digits:test"},
         "seed": 0,
         "notes": ["robust: how it was measured."],
     }
     report.show(Console(file=printed, width=120), content)
     assert "0.9750" in printed.getvalue() and "agreement" not in printed.getvalue()
+    assert "0.051" in printed.getvalue()
     assert "how it was measured" in printed.getvalue()
 
 

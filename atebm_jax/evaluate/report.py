@@ -42,12 +42,18 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     table.add_column("after")
     for name in columns:
         table.add_column(COLUMNS[name][0], justify="right")
-    for stage, figures in report["stages"].items():
+    rows = {
+        f"{stage} ({figures['step']} steps)": figures
+        for stage, figures in report["stages"].items()
+    }
+    # What samples could reach: the scores of real held-out images.
+    rows["(real images)"] = report["real_test"]
+    for title, figures in rows.items():
         cells = [
             COLUMNS[name][1].format(figures[name]) if name in figures else "-"
             for name in columns
         ]
-        table.add_row(f"{stage} ({figures['step']} steps)", *cells)
+        table.add_row(title, *cells)
     console.print(table)
     for note in report["notes"]:
         console.print(note, highlight=False)
