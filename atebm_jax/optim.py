@@ -137,11 +137,12 @@ def schedule(
     elif name == "cosine":
         after = optax.cosine_decay_schedule(peak, remaining)
     else:
-        # Boundaries count from the end of the warm-up, fractions from the start.
-        boundaries = {
-            max(round(fraction * num_steps) - warmup_steps, 0): decay_factor
-            for fraction in decay_at
-        }
+        # Boundaries count from the end of the warm-up, fractions from the start; those
+        # that fall on one step all count.
+        boundaries: dict[int, float] = {}
+        for fraction in decay_at:
+            at = max(round(fraction * num_steps) - warmup_steps, 0)
+            boundaries[at] = boundaries.get(at, 1.0) * decay_factor
         after = optax.piecewise_constant_schedule(peak, boundaries)
     if warmup_steps == 0:
         return after
