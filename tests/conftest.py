@@ -1,0 +1,64 @@
+"""Set-up of every test: eight virtual devices, no implicit promotion, golden files."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+# Before JAX is first used: the number of devices cannot change afterwards.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _lenient(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            result = function(*args, **kwargs)
+        return _lenient(result) if callable(result) else result
+
+    return call
+
+
+def _lenient_adam(make: Callable) -> Callable:
+    @functools.wraps(make)
+    def scale_by_adam(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+        adam = make(*args, **kwargs)
+        return optax.GradientTransformation(adam.init, _lenient(adam.update))
+
+    return scale_by_adam
+
+
+# Optax mixes integer counts with floats in these three. Only they are let off, so that
+# our own code stays under the strict rule in whole jobs too.
+optax.cosine_decay_schedule = _lenient(optax.cosine_decay_schedule)
+optax.piecewise_constant_schedule = _lenient(optax.piecewise_constant_schedule)
+optax.scale_by_adam = _lenient_adam(optax.scale_by_adam)
+
+_TESTS = Path(__file__).parent
+_GOLDEN = (_TESTS / "golden", _TESTS.parents[1] / "shared" / "golden")
+
+
+@functools.cache
+def _load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads reference outputs by name; skips where only the small ones are at hand."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        for folder in _GOLDEN:
+            if (folder / f"{name}.npz").exists():
+                return _load(folder / f"{name}.npz")
+        pytest.skip(f"reference outputs are not here ({name}.npz)")
+
+    return load

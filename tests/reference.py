@@ -1,0 +1,192 @@
+"""Networks, batches and comparisons that several tests share."""
+
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from atebm_jax import config, convert, optim, stages, train_step
+from atebm_jax.models import layers, wide_resnet
+from atebm_jax.models.wide_resnet import WideResNet
+
+MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
+STD = (0.24703225141799082, 0.24348516474564, 0.26158783926049628)
+
+STREAMS = ("gen", "cls", "ood")
+
+# Positions over which each batch normalisation of the network averages, per image.
+_POSITIONS = {
+    "block1_0/bn1": 32 * 32,
+    "block1_0/bn2": 32 * 32,
+    "block2_0/bn1": 32 * 32,
+    "block2_0/bn2": 16 * 16,
+    "block3_0/bn1": 16 * 16,
+    "block3_0/bn2": 8 * 8,
+    "bn1": 8 * 8,
+}
+
+
+def network(**options: Any) -> WideResNet:
+    """WRN-10-1 with CIFAR's normalisation inside."""
+    defaults = {"depth": 10, "widen_factor": 1, "num_classes": 10}
+    return WideResNet(**defaults | {"mean": MEAN, "std": STD} | options)
+
+
+def double_network(monkeypatch: pytest.MonkeyPatch) -> WideResNet:
+    """`network` in float64, where the reference rounded mean and std to float32.
+
+    Normalisation layers are float32 by design: a test that wants more replaces them.
+    """
+
+    def batch_norm(name: str, train: bool) -> nn.BatchNorm:
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=jnp.float64,
+            use_fast_variance=False,
+            name=name,
+        )
+
+    monkeypatch.setattr(wide_resnet, "batch_norm", batch_norm)
+    mean, std = ([float(np.float32(x)) for x in values] for values in (MEAN, STD))
+    return network(dtype=jnp.float64, mean=mean, std=std)
+
+
+def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays, floats as float64."""
+    return {
+        name: x.astype(np.float64) if x.dtype == np.float32 else x
+        for name, x in arrays.items()
+    }
+
+
+def variables(state_dict: dict[str, np.ndarray], prefix: str = "") -> dict[str, Any]:
+    """Flax variables of the arrays under a prefix, on the device."""
+    arrays = {
+        name.removeprefix(prefix): value
+        for name, value in state_dict.items()
+        if name.startswith(prefix)
+    }
+    return jax.tree.map(jnp.asarray, convert.wide_resnet_from_torch(arrays))
+
+
+def unbiased(new: Any, old: Any, batch_size: int) -> Any:
+    """Running statistics as if variances had been averaged in with n / (n - 1).
+
+    The reference does that; ours averages the biased variance of the batch.
+    """
+    news, olds = (flax.traverse_util.flatten_dict(x, sep="/") for x in (new, old))
+    result = dict(news)
+    for layer, positions in _POSITIONS.items():
+        n = batch_size * positions
+        name = f"{layer}/var"
+        kept = 0.9 * olds[name]
+        result[name] = kept + (news[name] - kept) * (n / (n - 1))
+    return flax.traverse_util.unflatten_dict(result, sep="/")
+
+
+def assert_close(actual: Any, expected: Any, atol: float) -> None:
+    """Every leaf within an absolute tolerance; names the leaf that is not."""
+
+    def compare(path: Any, a: jax.Array, b: jax.Array) -> None:
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Every leaf equal, NaN included."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def max_difference(actual: Any, expected: Any) -> float:
+    """Largest absolute difference over all leaves."""
+    differences = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), actual, expected
+    )
+    return float(max(jax.tree.leaves(differences)))
+
+
+class TwoLayers(nn.Module):
+    """Two convolutions with batch normalisation: what compiles fast."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        for index, stride in enumerate((1, 2)):
+            x = layers.Conv(8, 3, stride, 1, name=f"conv{index}")(x)
+            x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
+        return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
+
+
+def random_variables(network: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Any:
+    """Variables of a network from NumPy's noise, so that nothing is compiled."""
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        positive = path[-1].key in ("scale", "var")
+        fan_in = np.prod(x.shape[:-1]) if len(x.shape) > 1 else 25.0
+        noise = rng.normal(scale=fan_in**-0.5, size=x.shape)
+        return jnp.asarray(1 + np.abs(noise) if positive else noise, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_batch(
+    size: int, shape: tuple[int, ...], num_classes: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Noise for the three streams, with labels."""
+    rng = np.random.default_rng(seed)
+    images = {f"x_{s}": rng.random((size, *shape), np.float32) for s in STREAMS}
+    labels = {
+        f"y_{s}": rng.integers(0, num_classes, size, np.int32) for s in STREAMS[:2]
+    }
+    return images | labels
+
+
+def stage_config(name: str, **overrides: Any) -> ConfigDict:
+    """`config.stage1` or `config.stage2` of the paper's CIFAR rows."""
+    block = config.default()[name]
+    block.update_from_flattened_dict(overrides)
+    return block
+
+
+def taught(stage: stages.Stage) -> stages.Stage:
+    """The stage with images made by PGD replaced by those the batch brings along.
+
+    A batch has `taught_<image>` for every image to replace, and `teach`, whether to.
+    """
+
+    def adversaries(
+        weights: Any, batch: stages.Batch, num_steps: jax.Array
+    ) -> dict[str, jax.Array]:
+        made = stage.adversaries(weights, batch, num_steps)
+        for name in made:
+            if f"taught_{name}" in batch:
+                made[name] = jnp.where(
+                    batch["teach"], batch[f"taught_{name}"], made[name]
+                )
+        return made
+
+    return stage._replace(adversaries=adversaries)
+
+
+def jitted_step(
+    stage: stages.Stage, optimizer: str, rate: float, decay: float
+) -> tuple[Any, Any]:
+    """The compiled update at a constant learning rate, and its optimiser."""
+    transformation = optim.optimizer(optimizer, weight_decay=decay)
+    step = train_step.make(
+        stage, transformation, optim.schedule("constant", peak=rate, num_steps=100)
+    )
+    return jax.jit(step), transformation

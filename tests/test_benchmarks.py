@@ -1,0 +1,109 @@
+"""The benchmarks run, both sides agree, and mistakes are told; no time is asserted."""
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--model=10/1",
+    "--batch_size=2",
+    "--steps=2",
+    "--repeats=1",
+    "--dtype=float32",
+    "--config.data.image_shape=(8, 8, 3)",
+]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_both_sides_agree_and_the_record_is_complete(tmp_path):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch, the other side of the comparison, is not installed")
+    path = tmp_path / "step.json"
+    done = run("step.py", *TINY, f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    assert "stage-2 step" in done.stdout and "median [quartiles]" in done.stdout
+    record = json.loads(path.read_text())
+    assert record["agreement"]["image_median"] < 1e-4
+    assert record["agreement"]["params"] < 1e-3
+    assert {"command", "machine", "flags", "model", "stage2"} < record.keys()
+    for side in ("ours", "torch"):
+        assert record["sides"][side]["versions"]
+        for what in ("loop", "step"):
+            times = record["sides"][side]["times"][what]
+            assert len(times["wall_s"]) == len(times["cpu_s"]) == 1
+            assert record["sides"][side]["compile_s"][what] >= 0
+            assert {"q1", "median", "q3"} == record["summary"][what][side][
+                "cpu_s"
+            ].keys()
+    assert record["summary"]["step"]["ratio"]["cpu_s"]["median"] > 0
+
+
+def test_two_convolution_gradients_agree(tmp_path):
+    path = tmp_path / "step.json"
+    done = run("step.py", *TINY, "--compare=conv_gradient", f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert list(record["sides"]) == ["forward", "xla"]
+    assert record["agreement"]["image_median"] < 1e-4
+
+
+def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
+    path = tmp_path / "data.json"
+    done = run(
+        "data.py",
+        "--config=configs/digits.py",
+        "--workers=0",
+        "--batch_size=32",
+        "--images=64",
+        "--repeats=1",
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    speeds = json.loads(path.read_text())["images_per_second"]
+    assert list(speeds) == ["train, 0 workers", "evaluation"]
+    assert all(value > 0 for values in speeds.values() for value in values)
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "said"),
+    [
+        ("step.py", "--model=16x2", "DEPTH/WIDTH"),
+        ("step.py", "--batch_size=0", "positive integer"),
+        ("step.py", "--config=absent.py", "absent.py"),
+        ("step.py", "--config.model.wideness=2", "wideness"),
+        ("step.py", "--repeat", "--repeat"),
+        ("data.py", "--workers=two", "--workers=two"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    script, argument, said, monkeypatch, capsys
+):
+    # In this process: a mistake is found before any worker starts.
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", [script, argument])
+    with pytest.raises(SystemExit) as exit_code:
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    message = capsys.readouterr().err
+    assert exit_code.value.code == 2
+    assert message.startswith("error: ") and said in message
+    assert message.count("\n") == 1

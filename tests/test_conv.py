@@ -1,0 +1,158 @@
+"""The convolution whose image gradient is written as a plain convolution."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atebm_jax import UserError, losses
+from atebm_jax.models import layers
+
+FORWARD, XLA = layers.conv_forward_gradient, layers.conv_xla
+
+# Image size, window, strides, padding, groups.
+GEOMETRIES = {
+    "3x3": ((8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), 1),
+    "3x3_stride2": ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1)), 1),
+    "3x3_stride2_odd": ((7, 9), (3, 3), (2, 2), ((1, 1), (1, 1)), 1),
+    "1x1": ((5, 5), (1, 1), (1, 1), ((0, 0), (0, 0)), 1),
+    "1x1_stride2": ((8, 7), (1, 1), (2, 2), ((0, 0), (0, 0)), 1),
+    "1x1_stride3_unused_border": ((9, 9), (1, 1), (3, 3), ((0, 0), (0, 0)), 1),
+    "2x2_stride3": ((7, 8), (2, 2), (3, 3), ((0, 0), (0, 0)), 1),
+    "2x2_asymmetric": ((6, 6), (2, 2), (1, 1), ((0, 1), (1, 0)), 1),
+    "5x5_no_padding": ((9, 7), (5, 5), (1, 1), ((0, 0), (0, 0)), 1),
+    "5x5_stride3": ((11, 10), (5, 5), (3, 3), ((2, 2), (2, 2)), 1),
+    "5x5_wide_padding": ((3, 3), (5, 5), (2, 1), ((4, 4), (3, 4)), 1),
+    "padding_beyond_window": ((4, 4), (1, 1), (1, 1), ((2, 1), (1, 2)), 1),
+    "3x5_asymmetric": ((7, 6), (3, 5), (2, 3), ((0, 2), (3, 1)), 1),
+    "3x3_two_groups": ((6, 7), (3, 3), (2, 2), ((1, 1), (1, 1)), 2),
+    "3x3_depthwise": ((6, 6), (3, 3), (1, 1), ((1, 1), (1, 1)), 4),
+    "window_is_image": ((5, 5), (5, 5), (1, 1), ((0, 0), (0, 0)), 4),
+}
+
+
+def normal(*shape, scale=1.0):
+    """Numbers from NumPy: JAX would compile its generator anew for every shape."""
+    values = np.random.default_rng(shape).normal(scale=scale, size=shape)
+    return jnp.asarray(values.astype(np.float32))
+
+
+@pytest.fixture(params=GEOMETRIES)
+def geometry(request):
+    """(images, kernel, arguments) of a convolution from 4 to 8 channels."""
+    size, window, *arguments = GEOMETRIES[request.param]
+    images = normal(2, *size, 4)
+    kernel = normal(*window, 4 // arguments[-1], 8)
+    return images, kernel, arguments
+
+
+def value_and_gradients(conv, arguments):
+    """Output and both gradients of a non-linear function of it."""
+
+    def loss(images, kernel):
+        made = conv(images, kernel, *arguments)
+        return jnp.sin(made).sum(), made
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def test_output_and_gradients_equal_those_of_xla(geometry):
+    images, kernel, arguments = geometry
+    ours, theirs = (
+        value_and_gradients(conv, arguments)(images, kernel) for conv in (FORWARD, XLA)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        ours,
+        theirs,
+    )
+
+
+@pytest.mark.parametrize(
+    "geometry", ["3x3_stride2_odd", "3x5_asymmetric", "3x3_two_groups"], indirect=True
+)
+def test_second_order_derivatives_equal_those_of_xla(geometry):
+    """R1 differentiates the image gradient with respect to the kernel."""
+    images, kernel, arguments = geometry
+
+    def penalty(conv):
+        def r1(images, kernel):
+            def score(x):
+                return jnp.tanh(conv(x, kernel, *arguments)).sum(axis=(1, 2, 3))
+
+            return losses.r1(score, images)
+
+        return jax.jit(jax.grad(r1, argnums=(0, 1)))(images, kernel)
+
+    for ours, theirs in zip(penalty(FORWARD), penalty(XLA), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert np.abs(theirs).max() > 1e-2
+
+
+def test_gradient_is_worked_by_hand():
+    # One window of 2x2 in steps of 2 over 3x3: the last row and column see nothing.
+    images = jnp.zeros((1, 3, 3, 1))
+    kernel = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
+    gradient = jax.grad(lambda x: FORWARD(x, kernel, (2, 2), ((0, 0), (0, 0))).sum())(
+        images
+    )
+    expected = [[1, 2, 0], [3, 4, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
+
+
+def test_bfloat16_gradients_keep_their_dtype_and_stay_close():
+    images = normal(2, 6, 6, 4)
+    kernel = normal(3, 3, 4, 8, scale=0.2)
+    arguments = GEOMETRIES["3x3_stride2"][2:]
+    exact = value_and_gradients(XLA, arguments)(images, kernel)
+    rounded = value_and_gradients(FORWARD, arguments)(
+        images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    )
+    for ours, theirs in zip(rounded[1], exact[1], strict=True):
+        assert ours.dtype == jnp.bfloat16
+        scale = float(np.abs(theirs).max())
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs, rtol=0, atol=0.03 * scale
+        )
+
+
+def test_gradients_are_the_same_inside_a_loop():
+    images = normal(2, 7, 7, 4)
+    kernel = normal(3, 3, 4, 8, scale=0.2)
+    arguments = GEOMETRIES["3x3_stride2_odd"][2:]
+
+    def climb(conv):
+        def ascend(_, x):
+            return x + 0.1 * jax.grad(
+                lambda y: jnp.sin(conv(y, kernel, *arguments)).sum()
+            )(x)
+
+        return jax.jit(lambda n: jax.lax.fori_loop(0, n, ascend, images))
+
+    ours, theirs = climb(FORWARD)(jnp.int32(3)), climb(XLA)(jnp.int32(3))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_equals_the_one_of_flax():
+    images = normal(2, 7, 7, 4)
+    ours = layers.Conv(6, 3, stride=2, padding=1, use_bias=True, groups=2)
+    theirs = nn.Conv(
+        6, (3, 3), strides=2, padding=1, use_bias=True, feature_group_count=2
+    )
+    weights = theirs.init(jax.random.key(1), images)
+    weights["params"]["bias"] = jnp.arange(6.0)
+    np.testing.assert_allclose(
+        ours.apply(weights, images), theirs.apply(weights, images), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("setting", ["auto", "xla", "forward"])
+def test_known_settings_give_a_convolution(setting):
+    conv = layers.conv_function(setting)
+    assert conv is layers.CONV_GRADIENTS.get(setting, FORWARD)
+
+
+def test_unknown_setting_names_the_known_ones():
+    with pytest.raises(UserError, match="'fast'.*auto, xla, forward"):
+        layers.conv_function("fast")

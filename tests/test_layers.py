@@ -1,0 +1,146 @@
+"""Who may import whom, and which rooms touch nothing but arrays."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "atebm_jax"
+
+# From what knows nothing to what knows everything: a room imports earlier ones only.
+ORDER = (
+    "errors",
+    "energy",
+    "losses",
+    "attacks",
+    "metrics",
+    "models",
+    "curriculum",
+    "optim",
+    "stages",
+    "train_state",
+    "train_step",
+    "sampling",
+    "autoattack",
+    "data",
+    "sharding",
+    "config",
+    "preemption",
+    "reporting",
+    "checkpoint",
+    "convert",
+    "presets",
+    "evaluate",
+    "train",
+    "job",
+    "main",
+    "api",
+    "__init__",
+)
+
+# Rooms that may know less than their place in the order allows.
+FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
+FREE += ("data", "sharding", "config", "preemption", "reporting")
+KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
+    "stages": {"energy", "losses", "attacks", "metrics", "models"},
+    "train_state": {"curriculum"},
+    "train_step": {"stages", "train_state", "curriculum", "optim"},
+    "sampling": {"energy", "attacks"},
+    "autoattack": {"energy", "losses", "attacks"},
+    "convert": {"models"},
+}
+
+# No file, no clock, no log, no process: nothing but what these offer.
+PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models")
+PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
+PURE_IMPORTS |= {"math", "numpy", "scipy", "typing"}
+IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Dotted names of the modules and objects that a file imports, lazily or not."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def rooms_known(path):
+    """Other rooms that a file imports."""
+    parts = [name.split(".") for name in imports(path)]
+    known = {part[1] for part in parts if part[0] == "atebm_jax"}
+    return known - {room(path), "errors"}
+
+
+def files_of(*rooms):
+    return [path for path in FILES if room(path) in rooms]
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_upwards_only(path):
+    assert room(path) in ORDER, f"give {room(path)} a place in the order"
+    earlier = set(ORDER[: ORDER.index(room(path))])
+    assert rooms_known(path) <= KNOWS.get(room(path), earlier) & earlier
+
+
+@pytest.mark.parametrize("path", files_of(*PURE), ids=name_of)
+def test_pure_rooms_touch_no_file_no_clock_and_no_log(path):
+    allowed = set(PURE_IMPORTS)
+    if room(path) == "models":
+        allowed.add("ml_collections")
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & IMPURE_BUILTINS
+
+
+@pytest.mark.parametrize("path", files_of("models"), ids=name_of)
+def test_only_the_builders_of_networks_read_a_config(path):
+    """A network is a function of its attributes; `build` fills them in."""
+    tree = ast.parse(path.read_text())
+    allowed = [n for n in tree.body if isinstance(n, ast.AnnAssign)]
+    allowed += [n for n in tree.body if getattr(n, "name", "") == "build"]
+
+    def uses(node):
+        return sum(
+            isinstance(x, ast.Name) and x.id in ("ml_collections", "config")
+            for x in ast.walk(node)
+        )
+
+    assert uses(tree) == sum(uses(node) for node in allowed)
+
+
+@pytest.mark.parametrize("path", files_of(*PURE, "stages", "sampling"), ids=name_of)
+def test_energies_are_formed_in_one_room(path):
+    """The sign of an energy is written once: others ask for a score."""
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert ("logsumexp" in names) == (room(path) == "energy")
+
+
+def test_guard_sees_lazy_imports_and_names_of_packages(tmp_path):
+    """What the tests above rest on."""
+    path = tmp_path / "x.py"
+    path.write_text(
+        "import os.path\nfrom atebm_jax import data\n"
+        "def f():\n    from atebm_jax.train import Job\n"
+    )
+    assert list(imports(path)) == ["os.path", "atebm_jax.data", "atebm_jax.train.Job"]

@@ -1,0 +1,111 @@
+"""Sampling, seeds and labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from atebm_jax import energy, models, sampling
+
+SHAPE = (4, 4, 3)
+
+
+@pytest.fixture(scope="module")
+def stored(golden):
+    try:
+        return golden("pgd")
+    except pytest.skip.Exception:
+        return golden("pgd_small")
+
+
+@pytest.fixture(scope="module")
+def logits_fn(golden):
+    weights = reference.variables(golden("wrn_state_dict"))
+    return models.logits_fn(reference.network(), weights)
+
+
+def assert_follows(sample, trajectory):
+    """The first two steps, where no unit has flipped yet."""
+    for steps in (1, 2):
+        made = sample(num_steps=jnp.int32(steps))
+        np.testing.assert_allclose(made, trajectory[steps], rtol=0, atol=1e-5)
+
+
+def test_conditional_samples_follow_the_reference(stored, logits_fn):
+    labels = jnp.asarray(stored["seed_labels"].astype(np.int32))
+    sample = jax.jit(
+        lambda num_steps: sampling.conditional(
+            logits_fn,
+            stored["seed_images"],
+            labels,
+            step_size=0.1,
+            num_steps=num_steps,
+        )
+    )
+    assert_follows(sample, stored["label_L2_epsinf/traj"])
+
+
+def test_unconditional_samples_follow_the_reference(stored, logits_fn):
+    if "logsumexp_L2_epsinf/traj" not in stored:
+        pytest.skip("reference outputs are not here (pgd.npz)")
+    sample = jax.jit(
+        lambda num_steps: sampling.unconditional(
+            logits_fn, stored["seed_images"], step_size=0.1, num_steps=num_steps
+        )
+    )
+    assert_follows(sample, stored["logsumexp_L2_epsinf/traj"])
+
+
+def linear_logits(images):
+    """Class k is the sum of channel k."""
+    return images.sum(axis=(1, 2))
+
+
+def test_samples_of_a_linear_model_lower_their_own_energy():
+    seeds = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    labels = sampling.cyclic_labels(6, 3)
+    options = {"step_size": 0.2, "num_steps": 5}
+    made = sampling.conditional(linear_logits, seeds, labels, **options)
+    assert (made >= 0).all() and (made <= 1).all()
+    before, after = (energy.joint(linear_logits(x), labels) for x in (seeds, made))
+    assert (after < before).all()
+    # Nothing else than the class's channel moves.
+    for image, seed, label in zip(made, seeds, labels, strict=True):
+        others = [k for k in range(3) if k != label]
+        np.testing.assert_array_equal(image[..., others], seed[..., others])
+    made = sampling.unconditional(linear_logits, seeds, **options)
+    before, after = (energy.marginal(linear_logits(x)) for x in (seeds, made))
+    assert (after < before).all()
+
+
+def test_no_steps_return_the_seeds():
+    seeds = sampling.noise_seeds(jax.random.key(0), jnp.arange(2), SHAPE)
+    made = sampling.unconditional(linear_logits, seeds, step_size=0.2, num_steps=0)
+    np.testing.assert_array_equal(made, seeds)
+
+
+def test_noise_of_an_index_does_not_depend_on_the_batch():
+    key = jax.random.key(3)
+    together = sampling.noise_seeds(key, jnp.arange(8), SHAPE)
+    apart = [sampling.noise_seeds(key, jnp.asarray([i]), SHAPE)[0] for i in (5, 2)]
+    np.testing.assert_array_equal(together[jnp.asarray([5, 2])], apart)
+    assert len(np.unique(together)) == together.size
+
+
+def test_noise_is_uniform_and_follows_its_key():
+    noise = [
+        np.asarray(sampling.noise_seeds(jax.random.key(k), jnp.arange(50), SHAPE))
+        for k in (0, 1)
+    ]
+    assert noise[0].min() >= 0 and noise[0].max() <= 1
+    np.testing.assert_allclose(noise[0].mean(), 0.5, atol=0.02)
+    np.testing.assert_allclose(noise[0].std(), 12**-0.5, atol=0.02)
+    assert not np.array_equal(*noise)
+
+
+def test_labels_are_cyclic_and_balanced():
+    np.testing.assert_array_equal(sampling.cyclic_labels(7, 3), [0, 1, 2, 0, 1, 2, 0])
+    assert sampling.cyclic_labels(7, 3).dtype == jnp.int32
+    np.testing.assert_array_equal(sampling.cyclic_labels(3, 1), [0, 0, 0])
+    assert sampling.cyclic_labels(0, 3).shape == (0,)
