@@ -1,0 +1,122 @@
+"""Our side of `step.py`: the code as training runs it."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from sides import CHECKED_STEPS, Settings, batch, timed
+
+from atebm_jax import attacks, energy, models, sharding, train
+from atebm_jax import config as configuration
+from atebm_jax.errors import UserError
+
+
+class JaxSide:
+    """Our code: `attacks.pgd` and the step of `train.build_step`, state donated."""
+
+    def __init__(self, settings: Settings):
+        if settings.device == "cpu":
+            os.environ["JAX_PLATFORMS"] = "cpu"
+        backend = jax.default_backend()
+        if backend != settings.device:
+            raise UserError(
+                f"--device={settings.device}, but JAX runs on {backend} here: install "
+                "the matching extra of atebm_jax, or choose another device."
+            )
+        self.config = settings.config
+        self.config.model.conv_gradient = settings.conv_gradient
+        self.model = models.build(self.config.model)
+
+    def weights(self) -> Any:
+        """Fresh variables as nested dicts of numpy arrays."""
+        images = np.zeros((1, *self.config.data.image_shape), np.float32)
+        key = jax.random.key(self.config.seed)
+        return jax.device_get(jax.jit(self.model.init)(key, images))
+
+    def prepare(self, variables: Any) -> dict[str, Any]:
+        """Compiles loop and step; returns seconds of compilation and versions."""
+        device = jax.devices()[0]
+        # PyTorch uses one device too.
+        mesh = jax.make_mesh(
+            (1,),
+            (sharding.BATCH_AXIS,),
+            axis_types=(jax.sharding.AxisType.Auto,),
+            devices=[device],
+        )
+        self.batch = sharding.put_batch(batch(self.config), mesh)
+        compile_seconds = {
+            "loop": timed(lambda: self._compile_loop(variables, mesh))[0],
+            "step": timed(lambda: self._compile_step(variables, mesh))[0],
+        }
+        return {
+            "compile_s": compile_seconds,
+            "device": device.device_kind,
+            "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        }
+
+    def _compile_loop(self, variables: Any, mesh: Any) -> None:
+        stage = self.config.stage2
+
+        def loop(variables, seeds, labels, num_steps):
+            logits_fn = models.logits_fn(self.model, variables)
+            return attacks.pgd(
+                lambda x: energy.score(logits_fn(x), labels),
+                seeds,
+                threat=attacks.unbounded(),
+                step_size=stage.contrastive_step_size,
+                num_steps=num_steps,
+            )
+
+        seeds = self.batch["x_ood"].astype(jnp.float32) / 255.0
+        self._loop_arguments = (
+            sharding.put_replicated(variables, mesh),
+            jax.device_put(seeds, sharding.batched(mesh)),
+            self.batch["y_gen"],
+            sharding.put_replicated(jnp.int32(stage.t_max), mesh),
+        )
+        self._loop = jax.jit(loop).lower(*self._loop_arguments).compile()
+
+    def _compile_step(self, variables: Any, mesh: Any) -> None:
+        total = configuration.num_steps(self.config.stage2, 50_000)
+        step, new_state = train.build_step(self.config, "stage2", self.model, total)
+        state = new_state(jax.tree.map(jnp.asarray, variables))
+        # T starts at T_max, so that it stays where it is.
+        num_steps = jnp.int32(self.config.stage2.t_max)
+        curriculum = dataclasses.replace(state.curriculum, num_steps=num_steps)
+        state = dataclasses.replace(state, curriculum=curriculum)
+        self._state = sharding.put_replicated(state, mesh)
+        everywhere = sharding.replicated(mesh)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+        self._step = jitted.lower(self._state, self.batch).compile()
+
+    def _advance(self) -> dict[str, Any]:
+        self._state, metrics = self._step(self._state, self.batch)
+        jax.block_until_ready((self._state, metrics))
+        return metrics
+
+    def check(self) -> dict[str, Any]:
+        """Contrastive images, metrics of two steps, and the state after them."""
+        images = np.asarray(self._loop(*self._loop_arguments))
+        metrics = [self._advance() for _ in range(CHECKED_STEPS)]
+        return {
+            "images": images,
+            "metrics": [
+                {name: float(value) for name, value in step.items()} for step in metrics
+            ],
+            "params": _to_numpy(self._state.params),
+            "average_params": _to_numpy(self._state.average_params),
+        }
+
+    def run(self, what: str) -> tuple[float, float]:
+        """One repeat of "loop" or "step": (wall seconds, CPU seconds)."""
+        if what == "loop":
+            return timed(lambda: self._loop(*self._loop_arguments).block_until_ready())
+        return timed(self._advance)
+
+
+def _to_numpy(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)

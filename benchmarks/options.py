@@ -1,0 +1,121 @@
+"""What the benchmarks share: flags, configs, statistics and JSON."""
+
+import argparse
+import ast
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from atebm_jax.config import check_override, lookup
+from atebm_jax.errors import UserError
+from atebm_jax.main import load_config
+
+DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "cifar10.py") + ":small"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one sentence; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def fail(error: object) -> NoReturn:
+    """Prints a user's mistake and leaves with exit code 2."""
+    text = str(error)
+    print(f"error: {text}{'' if text.endswith('.') else '.'}", file=sys.stderr)
+    sys.exit(2)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
+
+
+def parse(
+    parser: Parser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, ConfigDict, bool]:
+    """The parser's own flags, and the config with its `--config.FIELD=VALUE`.
+
+    Returns:
+      (flags, config, whether any field was overridden).
+
+    Raises:
+      UserError: an unknown flag, config file, row or field, or a value that does not
+        fit.
+    """
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG, help="config file and row, as in training"
+    )
+    flags, rest = parser.parse_known_args(argv)
+    config = load_config(flags.config)
+    for argument in rest:
+        field, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise UserError(
+                f"unknown argument {argument!r}: fields of the config are written "
+                "--config.FIELD=VALUE, and --help lists the rest."
+            )
+        override(config, field, value)
+    return flags, config, bool(rest)
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets a field of the config, given as text, in the field's own type."""
+    check_override(config, field, text)
+    group, _, name = field.rpartition(".")
+    kind = type(lookup(config, field))
+    convert: dict[type, Callable[[str], Any]] = {
+        bool: lambda value: value.lower() in ("true", "1"),
+        tuple: lambda value: tuple(ast.literal_eval(value)),
+    }
+    target = lookup(config, group) if group else config
+    target[name] = convert.get(kind, kind)(text)
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles; all the same for a single value."""
+    if len(values) == 1:
+        return dict.fromkeys(("q1", "median", "q3"), values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"q1": low, "median": middle, "q3": high}
+
+
+def machine() -> dict[str, Any]:
+    """The processor and Python, in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        models = [line.partition(":")[2] for line in lines if "model name" in line]
+        name = models[0].strip() if models else name
+    return {"cpu": name, "cpus": os.cpu_count(), "python": platform.python_version()}
+
+
+def command() -> str:
+    """The command line as it was given."""
+    return shlex.join(["python", *sys.argv])
+
+
+def write_json(path: str, record: dict[str, Any]) -> None:
+    """Writes the record, unless `path` is empty.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if not path:
+        return
+    try:
+        Path(path).write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write --json={path}: {error.strerror}.") from error

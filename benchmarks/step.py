@@ -1,0 +1,264 @@
+"""Speed of the inner loop and of a full stage-2 step, against PyTorch or ourselves.
+
+    python benchmarks/step.py --model=16/2 --dtype=float32 --batch_size=32 --steps=10
+
+Both sides run in processes of their own, pinned to as many CPUs as threads, and take
+turns, repeat by repeat. Before that they must agree on the images and on two training
+steps from the same weights. Times are medians, ratios medians over pairs of repeats.
+"""
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import agreement
+import options
+from jax_side import JaxSide
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from sides import MEASURED, Settings
+from workers import Worker, available_cpus
+
+from atebm_jax import models
+from atebm_jax.errors import UserError
+
+CLOCKS = ("wall_s", "cpu_s")
+TITLES = {"loop": "contrastive loop", "step": "stage-2 step"}
+
+
+def parser() -> options.Parser:
+    flags = options.Parser(description=__doc__.partition("\n")[0])
+    flags.add_argument("--model", default="", help="DEPTH/WIDTH of a WideResNet")
+    flags.add_argument("--batch_size", type=options.positive, default=32)
+    flags.add_argument("--steps", type=options.positive, default=10, help="T")
+    flags.add_argument("--repeats", type=options.positive, default=10)
+    flags.add_argument("--threads", type=options.positive, default=1)
+    flags.add_argument("--dtype", choices=models.DTYPES, help="default: the config's")
+    flags.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
+    flags.add_argument(
+        "--conv_gradient",
+        choices=("auto", "xla", "forward"),
+        help="of our side, default: the config's",
+    )
+    flags.add_argument(
+        "--compare",
+        choices=("torch", "conv_gradient", "none"),
+        default="torch",
+        help="ours against PyTorch, our two convolution gradients, or ours alone",
+    )
+    flags.add_argument(
+        "--torch_layout",
+        choices=("channels_last", "contiguous"),
+        default="channels_last",
+        help="memory format of PyTorch; channels_last is its faster one",
+    )
+    flags.add_argument(
+        "--torch_compile", action="store_true", help="run PyTorch's network compiled"
+    )
+    flags.add_argument("--json", default="", metavar="PATH", help="write all repeats")
+    return flags
+
+
+def main(argv: list[str]) -> None:
+    flags, config, _ = options.parse(parser(), argv)
+    configure(config, flags)
+    sides = choose_sides(config, flags)
+    workers = {
+        name: Worker(build, settings, flags.threads)
+        for name, (build, settings) in sides.items()
+    }
+    try:
+        record = measure(workers, config, flags.repeats)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    record = {
+        "command": options.command(),
+        "machine": options.machine(),
+        "flags": vars(flags),
+        "model": config.model.to_dict(),
+        "stage2": config.stage2.to_dict(),
+        **record,
+    }
+    options.write_json(flags.json, record)
+    show(record)
+
+
+def configure(config: ConfigDict, flags: Any) -> None:
+    """Puts the flags into the config, and T where it stays."""
+    if flags.model:
+        depth, slash, width = flags.model.partition("/")
+        if not (slash and depth.isdecimal() and width.isdecimal()):
+            raise UserError(
+                f"--model={flags.model} is no DEPTH/WIDTH: write --model=16/2."
+            )
+        config.model.name = "wide_resnet"
+        config.model.depth, config.model.widen_factor = int(depth), int(width)
+    if flags.dtype:
+        config.model.dtype = flags.dtype
+    if flags.conv_gradient:
+        config.model.conv_gradient = flags.conv_gradient
+    config.stage2.batch_size = flags.batch_size
+    config.stage2.t_max = flags.steps
+    models.build(config.model)
+    if flags.threads > available_cpus():
+        raise UserError(
+            f"--threads={flags.threads} is more than the {available_cpus()} CPUs that "
+            "this process may use."
+        )
+
+
+def choose_sides(config: ConfigDict, flags: Any) -> dict[str, tuple[Any, Settings]]:
+    """The sides by name, ours first; PyTorch only where the network has a twin."""
+
+    def settings(conv_gradient: str) -> Settings:
+        return Settings(
+            config,
+            device=flags.device,
+            threads=flags.threads,
+            conv_gradient=conv_gradient,
+            memory_format=f"{flags.torch_layout}"
+            + ("" if flags.torch_layout == "channels_last" else "_format"),
+            compile=flags.torch_compile,
+        )
+
+    if flags.compare == "conv_gradient":
+        return {name: (JaxSide, settings(name)) for name in ("forward", "xla")}
+    ours = settings(config.model.conv_gradient)
+    sides: dict[str, tuple[Any, Settings]] = {"ours": (JaxSide, ours)}
+    if flags.compare == "none":
+        return sides
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            "PyTorch is not installed: install the extra atebm_jax[bench], or choose "
+            "--compare=none."
+        )
+    if flags.device == "tpu":
+        raise UserError(
+            "PyTorch is not measured on TPU: choose --compare=conv_gradient or none."
+        )
+    from torch_side import TWINS, TorchSide
+
+    if config.model.name in TWINS:
+        sides["torch"] = (TorchSide, ours)
+    else:
+        print(
+            f"note: {config.model.name!r} has no PyTorch twin (there are "
+            f"{', '.join(TWINS)}): ours alone is measured.",
+            file=sys.stderr,
+        )
+    return sides
+
+
+def measure(
+    workers: dict[str, Worker], config: ConfigDict, repeats: int
+) -> dict[str, Any]:
+    """Prepares all sides, compares their results, then times them in turn."""
+    names = list(workers)
+    # PyTorch cannot read our weights, but we can read its: the last side gives them.
+    variables = workers[names[-1]].call("weights")
+    prepared = {name: workers[name].call("prepare", variables) for name in names}
+    results = {name: workers[name].call("check") for name in names}
+    record: dict[str, Any] = {"sides": prepared}
+    if len(names) > 1:
+        ours, other = results.values()
+        differences = agreement.compare(ours, other, variables["params"], config)
+        record["agreement"] = differences
+        agreement.check(differences, config)
+    times: dict[str, Any] = {
+        name: {what: {clock: [] for clock in CLOCKS} for what in MEASURED}
+        for name in names
+    }
+    for repeat in range(repeats):
+        for what in MEASURED:
+            # Whoever goes first finds other caches: they take turns in that too.
+            for name in names if repeat % 2 == 0 else names[::-1]:
+                for clock, value in zip(CLOCKS, workers[name].call("run", what)):
+                    times[name][what][clock].append(value)
+    for name in names:
+        prepared[name]["times"] = times[name]
+    record["summary"] = {what: _summary(times, what) for what in MEASURED}
+    return record
+
+
+def _summary(times: dict[str, Any], what: str) -> dict[str, Any]:
+    """Quartiles of each side's times and of the other's over ours."""
+    names = list(times)
+    summary: dict[str, Any] = {
+        name: {clock: options.quartiles(times[name][what][clock]) for clock in CLOCKS}
+        for name in names
+    }
+    if len(names) > 1:
+        ours, other = (times[name][what] for name in names)
+        summary["ratio"] = {
+            clock: options.quartiles(
+                [b / a for a, b in zip(ours[clock], other[clock], strict=True)]
+            )
+            for clock in CLOCKS
+        }
+    return summary
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints what was compared, the agreement and one table."""
+    # A pipe has no width: the table keeps its own.
+    console = Console(
+        width=None if sys.stdout.isatty() else 120, highlight=False, markup=False
+    )
+    names, flags = list(record["sides"]), record["flags"]
+    versions = [
+        f"{name} {version}"
+        for side in record["sides"].values()
+        for name, version in side["versions"].items()
+    ]
+    device = record["machine"]["cpu"]
+    if flags["device"] != "cpu":
+        device = record["sides"][names[0]]["device"]
+    console.print(f"{device}, {', '.join(dict.fromkeys(versions))}")
+    console.print(
+        f"{_network(record['model'])}, {record['model']['dtype']}, batch "
+        f"{flags['batch_size']}, T {flags['steps']}, {flags['threads']} thread(s), "
+        f"{flags['repeats']} repeats"
+    )
+    if "agreement" in record:
+        console.print(agreement.describe(record["agreement"]))
+    console.print(_table(record, names))
+    if len(names) > 1:
+        console.print(f"ratio: {names[1]} / {names[0]}, median [quartiles]")
+
+
+def _network(model: dict[str, Any]) -> str:
+    if model["name"] == "wide_resnet":
+        return f"WRN-{model['depth']}-{model['widen_factor']}"
+    return str(model["name"])
+
+
+def _table(record: dict[str, Any], names: list[str]) -> Table:
+    table = Table()
+    table.add_column("")
+    for name in names:
+        for unit in ("wall s", "CPU s", "compile s"):
+            table.add_column(f"{name}\n{unit}", justify="right")
+    if len(names) > 1:
+        for clock in ("wall", "CPU"):
+            table.add_column(f"ratio\n{clock}", justify="right")
+    for what in MEASURED:
+        summary, row = record["summary"][what], [TITLES[what]]
+        for name in names:
+            row += [f"{summary[name][clock]['median']:.3f}" for clock in CLOCKS]
+            row.append(f"{record['sides'][name]['compile_s'][what]:.1f}")
+        for clock in CLOCKS if len(names) > 1 else ():
+            ratio = summary["ratio"][clock]
+            row.append(f"{ratio['median']:.2f} [{ratio['q1']:.2f}, {ratio['q3']:.2f}]")
+        table.add_row(*row)
+    return table
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        main(sys.argv[1:])
+    except UserError as mistake:
+        options.fail(mistake)
