@@ -9,6 +9,7 @@ The loop never differentiates through itself and its trip count may be a traced 
 so that one compilation serves every number of steps.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ def l2(epsilon: float) -> Threat:
       UserError: epsilon is not positive.
     """
     _check_radius("l2", epsilon)
+    if math.isinf(epsilon):
+        return unbounded()._replace(norm="l2")
 
     def project(images: jax.Array, origin: jax.Array) -> jax.Array:
         delta = images - origin
@@ -88,7 +91,7 @@ def linf(epsilon: float) -> Threat:
     """Cube of half-width epsilon around each image.
 
     Args:
-      epsilon: radius > 0 in pixels of a [0, 1] image (8/255, say).
+      epsilon: radius > 0 in pixels of a [0, 1] image (8/255, say); may be infinite.
 
     Returns:
       The threat; its direction is the sign of the gradient, zero where it is zero.
@@ -97,6 +100,8 @@ def linf(epsilon: float) -> Threat:
       UserError: epsilon is not positive.
     """
     _check_radius("linf", epsilon)
+    if math.isinf(epsilon):
+        return unbounded()._replace(norm="linf", direction=jnp.sign)
 
     def project(images: jax.Array, origin: jax.Array) -> jax.Array:
         delta = jnp.clip(images - origin, -epsilon, epsilon)

@@ -195,12 +195,12 @@ def alone(small):
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_number_of_devices_does_not_change_the_training(small, alone, devices):
-    """Only the order of sums differs: 1e-7 relative each, a hundredfold at most."""
+    """Only the order of sums differs: measured 2e-7 on losses, 3e-8 on parameters."""
     step, state = small
     curriculum = replace(state.curriculum, num_steps=jnp.int32(2))
     state = replace(state, curriculum=curriculum)
     many = run_steps(step, state, 3, mesh_of(devices))
-    reference.assert_close(many, alone, atol=1e-5)
+    reference.assert_close(many, alone, atol=2e-6)
     moved = reference.max_difference(alone[0].params, state.params)
     assert moved > 1e-3
     assert int(many[0].curriculum.num_steps) == 3
