@@ -49,8 +49,10 @@ class Model:
     def __init__(
         self, variables: Any, config: ml_collections.ConfigDict, batch_size: int
     ):
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: it must be positive.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(
+                f"batch_size is {batch_size!r}: it must be a positive whole number."
+            )
         self.image_shape: tuple[int, int, int] = tuple(config.data.image_shape)
         self.num_classes: int = config.model.num_classes
         self._config = config
@@ -125,12 +127,13 @@ class Model:
         step_size: float | None = None,
         num_steps: int | None = None,
     ) -> np.ndarray:
-        """PGD on the cross-entropy; every default is that of the config's evaluation.
+        """Plain PGD on the cross-entropy, by default as in the config's evaluation.
 
         Args:
           images: to be attacked.
           labels: their true classes.
-          norm: "l2", "linf" or "unbounded".
+          norm: "l2", "linf" or "unbounded"; another than the config's needs the two
+            lengths below too.
           epsilon: radius in the norm's pixels of a [0, 1] image.
           step_size: pixels per step.
           num_steps: steps.
@@ -140,6 +143,15 @@ class Model:
         """
         settings = self._config.evaluate.attack
         x = self._images(images)
+        lengths = {"epsilon": epsilon, "step_size": step_size}
+        if norm == "unbounded":
+            lengths.pop("epsilon")
+        missing = [name for name, value in lengths.items() if value is None]
+        if norm not in (None, settings.norm) and norm in attacks.THREATS and missing:
+            raise UserError(
+                f"norm is {norm!r} and the defaults are for {settings.norm!r}: give "
+                f"{' and '.join(missing)} too."
+            )
         attack = _attacker(
             self._model,
             settings.norm if norm is None else norm,
@@ -210,6 +222,8 @@ class Model:
             "count": count,
         }
         given = {name: n for name, n in lengths.items() if n is not None}
+        if not isinstance(given.get("count", 1), int | np.integer):
+            raise UserError(f"count is {count!r}: it must be a whole number.")
         if len(set(given.values())) > 1 or min(given.values(), default=1) < 1:
             described = ", ".join(f"{name} {n}" for name, n in given.items())
             raise UserError(
@@ -219,8 +233,14 @@ class Model:
         return next(iter(given.values()), 1)
 
 
-def _check_steps(step_size: float, num_steps: int) -> None:
-    if num_steps < 0 or not step_size > 0:
+def _check_steps(step_size: Any, num_steps: Any) -> None:
+    number, whole = (int, float, np.number), (int, np.integer)
+    if not isinstance(step_size, number) or not isinstance(num_steps, whole):
+        raise UserError(
+            f"num_steps is {num_steps!r} and step_size {step_size!r}: expected a whole "
+            "number and a number."
+        )
+    if num_steps < 0 or not 0 < step_size < np.inf:
         raise UserError(
             f"num_steps is {num_steps} and step_size {step_size}: the steps must not "
             "be negative, their size is positive."

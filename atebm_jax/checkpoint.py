@@ -78,7 +78,7 @@ def save(
     config: ml_collections.ConfigDict,
     metrics: Mapping[str, float] | None,
 ) -> None:
-    """Saves a state under its step; does nothing if that step is already there.
+    """Saves a state under its step; does nothing if it is there with its metrics.
 
     Args:
       checkpoints: as of `manager`.
@@ -89,7 +89,13 @@ def save(
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
-        return
+        if metrics is None or was_evaluated(checkpoints, step):
+            return
+        # Saved by a job that was stopped in its evaluation.
+        checkpoints.delete(step)
+        if jax.process_index() == 0:
+            # Its place in the trash will be needed when it goes for good.
+            _remove_leftovers(epath.Path(checkpoints.directory))
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
     meta["T"] = int(state.curriculum.num_steps)
     checkpoints.save(
@@ -101,15 +107,19 @@ def save(
     )
 
 
-def restore(
-    checkpoints: ocp.CheckpointManager, step: int, like: TrainState
-) -> TrainState:
+def was_evaluated(checkpoints: ocp.CheckpointManager, step: int) -> bool:
+    """Whether a saved step has its metrics beside it."""
+    return _metrics_file(epath.Path(checkpoints.directory) / str(step)).exists()
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainState:
     """Restores a state onto the devices and shardings of another.
 
     Args:
       checkpoints: as of `manager`.
       step: one of `checkpoints.all_steps()`.
-      like: a state of the same structure, placed as the result shall be.
+      like: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`, with
+        the shardings that the result shall have.
 
     Raises:
       UserError: the checkpoint cannot be read or holds another structure.
@@ -172,8 +182,9 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
       UserError: there is none.
     """
     folder = absolute(path)
-    if not folder.exists():
-        raise UserError(f"there is no checkpoint at {path}: the path does not exist.")
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"there is no checkpoint at {path}: the path {what}.")
     if (folder / "state").exists() and (folder / "meta").exists():
         return folder
     if best_by is not None and best_by not in BEST_BY:
@@ -194,7 +205,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
 
 def steps_in(folder: epath.Path) -> list[int]:
     """Complete steps in a stage's folder, ascending; none if it does not exist."""
-    if not folder.exists():
+    if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
@@ -230,10 +241,14 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _remove_leftovers(folder: epath.Path) -> None:
-    """Removes what a killed process was about to save or to delete: all but steps."""
+    """Removes what a killed process was about to save or to delete."""
     for path in folder.iterdir():
-        if not path.name.isdigit():
+        if path.name == "trash" or "orbax-checkpoint-tmp" in path.name:
             path.rmtree()
+
+
+def _metrics_file(step_folder: epath.Path) -> epath.Path:
+    return step_folder / "metrics" / "metrics"
 
 
 def _rank_by(name: str, more_is_better: bool) -> Any:
@@ -245,7 +260,7 @@ def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
     rank = _rank_by(best_by, BEST_BY[best_by])
     ranked = {}
     for step in steps:
-        file = folder / str(step) / "metrics" / "metrics"
+        file = _metrics_file(folder / str(step))
         if file.exists():
             ranked[step] = rank(json.loads(file.read_text()))
     if not ranked:
@@ -255,7 +270,10 @@ def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
 
 def _read_averages(folder: epath.Path) -> dict[str, Any]:
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
+        metadata = checkpointer.metadata(folder).item_metadata
+        if metadata is None:
+            raise ValueError("the list of its arrays is missing")
+        tree = metadata.tree
         names = {"average_params": "params", "average_batch_stats": "batch_stats"}
         item = {name: tree[name] for name in names}
         restored = checkpointer.restore(

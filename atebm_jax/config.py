@@ -6,6 +6,7 @@ command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
 
 import ast
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -213,11 +214,23 @@ def check(config: ml_collections.ConfigDict) -> None:
       UserError: names the field, its value, what is allowed and the remedy.
     """
     stages_to_run(config)
+    for field, value in flatten(config):
+        _check_number(field, value)
     shape = tuple(config.data.image_shape)
-    if len(shape) != 3 or min(shape) < 1:
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise UserError(
             f"config.data.image_shape is {shape}: give (height, width, channels)."
         )
+    if len(config.model.mean) != len(config.model.std) or not all(
+        value > 0 for value in config.model.std
+    ):
+        raise UserError(
+            f"config.model.mean is {tuple(config.model.mean)} and config.model.std "
+            f"{tuple(config.model.std)}: give both with one number a channel, the "
+            "second positive, or neither."
+        )
+    if config.seed >= 2**31:
+        raise UserError(f"config.seed is {config.seed}: it must be below 2**31.")
     for field, smallest in _SMALLEST.items():
         value = lookup(config, field)
         if value < smallest:
@@ -232,6 +245,19 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
     for name in stages_to_run(config):
         _check_stage(name, config[name])
+
+
+def _check_number(field: str, value: Any) -> None:
+    """Refuses numbers that no formula can use."""
+    numbers = value if isinstance(value, tuple | list) else [value]
+    if numbers is value and not all(isinstance(n, int | float) for n in value):
+        raise UserError(f"config.{field} is {value!r}: its elements must be numbers.")
+    finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+    unbounded = field.endswith("epsilon") and value == math.inf
+    if not finite and not unbounded:
+        raise UserError(f"config.{field} is {value}: it must be a finite number.")
+    if field.endswith("step_size") and not value > 0:
+        raise UserError(f"config.{field} is {value}: it must be positive.")
 
 
 _SMALLEST: dict[str, float] = {
@@ -255,6 +281,10 @@ _SMALLEST: dict[str, float] = {
 
 
 def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
+    if stage.batch_size < 1:
+        raise UserError(
+            f"config.{name}.batch_size is {stage.batch_size}: it must be positive."
+        )
     if (stage.num_epochs > 0) == (stage.num_steps > 0):
         raise UserError(
             f"config.{name}.num_epochs is {stage.num_epochs} and config.{name}."

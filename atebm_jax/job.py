@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +29,7 @@ def run(
     config: ml_collections.ConfigDict,
     workdir: str | epath.Path,
     *,
+    sources: Mapping[str, data.Source] | None = None,
     allow_config_change: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -37,6 +38,8 @@ def run(
     Args:
       config: a complete config (`config.default`).
       workdir: folder for everything the job writes; made if it is not there.
+      sources: data sets to use instead of those that config.data names, by "train",
+        "eval", "test" and "seeds" (`data.ArraySource` for images in memory).
       allow_config_change: go on with a workdir that was made by another config.
       console: where to show progress and table; default the terminal.
 
@@ -52,12 +55,12 @@ def run(
     console = console or Console()
     mesh = sharding.make_mesh()
     model = models.build(config.model)
-    sources = _open_sources(config)
+    sources = _open_sources(config, sources or {})
     workdir = checkpoint.absolute(workdir)
     # Everything that can be refused is refused before anything is written.
     _check_rooms(config, mesh, model, len(sources["train"]))
     _check_images(config, sources)
-    origins = _origins(config, workdir, model)
+    origins = _origins(config, workdir, model, len(sources["train"]))
     _claim(workdir, config, allow_config_change)
     stop = StopSignal()
     writer = MetricWriter(workdir)
@@ -84,23 +87,38 @@ def run(
         stop.restore()
 
 
-def _open_sources(config: ml_collections.ConfigDict) -> dict[str, data.Source]:
+def _open_sources(
+    config: ml_collections.ConfigDict, given: Mapping[str, data.Source]
+) -> dict[str, data.Source]:
     """The data sets of a job by role; equal specs are opened once."""
     opened: dict[str, data.Source] = {}
     sources = {}
     for role in ("train", "eval", "test", "seeds"):
         spec = config.data[role]
-        if role == "seeds" and spec == "noise":
+        if role in given:
+            sources[role] = given[role]
+        elif role == "seeds" and spec == "noise":
             continue
-        if spec not in opened:
-            opened[spec] = data.open_source(spec, config.data.data_dir)
-        sources[role] = opened[spec]
+        else:
+            if spec not in opened:
+                opened[spec] = data.open_source(spec, config.data.data_dir)
+            sources[role] = opened[spec]
         classes = sources[role].num_classes
         if role != "seeds" and classes != config.model.num_classes:
             raise UserError(
                 f"config.data.{role}={spec} has {classes or 'no'} classes and "
                 f"config.model.num_classes is {config.model.num_classes}: they must "
                 "be the same."
+            )
+        names, trained = sources[role].class_names, sources["train"].class_names
+        if role != "seeds" and names and trained and names != trained:
+            differing = next(
+                p for p in zip(trained, names, strict=True) if p[0] != p[1]
+            )
+            raise UserError(
+                f"config.data.train and config.data.{role} name their classes "
+                f"differently, {differing[0]!r} and {differing[1]!r} say: labels must "
+                "mean the same in both."
             )
     return sources
 
@@ -160,7 +178,7 @@ def _claim(
     path = workdir / "config.json"
     now = checkpoint.as_json(config)
     if path.exists() and not allow_change:
-        changed = configuration.differences(json.loads(path.read_text()), now)
+        changed = configuration.differences(_read_config(path), now)
         if changed:
             raise UserError(
                 f"workdir {workdir} was made by another config: "
@@ -168,11 +186,25 @@ def _claim(
                 "--allow_config_change to go on with this one."
             )
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        for folder in ("checkpoints", "events", "samples"):
+            (workdir / folder).mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             replace_text(path, json.dumps(now, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error}.") from error
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. {_DAMAGED}") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no config. {_DAMAGED}")
+    return stored
+
+
+_DAMAGED = "Give --allow_config_change to write it anew, or another --workdir."
 
 
 def _greet(console: Console, job: Job) -> None:
@@ -199,12 +231,15 @@ def _random_variables(model: nn.Module, config: ml_collections.ConfigDict) -> An
 
 
 def _origins(
-    config: ml_collections.ConfigDict, workdir: epath.Path, model: nn.Module
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    model: nn.Module,
+    num_train: int,
 ) -> dict[str, Callable[[], Any]]:
     """For each stage what makes the variables that it starts from.
 
     The first stage starts from `init_from` or at random; stage 2 otherwise from the
-    averaged weights of stage 1 in the workdir.
+    averaged weights of stage 1 in the workdir. What is there already must fit.
     """
     expected = jax.eval_shape(lambda: _random_variables(model, config))
 
@@ -214,18 +249,29 @@ def _origins(
         checkpoint.check_weights(expected, weights, str(source))
         return weights
 
-    stage1 = checkpoint.stage_folder(workdir, "stage1")
+    folders = {s: checkpoint.stage_folder(workdir, s) for s in checkpoint.STAGE_ORDER}
+    begun = {s: checkpoint.steps_in(folder) for s, folder in folders.items()}
+    for stage, steps in begun.items():
+        if steps:
+            loaded(folders[stage])
+    stage1 = folders["stage1"]
     origins: dict[str, Callable[[], Any]] = {
         "stage1": jax.jit(lambda: _random_variables(model, config)),
         "stage2": lambda: loaded(stage1),
     }
     first = configuration.stages_to_run(config)[0]
     if config.init_from:
-        loaded(config.init_from)
+        # Once the stage has begun, its source is needed no more.
+        if not begun[first]:
+            loaded(config.init_from)
         origins[first] = lambda: loaded(config.init_from)
-    elif first == "stage2" and not checkpoint.steps_in(stage1):
-        raise UserError(
-            f"stage2 starts from the weights of stage1 and {workdir} has none: run "
-            "stage1 there first, or give --config.init_from=CHECKPOINT."
-        )
+    elif first == "stage2":
+        reached = begun["stage1"][-1] if begun["stage1"] else 0
+        wanted = configuration.num_steps(config.stage1, num_train)
+        if reached < wanted:
+            raise UserError(
+                "stage2 starts from the weights of stage1, and that of "
+                f"{workdir} is at step {reached} of {wanted}: run stage1 there "
+                "to its end, or give --config.init_from=CHECKPOINT."
+            )
     return origins

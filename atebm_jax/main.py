@@ -91,6 +91,8 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     for name, value in values.items():
         if name.startswith("config."):
             check_override(config, name.removeprefix("config."), value)
+        elif name.startswith("noconfig."):
+            check_override(config, name.removeprefix("noconfig."), "false")
 
 
 def _flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -122,8 +124,10 @@ def load_config(path_and_row: str) -> ConfigDict:
     module = util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"config file {path!r} is no valid Python: {error}.") from error
+    except Exception as error:
+        raise UserError(
+            f"config file {path!r} cannot be run: {type(error).__name__}: {error}."
+        ) from error
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path!r} has no function get_config.")
     takes_row = bool(inspect.signature(module.get_config).parameters)

@@ -1,5 +1,6 @@
 """Optimisers, learning-rate schedules and the weight average (paper, appendix)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,10 @@ def optimizer(name: str, *, weight_decay: float) -> optax.GradientTransformation
         raise UserError(
             f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}."
         )
-    if weight_decay < 0:
-        raise UserError(f"weight_decay is {weight_decay}: it must not be negative.")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(
+            f"weight_decay is {weight_decay}: it must be finite and not negative."
+        )
     return OPTIMIZERS[name](weight_decay=weight_decay)
 
 
@@ -130,6 +133,8 @@ def schedule(
         )
     if not all(0 < fraction < 1 for fraction in decay_at):
         raise UserError(f"decay_at is {decay_at}: its fractions must lie in (0, 1).")
+    if not 0 < decay_factor <= 1:
+        raise UserError(f"decay_factor is {decay_factor}: it must lie in (0, 1].")
     remaining = max(num_steps - warmup_steps, 1)
     after: Schedule
     if name == "constant":

@@ -24,6 +24,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._number = 0
+        self._asked = 0
         self._several = jax.process_count() > 1
         signals = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
         self._previous = {
@@ -41,10 +42,15 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def requested(self, step: int) -> int:
-        """The signal to obey after this step, 0 for none; the same in all processes."""
+    def requested(self) -> int:
+        """The signal to obey after this step, 0 for none; the same in all processes.
+
+        Every process must ask equally often.
+        """
         if self._several:
-            reached = multihost_utils.reached_preemption_sync_point(step)
+            # JAX wants a number that only grows; steps begin anew with every stage.
+            self._asked += 1
+            reached = multihost_utils.reached_preemption_sync_point(self._asked)
             return signal.SIGTERM if reached else 0
         return self._number
 

@@ -67,14 +67,17 @@ class MetricWriter:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a line cut off by a killed job is left out."""
+    """The records of `metrics.jsonl`, without lines cut off by a killed job."""
     path = workdir / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+            records.append(record)
     return records
 
 

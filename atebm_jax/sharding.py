@@ -40,6 +40,11 @@ def initialize_processes(
             "--coordinator, --num_processes and --process_id go together: give all "
             "three or none."
         )
+    if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
+        raise UserError(
+            f"--process_id is {process_id}: it must lie in 0..{num_processes - 1}, "
+            f"for --num_processes={num_processes}."
+        )
     several_hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     several_tasks = int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if all(given):

@@ -86,7 +86,9 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
 
     checkpoints = checkpoint.manager(job.workdir, name)
     try:
-        state = _latest(checkpoints, fresh)
+        like = _placed_shapes(job, new_state)
+        state = _latest(checkpoints, fresh, like)
+        _finish_evaluation(job, name, state, total, checkpoints)
         while int(state.step) < total:
             job.writer.rewind(name, int(state.step))
             # Read now: the step takes the state's buffers for its own.
@@ -98,7 +100,7 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
                     job,
                     name,
                     checkpoints,
-                    fresh,
+                    partial(_latest, checkpoints, fresh, like),
                     position=error.step + offset,
                     rollbacks=rollbacks + 1,
                 )
@@ -155,12 +157,43 @@ def build_step(
     )
 
 
+def _placed_shapes(job: Job, new_state: Callable[[Any], TrainState]) -> Any:
+    """The shapes of a state on every device, without what it starts from."""
+    example = jnp.zeros((1, *job.config.data.image_shape))
+    variables = jax.eval_shape(lambda: job.model.init(jax.random.key(0), example))
+    everywhere = sharding.replicated(job.mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(new_state, variables),
+    )
+
+
 def _latest(
-    checkpoints: ocp.CheckpointManager, fresh: Callable[[], TrainState]
+    checkpoints: ocp.CheckpointManager, fresh: Callable[[], TrainState], like: Any
 ) -> TrainState:
     step = checkpoints.latest_step()
-    state = fresh()
-    return state if step is None else checkpoint.restore(checkpoints, step, state)
+    return fresh() if step is None else checkpoint.restore(checkpoints, step, like)
+
+
+def _finish_evaluation(
+    job: Job,
+    name: str,
+    state: TrainState,
+    total: int,
+    checkpoints: ocp.CheckpointManager,
+) -> None:
+    """Evaluates the step at which a job was stopped in the middle of that."""
+    config, step = job.config[name], int(state.step)
+    if step == 0 or not _due(step, config.eval_every_steps, total):
+        return
+    if checkpoint.was_evaluated(checkpoints, step):
+        return
+    job.writer.rewind(name, step)
+    line = ProgressLine(job.console, name, step, total)
+    held_out = _evaluate(job, name, state)
+    _Log(job, name, line, step, total).evaluated(step, held_out)
+    line.close()
+    checkpoint.save(checkpoints, state, stage=name, config=job.config, metrics=held_out)
 
 
 def _advance(
@@ -176,7 +209,7 @@ def _advance(
     first = int(state.step)
     line = ProgressLine(job.console, name, first, total)
     save = partial(checkpoint.save, checkpoints, stage=name, config=job.config)
-    log = _Log(job, name, line, first)
+    log = _Log(job, name, line, first, total)
     try:
         with _batches(job, name, first + int(state.data_offset)) as batches:
             for step in range(first + 1, total + 1):
@@ -184,18 +217,24 @@ def _advance(
                 state, metrics = step_fn(state, batch)
                 # The step before is fetched only now, while this one runs.
                 log.flush()
-                log.add(step, metrics)
+                log.add(step, metrics, batches.bad_images)
                 evaluate = _due(step, config.eval_every_steps, total)
                 if evaluate or _due(step, config.checkpoint_every_steps, total):
                     log.flush()
+                    # A state amid broken steps is nothing to roll back to.
                     if int(state.skipped_in_row) == 0 or step == total:
-                        held_out = _evaluate(job, name, state) if evaluate else None
+                        try:
+                            held_out = _evaluate(job, name, state) if evaluate else None
+                        except Interrupted:
+                            save(state, metrics=None)
+                            raise
                         log.evaluated(step, held_out)
                         save(state, metrics=held_out)
-                number = job.stop.requested(step)
+                number = job.stop.requested()
                 if number:
                     log.flush()
-                    save(state, metrics=None)
+                    if int(state.skipped_in_row) == 0:
+                        save(state, metrics=None)
                     raise Interrupted(number)
             log.flush()
     finally:
@@ -206,23 +245,38 @@ def _advance(
 class _Log:
     """Metrics of the latest step on their way to screen and disk, one step late."""
 
-    def __init__(self, job: Job, name: str, line: ProgressLine, step: int):
+    def __init__(self, job: Job, name: str, line: ProgressLine, step: int, total: int):
         self._job, self._name, self._line = job, name, line
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._total = total
+        self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._since, self._time = step, time.monotonic()
         self._t_max = job.config.stage2.t_max if name == "stage2" else math.inf
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        if step % self._job.config.log_every_steps == 0:
-            self._pending = step, metrics
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        bad_images: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        self._pending = step, metrics, sum(map(len, bad_images.values()))
 
     def flush(self) -> None:
         """Writes what is pending; raises `Diverged` if too many steps were broken."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, bad_images = self._pending
         self._pending = None
+        if _due(step, self._job.config.log_every_steps, self._total):
+            self._write(step, metrics, bad_images)
+        # Looked at in every step: a rollback must not depend on what is logged.
+        if int(metrics["skipped_in_row"]) >= self._job.config.max_skipped_in_row:
+            raise Diverged(step)
+
+    def _write(
+        self, step: int, metrics: Mapping[str, jax.Array], bad_images: int
+    ) -> None:
         values = {key: float(value) for key, value in metrics.items()}
+        values["bad_images"] = bad_images
         now = time.monotonic()
         images = self._job.config[self._name].batch_size * (step - self._since)
         values["images_per_second"] = images / max(now - self._time, 1e-9)
@@ -232,8 +286,6 @@ class _Log:
         if values.get("T", 0) >= self._t_max > 0:
             self._line.note(f"{self._name} step {step}: T has reached its maximum")
             self._t_max = math.inf
-        if values["skipped_in_row"] >= self._job.config.max_skipped_in_row:
-            raise Diverged(step)
 
     def evaluated(self, step: int, held_out: Mapping[str, float] | None) -> None:
         """Writes a held-out evaluation, and leaves its time out of the speed."""
@@ -292,7 +344,7 @@ def _roll_back(
     job: Job,
     name: str,
     checkpoints: ocp.CheckpointManager,
-    fresh: Callable[[], TrainState],
+    latest: Callable[[], TrainState],
     *,
     position: int,
     rollbacks: int,
@@ -306,7 +358,7 @@ def _roll_back(
             "growth by a higher config.stage2.auc_threshold, in a new workdir."
         )
     checkpoints.wait_until_finished()
-    state = _latest(checkpoints, fresh)
+    state = latest()
     step = int(state.step)
     job.console.print(
         f"{name} diverged at data position {position}: rolled back to step {step}, "

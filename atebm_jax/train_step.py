@@ -12,6 +12,9 @@ from atebm_jax import curriculum, optim
 from atebm_jax.stages import Batch, Stage
 from atebm_jax.train_state import TrainState
 
+# Keeps the noise of training apart from that of samples under the same seed.
+_TRAINING_SEEDS = 0x7261696E
+
 StepFn = Callable[
     [TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]
 ]
@@ -96,7 +99,8 @@ def _prepare(
     }
     if "ood" in stage.streams and "x_ood" not in inputs:
         # Keys are derived from seed and data position, never stored.
-        key = jax.random.fold_in(jax.random.key(seed), position)
+        key = jax.random.fold_in(jax.random.key(seed), _TRAINING_SEEDS)
+        key = jax.random.fold_in(key, position)
         inputs["x_ood"] = jax.random.uniform(key, inputs["x_gen"].shape)
     return inputs
 

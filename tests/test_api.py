@@ -85,7 +85,8 @@ def test_samples_start_from_given_seeds(model, images):
 @pytest.mark.parametrize(("norm", "epsilon"), [("l2", 0.5), ("linf", 8 / 255)])
 def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsilon):
     labels = model.classify(images).argmax(1)
-    attacked = model.attack(images, labels, norm=norm, epsilon=epsilon)
+    size = epsilon / 4
+    attacked = model.attack(images, labels, norm=norm, epsilon=epsilon, step_size=size)
     delta = (attacked - images).reshape(6, -1)
     order = 2 if norm == "l2" else np.inf
     assert (np.linalg.norm(delta, order, axis=1) <= epsilon * (1 + 1e-5)).all()
@@ -108,6 +109,10 @@ def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsil
         (lambda m, x: m.sample(count=0), "count 0"),
         (lambda m, x: m.sample(1, num_steps=-1), "num_steps is -1"),
         (lambda m, x: m.sample(1, step_size=0.0), "positive"),
+        (lambda m, x: m.sample(count=2.5), "count is 2.5"),
+        (lambda m, x: m.sample(1, num_steps=2.5), "num_steps is 2.5"),
+        (lambda m, x: m.sample(1, step_size="a"), "step_size 'a'"),
+        (lambda m, x: m.attack(x, 1, norm="linf"), "give epsilon and step_size too"),
         (lambda m, x: m.attack(x, 1, norm="l3"), "unknown threat norm 'l3'"),
         (lambda m, x: m.attack(x, 1, epsilon=-1.0), "must be positive"),
         (lambda m, x: m.attack(x, 1, num_steps=-1), "num_steps is -1"),

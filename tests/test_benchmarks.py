@@ -58,6 +58,64 @@ def test_both_sides_agree_and_the_record_is_complete(tmp_path):
     assert record["summary"]["step"]["ratio"]["cpu_s"]["median"] > 0
 
 
+FLOAT64 = """
+import sys
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, torch
+import torch_reference, torch_side
+from atebm_jax import attacks, convert, energy, main, models
+from atebm_jax.models import wide_resnet
+
+torch.set_default_dtype(torch.float64)
+torch_reference._pick = lambda logits, y: logits.gather(1, y[:, None])[:, 0]
+wide_resnet.batch_norm = lambda name, train: nn.BatchNorm(
+    True, epsilon=1e-5, dtype=jnp.float64, name=name
+)
+config = main.load_config("configs/cifar10.py:small")
+config.model.update(depth=16, widen_factor=2, dtype="float64")
+config.stage2.t_max = 3
+twin = torch_side._wide_resnet(config)
+torch_side._estimate_statistics(twin, config)
+state = {k: v.numpy() for k, v in twin.double().eval().state_dict().items()}
+logits_fn = models.logits_fn(
+    wide_resnet.build(config.model),
+    jax.tree.map(jnp.asarray, convert.wide_resnet_from_torch(state)),
+)
+x, y = np.random.default_rng(0).random((4, 16, 16, 3)), np.arange(4)
+theirs = torch_reference.Stage2(twin, config.stage2, twin).contrastive(
+    torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(y)
+)
+ours = attacks.pgd(
+    lambda x: energy.score(logits_fn(x), jnp.asarray(y)), jnp.asarray(x),
+    threat=attacks.unbounded(), step_size=0.1, num_steps=3,
+)
+assert ours.dtype == jnp.float64
+assert np.abs(ours - x).max() > 0.01
+print(float(np.abs(ours - theirs.numpy().transpose(0, 2, 3, 1)).max()))
+"""
+
+
+def test_both_loops_are_the_same_function_in_float64():
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch, the other side of the comparison, is not installed")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+        "PYTHONPATH": str(ROOT / "benchmarks"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FLOAT64],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-12
+
+
 def test_two_convolution_gradients_agree(tmp_path):
     path = tmp_path / "step.json"
     done = run("step.py", *TINY, "--compare=conv_gradient", f"--json={path}")

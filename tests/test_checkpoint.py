@@ -108,16 +108,26 @@ def test_step_that_is_there_is_not_saved_again(stored, state):
     jax.tree.map(np.testing.assert_array_equal, weights["params"], expected)
 
 
+def test_metrics_are_added_to_a_step_saved_without_them(state, tmp_path):
+    folder = write(tmp_path, state, {1: None})
+    assert not (folder / "1" / "metrics").exists()
+    folder = write(tmp_path, state, {1: figures(0.5, 1.0)})
+    assert checkpoint.load_weights(folder, best_by="robust_accuracy")[1]["step"] == 1
+
+
 def test_leftovers_of_a_killed_process_are_removed(stored, tmp_path):
     folder = checkpoint.stage_folder(tmp_path, "stage1")
     shutil.copytree(stored, folder)
     (folder / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     (folder / "trash" / "3").mkdir(parents=True)
+    (folder / "notes").mkdir()
     manager = checkpoint.manager(tmp_path, "stage1")
     assert sorted(manager.all_steps()) == [1, 2, 5, 6]
     manager.close()
     left = {p.name for p in folder.iterdir()}
-    assert {"1", "2", "5", "6"} <= left <= {"1", "2", "5", "6", "trash"}
+    # What a user laid there stays.
+    assert {"1", "2", "5", "6", "notes"} <= left
+    assert left <= {"1", "2", "5", "6", "notes", "trash"}
     assert not (folder / "trash" / "3").exists()
 
 
@@ -153,6 +163,9 @@ def test_path_without_checkpoint_says_what_was_expected(tmp_path):
         checkpoint.load_weights(tmp_path / "nowhere")
     with pytest.raises(UserError, match="expected a workdir"):
         checkpoint.load_weights(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        checkpoint.load_weights(tmp_path / "file")
 
 
 @pytest.mark.parametrize("victim", ["state", "meta"])

@@ -117,6 +117,16 @@ def test_fitting_override_is_taken(field, value):
         ("stage2.t_max", -1, "t_max"),
         ("stage2.auc_threshold", 1.5, "AUC"),
         ("evaluate.samples.num", 1, "samples.num"),
+        ("seed", 2**31, "below"),
+        ("stage1.batch_size", 0, "stage1.batch_size"),
+        ("stage1.num_epochs", float("inf"), "finite"),
+        ("stage2.weight_ce", float("nan"), "finite"),
+        ("stage2.contrastive_step_size", -0.3, "positive"),
+        ("stage1.adversary.step_size", 0.0, "positive"),
+        ("data.image_shape", (8.0, 8, 1), "image_shape"),
+        ("data.image_shape", ("a", 8, 1), "must be numbers"),
+        ("stage1.decay_at", ("a",), "must be numbers"),
+        ("model.std", (0.5,), "give both"),
     ],
 )
 def test_impossible_value_is_refused_by_name(field, value, message):
@@ -169,6 +179,13 @@ def test_command_line_overrides_reach_the_config(monkeypatch):
     assert settings.model.depth == 16
 
 
+def test_config_file_that_cannot_be_run_is_explained(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("nothing.here")
+    with pytest.raises(UserError, match="NameError"):
+        main.load_config(str(path))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -177,6 +194,7 @@ def test_command_line_overrides_reach_the_config(monkeypatch):
         ["--config={digits}"],
         ["--config={digits}", "--workdir=x", "--config.stage2.t_maxx=3"],
         ["--config={digits}", "--workdir=x", "--workdirr=3"],
+        ["--config={digits}", "--workdir=x", "--noconfig.stage2.log_r2"],
         ["--config={digits}", "--workdir=x", "surplus"],
     ],
 )

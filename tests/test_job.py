@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint
+from atebm_jax import UserError, checkpoint, data
+from atebm_jax.evaluate import accuracy
 from atebm_jax.preemption import Interrupted
 from atebm_jax.reporting import MetricWriter, read_metrics
 
@@ -30,6 +31,12 @@ def finished(tmp_path_factory):
 
 def averages(workdir, stage):
     return checkpoint.load_weights(workdir / "checkpoints" / stage)[0]
+
+
+def without_times(workdir):
+    """The metrics of a workdir without those that measure time."""
+    timed = "images_per_second"
+    return [{k: v for k, v in r.items() if k != timed} for r in read_metrics(workdir)]
 
 
 def assert_equal_bits(first, second):
@@ -119,6 +126,81 @@ def test_stage2_starts_from_a_checkpoint_of_another_workdir(finished, tmp_path):
     )
 
 
+def test_stage2_is_refused_on_an_unfinished_stage1(tmp_path):
+    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), tmp_path)
+    settings = tiny.config(stages="stage2")
+    with pytest.raises(UserError, match="at step 2 of 6"):
+        tiny.run(settings, tmp_path, allow_config_change=True)
+    assert not (tmp_path / "checkpoints" / "stage2").exists()
+
+
+def test_source_of_the_weights_may_go_once_the_stage_has_begun(finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(finished[0] / "checkpoints" / "stage1", source)
+    settings = tiny.config(init_from=str(source))
+    tiny.run(settings, tmp_path / "new")
+    shutil.rmtree(source)
+    report, _ = tiny.run(settings, tmp_path / "new")
+    assert list(report["stages"]) == ["stage2"]
+
+
+def test_change_that_the_checkpoints_do_not_bear_leaves_the_workdir_alone(finished):
+    before = (finished[0] / "config.json").read_text()
+    settings = tiny.config(**{"model.widen_factor": 2})
+    with pytest.raises(UserError, match="do not fit config.model"):
+        tiny.run(settings, finished[0], allow_config_change=True)
+    assert (finished[0] / "config.json").read_text() == before
+
+
+def test_report_follows_a_change_of_the_evaluation(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    settings = tiny.config(**{"evaluate.samples.num_steps": 2})
+    report, printed = tiny.run(settings, workdir, allow_config_change=True)
+    assert report["evaluate"]["samples"]["num_steps"] == 2
+    assert "2 steps of 0.3" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "\udcff"])
+def test_damaged_config_of_a_workdir_is_named(finished, tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="config.json.*--allow_config_change"):
+        tiny.run(tiny.config(), tmp_path)
+
+
+def test_damaged_report_is_measured_again(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "report.json").write_text("{}")
+    assert tiny.run(tiny.config(), workdir)[0]["stages"] == finished[1]["stages"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "events"])
+def test_file_in_the_way_is_named_and_nothing_is_written(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        tiny.run(tiny.config(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_images_in_memory_are_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 8, 8, 1), np.uint8)
+    source = data.ArraySource(images, np.arange(60) % 10)
+    roles = dict.fromkeys(("train", "eval", "test"), source)
+    settings = tiny.config(stages="stage1", **{"data.train": "mine"})
+    report, _ = tiny.run(settings, tmp_path, sources=roles)
+    assert report["stages"]["stage1"]["num_examples"] == 60
+
+
+def test_test_set_with_other_class_names_is_refused(tmp_path):
+    images = np.zeros((10, 8, 8, 1), np.uint8)
+    names = [f"class {k}" for k in range(10)]
+    other = data.ArraySource(images, np.arange(10), class_names=names)
+    with pytest.raises(UserError, match="'0' and 'class 0'"):
+        tiny.run(tiny.config(), tmp_path / "new", sources={"test": other})
+
+
 def test_relative_paths_of_workdir_and_checkpoint_are_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.run(tiny.config(stages="stage1"), "runs/one")
@@ -193,11 +275,28 @@ def test_signal_saves_and_the_same_command_ends_bit_identically(
     assert 4 <= steps[-1] < 6
     tiny.run(tiny.config(), tmp_path)
     assert_equal_bits(averages(tmp_path, "stage2"), averages(finished[0], "stage2"))
-    without_time = [
-        [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
-        for records in (read_metrics(tmp_path), read_metrics(finished[0]))
-    ]
-    assert without_time[0] == without_time[1]
+    assert without_times(tmp_path) == without_times(finished[0])
+
+
+def test_signal_in_an_evaluation_saves_and_the_evaluation_is_done_later(
+    finished, tmp_path, monkeypatch
+):
+    count = accuracy.accuracy
+
+    def signalled(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return count(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "accuracy", signalled)
+        with pytest.raises(Interrupted):
+            tiny.run(tiny.config(), tmp_path)
+    folder = checkpoint.stage_folder(tmp_path, "stage1")
+    assert checkpoint.steps_in(folder)[-1] == 3
+    assert not (folder / "3" / "metrics").exists()
+    tiny.run(tiny.config(), tmp_path)
+    assert_equal_bits(averages(tmp_path, "stage2"), averages(finished[0], "stage2"))
+    assert without_times(tmp_path) == without_times(finished[0])
 
 
 def test_two_processes_train_like_one(tmp_path):

@@ -97,9 +97,23 @@ def test_table_has_a_row_a_stage_and_only_measured_columns():
 def test_report_is_read_as_it_was_written(tmp_path):
     workdir = epath.Path(tmp_path)
     assert report.read(workdir) is None
-    report.write(workdir, {"seed": 1})
-    assert report.read(workdir) == {"seed": 1}
-    assert json.loads((tmp_path / "report.json").read_text()) == {"seed": 1}
+    written = {"seed": 1, "stages": {}}
+    report.write(workdir, written)
+    assert report.read(workdir) == written
+    assert json.loads((tmp_path / "report.json").read_text()) == written
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\udcff"])
+def test_damaged_report_counts_as_none(tmp_path, text):
+    (tmp_path / "report.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert report.read(epath.Path(tmp_path)) is None
+
+
+def test_foreign_lines_among_the_metrics_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'5\n\xff\n{"loss": 1}\n{"stage": "stage1", "step": 1}\n'
+    )
+    assert read_metrics(epath.Path(tmp_path)) == [{"stage": "stage1", "step": 1}]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

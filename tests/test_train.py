@@ -42,12 +42,8 @@ def last_state(workdir, stage="stage1"):
 
 
 def settings(**overrides):
-    return tiny.config(
-        stages="stage1",
-        log_every_steps=1,
-        max_skipped_in_row=2,
-        **{"stage1.num_steps": 10, **overrides},
-    )
+    chosen = {"log_every_steps": 1, "max_skipped_in_row": 2, "stage1.num_steps": 10}
+    return tiny.config(stages="stage1", **(chosen | overrides))
 
 
 def test_single_broken_step_is_skipped_and_counted(monkeypatch, tmp_path):
@@ -71,6 +67,15 @@ def test_broken_steps_in_a_row_roll_back_to_new_data(monkeypatch, tmp_path):
     assert "rolled back to step 4" in printed
     steps = [r["step"] for r in read_metrics(tmp_path) if "loss" in r]
     assert steps == list(range(1, 11))
+
+
+def test_rollback_does_not_depend_on_what_is_logged(monkeypatch, tmp_path):
+    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
+    tiny.run(settings(log_every_steps=100), tmp_path)
+    state = last_state(tmp_path)
+    assert int(state["rollbacks"]) == 1 and int(state["data_offset"]) >= 3
+    # The last step is always written.
+    assert [r["step"] for r in read_metrics(tmp_path) if "loss" in r] == [10]
 
 
 def test_rollback_before_the_first_checkpoint_starts_afresh(monkeypatch, tmp_path):

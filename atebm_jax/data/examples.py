@@ -54,8 +54,9 @@ def eval_example(
 ) -> dict[str, Any]:
     """One example of this process's part; blank beyond the end and if undecodable."""
     batch, row = divmod(local_index, local_size)
-    index = (batch * process_count + process_index) * local_size + row
-    in_range = index < num_images
+    position = (batch * process_count + process_index) * local_size + row
+    in_range = position < num_images
+    index = position * len(source) // num_images
     decoded = _decode(source, index, image_shape[2]) if in_range else None
     if decoded is None:
         image, label = np.zeros(image_shape, np.uint8), 0

@@ -204,7 +204,8 @@ def eval_batches(
       preprocess: operations without randomness, as `augment.parse` reads them.
       batch_size: images of a batch over all processes.
       image_shape: (H, W, C) after preprocessing.
-      limit: only the first `limit` images; None for all.
+      limit: only so many images, evenly spread over the source (folders come class
+        by class); None for all.
       process_index, process_count, num_threads, prefetch, max_bad_images: as for
         `train_batches`.
 
@@ -248,7 +249,7 @@ def materialise(
     limit: int | None = None,
     max_bad_images: int = 10,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first `limit` images of a source (None for all), preprocessed, in memory.
+    """`limit` images spread over a source (None for all), preprocessed, in memory.
 
     Returns:
       images uint8 [N, H, W, C] and labels int32 [N], without the undecodable ones.
@@ -265,7 +266,11 @@ def materialise(
         max_bad_images=max_bad_images,
     ) as batches:
         kept = [(b["images"][b["mask"]], b["labels"][b["mask"]]) for b in batches]
-    images, labels = zip(*kept)
+    images, labels = zip(*kept, strict=True)
+    if not sum(map(len, images)):
+        raise UserError(
+            f"{source.spec}: none of {limit or 'all'} images can be decoded"
+        )
     return np.concatenate(images), np.concatenate(labels)
 
 

@@ -43,10 +43,8 @@ class Evaluation:
         figures = self._accuracy("eval", variables, settings.num_examples)
         images, labels = self._draw(variables, settings.samples.num)
         if jax.process_index() == 0:
-            folder = self._workdir / "samples"
-            folder.mkdir(exist_ok=True)
             self._grid(
-                folder / f"{stage}_{step:08d}.png",
+                self._workdir / "samples" / f"{stage}_{step:08d}.png",
                 {f"{stage}, step {step}": (images, labels)},
             )
         figures |= samples.score(self._fitted_reference(), images, labels)
@@ -64,13 +62,26 @@ class Evaluation:
         }
         result = report.read(self._workdir)
         steps = {stage: checkpoint.steps_in(f)[-1] for stage, f in folders.items()}
-        known = {} if result is None else result["stages"]
-        if result is None or steps != {k: v["step"] for k, v in known.items()}:
+        if result is None or not self._holds(result, steps):
             result = self._measure(folders)
         if jax.process_index() == 0:
             report.show(console, result)
             console.print(f"report, pictures and checkpoints are in {self._workdir}")
         return result
+
+    def _holds(self, result: dict[str, Any], steps: dict[str, int]) -> bool:
+        """Whether an earlier report is of these steps and settings."""
+        known = {name: figures["step"] for name, figures in result["stages"].items()}
+        settings = self._settings()
+        return known == steps and {k: result.get(k) for k in settings} == settings
+
+    def _settings(self) -> dict[str, Any]:
+        config = checkpoint.as_json(self._config)
+        return {
+            "seed": config["seed"],
+            "data": {k: config["data"][k] for k in ("train", "eval", "test", "seeds")},
+            "evaluate": config["evaluate"],
+        }
 
     def _measure(self, folders: dict[str, epath.Path]) -> dict[str, Any]:
         settings = self._config.evaluate
@@ -95,17 +106,12 @@ class Evaluation:
         return result
 
     def _describe(self, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        config = self._config
-        settings = config.evaluate
+        settings = self._config.evaluate
         real, labels = self._images("test", settings.samples.num_test)
-        attack, sample = settings.attack, settings.samples
         return {
             "stages": stages,
             "real_test": samples.score(self._fitted_reference(), real, labels),
-            "seed": config.seed,
-            "data": {k: config.data[k] for k in ("train", "eval", "test", "seeds")},
-            "attack": checkpoint.as_json(attack),
-            "samples": checkpoint.as_json(sample),
+            **self._settings(),
             "versions": {
                 "python": platform.python_version(),
                 **{

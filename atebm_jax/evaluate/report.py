@@ -26,9 +26,12 @@ def write(workdir: epath.Path, report: Mapping[str, Any]) -> None:
 
 
 def read(workdir: epath.Path) -> dict[str, Any] | None:
-    """The report of an earlier run of the same workdir, or None."""
-    path = workdir / "report.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """The report of an earlier run of the same workdir; None if there is none whole."""
+    try:
+        report = json.loads((workdir / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and "stages" in report else None
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:

@@ -286,8 +286,21 @@ def test_evaluation_is_in_order_and_fills_the_last_batch():
     assert batches[2]["labels"].tolist() == [3, 4, 0, 0]
 
 
+def test_source_without_a_decodable_image_is_refused(flat_folder):
+    source = open_source(f"folder:{flat_folder(2, bad=(0, 1))}")
+    with pytest.raises(UserError, match="none of all images can be decoded"):
+        materialise(source, "", (8, 8, 3))
+
+
+def test_limit_reaches_every_class_of_a_sorted_source():
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    source = ArraySource(images, np.arange(40) // 10)
+    _, labels = materialise(source, "", (8, 8, 3), limit=4)
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("limit, count", [(1, 1), (4, 4), (7, 7), (99, 10)])
-def test_evaluation_limit_takes_the_first(limit, count):
+def test_evaluation_limit_takes_so_many(limit, count):
     masks = [batch["mask"] for batch in evaluate(numbered(10), limit=limit)]
     assert np.concatenate(masks).sum() == count
     assert len(masks) == -(-count // 4)
@@ -324,11 +337,12 @@ def test_evaluation_preprocesses():
     assert levels([batch], "images") == [0, 1, 2, 3]
 
 
-def test_materialise_gathers_the_first_decodable_images(flat_folder):
+def test_materialise_gathers_decodable_images_from_the_whole_source(flat_folder):
     images, labels = materialise(numbered(100), "", (8, 8, 3), limit=70)
-    assert images[:, 0, 0, 0].tolist() == list(range(70))
+    spread = np.arange(70) * 100 // 70
+    assert images[:, 0, 0, 0].tolist() == spread.tolist()
     assert images.dtype == np.uint8 and labels.dtype == np.int32
-    np.testing.assert_array_equal(labels, np.arange(70) % 5)
+    np.testing.assert_array_equal(labels, spread % 5)
     source = open_source(f"folder:{flat_folder(6, bad=(1,))}")
     images, labels = materialise(source, "", (8, 8, 3))
     assert images.shape == (5, 8, 8, 3) and labels.tolist() == [-1] * 5
