@@ -68,7 +68,8 @@ def _data() -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
     # Sources: "digits:SPLIT", "tfds:NAME:SPLIT" or "folder:PATH".
     data.train = ""
-    # Held-out images for the evaluation while training; never used to train.
+    # Held-out images for the evaluation while training; never used to train, but the
+    # best checkpoints are chosen on them.
     data.eval = ""
     # Held-out images for the final report.
     data.test = ""

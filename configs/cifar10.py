@@ -15,6 +15,9 @@ Hardware of the WRN-34-10 rows: one 80 GB GPU, some 30 hours for stage 1, ten fo
 have withdrawn; the default here is uniform noise, at some cost in sample quality.
 `--config.data.seeds=folder:PATH` or `tfds:NAME:SPLIT` uses images instead, of any
 size. The paper does not fix the length of stage 2: the budgets here are ours.
+The evaluation while training uses the test set, so that the best checkpoints are chosen
+on it; the report is of the last ones. `--config.data.train='tfds:cifar10:train[:45000]'
+--config.data.eval='tfds:cifar10:train[45000:]'` keeps them apart.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,7 @@
 """Pre-activation WideResNet for small images (Zagoruyko and Komodakis, 2016).
 
 WRN-34-10 is the paper's CIFAR network. Any depth 6n + 4 and width; ReLU or Swish;
-input normalisation inside; global average pooling, so that any image size divisible
-by four fits.
+input normalisation inside; global average pooling, so that any image size fits.
 """
 
 from collections.abc import Callable, Sequence
