@@ -1,9 +1,11 @@
-"""Whether two sides compute the same: images, losses and parameters.
+"""Whether two sides compute the same: logits, images, losses and parameters.
 
-A ReLU network is piecewise linear. Rounding may put one unit on the other side of zero,
-from where that image's path goes its own way, so that a few images of a batch differ
-visibly between any two correct implementations while most agree to rounding. Hence the
-median image is held to a tight bound, the worst only to the length of a few steps.
+Logits are continuous in rounding and held to a tight bound. Image gradients of a ReLU
+network are not: rounding puts a few units on the other side of zero, the more the
+larger the network, and from there an image's path goes its own way. What that amounts
+to is measured: our loop is run again from seeds that differ by some roundings, and
+the two sides may be a few times as far apart as that. In float64 they agree to 1e-14
+(`tests/test_benchmarks.py`).
 """
 
 from collections.abc import Iterator
@@ -14,32 +16,25 @@ from ml_collections import ConfigDict
 
 from atebm_jax.errors import UserError
 
-# Measured on WRN-10-1, 16-2 and 16-4, T 2 to 10, times at least five. Image distances
-# are shares of the path T * step, the rest is absolute, parameters relative to how far
-# the furthest one moved.
+# Logits relative to the largest one, losses absolute, parameters relative to how far
+# they moved (Euclidean), after two steps that begin with those paths: in WRN-34-10 one
+# step without any attack, from equal losses, already differs by 5e-3, two steps with
+# T 3 by 0.6. The tests hold a tiny network, which has no such units, to 1e-3.
 BOUNDS = {
-    "float32": {
-        "image_median": 1e-3,
-        "image_worst": 0.5,
-        "loss": 0.02,
-        "params": 0.2,
-        "average_params": 0.2,
-    },
-    "bfloat16": {
-        "image_median": 0.5,
-        "image_worst": 1.5,
-        "loss": 0.1,
-        "params": 0.5,
-        "average_params": 0.5,
-    },
+    "float32": {"logits": 1e-5, "loss": 0.02, "params": 0.9, "average_params": 0.9},
+    "bfloat16": {"logits": 0.05, "loss": 0.1, "params": 0.9, "average_params": 0.9},
 }
+# Distance of the median image, as a share of the path T * step: allowed are so many
+# times what rounding does, at least the first of the range and at most the second.
+ROUNDING_FACTOR = 5.0
+IMAGE_RANGE = (1e-3, 0.5)
 METRICS = ("loss", "loss_ce", "loss_bce", "score_real", "score_contrastive")
 
 
 def compare(
     ours: dict, other: dict, start: Any, config: ConfigDict
 ) -> dict[str, float]:
-    """Differences between the results of two sides, keys as in `BOUNDS`.
+    """Differences between the results of two sides, by name.
 
     Args:
       ours, other: results of `check` of the two sides.
@@ -47,15 +42,17 @@ def compare(
       config: the whole config.
     """
     path = config.stage2.t_max * config.stage2.contrastive_step_size
-    difference = (ours["images"] - other["images"]).reshape(len(ours["images"]), -1)
-    distances = np.linalg.norm(difference.astype(np.float64), axis=1) / path
+    distances = _distances(ours["images"], other["images"]) / path
+    logits = np.abs(ours["logits"] - other["logits"]).max()
     losses = [
         abs(a[name] - b[name])
         for a, b in zip(ours["metrics"], other["metrics"], strict=True)
         for name in METRICS
     ]
     return {
+        "logits": float(logits / np.abs(ours["logits"]).max()),
         "image_median": float(np.median(distances)),
+        "rounding": float(np.median(_distances(ours["images"], ours["nearby"])) / path),
         "image_worst": float(distances.max()),
         "loss": max(losses),
         **{
@@ -65,10 +62,17 @@ def compare(
     }
 
 
+def _distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Euclidean distance of each image [B, ...] from its counterpart: [B]."""
+    difference = (images - others).reshape(len(images), -1).astype(np.float64)
+    return np.linalg.norm(difference, axis=1)
+
+
 def _difference(ours: Any, other: Any, start: Any) -> float:
-    """Largest difference of a parameter over the largest movement of any."""
-    moved = max(np.abs(a - c).max() for a, c in _pairs(ours, start))
-    return float(max(np.abs(a - b).max() for a, b in _pairs(ours, other)) / moved)
+    """Distance of the two parameter vectors over the distance that ours moved."""
+    apart = sum(np.square(a - b).sum() for a, b in _pairs(ours, other))
+    moved = sum(np.square(a - b).sum() for a, b in _pairs(ours, start))
+    return float(np.sqrt(apart / moved))
 
 
 def _pairs(tree: Any, other: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -88,11 +92,14 @@ def check(differences: dict[str, float], config: ConfigDict) -> None:
     Raises:
       UserError: a difference above its bound.
     """
-    for name, bound in BOUNDS[config.model.dtype].items():
+    rounding = ROUNDING_FACTOR * differences["rounding"]
+    image_bound = min(max(rounding, IMAGE_RANGE[0]), IMAGE_RANGE[1])
+    bounds = {**BOUNDS[config.model.dtype], "image_median": image_bound}
+    for name, bound in bounds.items():
         if not differences[name] <= bound:
             raise UserError(
                 f"the two sides disagree: {name} differs by {differences[name]:.2g}, "
-                f"allowed is {bound}; their speed cannot be compared."
+                f"allowed is {bound:.2g}; their speed cannot be compared."
             )
 
 

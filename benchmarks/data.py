@@ -65,7 +65,7 @@ def images_per_second(config: ConfigDict, flags: Any, workers: int | None) -> fl
     """Speed of the training stream, or of evaluation where `workers` is None."""
     settings = config.data
     if workers is None:
-        batches, skipped = _evaluation(settings, flags), 1
+        batches, skipped = _evaluation(settings, flags), PREFETCH
     else:
         batches = _training(settings, flags, workers)
         # What was made ahead while nobody looked would flatter the speed.
@@ -79,8 +79,8 @@ def images_per_second(config: ConfigDict, flags: Any, workers: int | None) -> fl
         seconds = time.perf_counter() - start
     if not count:
         raise UserError(
-            f"{settings.eval} has no more than one batch of {flags.batch_size} images: "
-            "choose a smaller --batch_size."
+            f"{settings.eval} has no more than {PREFETCH} batches of "
+            f"{flags.batch_size} images: choose a smaller --batch_size."
         )
     return count / seconds
 
@@ -109,7 +109,7 @@ def _evaluation(settings: ConfigDict, flags: Any) -> data.Batches:
         batch_size=flags.batch_size,
         image_shape=tuple(settings.image_shape),
         num_threads=settings.num_threads,
-        prefetch=1,
+        prefetch=PREFETCH,
     )
 
 

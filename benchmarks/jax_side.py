@@ -14,6 +14,9 @@ from atebm_jax import attacks, energy, models, sharding, train
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 
+# Of the compute dtype, in the seeds: what many layers add up to.
+ROUNDINGS = 10.0
+
 
 class JaxSide:
     """Our code: `attacks.pgd` and the step of `train.build_step`, state donated."""
@@ -99,11 +102,25 @@ class JaxSide:
         return metrics
 
     def check(self) -> dict[str, Any]:
-        """Contrastive images, metrics of two steps, and the state after them."""
-        images = np.asarray(self._loop(*self._loop_arguments))
+        """Logits, contrastive images, metrics of two steps, and the state after them.
+
+        "nearby" are the contrastive images of seeds that differ by as much
+        as rounding adds up to over the layers.
+        """
+        variables, seeds, *rest = self._loop_arguments
+        logits = jax.jit(models.logits_fn(self.model, variables))(seeds)
+        images = np.asarray(self._loop(variables, seeds, *rest))
+        signs = np.random.default_rng(1).choice((-1.0, 1.0), seeds.shape)
+        rounding = ROUNDINGS * float(jnp.finfo(self.config.model.dtype).eps) * signs
+        shifted = jax.device_put(
+            (np.asarray(seeds) * (1.0 + rounding)).astype(np.float32), seeds.sharding
+        )
+        nearby = np.asarray(self._loop(variables, shifted, *rest))
         metrics = [self._advance() for _ in range(CHECKED_STEPS)]
         return {
+            "logits": np.asarray(logits),
             "images": images,
+            "nearby": nearby,
             "metrics": [
                 {name: float(value) for name, value in step.items()} for step in metrics
             ],

@@ -22,9 +22,11 @@ from sides import MEASURED, Settings
 from workers import Worker, available_cpus
 
 from atebm_jax import models
+from atebm_jax.config import lookup
 from atebm_jax.errors import UserError
 
 CLOCKS = ("wall_s", "cpu_s")
+TORCH_LAYOUTS = {"channels_last": "channels_last", "default": "contiguous_format"}
 TITLES = {"loop": "contrastive loop", "step": "stage-2 step"}
 
 
@@ -50,9 +52,9 @@ def parser() -> options.Parser:
     )
     flags.add_argument(
         "--torch_layout",
-        choices=("channels_last", "contiguous"),
+        choices=tuple(TORCH_LAYOUTS),
         default="channels_last",
-        help="memory format of PyTorch; channels_last is its faster one",
+        help="memory format: PyTorch's faster one, or the one it has by default",
     )
     flags.add_argument(
         "--torch_compile", action="store_true", help="run PyTorch's network compiled"
@@ -119,8 +121,7 @@ def choose_sides(config: ConfigDict, flags: Any) -> dict[str, tuple[Any, Setting
             device=flags.device,
             threads=flags.threads,
             conv_gradient=conv_gradient,
-            memory_format=f"{flags.torch_layout}"
-            + ("" if flags.torch_layout == "channels_last" else "_format"),
+            memory_format=TORCH_LAYOUTS[flags.torch_layout],
             compile=flags.torch_compile,
         )
 
@@ -130,6 +131,15 @@ def choose_sides(config: ConfigDict, flags: Any) -> dict[str, tuple[Any, Setting
     sides: dict[str, tuple[Any, Settings]] = {"ours": (JaxSide, ours)}
     if flags.compare == "none":
         return sides
+    if _has_twin(config, flags):
+        from torch_side import TorchSide
+
+        sides["torch"] = (TorchSide, ours)
+    return sides
+
+
+def _has_twin(config: ConfigDict, flags: Any) -> bool:
+    """Whether PyTorch can be measured; says so where only the network lacks there."""
     if importlib.util.find_spec("torch") is None:
         raise UserError(
             "PyTorch is not installed: install the extra atebm_jax[bench], or choose "
@@ -139,17 +149,21 @@ def choose_sides(config: ConfigDict, flags: Any) -> dict[str, tuple[Any, Setting
         raise UserError(
             "PyTorch is not measured on TPU: choose --compare=conv_gradient or none."
         )
-    from torch_side import TWINS, TorchSide
+    from torch_side import SUPPORTED, TWINS
 
-    if config.model.name in TWINS:
-        sides["torch"] = (TorchSide, ours)
-    else:
+    for field, value in SUPPORTED.items():
+        if lookup(config.stage2, field) != value:
+            raise UserError(
+                f"the PyTorch side knows only config.stage2.{field}={value!r}: choose "
+                "that, or --compare=none."
+            )
+    if config.model.name not in TWINS:
         print(
             f"note: {config.model.name!r} has no PyTorch twin (there are "
             f"{', '.join(TWINS)}): ours alone is measured.",
             file=sys.stderr,
         )
-    return sides
+    return config.model.name in TWINS
 
 
 def measure(
@@ -205,7 +219,7 @@ def show(record: dict[str, Any]) -> None:
     """Prints what was compared, the agreement and one table."""
     # A pipe has no width: the table keeps its own.
     console = Console(
-        width=None if sys.stdout.isatty() else 120, highlight=False, markup=False
+        width=None if sys.stdout.isatty() else 140, highlight=False, markup=False
     )
     names, flags = list(record["sides"]), record["flags"]
     versions = [

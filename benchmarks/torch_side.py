@@ -33,6 +33,19 @@ TWINS: dict[str, tuple[Callable[[ConfigDict], Any], Callable[[Mapping], Any]]] =
     "wide_resnet": (_wide_resnet, convert.wide_resnet_from_torch),
 }
 
+# What the twin's step can do, by field of `config.stage2`: the paper's CIFAR rows.
+SUPPORTED = {
+    "optimizer": "sgd",
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "contrastive_objective": "conditional",
+    "weight_r1": 0.0,
+    "log_r1": False,
+    "adversary.norm": "l2",
+    "adversary.momentum": 0.0,
+    "adversary.keep_best": False,
+}
+
 
 class TorchSide:
     """The PyTorch twin, `torch_reference`."""
@@ -114,10 +127,13 @@ class TorchSide:
 
     def check(self) -> dict[str, Any]:
         """As `JaxSide.check`, in its layouts and names."""
+        with self._autocast(), torch.no_grad():
+            logits = _array(self.model(self.seeds))
         images = _array(self._contrastive()).transpose(0, 2, 3, 1)
         metrics = [self._advance() for _ in range(CHECKED_STEPS)]
         average = self.stage.average.state_dict()
         return {
+            "logits": logits,
             "images": images,
             "metrics": [
                 {name: float(value) for name, value in step.items()} for step in metrics

@@ -16,7 +16,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "clean_accuracy": ("clean", "{:.4f}"),
     "robust_accuracy": ("robust (PGD)", "{:.4f}"),
     "sample_agreement": ("agreement", "{:.4f}"),
-    "sample_distance": ("sample distance", "{:.3f}"),
+    "sample_distance": ("distance", "{:.3f}"),
 }
 
 
