@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,21 +64,21 @@ def finish(workdir: Path) -> float:
 
 def kill_and_restart(
     workdir: Path, kills: int, longest: float, rng: random.Random
-) -> int:
-    """Kills the job at random moments; returns how many kills hit it while it ran."""
+) -> None:
+    """Kills the running job so many times; begins anew whenever it gets to its end."""
     hits = 0
-    for _ in range(kills):
+    while hits < kills:
         process = start(workdir)
         moment = rng.uniform(0.0, longest)
         try:
             process.wait(moment)
-            print(f"  finished before its kill at {moment:.1f} s")
+            print(f"  finished before its kill at {moment:.1f} s: begun anew")
+            shutil.rmtree(workdir)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             hits += 1
             print(f"  killed after {moment:.1f} s, at {last_step(workdir)}")
-    return hits
 
 
 def last_step(workdir: Path) -> str:
@@ -147,13 +148,13 @@ def differences(alone: Path, killed: Path) -> list[str]:
 
 def compare(folder: Path, kills: int, seed: int) -> list[str]:
     """Runs both jobs in a folder; returns the differences of their ends."""
-    alone, killed = folder / "alone", folder / "killed"
-    # The first run also fills the compilation cache: the second one is the measure.
-    first = finish(alone)
-    print(f"undisturbed: {first:.0f} s")
-    hits = kill_and_restart(killed, kills, 0.9 * first, random.Random(seed))
+    alone, killed, warm = folder / "alone", folder / "killed", folder / "warm"
+    finish(alone)
+    # The first run also filled the compilation cache: the second one is the measure.
+    seconds = finish(warm)
+    print(f"undisturbed: {seconds:.0f} s")
+    kill_and_restart(killed, kills, 0.8 * seconds, random.Random(seed))
     finish(killed)
-    print(f"{hits} of {kills} kills hit the running job")
     return differences(alone, killed)
 
 
