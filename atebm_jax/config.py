@@ -100,19 +100,32 @@ def _model() -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     # Family: a key of `atebm_jax.models.MODELS`.
     model.name = "wide_resnet"
-    # 6n + 4 for WideResNets.
+    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets.
     model.depth = 34
+    # Width of WideResNets: 16, 32 and 64 times this many channels.
     model.widen_factor = 10
+    # Channels inside a ResNet's first bottlenecks: 64; wide ResNets have 128 or 256.
+    model.base_width = 64
+    # Size of a ConvNeXt ("tiny", "small", "base", "large") or ViT ("small", "base").
+    model.size = "base"
+    # First layers of a ConvNeXt or ViT: "patch", or "conv" for convolutions (ConvStem).
+    model.stem = "patch"
+    # Side of the grid of patches that a ViT's position embedding is kept for; images
+    # with another grid get it interpolated.
+    model.position_grid = 14
     model.num_classes = 10
     # Input normalisation inside the network, one number a channel; () for none.
     model.mean = ()
     model.std = ()
-    # "relu" or "swish".
+    # "relu" or "swish", for WideResNets and ResNets; ConvNeXts and ViTs have GELU.
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"
     # Image gradient of convolutions: "auto", "xla" or "forward".
     model.conv_gradient = "auto"
+    # Keep only the blocks' inputs and compute a block again in the backward pass: less
+    # memory for activations, about a third more computation.
+    model.remat = False
     return model
 
 

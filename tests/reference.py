@@ -73,7 +73,7 @@ def variables(state_dict: dict[str, np.ndarray], prefix: str = "") -> dict[str, 
         for name, value in state_dict.items()
         if name.startswith(prefix)
     }
-    return jax.tree.map(jnp.asarray, convert.wide_resnet_from_torch(arrays))
+    return jax.tree.map(jnp.asarray, convert.from_torch("wide_resnet", arrays))
 
 
 def unbiased(new: Any, old: Any, batch_size: int) -> Any:

@@ -137,7 +137,7 @@ def test_full_size_network_matches_the_reference(golden):
         sums = [flat.sum(dtype=np.float64), flat[0], flat[-1]]
         np.testing.assert_allclose(sums, check, rtol=1e-9, atol=1e-9)
     network = reference.network(depth=34, widen_factor=10)
-    made = convert.wide_resnet_from_torch(arrays)
+    made = convert.from_torch("wide_resnet", arrays)
     count = sum(x.size for x in jax.tree.leaves(made["params"]))
     assert count == int(stored["n_params"]) == 46_160_474
     logits = jax.jit(network.apply)(made, stored["images_32"])

@@ -17,6 +17,11 @@ from atebm_jax.errors import UserError
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "swish": nn.swish,
+}
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -203,6 +208,11 @@ class Conv(nn.Module):
             )
             x = x + bias.astype(self.dtype)[None, None, None, :]
         return x
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """The array in float32, or as it is where that is finer."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def batch_norm(name: str, train: bool) -> nn.BatchNorm:
