@@ -28,6 +28,7 @@ ORDER = (
     "preemption",
     "reporting",
     "checkpoint",
+    "archs",
     "convert",
     "presets",
     "evaluate",

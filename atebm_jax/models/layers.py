@@ -233,6 +233,15 @@ def batch_norm(name: str, train: bool) -> nn.BatchNorm:
     )
 
 
+def layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """Layer normalisation over the last axis, eps 1e-6, in float32 at least.
+
+    To be called inside a module's compact method, under a name of its own.
+    """
+    x = at_least_float32(x)
+    return nn.LayerNorm(1e-6, dtype=x.dtype, use_fast_variance=False, name=name)(x)
+
+
 class Normalize(nn.Module):
     """(x - mean) / std per channel, inside the network so that attacks see pixels.
 
