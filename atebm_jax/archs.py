@@ -25,9 +25,10 @@ def _resnet(depth: int, base_width: int = 64) -> dict[str, Any]:
 
 
 def _convnext(size: str, stem: str) -> dict[str, Any]:
-    # No input normalisation with a ConvStem; the usual one with patches.
+    # The paper's ConvNeXts see pixels as they are. Weights trained on normalised images
+    # need `IMAGENET` beside them.
     values = {"name": "convnext", "size": size, "stem": stem, "num_classes": 1000}
-    return values | ({"mean": (), "std": ()} if stem == "conv" else IMAGENET)
+    return values | {"mean": (), "std": ()}
 
 
 def _vit(size: str, stem: str, **normalisation: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atebm_jax.errors import UserError
+from atebm_jax.models.layers import at_least_float32
 
 
 def depthwise_xla(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -43,11 +44,10 @@ def depthwise_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
     The sum runs in float32 at least. Reverse-mode derivatives only, of any order: the
     image gradient is the same function of the flipped kernel.
     """
-    dtype = jnp.promote_types(images.dtype, jnp.float32)
-    weights = kernel[:, :, 0, None, None, None, :].astype(dtype)
-    shifted = _shifted(images.astype(dtype), len(kernel))
-    products = (image * weights[i, j] for (i, j), image in shifted)
-    return sum(products, jnp.zeros(images.shape, dtype)).astype(images.dtype)
+    weights = at_least_float32(kernel)[:, :, 0, None, None, None, :]
+    wide = at_least_float32(images)
+    products = (x * weights[i, j] for (i, j), x in _shifted(wide, len(kernel)))
+    return sum(products, jnp.zeros_like(wide)).astype(images.dtype)
 
 
 def _shifted(images: jax.Array, side: int) -> list[tuple[tuple[int, int], jax.Array]]:
@@ -73,11 +73,10 @@ def _bwd(
 ) -> tuple[jax.Array, jax.Array]:
     images, kernel = residuals
     image_gradient = depthwise_shifted(cotangent, jnp.flip(kernel, (0, 1)))
-    dtype = jnp.promote_types(images.dtype, jnp.float32)
-    wide = cotangent.astype(dtype)
+    wide = at_least_float32(cotangent)
     sums = [
         (image * wide).sum(axis=(0, 1, 2))
-        for _, image in _shifted(images.astype(dtype), len(kernel))
+        for _, image in _shifted(at_least_float32(images), len(kernel))
     ]
     kernel_gradient = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
     return image_gradient, kernel_gradient

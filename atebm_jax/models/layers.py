@@ -212,7 +212,7 @@ class Conv(nn.Module):
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """The array in float32, or as it is where that is finer."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def batch_norm(name: str, train: bool) -> nn.BatchNorm:
