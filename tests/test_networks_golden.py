@@ -62,7 +62,8 @@ def test_double_precision_matches_the_reference_to_rounding(golden, monkeypatch,
         for values in (network.mean, network.std)
     )
     network = network.clone(dtype=jnp.float64, mean=mean, std=std)
-    with jax.enable_x64(True):
+    # Flax's normalisation leaves float64 and float32 to promotion.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         images = golden("big_inputs")["images_64"].astype(np.float64)
         weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), weights)
         logits = jax.jit(network.apply)(weights, images)
