@@ -16,7 +16,15 @@ from atebm_jax.errors import UserError
 
 # Fields that cannot change what is computed: a workdir may be continued with others.
 RUN_CONTROL = frozenset(
-    {"stages", "log_every_steps", "data.num_workers", "data.num_threads"}
+    {
+        "stages",
+        "log_every_steps",
+        "data.num_workers",
+        "data.num_threads",
+        # Only the order of sums, as with the number of devices.
+        "stage1.num_micro_batches",
+        "stage2.num_micro_batches",
+    }
 )
 
 
@@ -133,6 +141,9 @@ def _stage() -> ml_collections.ConfigDict:
     stage = ml_collections.ConfigDict()
     # Images a step and stream, over all devices and processes.
     stage.batch_size = 128
+    # Parts of a batch that pass one after the other, for less memory; the update is
+    # that of the whole batch. Not for batch statistics, that is BatchNorm in stage1.
+    stage.num_micro_batches = 1
     # Length, one of the two: passes over the training set, or steps; the other is 0.
     stage.num_epochs = 0.0
     stage.num_steps = 0
@@ -298,6 +309,12 @@ def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
     if stage.batch_size < 1:
         raise UserError(
             f"config.{name}.batch_size is {stage.batch_size}: it must be positive."
+        )
+    parts = stage.num_micro_batches
+    if parts < 1 or stage.batch_size % parts:
+        raise UserError(
+            f"config.{name}.num_micro_batches is {parts}: it must divide "
+            f"config.{name}.batch_size, {stage.batch_size}."
         )
     if (stage.num_epochs > 0) == (stage.num_steps > 0):
         raise UserError(
