@@ -25,6 +25,7 @@ ORDER = (
     "data",
     "sharding",
     "config",
+    "command_line",
     "preemption",
     "reporting",
     "checkpoint",
