@@ -76,10 +76,13 @@ def test_any_image_size_fits_and_features_are_pooled(name, overrides, width, siz
     assert logits.shape == (3, 7)
 
 
-def test_sizes_that_patches_do_not_cover_are_refused():
+def test_sizes_that_do_not_fit_are_refused():
     network = models.build(archs.model_config("vit_s"))
     with pytest.raises(UserError, match="72 x 64 pixels.*multiples of 16"):
         shapes_of(network, (72, 64))
+    network = models.build(archs.model_config("convnext_tiny"))
+    with pytest.raises(UserError, match="28 x 64 pixels.*at least 32"):
+        shapes_of(network, (28, 64))
 
 
 @pytest.mark.parametrize(
@@ -251,3 +254,20 @@ def test_architecture_is_found_whatever_its_classes_and_normalisation():
     block = archs.model_config("convnext_base", num_classes=10, **archs.IMAGENET)
     assert archs.name_of(block) == "convnext_base"
     assert archs.name_of(archs.model_config("wrn34_10", depth=40)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("wrn34_10", "wide_resnet-34-10"),
+        ("wide_resnet50_4", "resnet-50-256"),
+        ("convnext_large_cvst", "convnext-large-conv"),
+        ("vit_s", "vit-small-patch"),
+    ],
+)
+def test_network_is_described_by_what_sizes_it(name, text):
+    assert archs.describe(archs.model_config(name)) == text
+
+
+def test_every_family_says_what_sizes_it():
+    assert archs.SIZED_BY.keys() == models.MODELS.keys()
