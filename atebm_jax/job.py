@@ -214,10 +214,11 @@ def _greet(console: Console, job: Job) -> None:
     variables = jax.eval_shape(lambda: _random_variables(job.model, job.config))
     number = parameter_overview.count_parameters(variables["params"])
     config = job.config.model
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     console.print(
         f"atebm_jax {importlib.metadata.version('atebm_jax')}: "
         f"{archs.describe(config)}, {number:,} parameters, {config.dtype}, "
-        f"on {jax.device_count()} x {jax.devices()[0].device_kind}; workdir {job.workdir}",
+        f"on {devices}; workdir {job.workdir}",
         highlight=False,
         soft_wrap=True,
     )
