@@ -9,7 +9,16 @@ from absl import flags
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
-from atebm_jax import UserError, command_line, config, curriculum, data, main, models
+from atebm_jax import (
+    UserError,
+    checkpoint,
+    command_line,
+    config,
+    curriculum,
+    data,
+    main,
+    models,
+)
 from atebm_jax.train import build_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -206,3 +215,14 @@ def test_user_mistake_on_the_command_line_exits_with_2(arguments, capsys):
     assert leaving.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") <= 2
+
+
+def test_config_of_an_earlier_version_gets_the_defaults_of_later_fields():
+    stored = checkpoint.as_json(config.default())
+    whole = config.complete(stored)
+    assert config.differences(whole, stored) == []
+    del stored["model"]["remat"], stored["evaluate"], stored["data"]["image_shape"]
+    stored["model"]["depth"] = 16
+    made = config.complete(stored)
+    assert config.differences(whole, made) == ["model.depth: 34 before, 16 now"]
+    assert "remat" not in stored["model"]
