@@ -1,6 +1,5 @@
 """Calibration before and after temperature scaling (method: section 6)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,20 +52,15 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
 def _scores(
     context: Context, scores: np.ndarray, labels: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    def scores_of(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-        return lambda z, y: getattr(metrics.calibration(z, y, NUM_BINS), name)
-
+    values = metrics.calibration(scores, labels, NUM_BINS)
+    low, high = metrics.bootstrap_interval(
+        lambda z, y: np.array(metrics.calibration(z, y, NUM_BINS)),
+        [scores, labels],
+        paired=True,
+        num_resamples=context.options.num_resamples,
+        seed=context.options.seed,
+    )
     return {
-        name: figure(
-            scores_of(name)(scores, labels),
-            metrics.bootstrap_interval(
-                scores_of(name),
-                [scores, labels],
-                paired=True,
-                num_resamples=context.options.num_resamples,
-                seed=context.options.seed,
-            ),
-            len(labels),
-        )
-        for name in metrics.Calibration._fields
+        name: figure(value, (low[i], high[i]), len(labels))
+        for i, (name, value) in enumerate(values._asdict().items())
     }
