@@ -52,6 +52,7 @@ def run(
       preemption.Interrupted: a signal asked to stop; everything is saved.
     """
     configuration.check(config)
+    _check_start(config, checkpoint.absolute(workdir))
     console = console or Console()
     mesh = sharding.make_mesh()
     model = models.build(config.model)
@@ -85,6 +86,21 @@ def run(
     finally:
         writer.close()
         stop.restore()
+
+
+def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Refuses stage 2 without weights before a large data set is opened."""
+    begun = any(
+        checkpoint.steps_in(checkpoint.stage_folder(workdir, stage))
+        for stage in checkpoint.STAGE_ORDER
+    )
+    first = configuration.stages_to_run(config)[0]
+    if first == "stage2" and not config.init_from and not begun:
+        raise UserError(
+            "stage2 alone needs weights to start from: give --config.init_from="
+            "CHECKPOINT, a workdir or what atebm_jax.convert made of a PyTorch file, "
+            f"or run stage1 in {workdir} first."
+        )
 
 
 def _open_sources(
