@@ -411,7 +411,7 @@ def describe(value: Any) -> str:
 def key(value: Any) -> Any:
     """A value that may be hashed: a plain one, or a short tuple of plain ones."""
     plain = (str, bytes, int, float, bool, type(None), Named)
-    if isinstance(value, plain) or isinstance(value, np.generic | Inert | Tensor):
+    if isinstance(value, (*plain, np.generic, Inert, Tensor)):
         return value
     if isinstance(value, tuple) and all(isinstance(x, plain) for x in value):
         return value
