@@ -16,7 +16,15 @@ from atebm_jax.errors import UserError
 
 # Fields that cannot change what is computed: a workdir may be continued with others.
 RUN_CONTROL = frozenset(
-    {"stages", "log_every_steps", "data.num_workers", "data.num_threads"}
+    {
+        "stages",
+        "log_every_steps",
+        "data.num_workers",
+        "data.num_threads",
+        # Only the order of sums, as with the number of devices.
+        "stage1.num_micro_batches",
+        "stage2.num_micro_batches",
+    }
 )
 
 
@@ -100,19 +108,32 @@ def _model() -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     # Family: a key of `atebm_jax.models.MODELS`.
     model.name = "wide_resnet"
-    # 6n + 4 for WideResNets.
+    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets.
     model.depth = 34
+    # Width of WideResNets: 16, 32 and 64 times this many channels.
     model.widen_factor = 10
+    # Channels inside a ResNet's first bottlenecks: 64; wide ResNets have 128 or 256.
+    model.base_width = 64
+    # Size of a ConvNeXt ("tiny", "small", "base", "large") or ViT ("small", "base").
+    model.size = "base"
+    # First layers of a ConvNeXt or ViT: "patch", or "conv" for convolutions (ConvStem).
+    model.stem = "patch"
+    # Side of the grid of patches that a ViT's position embedding is kept for; images
+    # with another grid get it interpolated.
+    model.position_grid = 14
     model.num_classes = 10
     # Input normalisation inside the network, one number a channel; () for none.
     model.mean = ()
     model.std = ()
-    # "relu" or "swish".
+    # "relu" or "swish", for WideResNets and ResNets; ConvNeXts and ViTs have GELU.
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"
     # Image gradient of convolutions: "auto", "xla" or "forward".
     model.conv_gradient = "auto"
+    # Keep only the blocks' inputs and compute a block again in the backward pass: less
+    # memory for activations, about a third more computation.
+    model.remat = False
     return model
 
 
@@ -120,6 +141,9 @@ def _stage() -> ml_collections.ConfigDict:
     stage = ml_collections.ConfigDict()
     # Images a step and stream, over all devices and processes.
     stage.batch_size = 128
+    # Parts of a batch that pass one after the other, for less memory; the update is
+    # that of the whole batch. Not for batch statistics, that is BatchNorm in stage1.
+    stage.num_micro_batches = 1
     # Length, one of the two: passes over the training set, or steps; the other is 0.
     stage.num_epochs = 0.0
     stage.num_steps = 0
@@ -285,6 +309,12 @@ def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
     if stage.batch_size < 1:
         raise UserError(
             f"config.{name}.batch_size is {stage.batch_size}: it must be positive."
+        )
+    parts = stage.num_micro_batches
+    if parts < 1 or stage.batch_size % parts:
+        raise UserError(
+            f"config.{name}.num_micro_batches is {parts}: it must divide "
+            f"config.{name}.batch_size, {stage.batch_size}."
         )
     if (stage.num_epochs > 0) == (stage.num_steps > 0):
         raise UserError(

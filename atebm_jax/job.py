@@ -127,13 +127,14 @@ def _check_rooms(
     config: ml_collections.ConfigDict, mesh: Mesh, model: nn.Module, num_train: int
 ) -> None:
     """Has every room check its part of the config."""
-    sizes = {"evaluate.batch_size": config.evaluate.batch_size}
+    sizes = {"evaluate.batch_size": (config.evaluate.batch_size, 1)}
     for name in configuration.stages_to_run(config):
         total = configuration.num_steps(config[name], num_train)
         build_step(config, name, model, total)
-        sizes[f"{name}.batch_size"] = config[name].batch_size
-    for field, size in sizes.items():
-        sharding.check_batch_size(size, mesh, f"config.{field}")
+        stage = config[name]
+        sizes[f"{name}.batch_size"] = (stage.batch_size, stage.num_micro_batches)
+    for field, (size, parts) in sizes.items():
+        sharding.check_batch_size(size, mesh, f"config.{field}", parts)
     classifier_adversary(config.evaluate.attack)
     samples.check_judge(config.evaluate.samples.judge)
 

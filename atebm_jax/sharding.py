@@ -70,17 +70,23 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, field: str, num_micro_batches: int = 1
+) -> None:
     """Refuses a batch that does not split evenly.
 
     Raises:
-      UserError: `batch_size` is not a positive multiple of the device count.
+      UserError: `batch_size` is not a positive multiple of the device count times
+        the number of micro-batches.
     """
-    if batch_size < 1 or batch_size % mesh.size:
-        nearest = max(round(batch_size / mesh.size), 1) * mesh.size
+    unit = mesh.size * num_micro_batches
+    if batch_size < 1 or batch_size % unit:
+        nearest = max(round(batch_size / unit), 1) * unit
+        parts = f" in {num_micro_batches} micro-batches" * (num_micro_batches > 1)
         raise UserError(
             f"{field} is {batch_size}, which does not split evenly over "
-            f"{mesh.size} devices: use a positive multiple, {nearest} say."
+            f"{mesh.size} devices{parts}: use a positive multiple of {unit}, {nearest} "
+            "say."
         )
 
 

@@ -27,14 +27,18 @@ class Stage(NamedTuple):
       streams: the batches it takes, of "gen", "cls" and "ood".
       adversaries: (variables, batch, num_steps) -> images made by PGD and what is
         known of them; `num_steps` is T, a traced int32 (unused by stage 1).
-      loss: (params, batch_stats, batch, adversaries) -> (scalar loss,
-        (new batch_stats, metrics)); differentiable in params.
+      loss: (params, batch_stats, batch, adversaries) -> (scalar loss, (new
+        batch_stats, outputs)); differentiable in params. The loss is a mean over the
+        batch; of the outputs, scalars are means over it and arrays [B] are per image.
+      statistics: outputs of a whole batch -> scalar metrics. Apart from the loss, so
+        that a batch may pass in parts and still be ranked as one.
     """
 
     name: str
     streams: tuple[str, ...]
     adversaries: Callable[[Variables, Batch, jax.Array], dict[str, jax.Array]]
     loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+    statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
 
 
 def classifier_adversary(
@@ -110,11 +114,11 @@ def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
             mutable=["batch_stats"],
         )
         loss_ce = losses.cross_entropy(logits, batch["y_cls"]).mean()
-        statistics = {
+        outputs = {
             "loss_ce": loss_ce,
             "accuracy_adv": metrics.accuracy(logits, batch["y_cls"]).mean(),
         }
-        return loss_ce, (updated.get("batch_stats", {}), statistics)
+        return loss_ce, (updated.get("batch_stats", {}), outputs)
 
     return Stage("stage1", ("cls",), adversaries, loss)
 
@@ -183,20 +187,20 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         loss_ce = losses.cross_entropy(adversarial, batch["y_cls"]).mean()
         loss_bce = losses.contrastive_bce(energy.score(real), energy.score(contrastive))
         total = weights["ce"] * loss_ce + weights["bce"] * loss_bce
-        statistics = {
+        outputs = {
             "loss_ce": loss_ce,
             "loss_bce": loss_bce,
             "accuracy_adv": metrics.accuracy(adversarial, batch["y_cls"]).mean(),
             "travel": made["travel"],
-            **_score_statistics(real, contrastive, made["seed_logits"], batch["y_gen"]),
+            **_scores(real, contrastive, made["seed_logits"], batch["y_gen"]),
         }
         if with_r1:
             r1 = losses.r1(lambda x: energy.score(logits_fn(x)), batch["x_gen"])
             total = total + weights["r1"] * r1
-            statistics["r1"] = r1
-        return total, (batch_stats, statistics)
+            outputs["r1"] = r1
+        return total, (batch_stats, outputs)
 
-    return Stage("stage2", ("gen", "cls", "ood"), adversaries, loss)
+    return Stage("stage2", ("gen", "cls", "ood"), adversaries, loss, _with_aucs)
 
 
 STAGES: dict[str, Callable[[nn.Module, ml_collections.ConfigDict], Stage]] = {
@@ -217,15 +221,21 @@ def _one_pass(logits_fn: Callable, *batches: jax.Array) -> list[jax.Array]:
     return [logits[:, i] for i in range(len(batches))]
 
 
-def _score_statistics(
+def _scores(
     real: jax.Array, contrastive: jax.Array, seeds: jax.Array, labels: jax.Array
 ) -> dict[str, jax.Array]:
-    """AUCs of f(x)[y] against contrastive images and seeds; mean s(x) of all three."""
-    real_score = energy.score(real, labels)
-    return {
-        "auc": metrics.auroc(real_score, energy.score(contrastive, labels)),
-        "auc_seeds": metrics.auroc(real_score, energy.score(seeds, labels)),
-        "score_real": energy.score(real).mean(),
-        "score_contrastive": energy.score(contrastive).mean(),
-        "score_seeds": energy.score(seeds).mean(),
+    """f(x)[y] of real images, contrastive images and seeds; mean s(x) of all three."""
+    logits = {"real": real, "contrastive": contrastive, "seeds": seeds}
+    joint = {f"joint_{name}": energy.score(x, labels) for name, x in logits.items()}
+    means = {f"score_{name}": energy.score(x).mean() for name, x in logits.items()}
+    return joint | means
+
+
+def _with_aucs(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """AUCs of f(x)[y] against contrastive images and seeds in place of the scores."""
+    means = {k: x for k, x in outputs.items() if not k.startswith("joint_")}
+    real = outputs["joint_real"]
+    return means | {
+        "auc": metrics.auroc(real, outputs["joint_contrastive"]),
+        "auc_seeds": metrics.auroc(real, outputs["joint_seeds"]),
     }

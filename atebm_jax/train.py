@@ -127,6 +127,7 @@ def build_step(
       UserError: a value of the stage's config is refused.
     """
     stage = config[name]
+    _check_micro_batches(config, name, model)
     optimizer = optim.optimizer(stage.optimizer, weight_decay=stage.weight_decay)
     learning_rate = optim.schedule(
         stage.schedule,
@@ -150,6 +151,7 @@ def build_step(
         learning_rate,
         seed=config.seed,
         max_decay=stage.average_decay,
+        num_micro_batches=stage.num_micro_batches,
         **options,
     )
     return step, partial(
@@ -157,10 +159,29 @@ def build_step(
     )
 
 
+def _check_micro_batches(
+    config: ml_collections.ConfigDict, name: str, model: nn.Module
+) -> None:
+    """Refuses parts of a batch where each would be normalised by itself."""
+    parts = config[name].num_micro_batches
+    if name != "stage1" or parts == 1:
+        return
+    if "batch_stats" in _variable_shapes(config, model):
+        raise UserError(
+            f"config.stage1.num_micro_batches is {parts}, and stage1 normalises "
+            f"{config.model.name} over the whole batch (BatchNorm): parts would have "
+            "statistics of their own, so set it to 1, or choose a network without."
+        )
+
+
+def _variable_shapes(config: ml_collections.ConfigDict, model: nn.Module) -> Any:
+    example = jnp.zeros((1, *config.data.image_shape))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), example))
+
+
 def _placed_shapes(job: Job, new_state: Callable[[Any], TrainState]) -> Any:
     """The shapes of a state on every device, without what it starts from."""
-    example = jnp.zeros((1, *job.config.data.image_shape))
-    variables = jax.eval_shape(lambda: job.model.init(jax.random.key(0), example))
+    variables = _variable_shapes(job.config, job.model)
     everywhere = sharding.replicated(job.mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),

@@ -29,6 +29,7 @@ def make(
     max_decay: float = 0.999,
     auc_threshold: float = 1.0,
     max_contrastive_steps: int = 0,
+    num_micro_batches: int = 1,
 ) -> StepFn:
     """Builds the update of one stage; one compilation serves every T.
 
@@ -44,23 +45,33 @@ def make(
       max_decay: limit of the weight average's decay.
       auc_threshold: mean AUC at which T grows; stage 2 only.
       max_contrastive_steps: T_max; stage 2 only.
+      num_micro_batches: parts k in which a batch passes one after the other, loops
+        and gradients alike, to need about 1/k of the memory. One update of the mean
+        gradient follows, and the metrics are those of the whole batch. B must be a
+        multiple of k, and of k times the devices it is split over.
 
     Returns:
       (state, batch) -> (state, metrics). Images of the batch are uint8 [B, H, W, C] or
       float32 in [0, 1], labels int32 [B]; metrics are scalars.
+
+    Raises:
+      ValueError: `num_micro_batches` is not positive.
     """
-    gradient = jax.value_and_grad(stage.loss, has_aux=True)
+    if num_micro_batches < 1:
+        raise ValueError(
+            f"num_micro_batches is {num_micro_batches}: it must be at least 1."
+        )
+    differentiate = _in_parts(stage, num_micro_batches)
 
     def step(
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         inputs = _prepare(batch, stage, seed, state.step + state.data_offset)
         num_steps = state.curriculum.num_steps
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        made = jax.lax.stop_gradient(stage.adversaries(variables, inputs, num_steps))
-        (loss, (batch_stats, metrics)), gradients = gradient(
-            state.params, state.batch_stats, inputs, made
+        loss, gradients, batch_stats, outputs = differentiate(
+            state.params, state.batch_stats, inputs, num_steps
         )
+        metrics = stage.statistics(outputs)
         rate = learning_rate(state.step)
         gradient_norm = optax.tree.norm(gradients)
         applied = _apply(state, optimizer, gradients, batch_stats, rate, max_decay)
@@ -89,20 +100,92 @@ def make(
     return step
 
 
+def _in_parts(
+    stage: Stage, count: int
+) -> Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Any, Any, Any]]:
+    """PGD loops, loss and gradient of a batch that passes in `count` parts.
+
+    Returns:
+      (params, batch_stats, batch, num_steps) -> (loss, gradients, batch_stats,
+      outputs), of the whole batch.
+    """
+    gradient = jax.value_and_grad(stage.loss, has_aux=True)
+
+    def whole(params: Any, batch_stats: Any, batch: Batch, num_steps: jax.Array) -> Any:
+        inputs = _as_floats(batch)
+        variables = {"params": params, "batch_stats": batch_stats}
+        made = jax.lax.stop_gradient(stage.adversaries(variables, inputs, num_steps))
+        (loss, (batch_stats, outputs)), gradients = gradient(
+            params, batch_stats, inputs, made
+        )
+        return loss, gradients, batch_stats, outputs
+
+    def in_parts(
+        params: Any, batch_stats: Any, batch: Batch, num_steps: jax.Array
+    ) -> Any:
+        def add(carry: Any, part: Batch) -> tuple[Any, Any]:
+            total, gradients, batch_stats = carry
+            loss, more, batch_stats, outputs = whole(
+                params, batch_stats, part, num_steps
+            )
+            gradients = jax.tree.map(jnp.add, gradients, more)
+            return (total + loss, gradients, batch_stats), outputs
+
+        nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params), batch_stats)
+        (total, gradients, batch_stats), outputs = jax.lax.scan(
+            add, nothing, _split(batch, count)
+        )
+        gradients = jax.tree.map(lambda g: g / count, gradients)
+        return total / count, gradients, batch_stats, _join(outputs)
+
+    return whole if count == 1 else in_parts
+
+
+def _split(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...], part j being images j, j + count, ...
+
+    Neighbours go to different parts, so that every device splits what it holds;
+    cutting the batch into stretches would move images between devices.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % count:
+            raise ValueError(
+                f"a batch of {x.shape[0]} does not split into {count} micro-batches: "
+                "use a divisor."
+            )
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return {name: split(x) for name, x in batch.items()}
+
+
+def _join(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Undoes `_split` for values per image [k, B / k]; averages the means [k]."""
+    return {
+        name: x.mean() if x.ndim == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        for name, x in outputs.items()
+    }
+
+
 def _prepare(
     batch: Mapping[str, jax.Array], stage: Stage, seed: int, position: jax.Array
 ) -> Batch:
-    """Images to float32 in [0, 1]; uniform noise where no seeds came with the batch."""
-    inputs = {
-        name: value.astype(jnp.float32) / 255.0 if value.dtype == jnp.uint8 else value
-        for name, value in batch.items()
-    }
+    """The batch, with uniform noise where no seeds came with it."""
+    inputs = dict(batch)
     if "ood" in stage.streams and "x_ood" not in inputs:
         # Keys are derived from seed and data position, never stored.
         key = jax.random.fold_in(jax.random.key(seed), _TRAINING_SEEDS)
         key = jax.random.fold_in(key, position)
         inputs["x_ood"] = jax.random.uniform(key, inputs["x_gen"].shape)
     return inputs
+
+
+def _as_floats(batch: Batch) -> Batch:
+    """Images to float32 in [0, 1]; only of a part, as bytes are a quarter of that."""
+    return {
+        name: value.astype(jnp.float32) / 255.0 if value.dtype == jnp.uint8 else value
+        for name, value in batch.items()
+    }
 
 
 def _apply(

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
+from atebm_jax.command_line import load_config
 from atebm_jax.config import check_override, lookup
 from atebm_jax.errors import UserError
-from atebm_jax.main import load_config
 
 DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "cifar10.py") + ":small"
 

@@ -1,6 +1,7 @@
 """The PyTorch side of `step.py`: `torch_reference` with our weights and batch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def _wide_resnet(config: ConfigDict) -> Any:
 # Networks with a PyTorch twin, by `config.model.name`: how it is built, and how its
 # state dict becomes our variables.
 TWINS: dict[str, tuple[Callable[[ConfigDict], Any], Callable[[Mapping], Any]]] = {
-    "wide_resnet": (_wide_resnet, convert.wide_resnet_from_torch),
+    "wide_resnet": (_wide_resnet, partial(convert.from_torch, "wide_resnet")),
 }
 
 # What the twin's step can do, by field of `config.stage2`: the paper's CIFAR rows.

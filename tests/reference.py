@@ -1,5 +1,7 @@
 """Networks, batches and comparisons that several tests share."""
 
+import json
+import zlib
 from typing import Any
 
 import flax
@@ -43,6 +45,14 @@ def double_network(monkeypatch: pytest.MonkeyPatch) -> WideResNet:
     Normalisation layers are float32 by design: a test that wants more replaces them.
     """
 
+    double_norms(monkeypatch, wide_resnet)
+    mean, std = ([float(np.float32(x)) for x in values] for values in (MEAN, STD))
+    return network(dtype=jnp.float64, mean=mean, std=std)
+
+
+def double_norms(monkeypatch: pytest.MonkeyPatch, family: Any) -> None:
+    """Batch normalisation in float64 in a family's networks."""
+
     def batch_norm(name: str, train: bool) -> nn.BatchNorm:
         return nn.BatchNorm(
             use_running_average=not train,
@@ -53,9 +63,7 @@ def double_network(monkeypatch: pytest.MonkeyPatch) -> WideResNet:
             name=name,
         )
 
-    monkeypatch.setattr(wide_resnet, "batch_norm", batch_norm)
-    mean, std = ([float(np.float32(x)) for x in values] for values in (MEAN, STD))
-    return network(dtype=jnp.float64, mean=mean, std=std)
+    monkeypatch.setattr(family, "batch_norm", batch_norm)
 
 
 def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -73,7 +81,41 @@ def variables(state_dict: dict[str, np.ndarray], prefix: str = "") -> dict[str, 
         for name, value in state_dict.items()
         if name.startswith(prefix)
     }
-    return jax.tree.map(jnp.asarray, convert.wide_resnet_from_torch(arrays))
+    return jax.tree.map(jnp.asarray, convert.from_torch("wide_resnet", arrays))
+
+
+def rule_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A full-size network's weights, which follow from their names alone.
+
+    The rule is the golden files'; its sums are checked before anything rests on it.
+    """
+    made = {}
+    for name, text, check in zip(
+        map(str, stored["param_names"]),
+        map(str, stored["param_shapes"]),
+        stored["param_check_sum_first_last"],
+        strict=True,
+    ):
+        made[name] = _rule_weight(name, tuple(json.loads(text)))
+        flat = made[name].ravel()
+        sums = [flat.sum(dtype=np.float64), flat[0], flat[-1]]
+        np.testing.assert_allclose(sums, check, rtol=1e-9, atol=1e-9)
+    return made
+
+
+def _rule_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    noise = generator.standard_normal(shape).astype(np.float32)
+    last = name.rpartition(".")[2]
+    if last == "weight" and len(shape) > 1:
+        return np.float32(np.sqrt(1.0 / np.prod(shape[1:]))) * noise
+    if last == "running_var":
+        return np.float32(1) + np.float32(0.1) * np.abs(noise)
+    if last == "gamma":
+        return np.float32(0.1) + np.float32(0.01) * noise
+    if last == "weight":
+        return np.float32(1) + np.float32(0.1) * noise
+    return np.float32(0.1) * noise
 
 
 def unbiased(new: Any, old: Any, batch_size: int) -> Any:

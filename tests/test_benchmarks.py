@@ -78,7 +78,7 @@ torch_side._estimate_statistics(twin, config)
 state = {k: v.numpy() for k, v in twin.double().eval().state_dict().items()}
 logits_fn = models.logits_fn(
     wide_resnet.build(config.model),
-    jax.tree.map(jnp.asarray, convert.wide_resnet_from_torch(state)),
+    jax.tree.map(jnp.asarray, convert.from_torch("wide_resnet", state)),
 )
 x, y = np.random.default_rng(0).random((4, 16, 16, 3)), np.arange(4)
 theirs = torch_reference.Stage2(twin, config.stage2, twin).contrastive(

@@ -32,7 +32,7 @@ def mesh_of(count):
     )
 
 
-def update_of(network, stage="stage2", threshold=0.0, **settings):
+def update_of(network, stage="stage2", threshold=0.0, parts=1, **settings):
     """The update and a fresh state on random weights."""
     optimizer = optim.optimizer("sgd", weight_decay=5e-4)
     step = train_step.make(
@@ -41,6 +41,7 @@ def update_of(network, stage="stage2", threshold=0.0, **settings):
         optim.schedule("constant", peak=0.01, num_steps=10),
         auc_threshold=threshold,
         max_contrastive_steps=50,
+        num_micro_batches=parts,
     )
     weights = reference.random_variables(network, SHAPE)
     return step, train_state.create(weights, optimizer, window_length=2)

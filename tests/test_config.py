@@ -9,7 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
-from atebm_jax import UserError, config, curriculum, data, main, models
+from atebm_jax import UserError, command_line, config, curriculum, data, main, models
 from atebm_jax.train import build_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,7 +26,7 @@ ROWS = [
 
 
 def load(row: str) -> ConfigDict:
-    return main.load_config(str(CONFIGS / row))
+    return command_line.load_config(str(CONFIGS / row))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -183,7 +183,7 @@ def test_config_file_that_cannot_be_run_is_explained(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("nothing.here")
     with pytest.raises(UserError, match="NameError"):
-        main.load_config(str(path))
+        command_line.load_config(str(path))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_names_and_layouts_are_translated():
         "fc.weight": np.arange(20).reshape(10, 2),
         "fc.bias": np.arange(10),
     }
-    made = convert.wide_resnet_from_torch(arrays)
+    made = convert.from_torch("wide_resnet", arrays)
     params = made["params"]
     assert params["conv1"]["kernel"].shape == (3, 3, 3, 16)
     assert params["conv1"]["kernel"][1, 2, 0, 5] == arrays["conv1.weight"][5, 0, 1, 2]
@@ -47,7 +47,7 @@ def test_converted_weights_fit_the_network_exactly(golden):
 )
 def test_unknown_parameter_is_refused_by_name(name, shape):
     with pytest.raises(UserError, match=f"'{name}' with shape"):
-        convert.wide_resnet_from_torch({name: np.zeros(shape)})
+        convert.from_torch("wide_resnet", {name: np.zeros(shape)})
 
 
 def torch_network(depth, width, classes, activation, seed):
@@ -120,7 +120,7 @@ def test_random_network_computes_what_it_did_in_torch(
     logits = theirs(pixels)
     logits[:, 1].sum().backward()
     arrays = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    weights = convert.wide_resnet_from_torch(arrays)
+    weights = convert.from_torch("wide_resnet", arrays)
     ours = WideResNet(depth, width, classes, activation=activation)
 
     @jax.jit

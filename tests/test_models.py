@@ -1,7 +1,5 @@
 """The WideResNet against the reference, in every mode."""
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,36 +106,11 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(golden, weights):
     np.testing.assert_array_equal(logits.argmax(axis=1), exact.argmax(axis=1))
 
 
-def rule_weights(names, shapes, gain=1.0):
-    """Weights that follow from their names alone, as the golden files lay down."""
-    made = {}
-    for name, shape in zip(names, shapes, strict=True):
-        generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-        noise = generator.standard_normal(shape).astype(np.float32)
-        last = name.rpartition(".")[2]
-        if last == "weight" and len(shape) > 1:
-            value = np.float32(np.sqrt(gain / np.prod(shape[1:]))) * noise
-        elif last == "running_var":
-            value = np.float32(1) + np.float32(0.1) * np.abs(noise)
-        elif last == "weight":
-            value = np.float32(1) + np.float32(0.1) * noise
-        else:
-            value = np.float32(0.1) * noise
-        made[name] = value
-    return made
-
-
 def test_full_size_network_matches_the_reference(golden):
     stored = golden("big_wrn34x10")
-    names = [str(name) for name in stored["param_names"]]
-    shapes = [tuple(map(int, s.strip("[]").split(","))) for s in stored["param_shapes"]]
-    arrays = rule_weights(names, shapes)
-    for name, check in zip(names, stored["param_check_sum_first_last"], strict=True):
-        flat = arrays[name].ravel()
-        sums = [flat.sum(dtype=np.float64), flat[0], flat[-1]]
-        np.testing.assert_allclose(sums, check, rtol=1e-9, atol=1e-9)
+    arrays = reference.rule_weights(stored)
     network = reference.network(depth=34, widen_factor=10)
-    made = convert.wide_resnet_from_torch(arrays)
+    made = convert.from_torch("wide_resnet", arrays)
     count = sum(x.size for x in jax.tree.leaves(made["params"]))
     assert count == int(stored["n_params"]) == 46_160_474
     logits = jax.jit(network.apply)(made, stored["images_32"])
@@ -215,7 +188,7 @@ def test_config_describes_the_network():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "resnet18", "'resnet18'.*wide_resnet"),
+        ("name", "resnet18", "'resnet18'.*wide_resnet, resnet"),
         ("dtype", "float16", "'float16'.*float32, bfloat16"),
         ("conv_gradient", "fast", "'fast'.*auto, xla, forward"),
         ("depth", 12, "6n \\+ 4"),

@@ -27,7 +27,7 @@ def losses_of(chosen, made):
     total, (batch_stats, figures) = jax.jit(chosen.loss)(
         WEIGHTS["params"], WEIGHTS["batch_stats"], BATCH, made
     )
-    return total, batch_stats, figures
+    return total, batch_stats, chosen.statistics(figures)
 
 
 @pytest.fixture(scope="module")

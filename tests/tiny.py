@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from atebm_jax import job
-from atebm_jax.main import load_config
+from atebm_jax.command_line import load_config
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 

@@ -1,5 +1,5 @@
-"""PyTorch checkpoints in, weights out."""
+"""PyTorch weights in and out."""
 
-from atebm_jax.convert.names import wide_resnet_from_torch
+from atebm_jax.convert.names import from_torch, to_torch
 
-__all__ = ["wide_resnet_from_torch"]
+__all__ = ["from_torch", "to_torch"]

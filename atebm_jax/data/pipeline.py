@@ -187,6 +187,7 @@ def eval_batches(
     batch_size: int,
     image_shape: ImageShape,
     limit: int | None = None,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
@@ -206,6 +207,7 @@ def eval_batches(
       image_shape: (H, W, C) after preprocessing.
       limit: only so many images, evenly spread over the source (folders come class
         by class); None for all.
+      start: number of the first batch; those before it are not decoded.
       process_index, process_count, num_threads, prefetch, max_bad_images: as for
         `train_batches`.
 
@@ -222,7 +224,10 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1 image, got {limit}")
     _check_not_negative(
-        num_threads=num_threads, prefetch=prefetch, max_bad_images=max_bad_images
+        start=start,
+        num_threads=num_threads,
+        prefetch=prefetch,
+        max_bad_images=max_bad_images,
     )
     _check_not_empty(source)
     num_images = len(source) if limit is None else min(limit, len(source))
@@ -238,7 +243,8 @@ def eval_batches(
         process_count=process_count,
     )
     examples = grain.MapDataset.range(num_batches * local_size).map(example)
-    iterator = _iterate(examples.batch(local_size), num_threads, prefetch)
+    batches = examples.batch(local_size)[start:]
+    iterator = _iterate(batches, num_threads, prefetch)
     return Batches(iterator, {"images": source}, max_bad_images)
 
 

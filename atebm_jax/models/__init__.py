@@ -8,13 +8,16 @@ import jax
 import ml_collections
 
 from atebm_jax.errors import UserError
-from atebm_jax.models import wide_resnet
+from atebm_jax.models import convnext, resnet, vit, wide_resnet
 from atebm_jax.models.layers import conv_function
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 
 MODELS: dict[str, Callable[[ml_collections.ConfigDict], nn.Module]] = {
     "wide_resnet": wide_resnet.build,
+    "resnet": resnet.build,
+    "convnext": convnext.build,
+    "vit": vit.build,
 }
 
 DTYPES = ("float32", "bfloat16")

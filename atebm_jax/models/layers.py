@@ -17,6 +17,11 @@ from atebm_jax.errors import UserError
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "swish": nn.swish,
+}
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -205,6 +210,11 @@ class Conv(nn.Module):
         return x
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """The array in float32, or as it is where that is finer."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
 def batch_norm(name: str, train: bool) -> nn.BatchNorm:
     """Batch normalisation in float32, eps 1e-5, statistics averaged with weight 0.1.
 
@@ -221,6 +231,15 @@ def batch_norm(name: str, train: bool) -> nn.BatchNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+def layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """Layer normalisation over the last axis, eps 1e-6, in float32 at least.
+
+    To be called inside a module's compact method, under a name of its own.
+    """
+    x = at_least_float32(x)
+    return nn.LayerNorm(1e-6, dtype=x.dtype, use_fast_variance=False, name=name)(x)
 
 
 class Normalize(nn.Module):

@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError
-from atebm_jax.models.layers import Conv, Normalize, batch_norm
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "swish": nn.swish,
-}
+from atebm_jax.models.layers import ACTIVATIONS, Conv, Normalize, batch_norm
 
 
 class Block(nn.Module):
@@ -56,6 +51,7 @@ class WideResNet(nn.Module):
       activation: "relu" or "swish".
       dtype: compute dtype of the convolutions.
       conv_gradient: see `layers.conv_function`.
+      remat: compute a block's activations again in the backward pass.
     """
 
     depth: int
@@ -66,6 +62,7 @@ class WideResNet(nn.Module):
     activation: str = "relu"
     dtype: Any = jnp.float32
     conv_gradient: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -80,12 +77,13 @@ class WideResNet(nn.Module):
           features: return what the linear layer would see.
         """
         activation = ACTIVATIONS[self.activation]
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         x = Normalize(self.mean, self.std)(images) if self.mean else images
         conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         x = Conv(16, 3, 1, 1, name="conv1", **conv)(x)
         for group, stride in enumerate((1, 2, 2)):
             for index in range((self.depth - 4) // 6):
-                x = Block(
+                x = block(
                     features=16 * self.widen_factor * 2**group,
                     stride=stride if index == 0 else 1,
                     activation=activation,
@@ -126,4 +124,5 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
         activation=config.activation,
         dtype=jnp.dtype(config.dtype),
         conv_gradient=config.conv_gradient,
+        remat=config.remat,
     )

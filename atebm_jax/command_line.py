@@ -1,0 +1,90 @@
+"""What the commands share: config files, overrides, quiet libraries, exit code 2."""
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import util
+from typing import NoReturn
+
+from ml_collections import ConfigDict
+
+from atebm_jax.config import check_override
+from atebm_jax.errors import UserError
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuses a config that is not there and overrides that do not fit it.
+
+    Raises:
+      UserError: no --config, or one or an override that cannot be used.
+    """
+    values = dict(flag_values(arguments))
+    if "config" not in values:
+        raise UserError(
+            "--config is missing: give a config file, --config=configs/digits.py."
+        )
+    config = load_config(values.pop("config"))
+    for name, value in values.items():
+        if name.startswith("config."):
+            check_override(config, name.removeprefix("config."), value)
+        elif name.startswith("noconfig."):
+            check_override(config, name.removeprefix("noconfig."), "false")
+
+
+def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of each flag, written --name=value or --name value."""
+    for position, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            continue
+        name, equals, value = argument.lstrip("-").partition("=")
+        following = arguments[position + 1 : position + 2]
+        if not equals and following and not following[0].startswith("--"):
+            value = following[0]
+        elif not equals:
+            value = "true"
+        yield name, value
+
+
+def load_config(path_and_row: str) -> ConfigDict:
+    """Loads a config file, `configs/cifar10.py:small` with its row.
+
+    Raises:
+      UserError: no such file or row, or a file without `get_config`.
+    """
+    path, _, row = path_and_row.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no config file {path!r}: expected a .py file.")
+    spec = util.spec_from_file_location("atebm_jax_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path!r} is no Python file (.py).")
+    module = util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"config file {path!r} cannot be run: {type(error).__name__}: {error}."
+        ) from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {path!r} has no function get_config.")
+    takes_row = bool(inspect.signature(module.get_config).parameters)
+    if row and not takes_row:
+        raise UserError(f"config file {path!r} has no rows: leave out {':' + row!r}.")
+    return module.get_config(row) if row else module.get_config()
+
+
+def quiet_libraries() -> None:
+    """Leaves only errors of the libraries, but warnings of this package, on screen."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Batches that workers made ahead of a stop lie in shared memory, which Python
+    # frees at exit, with a warning.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+
+
+def fail(error: Exception) -> NoReturn:
+    """Ends the process with the one sentence and exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

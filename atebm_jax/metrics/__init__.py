@@ -1,0 +1,55 @@
+"""Pure statistics: no model, no file, no config."""
+
+from atebm_jax.metrics.calibration import (
+    Calibration,
+    Reliability,
+    brier_score,
+    calibration,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability,
+)
+from atebm_jax.metrics.generation import (
+    Moments,
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from atebm_jax.metrics.intervals import (
+    bootstrap_interval,
+    jackknife_interval,
+    wilson_interval,
+)
+from atebm_jax.metrics.ranking import (
+    accuracy,
+    auroc,
+    average_precision,
+    fpr_at_tpr,
+    roc_curve,
+)
+
+__all__ = [
+    "Calibration",
+    "Moments",
+    "Reliability",
+    "accuracy",
+    "auroc",
+    "average_precision",
+    "bootstrap_interval",
+    "brier_score",
+    "calibration",
+    "feature_statistics",
+    "fit_temperature",
+    "fpr_at_tpr",
+    "frechet_distance",
+    "inception_score",
+    "jackknife_interval",
+    "kernel_distance",
+    "negative_log_likelihood",
+    "precision_recall",
+    "reliability",
+    "roc_curve",
+    "wilson_interval",
+]

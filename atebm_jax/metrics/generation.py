@@ -1,0 +1,272 @@
+"""Scores of generated images from their features (method: section 6).
+
+All sums run in float64. What is a running sum (`Moments`) takes any number of images
+in constant memory; precision and recall compare every pair and are meant for a sample
+of limited size.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.spatial.distance
+import scipy.special
+
+_ROWS_AT_ONCE = 1024
+
+
+class Moments(NamedTuple):
+    """Sums of features seen so far: number, mean and scatter about it.
+
+    Attributes:
+      number: images.
+      mean: [D] float64.
+      scatter: [D, D] float64, sum of (x - mean)(x - mean)^T.
+    """
+
+    number: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def empty(cls, dimensions: int) -> "Moments":
+        """Of no image."""
+        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Of features [N, D], N >= 1."""
+        features = np.asarray(features, np.float64)
+        mean = features.mean(axis=0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both sets together (Chan et al., 1979)."""
+        total = self.number + other.number
+        if total == 0:
+            return self
+        gap = other.mean - self.mean
+        weight = self.number * other.number / total
+        return Moments(
+            total,
+            self.mean + gap * (other.number / total),
+            self.scatter + other.scatter + weight * np.outer(gap, gap),
+        )
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [D] and covariance [D, D], normalised by N - 1.
+
+        Raises:
+          ValueError: fewer than two images.
+        """
+        if self.number < 2:
+            raise ValueError(
+                f"there are features of {self.number} images: a mean and a covariance "
+                "need at least two."
+            )
+        return self.mean, self.scatter / (self.number - 1)
+
+
+def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] (normalised by N - 1) of features [N, D].
+
+    Raises:
+      ValueError: fewer than two rows.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(
+            f"features have shape {features.shape}: a mean and a covariance need at "
+            "least two rows [N, D]."
+        )
+    features = np.asarray(features, np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False).reshape(
+        features.shape[1], features.shape[1]
+    )
+
+
+def frechet_distance(
+    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
+) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al., 2017, equation 6).
+
+    ||mean_a - mean_b||^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). The trace of the
+    root is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), symmetric and
+    positive semi-definite, so that singular covariances need no offset.
+
+    Args:
+      mean_a, mean_b: [D] means.
+      cov_a, cov_b: [D, D] covariances.
+
+    Returns:
+      The distance, >= 0 up to rounding; float64 throughout.
+    """
+    values, vectors = scipy.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    product = root_a @ cov_b @ root_a
+    eigenvalues = scipy.linalg.eigvalsh((product + product.T) / 2)
+    trace_root = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    difference = mean_a - mean_b
+    return float(
+        difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
+    )
+
+
+def inception_score(
+    logits: np.ndarray, num_splits: int = 10, *, protocol: str = "reference"
+) -> tuple[float, float]:
+    """Inception Score and its spread over splits (Salimans et al., 2016).
+
+    exp(mean_x KL(p(y|x) || p(y))) in each split of consecutive images.
+
+    Args:
+      logits: [N, K] of the Inception network (without its last bias in the reference
+        protocol) or of any classifier; N >= 2 * num_splits.
+      num_splits: how many.
+      protocol: "reference", splits of ceil(N / num_splits), deviation with n - 1, as
+        torchmetrics has it; or "torch_fidelity", splits from floor(i N / n), deviation
+        with n. Both shuffle images beforehand; do so if their order means something.
+
+    Returns:
+      (mean, standard deviation) over the splits.
+
+    Raises:
+      ValueError: unknown protocol, too few images.
+    """
+    if protocol not in ("reference", "torch_fidelity"):
+        raise ValueError(
+            f"unknown protocol {protocol!r}: choose reference or torch_fidelity."
+        )
+    logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or num_splits < 1 or len(logits) < 2 * num_splits:
+        raise ValueError(
+            f"logits have shape {logits.shape}: {num_splits} splits need [N, K] with N "
+            f">= {2 * num_splits}."
+        )
+    number = len(logits)
+    if protocol == "reference":
+        size = -(-number // num_splits)
+        bounds = [*range(0, number, size), number]
+    else:
+        bounds = [number * i // num_splits for i in range(num_splits + 1)]
+    probabilities = scipy.special.softmax(logits, axis=1)
+    scores = [
+        _exp_information(probabilities[start:stop])
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    unbiased = protocol == "reference" and len(scores) > 1
+    return float(np.mean(scores)), float(np.std(scores, ddof=int(unbiased)))
+
+
+def _exp_information(probabilities: np.ndarray) -> float:
+    # H(marginal) - mean H(p): both sums are exact where a probability is zero.
+    information = scipy.special.entr(probabilities.mean(axis=0)).sum()
+    information -= scipy.special.entr(probabilities).sum(axis=1).mean()
+    return float(np.exp(information))
+
+
+def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
+    """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski, 2018).
+
+    Args:
+      real: [N, D] features, N >= 2.
+      fake: [M, D] features, M >= 2.
+
+    Returns:
+      The estimate; it may be slightly negative.
+
+    Raises:
+      ValueError: too few rows or other columns.
+    """
+    real, fake = _pair(real, fake, smallest=2)
+    means = []
+    for features in (real, fake):
+        total = sum(_kernel(b, features).sum() for b in _blocks(features))
+        diagonal = _kernel_diagonal(features).sum()
+        means.append((total - diagonal) / (len(features) * (len(features) - 1)))
+    cross = sum(_kernel(block, fake).sum() for block in _blocks(real))
+    return float(means[0] + means[1] - 2 * cross / (len(real) * len(fake)))
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _kernel_diagonal(a: np.ndarray) -> np.ndarray:
+    return (np.square(a).sum(axis=1) / a.shape[1] + 1) ** 3
+
+
+def precision_recall(
+    real: np.ndarray, fake: np.ndarray, num_neighbours: int = 3
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., 2019).
+
+    A set's manifold is the union of balls around its points, each reaching to the
+    point's k-th nearest other point. Precision: share of fake points in the manifold
+    of the real ones. Recall: share of real points in the manifold of the fake ones.
+
+    Args:
+      real: [N, D] features, N > k.
+      fake: [M, D] features, M > k.
+      num_neighbours: k >= 1.
+
+    Returns:
+      (precision, recall), each in [0, 1].
+
+    Raises:
+      ValueError: too few rows or other columns.
+    """
+    if num_neighbours < 1:
+        raise ValueError(f"num_neighbours is {num_neighbours}: it must be positive.")
+    real, fake = _pair(real, fake, smallest=num_neighbours + 1)
+    precision = _inside(real, neighbour_radii(real, num_neighbours), fake).mean()
+    recall = _inside(fake, neighbour_radii(fake, num_neighbours), real).mean()
+    return float(precision), float(recall)
+
+
+def neighbour_radii(features: np.ndarray, num_neighbours: int) -> np.ndarray:
+    """Distance of each point to its k-th nearest other point: [N, D] -> [N]."""
+    return np.concatenate(
+        [
+            # The nearest of all is the point itself.
+            np.partition(_distances(block, features), num_neighbours, axis=1)[
+                :, num_neighbours
+            ]
+            for block in _blocks(features)
+        ]
+    )
+
+
+def _inside(centres: np.ndarray, radii: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return np.concatenate(
+        [
+            (_distances(block, centres) <= radii[None, :]).any(axis=1)
+            for block in _blocks(points)
+        ]
+    )
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return scipy.spatial.distance.cdist(a, b)
+
+
+def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        yield features[start : start + _ROWS_AT_ONCE]
+
+
+def _pair(
+    real: np.ndarray, fake: np.ndarray, smallest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    arrays = [np.asarray(x, np.float64) for x in (real, fake)]
+    fits = all(a.ndim == 2 and len(a) >= smallest for a in arrays)
+    if not fits or arrays[0].shape[1] != arrays[1].shape[1]:
+        raise ValueError(
+            f"features have shapes {arrays[0].shape} and {arrays[1].shape}: expected "
+            f"[N, D] and [M, D] with N, M >= {smallest}."
+        )
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise ValueError("some features are NaN or infinite: they have no distance.")
+    return arrays[0], arrays[1]

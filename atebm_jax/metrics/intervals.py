@@ -1,0 +1,94 @@
+"""95 % intervals: of a proportion, by bootstrap, and by a jackknife over groups."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.stats
+
+
+def wilson_interval(
+    hits: int, number: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of a proportion (Wilson, 1927); stays in [0, 1] and never is a point.
+
+    Args:
+      hits: successes, 0 <= hits <= number.
+      number: trials >= 1.
+      confidence: coverage, in (0, 1).
+
+    Raises:
+      ValueError: counts that are none.
+    """
+    if not (number >= 1 and 0 <= hits <= number):
+        raise ValueError(
+            f"{hits} hits of {number}: expected 0 <= hits <= number and number >= 1."
+        )
+    result = scipy.stats.binomtest(hits, number).proportion_ci(confidence, "wilson")
+    return float(result.low), float(result.high)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float],
+    arrays: Sequence[np.ndarray],
+    *,
+    paired: bool,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap of a statistic of samples (Efron, 1979).
+
+    Args:
+      statistic: called with as many resampled arrays as are given.
+      arrays: [N, ...] each.
+      paired: rows of the arrays belong together (logits and labels); otherwise each
+        array is resampled by itself (positive and negative scores).
+      num_resamples: how many, >= 1.
+      confidence: coverage, in (0, 1).
+      seed: of the resampling; the same interval for the same seed.
+
+    Raises:
+      ValueError: an empty array, or paired ones of different lengths.
+    """
+    lengths = [len(array) for array in arrays]
+    if not all(lengths) or (paired and len(set(lengths)) > 1):
+        raise ValueError(
+            f"arrays have {lengths} rows: expected at least one each"
+            f"{', and the same number' if paired else ''}."
+        )
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(num_resamples):
+        if paired:
+            rows = rng.integers(0, lengths[0], lengths[0])
+            chosen = [array[rows] for array in arrays]
+        else:
+            chosen = [a[rng.integers(0, n, n)] for a, n in zip(arrays, lengths)]
+        values.append(statistic(*chosen))
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def jackknife_interval(
+    value: float, without_group: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Normal interval from a statistic recomputed without each group (Tukey, 1958).
+
+    variance = (G - 1) / G * sum_g (v_g - mean v)^2, for G groups of equal size.
+
+    Args:
+      value: the statistic of everything, the middle of the interval.
+      without_group: [G] the statistic of everything but group g, G >= 2.
+      confidence: coverage, in (0, 1).
+
+    Raises:
+      ValueError: fewer than two groups.
+    """
+    values = np.asarray(without_group, np.float64)
+    if len(values) < 2:
+        raise ValueError(
+            f"there are {len(values)} groups: a jackknife needs two or more."
+        )
+    spread = np.sqrt((len(values) - 1) * np.var(values))
+    reach = scipy.stats.norm.ppf((1 + confidence) / 2) * spread
+    return float(value - reach), float(value + reach)

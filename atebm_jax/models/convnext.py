@@ -1,0 +1,163 @@
+"""ConvNeXt (Liu et al., 2022), with patches or a ConvStem in front.
+
+ConvNeXt-L with a ConvStem is the paper's best ImageNet network. No stochastic depth
+and no dropout: stage 2 goes without, and nothing depends on `train`. The sum of the
+residual branches is float32 also where the branches compute in bfloat16.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from atebm_jax.errors import UserError
+from atebm_jax.models.depthwise import DepthwiseConv
+from atebm_jax.models.layers import Conv, Normalize, at_least_float32, layer_norm
+from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
+
+# Blocks and channels of each of the four stages.
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+
+# (channels, stride) of each convolution of the ConvStem.
+CONV_STEMS: dict[str, tuple[tuple[int, int], ...]] = {
+    "tiny": ((48, 2), (96, 2)),
+    "small": ((48, 2), (96, 2)),
+    "base": ((64, 2), (96, 2), (128, 1)),
+    "large": ((96, 2), (144, 2), (192, 1)),
+}
+
+_INIT = nn.initializers.truncated_normal(0.02)
+
+
+class Block(nn.Module):
+    """Depthwise 7x7, norm, two dense layers with GELU between, scaled and added."""
+
+    dtype: Any
+    conv_gradient: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        dense = {"dtype": self.dtype, "kernel_init": _INIT}
+        y = DepthwiseConv(7, self.dtype, self.conv_gradient, name="depthwise")(x)
+        y = layer_norm(y, "norm")
+        y = nn.Dense(4 * channels, name="fc1", **dense)(y)
+        y = nn.gelu(y, approximate=False)
+        y = nn.Dense(channels, name="fc2", **dense)(y)
+        init = nn.initializers.constant(1e-6)
+        gamma = self.param("gamma", init, (channels,), jnp.float32)
+        return x + at_least_float32(y) * gamma[None, None, None, :]
+
+
+class Downsample(nn.Module):
+    """Norm and a 2x2 convolution of stride 2 between two stages."""
+
+    features: int
+    dtype: Any
+    conv_gradient: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Conv(
+            self.features,
+            2,
+            2,
+            use_bias=True,
+            dtype=self.dtype,
+            conv_gradient=self.conv_gradient,
+            kernel_init=_INIT,
+            name="conv",
+        )(layer_norm(x, "norm"))
+        return at_least_float32(x)
+
+
+class ConvNeXt(nn.Module):
+    """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
+
+    Attributes:
+      size: a key of `SIZES`.
+      num_classes: K.
+      stem: "patch" (4x4) or "conv" (`CONV_STEMS`).
+      mean, std: input normalisation, one number a channel; empty for none.
+      dtype: compute dtype of convolutions and dense layers.
+      conv_gradient: see `layers.conv_function` and `depthwise.depthwise_function`.
+      remat: compute a block's activations again in the backward pass.
+    """
+
+    size: str
+    num_classes: int
+    stem: str = "patch"
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    dtype: Any = jnp.float32
+    conv_gradient: str = "auto"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, features: bool = False
+    ) -> jax.Array:
+        """Logits, or the normalised pooled features [B, channels] before them.
+
+        Args:
+          images: [B, H, W, C] float in [0, 1], at least 32 pixels a side.
+          train: without effect.
+          features: return what the linear layer would see.
+        """
+        del train
+        block = nn.remat(Block) if self.remat else Block
+        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
+        blocks, channels = SIZES[self.size]
+        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        if self.stem == "conv":
+            x = ConvStem(CONV_STEMS[self.size], name="stem", **conv)(x)
+        else:
+            x = PatchStem(channels[0], 4, norm=True, name="stem", **conv)(x)
+        x = at_least_float32(x)
+        for stage, num_blocks in enumerate(blocks):
+            if stage > 0:
+                x = Downsample(channels[stage], name=f"downsample{stage}", **conv)(x)
+            for index in range(num_blocks):
+                x = block(name=f"stage{stage}_{index}", **conv)(x)
+        x = layer_norm(x.mean(axis=(1, 2)), "norm")
+        fc = nn.Dense(self.num_classes, kernel_init=_INIT, name="fc")
+        return x if features else fc(x)
+
+
+def build(config: ml_collections.ConfigDict) -> ConvNeXt:
+    """Builds a ConvNeXt from `config.model`.
+
+    Raises:
+      UserError: unknown size or stem, no classes.
+    """
+    if config.size not in SIZES:
+        raise UserError(
+            f"unknown model.size {config.size!r} of a ConvNeXt: choose one of "
+            f"{', '.join(SIZES)}."
+        )
+    if config.stem not in STEMS:
+        raise UserError(
+            f"unknown model.stem {config.stem!r}: choose one of {', '.join(STEMS)}."
+        )
+    if config.num_classes < 1:
+        raise UserError(
+            f"model.num_classes is {config.num_classes}: it must be positive."
+        )
+    return ConvNeXt(
+        size=config.size,
+        num_classes=config.num_classes,
+        stem=config.stem,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        dtype=jnp.dtype(config.dtype),
+        conv_gradient=config.conv_gradient,
+        remat=config.remat,
+    )

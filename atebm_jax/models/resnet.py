@@ -1,0 +1,185 @@
+"""ResNets for ImageNet (He et al., 2016; wide ones: Zagoruyko and Komodakis, 2016).
+
+ResNet-50 and Wide-ResNet-50-4 are two of the paper's ImageNet networks. The stride of
+a bottleneck sits in its 3x3 convolution, as in every public set of weights. Input
+normalisation inside; global average pooling, so that any image size fits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from atebm_jax.errors import UserError
+from atebm_jax.models.layers import (
+    ACTIVATIONS,
+    Conv,
+    Normalize,
+    at_least_float32,
+    batch_norm,
+)
+
+# Blocks of each of the four stages.
+STAGES: dict[int, tuple[int, ...]] = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
+
+# From this depth on, blocks are bottlenecks.
+_BOTTLENECK_DEPTH = 50
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, or a 3x3 between two 1x1, and a shortcut.
+
+    Attributes:
+      inner: channels inside.
+      features: output channels.
+      stride: of the first convolution, or of the bottleneck's 3x3.
+      bottleneck: which of the two forms.
+    """
+
+    inner: int
+    features: int
+    stride: int
+    bottleneck: bool
+    activation: Callable[[jax.Array], jax.Array]
+    dtype: Any
+    conv_gradient: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        # (channels, side of the window, stride) of each convolution.
+        layers = [(self.inner, 3, self.stride), (self.features, 3, 1)]
+        if self.bottleneck:
+            layers = [(self.inner, 1, 1), (self.inner, 3, self.stride)]
+            layers.append((self.features, 1, 1))
+        y = x
+        for index, (channels, side, stride) in enumerate(layers, start=1):
+            y = self.activation(y) if index > 1 else y
+            y = self._conv(y, channels, side, stride, f"conv{index}")
+            y = batch_norm(f"bn{index}", train)(at_least_float32(y))
+        if self.stride > 1 or x.shape[-1] != self.features:
+            x = self._conv(x, self.features, 1, self.stride, "shortcut")
+            x = batch_norm("shortcut_bn", train)(at_least_float32(x))
+        return self.activation(y + x.astype(y.dtype)).astype(self.dtype)
+
+    def _conv(
+        self, x: jax.Array, features: int, side: int, stride: int, name: str
+    ) -> jax.Array:
+        return Conv(
+            features,
+            side,
+            stride,
+            side // 2,
+            dtype=self.dtype,
+            conv_gradient=self.conv_gradient,
+            name=name,
+        )(x)
+
+
+class ResNet(nn.Module):
+    """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
+
+    Attributes:
+      depth: 18, 34, 50 or 101.
+      num_classes: K.
+      base_width: channels inside the first stage's bottlenecks: 64, for wide networks
+        128 or 256.
+      mean, std: input normalisation, one number a channel; empty for none.
+      activation: "relu" or "swish".
+      dtype: compute dtype of the convolutions.
+      conv_gradient: see `layers.conv_function`.
+      remat: compute a block's activations again in the backward pass.
+    """
+
+    depth: int
+    num_classes: int
+    base_width: int = 64
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    activation: str = "relu"
+    dtype: Any = jnp.float32
+    conv_gradient: str = "auto"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, features: bool = False
+    ) -> jax.Array:
+        """Logits, or the pooled features [B, 512 or 2048] before them.
+
+        Args:
+          images: [B, H, W, C] float in [0, 1].
+          train: normalise with the batch's statistics and update the running ones
+            (collection "batch_stats" must be mutable).
+          features: return what the linear layer would see.
+        """
+        activation = ACTIVATIONS[self.activation]
+        bottleneck = self.depth >= _BOTTLENECK_DEPTH
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
+        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        x = Conv(64, 7, 2, 3, name="conv1", **conv)(x)
+        x = activation(batch_norm("bn1", train)(at_least_float32(x)))
+        x = nn.max_pool(x.astype(self.dtype), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, num_blocks in enumerate(STAGES[self.depth]):
+            planes = 64 * 2**stage
+            for index in range(num_blocks):
+                x = block(
+                    inner=planes * self.base_width // 64,
+                    features=4 * planes if bottleneck else planes,
+                    stride=2 if stage > 0 and index == 0 else 1,
+                    bottleneck=bottleneck,
+                    activation=activation,
+                    name=f"layer{stage + 1}_{index}",
+                    **conv,
+                )(x, train)
+        x = at_least_float32(x).mean(axis=(1, 2))
+        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+
+
+def build(config: ml_collections.ConfigDict) -> ResNet:
+    """Builds a ResNet from `config.model`.
+
+    Raises:
+      UserError: a depth without a table, a width that does not divide, no classes,
+        unknown activation.
+    """
+    if config.depth not in STAGES:
+        raise UserError(
+            f"model.depth is {config.depth}: a ResNet has depth "
+            f"{', '.join(map(str, STAGES))}."
+        )
+    narrow = config.depth < _BOTTLENECK_DEPTH
+    if config.base_width < 1 or (narrow and config.base_width != 64):
+        raise UserError(
+            f"model.base_width is {config.base_width} and model.depth {config.depth}: "
+            "the width is positive, and 64 below depth 50; wide ResNet-50s have 128 "
+            "or 256."
+        )
+    if config.num_classes < 1:
+        raise UserError(
+            f"model.num_classes is {config.num_classes}: it must be positive."
+        )
+    if config.activation not in ACTIVATIONS:
+        raise UserError(
+            f"unknown model.activation {config.activation!r}: choose one of "
+            f"{', '.join(ACTIVATIONS)}."
+        )
+    return ResNet(
+        depth=config.depth,
+        num_classes=config.num_classes,
+        base_width=config.base_width,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        activation=config.activation,
+        dtype=jnp.dtype(config.dtype),
+        conv_gradient=config.conv_gradient,
+        remat=config.remat,
+    )

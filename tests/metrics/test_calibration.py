@@ -1,0 +1,111 @@
+"""Calibration errors, Brier score, likelihood and temperature."""
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from atebm_jax import metrics
+
+
+def logits_of(*confidences):
+    """Two-class logits whose softmax of class 0 is given."""
+    p = np.array(confidences)
+    return np.stack([np.log(p), np.log(1 - p)], axis=1)
+
+
+def test_calibration_errors_are_worked_by_hand():
+    # Two at 0.9 (one right), one at 0.6 (right): gaps 0.4 and 0.4.
+    logits, labels = logits_of(0.9, 0.9, 0.6), np.array([0, 1, 0])
+    result = metrics.calibration(logits, labels, num_bins=10)
+    assert result.ece == pytest.approx(2 / 3 * 0.4 + 1 / 3 * 0.4)
+    assert result.mce == pytest.approx(0.4)
+    assert result.brier == pytest.approx((0.02 + 1.62 + 0.32) / 3)
+    assert result.nll == pytest.approx(-np.log(0.9 * 0.1 * 0.6) / 3)
+
+
+def test_calibration_errors_equal_the_reference(golden):
+    stored = golden("calibration")
+    for name in sorted({key.partition("/")[0] for key in stored}):
+        logits, labels = stored[f"{name}/logits"], stored[f"{name}/labels"]
+        for bins in (10, 15, 20, 30):
+            value = metrics.reliability(logits, labels, bins).expected_error
+            expected = float(stored[f"{name}/ece_{bins}bins"])
+            assert value == pytest.approx(expected, abs=1e-6), (name, bins)
+        diagram = metrics.reliability(logits, labels, 15)
+        for field, key in (("counts", "count"), ("accuracy",) * 2, ("confidence",) * 2):
+            np.testing.assert_allclose(
+                getattr(diagram, field), stored[f"{name}/bins15_{key}"], atol=1e-6
+            )
+        value = metrics.negative_log_likelihood(logits, labels)
+        assert value == pytest.approx(float(stored[f"{name}/nll"]), abs=1e-6)
+
+
+def test_temperature_equals_the_reference(golden):
+    stored = golden("calibration")
+    names = [k.partition("/")[0] for k in stored if k.endswith("temperature_ref")]
+    assert names
+    for name in names:
+        logits, labels = stored[f"{name}/logits"], stored[f"{name}/labels"]
+        value = metrics.fit_temperature(logits, labels, "ece")
+        expected = float(stored[f"{name}/temperature_ref"])
+        assert value == pytest.approx(expected, rel=1e-6), name
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_fitted_temperature_undoes_a_scaling(temperature):
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=(20_000, 5))
+    labels = (softmax(logits, axis=1).cumsum(axis=1) < rng.random((20_000, 1))).sum(1)
+    fitted = metrics.fit_temperature(logits * temperature, labels)
+    assert fitted == pytest.approx(temperature, rel=0.03)
+    better = metrics.calibration(logits * temperature / fitted, labels)
+    assert better.ece < 0.02
+
+
+def test_temperature_is_bounded_where_every_prediction_is_right():
+    fitted = metrics.fit_temperature(logits_of(0.9, 0.8), np.array([0, 0]))
+    assert np.exp(-5) <= fitted < 0.1
+
+
+def test_adaptive_bins_hold_the_same_number_each():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(300, 4)), rng.integers(0, 4, 300)
+    diagram = metrics.reliability(logits, labels, 10, adaptive=True)
+    assert diagram.counts.sum() == 300
+    assert set(diagram.counts) <= {29, 30, 31}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_equal_confidences_share_a_bin(adaptive):
+    logits, labels = np.zeros((6, 4)), np.array([0, 0, 0, 1, 2, 3])
+    diagram = metrics.reliability(logits, labels, 15, adaptive=adaptive)
+    assert diagram.counts.max() == 6
+    assert diagram.expected_error == pytest.approx(0.25)
+    assert diagram.maximum_error == pytest.approx(0.25)
+
+
+def test_single_class_is_always_certain_and_right():
+    result = metrics.calibration(np.array([[3.0], [-1.0]]), np.array([0, 0]))
+    assert result == (0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((2, 3)), np.zeros(3, int), "shape"),
+        (np.zeros((0, 3)), np.zeros(0, int), "N, K >= 1"),
+        (np.full((1, 3), np.inf), np.zeros(1, int), "infinite"),
+        (np.zeros((1, 3)), np.array([3]), "labels run from 3 to 3"),
+    ],
+)
+def test_logits_that_do_not_fit_are_refused(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.calibration(logits, labels)
+
+
+def test_unknown_settings_are_refused():
+    logits, labels = np.zeros((2, 3)), np.zeros(2, int)
+    with pytest.raises(ValueError, match="choose one of nll, ece"):
+        metrics.fit_temperature(logits, labels, "accuracy")
+    with pytest.raises(ValueError, match="num_bins is 0"):
+        metrics.reliability(logits, labels, 0)
