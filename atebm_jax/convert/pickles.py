@@ -1,13 +1,14 @@
 """Reads pickles as data: a stack machine that imports nothing and calls nothing.
 
 Python's own `pickle` runs whatever a file asks for. Here the opcodes only build plain
-containers; names stay names, and calls go to the short list in `values.CALLS`.
+containers; names stay names, and calls go to the short list in `calls.CALLS`.
 """
 
 import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from atebm_jax.convert.calls import call, fill_array, instance
 from atebm_jax.convert.values import (
     Damaged,
     Inert,
@@ -15,10 +16,7 @@ from atebm_jax.convert.values import (
     NumpyArray,
     NumpyType,
     Refused,
-    call,
     describe,
-    fill_array,
-    instance,
     key,
 )
 
