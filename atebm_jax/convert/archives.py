@@ -123,7 +123,7 @@ def read_stream(file: BinaryIO) -> tuple[Any, ReadFn]:
     stream: Any = data
     first = pickles.load(stream)
     if first != MAGIC:
-        return first, _no_tensor
+        return first, no_tensor
     protocol, system = pickles.load(stream), pickles.load(stream)
     if protocol != _PROTOCOL:
         raise Damaged(f"protocol {protocol} instead of {_PROTOCOL}")
@@ -164,7 +164,8 @@ def _places(data: mmap.mmap, keys: Any, storages: dict[Any, Storage]) -> dict:
     return places
 
 
-def _no_tensor(tensor: Tensor) -> np.ndarray:
+def no_tensor(tensor: Tensor) -> np.ndarray:
+    """Reads tensors where there can be none."""
     raise Damaged("a tensor without a storage")
 
 

@@ -45,12 +45,14 @@ class Source(NamedTuple):
       sha256: of its bytes, in hexadecimal.
       tree: what was saved; tensors are `values.Tensor` or NumPy arrays.
       read: turns a tensor of the tree into an array.
+      metadata: texts beside the arrays (safetensors).
     """
 
     path: str
     sha256: str
     tree: Any
     read: Callable[[Any], np.ndarray]
+    metadata: dict[str, str]
 
 
 def is_array(value: Any) -> bool:
@@ -73,7 +75,7 @@ def open_source(path: str | os.PathLike) -> Source:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             head = file.read(512)
-        tree, read = _reader(path, head)
+        tree, read, metadata = _reader(path, head)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
@@ -89,10 +91,10 @@ def open_source(path: str | os.PathLike) -> Source:
         except Exception as error:
             raise _explained(path, error) from error
 
-    return Source(path, sha256, tree, read_leaf)
+    return Source(path, sha256, tree, read_leaf, metadata)
 
 
-def _reader(path: str, head: bytes) -> tuple[Any, archives.ReadFn]:
+def _reader(path: str, head: bytes) -> tuple[Any, archives.ReadFn, dict[str, str]]:
     if not head:
         raise UserError(f"{path} is empty (0 bytes): fetch it again.")
     start = head.lstrip().lower()
@@ -104,10 +106,10 @@ def _reader(path: str, head: bytes) -> tuple[Any, archives.ReadFn]:
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             raise Damaged("a zip archive without its end")
-        return archives.read_zip(_kept_open(path))
+        return *archives.read_zip(_kept_open(path)), {}
     if tarfile.is_tarfile(path):
-        return archives.read_tar(_kept_open(path))
-    return archives.read_stream(_kept_open(path))
+        return *archives.read_tar(_kept_open(path)), {}
+    return *archives.read_stream(_kept_open(path)), {}
 
 
 def _kept_open(path: str) -> BinaryIO:
@@ -138,7 +140,7 @@ def _looks_like_safetensors(path: str, head: bytes) -> bool:
     return 2 <= length <= os.path.getsize(path)
 
 
-def _read_safetensors(path: str) -> tuple[Any, archives.ReadFn]:
+def _read_safetensors(path: str) -> tuple[Any, archives.ReadFn, dict[str, str]]:
     try:
         import safetensors
     except ImportError as error:
@@ -150,4 +152,5 @@ def _read_safetensors(path: str) -> tuple[Any, archives.ReadFn]:
         names = list(file.keys())
     except safetensors.SafetensorError as error:
         raise Damaged(f"safetensors: {error}") from error
-    return {name: file.get_tensor(name) for name in names}, archives._no_tensor
+    arrays = {name: file.get_tensor(name) for name in names}
+    return arrays, archives.no_tensor, dict(file.metadata() or {})
