@@ -139,8 +139,9 @@ def fill_array(target: NumpyArray, state: Any) -> None:
     dtype, sizes = kind.dtype(), tuple(map(whole, shape))
     if int(np.prod(sizes, dtype=object)) * dtype.itemsize != len(data):
         raise Damaged(f"an array of shape {sizes} with {len(data)} bytes")
-    order = "F" if fortran else "C"
-    target.array = np.frombuffer(data, dtype).reshape(sizes, order=order)
+    array = np.frombuffer(data, dtype)
+    # Columns first is the transpose of the reversed shape.
+    target.array = array.reshape(sizes[::-1]).T if fortran else array.reshape(sizes)
 
 
 def _from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> NumpyArray:
@@ -204,7 +205,7 @@ _DATA = {
     },
 }
 
-CALLS: dict[str, Callable] = {
+CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
     "collections.defaultdict": _default_mapping,

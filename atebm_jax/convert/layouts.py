@@ -7,13 +7,22 @@ said in `Weights.steps`.
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from atebm_jax.convert.entries import (
+    AVERAGED,
+    NETWORKS,
+    below,
+    choose,
+    collect,
+    nothing,
+    printable,
+    shape,
+    split,
+)
 from atebm_jax.convert.files import Source, is_array
-from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError
 
 
@@ -31,16 +40,6 @@ class Weights(NamedTuple):
     std: tuple[float, ...] | None
     steps: list[str]
 
-
-# Usual names of the network in a training state, and of wrapping modules.
-NETWORKS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
-NETWORKS += ("base_model", "module", "weights", "params", "classifier")
-
-# Parts of such names that say that the weights are averaged.
-AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "average"})
-
-# Entries of training states that hold arrays but no network.
-_OTHERS = ("optim", "sched", "scaler", "amp", "grad", "loss")
 
 # First parts of names that belong to a network and not to a wrapper.
 _OWN = re.compile(
@@ -67,115 +66,32 @@ def find(source: Source, entry: str | None = None) -> Weights:
     """
     steps: list[str] = []
     entries: dict[str, dict] = {}
-    _collect(source.tree, "", 3, entries)
+    collect(source.tree, "", 3, entries)
     if not entries:
-        raise UserError(_nothing(source))
-    name, inside = _split(entry, entries)
-    weights = dict(_choose(entries, name, source.path, steps))
+        raise UserError(nothing(source))
+    name, inside = split(entry, entries)
+    mapping = choose(entries, name, source.path, steps)
+    weights = dict(mapping)
     if inside:
-        weights = _below(weights, inside, source.path)
+        weights = below(weights, inside, source.path)
         steps.append(f"took the names under {inside!r}")
     dropped = [n for n, value in weights.items() if not is_array(value)]
     for n in dropped:
         del weights[n]
     if dropped:
         steps.append(f"passed over {', '.join(map(repr, dropped[:4]))}: no arrays")
-    return _unwrap(source, weights, steps, chosen=bool(inside))
-
-
-def _collect(tree: Any, name: str, depth: int, found: dict[str, dict]) -> None:
-    """Adds the innermost mappings that hold a matrix or a kernel, by dotted name."""
-    if not isinstance(tree, dict) or depth == 0:
-        return
-    before = len(found)
-    for key, value in tree.items():
-        skipped = isinstance(key, str) and key.lower().startswith(_OTHERS)
-        if isinstance(key, str) and not skipped:
-            _collect(value, f"{name}.{key}" if name else key, depth - 1, found)
-    shapes = [_shape(v) for k, v in tree.items() if isinstance(k, str) and is_array(v)]
-    if len(found) == before and any(len(shape) >= 2 for shape in shapes):
-        found[name] = {k: v for k, v in tree.items() if isinstance(k, str)}
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    array = getattr(value, "array", value)
-    return tuple(array.shape) if array is not None else ()
-
-
-def _nothing(source: Source) -> str:
-    tree = source.tree
-    places = {"the file": tree} | (tree if isinstance(tree, dict) else {})
-    for place, value in places.items():
-        if isinstance(value, Inert):
-            return _printable(
-                f"{source.path} has no weights by name: {place!r} is a whole object of "
-                f"class {value.kind}, which is never rebuilt; save the weights alone "
-                "with torch.save(model.state_dict(), 'weights.pt')."
-            )
-    keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-    return _printable(
-        f"{source.path} holds no weights: expected a state dict or a training state "
-        f"with one, found {keys[:200] or 'nothing'}."
-    )
-
-
-def _split(entry: str | None, entries: Mapping[str, Any]) -> tuple[str | None, str]:
-    """An entry of the tree, and a prefix of names inside it."""
-    if entry is None or entry in entries:
-        return entry, ""
-    for name in sorted(entries, key=len, reverse=True):
-        if name and entry.startswith(f"{name}."):
-            return name, entry.removeprefix(f"{name}.")
-    if len(entries) == 1:
-        return None, entry
-    raise UserError(f"--entry={entry} is not in the file: {_listing(entries)}.")
-
-
-def _listing(entries: Mapping[str, Any]) -> str:
-    names = [repr(name) for name in entries]
-    return f"it holds weights under {', '.join(names[:8])}"
-
-
-def _choose(
-    entries: Mapping[str, dict], name: str | None, path: str, steps: list[str]
-) -> dict:
-    """The one mapping that is meant; averaged weights go before others."""
-    averaged = [n for n in entries if AVERAGED & set(re.split(r"[._]", n.lower()))]
-    plain = [n for n in entries if n not in averaged]
-    usual = [n for n in plain if n.rpartition(".")[2] in NETWORKS]
-    if name is None and len(entries) == 1:
-        name = next(iter(entries))
-    elif name is None and len(averaged) == 1 and len(plain) == len(usual) <= 1:
-        name = averaged[0]
-    elif name is None and len(usual) == 1 and not averaged:
-        name = usual[0]
-    elif name is None:
-        raise UserError(
-            _printable(
-                f"{path} holds several networks: {_listing(entries)}; say which with "
-                f"--entry={next(iter(entries))}."
-            )
-        )
-    if name:
-        others = [repr(n) for n in entries if n != name]
-        beside = f" (beside it: {', '.join(others[:4])})" if others else ""
-        kind = "averaged weights" if name in averaged else "weights"
-        steps.append(f"took the {kind} under {name!r}{beside}")
-    return entries[name]
-
-
-def _below(weights: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
-    start = f"{prefix}."
-    taken = {
-        n.removeprefix(start): v for n, v in weights.items() if n.startswith(start)
-    }
-    if not taken:
-        raise UserError(f"--entry={prefix}: no name in {path} begins with {start!r}.")
-    return taken
+    known = next((n for n, found in entries.items() if found is mapping), "")
+    prefix = f"{known}." if known else ""
+    return _unwrap(source, weights, steps, chosen=bool(inside), prefix=prefix)
 
 
 def _unwrap(
-    source: Source, weights: dict[str, Any], steps: list[str], chosen: bool
+    source: Source,
+    weights: dict[str, Any],
+    steps: list[str],
+    *,
+    chosen: bool,
+    prefix: str,
 ) -> Weights:
     """Takes off one layer after the other, until there is none."""
     constants = _metadata(source)
@@ -186,7 +102,7 @@ def _unwrap(
         if weights.pop("n_averaged", None) is not None:
             steps.append("weights of an AveragedModel ('n_averaged')")
         _take_normalizer(source, weights, constants, steps)
-        _drop_attacker(source, weights, steps)
+        _drop_attacker(source, weights, steps, prefix)
         weights = _strip(source, weights, steps, chosen)
         if set(weights) == before:
             break
@@ -206,7 +122,7 @@ def _take_normalizer(
 ) -> None:
     for name in list(weights):
         match = _NORMALIZER.fullmatch(name)
-        if not match or int(np.prod(_shape(weights[name]))) > 4:
+        if not match or int(np.prod(shape(weights[name]))) > 4:
             continue
         kind = "mean" if match[1].startswith("m") else "std"
         array = source.read(weights.pop(name)).astype(np.float64).ravel()
@@ -235,26 +151,22 @@ def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
     return found if "atebm_jax.mean" in source.metadata else {}
 
 
-def _drop_attacker(source: Source, weights: dict[str, Any], steps: list[str]) -> None:
+def _drop_attacker(
+    source: Source, weights: dict[str, Any], steps: list[str], prefix: str
+) -> None:
     """Drops the copy that the robustness library's attacker keeps of the network."""
     copies = [n for n in weights if n.startswith("attacker.")]
     for name in copies:
         original = name.removeprefix("attacker.")
-        if original not in weights:
-            raise UserError(
-                _printable(
-                    f"{source.path}: {name} has no original {original}: choose one "
-                    "part with --entry=attacker.model or --entry=model."
-                )
+        if original in weights and _equal(source, weights[name], weights[original]):
+            continue
+        raise UserError(
+            printable(
+                f"{source.path}: {name} should be the same array as {original}, and "
+                f"{'differs' if original in weights else 'that is missing'}: choose "
+                f"one with --entry={prefix}attacker.model or --entry={prefix}model."
             )
-        if not _equal(source, weights[name], weights[original]):
-            raise UserError(
-                _printable(
-                    f"{source.path}: {name} and {original} should be the same array "
-                    "and differ: choose one with --entry=attacker.model or "
-                    "--entry=model."
-                )
-            )
+        )
     for name in copies:
         del weights[name]
     if copies:
@@ -262,7 +174,7 @@ def _drop_attacker(source: Source, weights: dict[str, Any], steps: list[str]) ->
 
 
 def _equal(source: Source, one: Any, other: Any) -> bool:
-    if _shape(one) != _shape(other):
+    if shape(one) != shape(other):
         return False
     a, b = source.read(one), source.read(other)
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
@@ -284,9 +196,9 @@ def _strip(
     wrapped = {g: names for g, names in groups.items() if _is_wrapper(g)}
     if not wrapped or chosen:
         return weights
-    inner = _choose(wrapped, None, source.path, steps)
-    rest = {n: v for n, v in weights.items() if n.partition(".")[0] not in wrapped}
-    return weights if rest.keys() & inner.keys() else inner | rest
+    inner = choose(wrapped, None, source.path, steps)
+    others = {n: v for n, v in weights.items() if n.partition(".")[0] not in wrapped}
+    return weights if others.keys() & inner.keys() else inner | others
 
 
 def _is_wrapper(name: str) -> bool:
@@ -300,7 +212,8 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
     Raises:
       UserError: NaN, Inf, or values that float32 cannot hold, by name.
     """
-    arrays, narrowed = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    narrowed: dict[str, int] = {}
     for name, value in weights.arrays.items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
@@ -311,7 +224,7 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
                 array = array.astype(np.float32)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(
-                _printable(
+                printable(
                     f"{source.path}: {name} holds NaN or Inf: these weights diverged "
                     "or are damaged; choose an earlier checkpoint."
                 )
@@ -320,8 +233,3 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
     for kind, count in narrowed.items():
         weights.steps.append(f"{count} arrays were {kind} and become float32")
     return arrays
-
-
-def _printable(text: str) -> str:
-    """Nothing in a file's names can steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:1000])

@@ -101,12 +101,12 @@ def decide(
     else:
         mean, std = map(tuple, by_architecture)
         usual = (
-            "none, as usual for the architecture"
+            "as usual for the architecture"
             if not mean
             else ("the usual one of the architecture, as the file has none")
         )
         if len(mean) not in (0, channels):
-            mean, std, usual = (), (), "none: the usual one is for colour images"
+            mean, std, usual = (), (), "the usual one is for colour images"
         chosen = Normalization(mean, std, usual)
     if len(chosen.mean) == 1 and channels > 1:
         chosen = chosen._replace(mean=chosen.mean * channels, std=chosen.std * channels)

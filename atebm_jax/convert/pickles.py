@@ -117,6 +117,9 @@ class _Machine:
     def discard(self, _: Any) -> None:
         self._stack.pop()
 
+    def discard_to_mark(self, _: Any) -> None:
+        self.pop_to_mark()
+
     def build_tuple(self, size: int | None) -> None:
         if size is None:
             self.push(tuple(self.pop_to_mark()))
@@ -209,7 +212,7 @@ _VALUES = {
 }
 _METHODS: dict[str, Callable[[_Machine, Any], None]] = {
     "POP": _Machine.discard,
-    "POP_MARK": lambda m, _: m.pop_to_mark() and None,
+    "POP_MARK": _Machine.discard_to_mark,
     "DUP": lambda m, _: m.push(m.top()),
     "PUT": _Machine.put,
     "BINPUT": _Machine.put,

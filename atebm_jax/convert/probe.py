@@ -12,7 +12,7 @@ from atebm_jax.models import logits_fn
 def image(shape: tuple[int, int, int]) -> np.ndarray:
     """The fixed image of a shape (H, W, C): [H, W, C] float32 in [0, 1]."""
     i, j, c = np.indices(shape)
-    return np.float32((3 * i + 5 * j + 7 * c) % 32 / 31)
+    return np.asarray((3 * i + 5 * j + 7 * c) % 32 / 31, np.float32)
 
 
 def logits(model: nn.Module, variables: Any, shape: tuple[int, int, int]) -> np.ndarray:
