@@ -28,6 +28,9 @@ BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
 STAGE_ORDER = ("stage1", "stage2")
 
+# The stage of weights that came from elsewhere.
+IMPORTED = "imported"
+
 
 def absolute(path: str | epath.Path) -> epath.Path:
     """A path as Orbax wants it: absolute, or of a cloud (gs://...); ~ is the home."""
@@ -191,7 +194,8 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
         raise UserError(
             f"unknown best_by {best_by!r}: choose one of {', '.join(BEST_BY)}."
         )
-    stages = [folder / "checkpoints" / stage for stage in reversed(STAGE_ORDER)]
+    order = (*reversed(STAGE_ORDER), IMPORTED)
+    stages = [folder / "checkpoints" / stage for stage in order]
     for candidate in [*stages, folder]:
         steps = steps_in(candidate)
         if steps:
@@ -233,6 +237,37 @@ def check_weights(expected: Any, weights: Any, source: str) -> None:
             f"arrays differ: {'; '.join(differences[:3])}. Give config.model the "
             "values they were trained with."
         )
+
+
+# What the function of a network depends on beside its weights.
+_FUNCTION = ("mean", "std", "activation")
+
+
+def check_function(
+    expected: ml_collections.ConfigDict, stored: Mapping[str, Any], source: str
+) -> None:
+    """Refuses weights that were trained for another input or activation.
+
+    Args:
+      expected: `config.model` that they shall be used with.
+      stored: `config.model` that they were trained with, as plain JSON.
+      source: where they came from, for the message.
+
+    Raises:
+      UserError: names the field, both values and the flag to give.
+    """
+    for field in _FUNCTION:
+        want, have = expected[field], stored.get(field, expected[field])
+        if field == "activation":
+            same = want == have
+        else:
+            want, have = tuple(want), tuple(have)
+            same = len(want) == len(have) and np.allclose(want, have, rtol=0, atol=1e-5)
+        if not same:
+            raise UserError(
+                f"config.model.{field} is {want!r} and the weights of {source} were "
+                f"trained with {have!r}: give --config.model.{field}={have!r}."
+            )
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -260,9 +260,11 @@ def _origins(
     expected = jax.eval_shape(lambda: _random_variables(model, config))
 
     def loaded(source: str | epath.Path) -> Any:
-        weights, _ = checkpoint.load_weights(source)
+        weights, meta = checkpoint.load_weights(source)
         weights = {k: v for k, v in weights.items() if v or k in expected}
         checkpoint.check_weights(expected, weights, str(source))
+        stored = meta["config"]["model"]
+        checkpoint.check_function(config.model, stored, str(source))
         return weights
 
     folders = {s: checkpoint.stage_folder(workdir, s) for s in checkpoint.STAGE_ORDER}

@@ -49,7 +49,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "train_step": {"stages", "train_state", "curriculum", "optim"},
     "sampling": {"energy", "attacks"},
     "autoattack": {"energy", "losses", "attacks"},
-    "convert": {"models"},
+    "convert": {"models", "archs", "checkpoint", "command_line", "config"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

@@ -158,7 +158,7 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     for name, array in state_dict.items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
-        path, value = _to_flax(family, name, np.asarray(array))
+        path, value = one_from_torch(family, name, np.asarray(array))
         if path in flat:
             raise UserError(
                 f"{name!r} and {origin[path]!r} are the same parameter of a {family}: "
@@ -184,12 +184,18 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
       UserError: a variable that the family does not have.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
-    made = (_from_flax(family, path, np.asarray(x)) for path, x in flat.items())
+    made = (one_to_torch(family, path, np.asarray(x)) for path, x in flat.items())
     return {name: np.ascontiguousarray(value) for name, value in made}
 
 
-def _to_flax(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    known = _rename(ALIASES[family], name) or name
+def canonical(family: str, name: str) -> str:
+    """The name that `to_torch` would give what another source calls `name`."""
+    return _rename(ALIASES[family], name) or name
+
+
+def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """One array of `from_torch`: its path in the variables, and its layout there."""
+    known = canonical(family, name)
     module, _, leaf = known.rpartition(".")
     path = _rename(RULES[family], module)
     if path is not None and leaf in _BARE:
@@ -212,7 +218,8 @@ def _to_flax(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray
     )
 
 
-def _from_flax(family: str, path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """One array of `to_torch`: its PyTorch name, and its layout there (a view)."""
     collection, _, rest = path.partition("/")
     module, _, leaf = rest.rpartition("/")
     inverse = tuple((ours, theirs) for theirs, ours in RULES[family])

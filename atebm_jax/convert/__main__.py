@@ -1,0 +1,182 @@
+"""PyTorch checkpoints in, weights out.
+
+    python -m atebm_jax.convert --from=FILE --to=DIR
+    python -m atebm_jax.convert --from=WORKDIR --export=safetensors --to=FILE
+
+Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atebm_jax.command_line import fail, quiet_libraries
+from atebm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from atebm_jax.convert.importing import Imported
+    from atebm_jax.convert.matching import Match
+
+# Logits that are shown; all are in import.json.
+_SHOWN_LOGITS = 10
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says mistakes as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(UserError(f"{message}; --help lists the flags."))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m atebm_jax.convert",
+        description="Reads PyTorch checkpoints without running anything in them, and "
+        "writes weights back with PyTorch's names.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FILE",
+        help=".pt, .pth, .ckpt, .tar or .safetensors; with --export a workdir or "
+        "checkpoint of this project",
+    )
+    parser.add_argument("--to", required=True, help="new folder; with --export a file")
+    parser.add_argument("--arch", default="auto", help="resnet50, say; default auto")
+    parser.add_argument("--entry", help="which of several networks in the file")
+    parser.add_argument("--mean", help="input normalisation: one number a channel")
+    parser.add_argument("--std", help="with --mean")
+    parser.add_argument("--normalization", help="imagenet, cifar10 or none")
+    parser.add_argument("--activation", help="relu (default) or swish: no file says it")
+    parser.add_argument("--image_size", type=int, help="side of the images in pixels")
+    parser.add_argument("--export", help="safetensors: PyTorch's names and layouts")
+    parser.add_argument("--verbose", action="store_true", help="list every parameter")
+    return parser
+
+
+def main(argv: Sequence[str], console: Console | None = None) -> None:
+    """Runs the command.
+
+    Args:
+      argv: arguments without the program's name.
+      console: where to print; default the terminal.
+
+    Raises:
+      UserError: a mistake in flags or files.
+    """
+    flags = _parser().parse_args(argv)
+    console = console or Console()
+    quiet_libraries()
+    if flags.export is not None:
+        _export(flags, console)
+    else:
+        _import(flags, console)
+
+
+def _export(flags: argparse.Namespace, console: Console) -> None:
+    from atebm_jax.convert import exporting
+
+    made = exporting.export(flags.source, flags.to, kind=flags.export)
+    _say(
+        console,
+        f"{made.num_arrays} arrays with {made.num_parameters:,} numbers "
+        f"({made.metadata['atebm_jax.arch']}) are in {flags.to}",
+    )
+    mean = made.metadata["atebm_jax.mean"]
+    if mean != "[]":
+        _say(
+            console,
+            f"they expect normalised images: mean {mean}, std "
+            f"{made.metadata['atebm_jax.std']} (in the file's metadata)",
+        )
+
+
+def _import(flags: argparse.Namespace, console: Console) -> None:
+    # Imported late, so that --help answers at once.
+    from atebm_jax.convert import importing, normalization
+
+    if flags.image_size is not None and flags.image_size < 1:
+        raise UserError(f"--image_size={flags.image_size}: it must be positive.")
+    asked = normalization.parse(flags.normalization, flags.mean, flags.std)
+    importing.check_target(flags.to)
+    made = importing.read(
+        flags.source,
+        arch=flags.arch,
+        entry=flags.entry,
+        asked=asked,
+        activation=flags.activation,
+        image_size=flags.image_size,
+    )
+    importing.write(made, flags.to)
+    _show(console, made, flags.verbose)
+    _say(console, f"the checkpoint is in {flags.to}")
+
+
+def _show(console: Console, made: "Imported", verbose: bool) -> None:
+    record, model = made.record, made.config.model
+    _say(console, f"{record['source']}, SHA-256 {record['sha256']}")
+    for step in record["unwrapped"]:
+        _say(console, f"  {step}")
+    normal = record["normalization"]
+    numbers = (
+        f"mean {normal['mean']}, std {normal['std']}" if normal["mean"] else "none"
+    )
+    _say(
+        console,
+        f"{record['arch']}, {model.num_classes} classes; input normalisation: "
+        f"{numbers} ({normal['origin']})",
+    )
+    console.print(_table(made.matches, verbose))
+    _say(
+        console,
+        f"all {record['arrays_matched']} arrays with {record['numbers_matched']:,} "
+        "numbers matched; none missing, none left over",
+    )
+    probe = record["probe"]
+    shown = " ".join(f"{x:.5f}" for x in probe["logits"][:_SHOWN_LOGITS])
+    more = " ..." if len(probe["logits"]) > _SHOWN_LOGITS else ""
+    side = " x ".join(map(str, probe["image_shape"]))
+    _say(console, f"logits of the fixed image ({side}): {shown}{more}")
+
+
+def _table(matches: "list[Match]", verbose: bool) -> Table:
+    if verbose:
+        table = Table()
+        for title in ("PyTorch", "shape", "here"):
+            table.add_column(title, overflow="fold")
+        for row in matches:
+            table.add_row(Text(row.name), Text(str(row.shape)), Text(row.path))
+        return table
+    table = Table("PyTorch", "arrays", "numbers")
+    groups: dict[str, list[int]] = {}
+    for row in matches:
+        size = 1
+        for length in row.shape:
+            size *= length
+        groups.setdefault(row.name.partition(".")[0], []).append(size)
+    for name, sizes in groups.items():
+        table.add_row(Text(name), str(len(sizes)), f"{sum(sizes):,}")
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)
+
+
+def cli() -> None:
+    """Entry point of the command line."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    cli()

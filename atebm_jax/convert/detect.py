@@ -1,0 +1,129 @@
+"""Which architecture a state dict is of: from names and shapes alone."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from atebm_jax.convert.names import canonical
+from atebm_jax.models import convnext, resnet, vit
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# A name by which each family is known; the first that fits.
+_MARKS: dict[str, str] = {
+    "wide_resnet": r"block1\.layer\.0\.conv1\.weight",
+    "resnet": r"layer1\.0\.conv1\.weight",
+    "convnext": r"stages\.0\.(blocks\.0\.conv_dw|0\.dwconv)\.weight|"
+    r"features\.1\.0\.block\.0\.weight",
+    "vit": r"blocks\.0\.attn\.qkv\.weight|"
+    r"encoder\.layers\.encoder_layer_0\.self_attention\.in_proj_weight",
+}
+
+
+def family_of(names: Mapping[str, Any]) -> str | None:
+    """The family (a key of `models.MODELS`) that has such names, or None."""
+    for family, pattern in _MARKS.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return family
+    return None
+
+
+def fields(family: str, shapes: Shapes) -> dict[str, Any]:
+    """What the shapes say about `config.model`; what they leave open is left out.
+
+    Args:
+      family: as of `family_of`.
+      shapes: of every array, PyTorch layouts, by name.
+
+    Returns:
+      Fields of `config.model` with their values; always "name".
+    """
+    known = {canonical(family, name): tuple(shape) for name, shape in shapes.items()}
+    found = {"name": family} | _FIELDS[family](known)
+    head = known.get(_HEADS[family], ())
+    if len(head) == 2:
+        found["num_classes"] = head[0]
+    return found
+
+
+def channels(family: str, shapes: Shapes) -> int:
+    """Channels of the images: inputs of the first convolution, or 3."""
+    known = {canonical(family, name): tuple(shape) for name, shape in shapes.items()}
+    for name in _FIRST[family]:
+        if len(known.get(name, ())) == 4:
+            return known[name][1]
+    return 3
+
+
+_HEADS = {
+    "wide_resnet": "fc.weight",
+    "resnet": "fc.weight",
+    "convnext": "head.fc.weight",
+    "vit": "head.weight",
+}
+_FIRST = {
+    "wide_resnet": ("conv1.weight",),
+    "resnet": ("conv1.weight",),
+    "convnext": ("stem.0.weight", "stem.stem.0.weight"),
+    "vit": ("patch_embed.proj.weight", "patch_embed.proj.stem.0.weight"),
+}
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many numbers the group of a pattern takes."""
+    matches = (re.fullmatch(pattern, name) for name in shapes)
+    return len({match[1] for match in matches if match})
+
+
+def _wide_resnet(shapes: Shapes) -> dict[str, Any]:
+    blocks = _count(shapes, r"block1\.layer\.(\d+)\.conv1\.weight")
+    width = shapes["block1.layer.0.conv1.weight"][0]
+    return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
+
+
+def _resnet(shapes: Shapes) -> dict[str, Any]:
+    blocks = tuple(
+        _count(shapes, rf"layer{stage}\.(\d+)\.conv1\.weight") for stage in range(1, 5)
+    )
+    bottleneck = "layer1.0.conv3.weight" in shapes
+    found: dict[str, Any] = {"base_width": 64}
+    if bottleneck:
+        found["base_width"] = shapes["layer1.0.conv1.weight"][0]
+    for depth, stages in resnet.STAGES.items():
+        if stages == blocks and (depth >= 50) == bottleneck:
+            found["depth"] = depth
+    return found
+
+
+def _convnext(shapes: Shapes) -> dict[str, Any]:
+    blocks = tuple(
+        _count(shapes, rf"stages\.{stage}\.blocks\.(\d+)\.conv_dw\.weight")
+        for stage in range(4)
+    )
+    width = shapes["stages.0.blocks.0.conv_dw.weight"][0]
+    found = {"stem": "conv" if "stem.stem.0.weight" in shapes else "patch"}
+    for size, (counts, widths) in convnext.SIZES.items():
+        if tuple(counts) == blocks and widths[0] == width:
+            found["size"] = size
+    return found
+
+
+def _vit(shapes: Shapes) -> dict[str, Any]:
+    stem = "conv" if "patch_embed.proj.stem.0.weight" in shapes else "patch"
+    found: dict[str, Any] = {"stem": stem}
+    position = shapes.get("pos_embed", ())
+    if len(position) == 3 and position[1] > 1:
+        found["position_grid"] = math.isqrt(position[1] - 1)
+    for size, (width, _) in vit.SIZES.items():
+        if shapes["blocks.0.attn.qkv.weight"][-1:] == (width,):
+            found["size"] = size
+    return found
+
+
+_FIELDS: dict[str, Callable[[Shapes], dict[str, Any]]] = {
+    "wide_resnet": _wide_resnet,
+    "resnet": _resnet,
+    "convnext": _convnext,
+    "vit": _vit,
+}

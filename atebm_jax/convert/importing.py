@@ -1,0 +1,275 @@
+"""A PyTorch checkpoint becomes one of this project: what `--from` and `--to` do."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from atebm_jax import archs, checkpoint, models
+from atebm_jax import config as configuration
+from atebm_jax.convert import detect, layouts, matching, normalization, probe
+from atebm_jax.convert.files import Source, open_source
+from atebm_jax.convert.normalization import Normalization
+from atebm_jax.errors import UserError
+
+
+class Imported(NamedTuple):
+    """What was read, before it is written.
+
+    Attributes:
+      variables: {"params": ..., "batch_stats": ...} of float32 arrays.
+      config: a complete config whose `model` computes what the original did.
+      matches: every parameter with its name there and here.
+      record: what `import.json` says.
+    """
+
+    variables: dict[str, Any]
+    config: ml_collections.ConfigDict
+    matches: list[matching.Match]
+    record: dict[str, Any]
+
+
+def read(
+    path: str | os.PathLike,
+    *,
+    arch: str = "auto",
+    entry: str | None = None,
+    asked: Normalization | None = None,
+    activation: str | None = None,
+    image_size: int | None = None,
+) -> Imported:
+    """Reads a checkpoint and finds out what network it is of.
+
+    Args:
+      path: `.pt`, `.pth`, `.ckpt`, `.tar` or `.safetensors`.
+      arch: a key of `archs.ARCHS`, or "auto" to tell from names and shapes.
+      entry: which of several networks in the file.
+      asked: input normalisation, where the file does not say.
+      activation: of WideResNets and ResNets, which no file says; None for "relu" or
+        what an export of this project wrote.
+      image_size: side of the images in pixels; None for the architecture's usual one.
+
+    Raises:
+      UserError: the file cannot be read, or does not fit the network.
+    """
+    source = open_source(path)
+    weights = layouts.find(source, entry)
+    arrays = layouts.read_arrays(source, weights)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    family, fields = _architecture(source.path, arch, shapes)
+    in_file = None
+    if weights.mean is not None and weights.std is not None:
+        in_file = weights.mean, weights.std
+    channels = detect.channels(family, shapes)
+    model = configuration.default().model
+    model.update(fields)
+    usual = _usual(model)
+    chosen = normalization.decide(
+        asked, in_file, (usual.get("mean", ()), usual.get("std", ())), channels
+    )
+    model.mean, model.std = chosen.mean, chosen.std
+    model.activation = activation or source.metadata.get(
+        "atebm_jax.activation", model.activation
+    )
+    side = image_size or _side(model)
+    config = _config(model, (side, side, channels))
+    network = models.build(config.model)
+    name = archs.name_of(config.model) or family
+    variables, matches = matching.match(
+        family,
+        arrays,
+        matching.expected_variables(network, (side, side, channels)),
+        name if arch == "auto" else f"--arch={arch}",
+        source.path,
+    )
+    shape = (side, side, channels)
+    logits = probe.logits(network, variables, shape)
+    record = _record(source, weights, name, matches, chosen, config)
+    record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
+    return Imported(variables, config, matches, record)
+
+
+def _architecture(
+    path: str, arch: str, shapes: detect.Shapes
+) -> tuple[str, dict[str, Any]]:
+    """Family and fields of `config.model`: what was asked for, else what fits."""
+    family = detect.family_of(shapes)
+    found = detect.fields(family, shapes) if family else {}
+    if arch != "auto":
+        values = archs.arch(arch)
+        # What the last layer and the position embedding say about themselves.
+        free = ("num_classes", "position_grid")
+        if values["name"] == family:
+            values |= {field: found[field] for field in free if field in found}
+        _check_agreement(path, arch, values, family, shapes)
+        return values["name"], values
+    if family is None:
+        some = ", ".join(sorted(shapes)[:4])
+        raise UserError(
+            f"{path} is of no known architecture (its names: {some}, ...): known are "
+            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX."
+        )
+    sizes = {"resnet": "depth", "convnext": "size", "vit": "size"}
+    if sizes.get(family, "name") not in found:
+        raise UserError(
+            f"{path} is a {family} of a size that is not built here: choose among "
+            f"{', '.join(archs.ARCHS)}."
+        )
+    return family, found
+
+
+def _check_agreement(
+    path: str,
+    arch: str,
+    values: Mapping[str, Any],
+    family: str | None,
+    shapes: detect.Shapes,
+) -> None:
+    """Refuses an architecture of another family; shapes are compared later."""
+    if family is not None and family != values["name"]:
+        name = next(iter(shapes))
+        raise UserError(
+            f"{path} does not fit --arch={arch}, which is a {values['name']}: it has "
+            f"{name} {shapes[name]} and is a {family}; leave --arch out, or give the "
+            "right one."
+        )
+
+
+def _usual(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The public weights' normalisation of the architecture, or of its family."""
+    name = archs.name_of(model)
+    if name is not None:
+        return archs.arch(name)
+    return {"wide_resnet": archs.CIFAR10, "resnet": archs.IMAGENET}.get(model.name, {})
+
+
+def _side(model: ml_collections.ConfigDict) -> int:
+    """The usual side of the images, in pixels."""
+    if model.name == "vit":
+        return 16 * model.position_grid
+    return {"wide_resnet": 32}.get(model.name, 256)
+
+
+def _config(
+    model: ml_collections.ConfigDict, shape: tuple[int, int, int]
+) -> ml_collections.ConfigDict:
+    """A config for the imported network: its model, images, and ways to use it."""
+    config = configuration.default()
+    config.model = model
+    config.data.image_shape = shape
+    if shape[0] >= 64:
+        # ImageNet's budgets (method: sections 4 and 5).
+        config.evaluate.attack = configuration.adversary(
+            epsilon=3.0, step_size=1.0, num_steps=10
+        )
+        config.evaluate.samples.step_size = 8.0
+        config.evaluate.samples.num_steps = 14
+    return config
+
+
+def _record(
+    source: Source,
+    weights: layouts.Weights,
+    name: str,
+    matches: list[matching.Match],
+    chosen: Normalization,
+    config: ml_collections.ConfigDict,
+) -> dict[str, Any]:
+    return {
+        "source": os.path.basename(source.path),
+        "sha256": source.sha256,
+        "arch": name,
+        "model": checkpoint.as_json(config)["model"],
+        "unwrapped": weights.steps,
+        "normalization": {
+            "inside_the_network": bool(chosen.mean),
+            "mean": list(chosen.mean),
+            "std": list(chosen.std),
+            "origin": chosen.origin,
+        },
+        "arrays_matched": len(matches),
+        "numbers_matched": int(sum(np.prod(m.shape) for m in matches)),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("atebm_jax", "jax", "flax", "numpy")
+        },
+    }
+
+
+def check_target(to: str | os.PathLike) -> epath.Path:
+    """The folder to write, which must not be there or be empty.
+
+    Raises:
+      UserError: something is there, or it is no local folder.
+    """
+    if "://" in str(to):
+        raise UserError(f"--to={to} is in a cloud: give a local folder, then copy it.")
+    folder = checkpoint.absolute(to)
+    if folder.is_dir() and not any(folder.iterdir()):
+        return folder
+    if folder.exists():
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"--to={to} {what}: give a new folder.")
+    return folder
+
+
+def write(imported: Imported, to: str | os.PathLike) -> None:
+    """Writes a folder that looks like a workdir, complete or not at all.
+
+    Args:
+      imported: as of `read`.
+      to: a folder that is not there or is empty.
+
+    Raises:
+      UserError: something is there, or it cannot be written.
+    """
+    folder = check_target(to)
+    config = checkpoint.as_json(imported.config)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    except OSError as error:
+        raise UserError(f"--to={to} cannot be written: {error}.") from error
+    try:
+        os.chmod(made, 0o755)
+        _save_weights(epath.Path(made), imported, config)
+        for name, content in (
+            ("config.json", config),
+            ("import.json", imported.record),
+        ):
+            text = json.dumps(content, indent=2) + "\n"
+            (epath.Path(made) / name).write_text(text)
+        os.replace(made, folder)
+    except OSError as error:
+        raise UserError(f"--to={to} cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _save_weights(
+    folder: epath.Path, imported: Imported, config: dict[str, Any]
+) -> None:
+    """One step with the averaged weights alone: all that other commands read."""
+    meta = {"format": checkpoint.FORMAT, "stage": checkpoint.IMPORTED, "step": 0}
+    meta |= {"T": 0, "config": config, "import": imported.record}
+    state = {
+        "average_params": imported.variables["params"],
+        "average_batch_stats": imported.variables.get("batch_stats", {}),
+    }
+    path = checkpoint.stage_folder(folder, checkpoint.IMPORTED)
+    path.mkdir(parents=True)
+    with ocp.CheckpointManager(path, item_names=("state", "meta")) as manager:
+        manager.save(
+            0,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
+        )

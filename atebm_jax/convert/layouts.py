@@ -1,0 +1,235 @@
+"""Finds the weights in what was saved, and takes the wrappers off their names.
+
+Training states, averaged copies, `DataParallel`, attack wrappers and networks with
+their normalisation in front all end as one plain state dict; whatever was taken off is
+said in `Weights.steps`.
+"""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atebm_jax.convert.entries import (
+    AVERAGED,
+    NETWORKS,
+    below,
+    choose,
+    collect,
+    nothing,
+    printable,
+    shape,
+    split,
+)
+from atebm_jax.convert.files import Source, is_array
+from atebm_jax.errors import UserError
+
+
+class Weights(NamedTuple):
+    """One network's plain state dict.
+
+    Attributes:
+      arrays: by PyTorch name, without wrappers; leaves of a source's tree.
+      mean, std: input normalisation kept beside the weights; None where there is none.
+      steps: what was chosen and taken off, a phrase each.
+    """
+
+    arrays: dict[str, Any]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    steps: list[str]
+
+
+# First parts of names that belong to a network and not to a wrapper.
+_OWN = re.compile(
+    r"conv1|bn1|fc|head|norm|stem|stages|blocks|features|classifier|encoder|"
+    r"patch_embed|conv_proj|heads|downsample_layers|(layer|block)\d"
+)
+
+_NORMALIZER = re.compile(
+    r"(?:(?:normali[sz]er?|normali[sz]ation|normali[sz]e_layer|norm|preprocess|0|"
+    r"attacker\.normali[sz]er?)\.)?"
+    r"(?:new_)?(mean|means|mu|std|stds|sd|sds|sigma)"
+)
+
+
+def find(source: Source, entry: str | None = None) -> Weights:
+    """The plain state dict of a source.
+
+    Args:
+      source: an opened file.
+      entry: which of several networks to take, as the refusal names them.
+
+    Raises:
+      UserError: no weights, or several networks of which none is meant.
+    """
+    steps: list[str] = []
+    entries: dict[str, dict] = {}
+    collect(source.tree, "", 3, entries)
+    if not entries:
+        raise UserError(nothing(source))
+    name, inside = split(entry, entries)
+    mapping = choose(entries, name, source.path, steps)
+    weights = dict(mapping)
+    if inside:
+        weights = below(weights, inside, source.path)
+        steps.append(f"took the names under {inside!r}")
+    dropped = [n for n, value in weights.items() if not is_array(value)]
+    for n in dropped:
+        del weights[n]
+    if dropped:
+        steps.append(f"passed over {', '.join(map(repr, dropped[:4]))}: no arrays")
+    known = next((n for n, found in entries.items() if found is mapping), "")
+    prefix = f"{known}." if known else ""
+    return _unwrap(source, weights, steps, chosen=bool(inside), prefix=prefix)
+
+
+def _unwrap(
+    source: Source,
+    weights: dict[str, Any],
+    steps: list[str],
+    *,
+    chosen: bool,
+    prefix: str,
+) -> Weights:
+    """Takes off one layer after the other, until there is none."""
+    constants = _metadata(source)
+    if constants:
+        steps.append("took mean and std from the file's metadata")
+    while True:
+        before = set(weights)
+        if weights.pop("n_averaged", None) is not None:
+            steps.append("weights of an AveragedModel ('n_averaged')")
+        _take_normalizer(source, weights, constants, steps)
+        _drop_attacker(source, weights, steps, prefix)
+        weights = _strip(source, weights, steps, chosen)
+        if set(weights) == before:
+            break
+    if len(constants) == 1:
+        raise UserError(
+            f"{source.path} has only the {next(iter(constants))} of an input "
+            "normalisation: give --mean and --std."
+        )
+    return Weights(weights, constants.get("mean"), constants.get("std"), steps)
+
+
+def _take_normalizer(
+    source: Source,
+    weights: dict[str, Any],
+    constants: dict[str, tuple[float, ...]],
+    steps: list[str],
+) -> None:
+    for name in list(weights):
+        match = _NORMALIZER.fullmatch(name)
+        if not match or int(np.prod(shape(weights[name]))) > 4:
+            continue
+        kind = "mean" if match[1].startswith("m") else "std"
+        array = source.read(weights.pop(name)).astype(np.float64).ravel()
+        values = tuple(float(np.float32(x)) for x in array)
+        if constants.setdefault(kind, values) != values:
+            raise UserError(
+                f"{source.path} normalises twice and differently: {name} is {values}, "
+                f"another {kind} {constants[kind]}; choose a part with --entry."
+            )
+        if not all(0 <= x <= 1 for x in values) or (kind == "std" and min(values) <= 0):
+            raise UserError(
+                f"{source.path}: {name} is {values}, no {kind} of images in [0, 1]."
+            )
+        steps.append(f"took {kind} from {name!r}")
+
+
+def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
+    """mean and std that the export of this project writes beside the arrays."""
+    found = {}
+    for kind in ("mean", "std"):
+        try:
+            values = json.loads(source.metadata.get(f"atebm_jax.{kind}", "null"))
+            found[kind] = tuple(map(float, values or ()))
+        except (TypeError, ValueError):
+            return {}
+    return found if "atebm_jax.mean" in source.metadata else {}
+
+
+def _drop_attacker(
+    source: Source, weights: dict[str, Any], steps: list[str], prefix: str
+) -> None:
+    """Drops the copy that the robustness library's attacker keeps of the network."""
+    copies = [n for n in weights if n.startswith("attacker.")]
+    for name in copies:
+        original = name.removeprefix("attacker.")
+        if original in weights and _equal(source, weights[name], weights[original]):
+            continue
+        raise UserError(
+            printable(
+                f"{source.path}: {name} should be the same array as {original}, and "
+                f"{'differs' if original in weights else 'that is missing'}: choose "
+                f"one with --entry={prefix}attacker.model or --entry={prefix}model."
+            )
+        )
+    for name in copies:
+        del weights[name]
+    if copies:
+        steps.append(f"dropped {len(copies)} equal copies under 'attacker.'")
+
+
+def _equal(source: Source, one: Any, other: Any) -> bool:
+    if shape(one) != shape(other):
+        return False
+    a, b = source.read(one), source.read(other)
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _strip(
+    source: Source, weights: dict[str, Any], steps: list[str], chosen: bool
+) -> dict[str, Any]:
+    """Takes the wrapper off that all names share, or one of the usual ones."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in weights.items():
+        first, dot, rest = name.partition(".")
+        if dot:
+            groups.setdefault(first, {})[rest] = value
+    shared = len(weights) > 1 and any(len(g) == len(weights) for g in groups.values())
+    if shared and not _OWN.fullmatch(next(iter(groups))):
+        steps.append(f"took off the prefix {next(iter(groups)) + '.'!r}")
+        return next(iter(groups.values()))
+    wrapped = {g: names for g, names in groups.items() if _is_wrapper(g)}
+    if not wrapped or chosen:
+        return weights
+    inner = choose(wrapped, None, source.path, steps)
+    others = {n: v for n, v in weights.items() if n.partition(".")[0] not in wrapped}
+    return weights if others.keys() & inner.keys() else inner | others
+
+
+def _is_wrapper(name: str) -> bool:
+    usual = name in NETWORKS and not _OWN.fullmatch(name)
+    return usual or bool(AVERAGED & set(name.lower().split("_")))
+
+
+def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
+    """The weights as float32 arrays; notes go to `weights.steps`.
+
+    Raises:
+      UserError: NaN, Inf, or values that float32 cannot hold, by name.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    narrowed: dict[str, int] = {}
+    for name, value in weights.arrays.items():
+        if name.rpartition(".")[2] == "num_batches_tracked":
+            continue
+        array = source.read(value)
+        if array.dtype != np.float32 and array.dtype.kind not in "iub":
+            narrowed[str(array.dtype)] = narrowed.get(str(array.dtype), 0) + 1
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(
+                printable(
+                    f"{source.path}: {name} holds NaN or Inf: these weights diverged "
+                    "or are damaged; choose an earlier checkpoint."
+                )
+            )
+        arrays[name] = array
+    for kind, count in narrowed.items():
+        weights.steps.append(f"{count} arrays were {kind} and become float32")
+    return arrays

@@ -1,0 +1,108 @@
+"""Every parameter of a file against every parameter of a network, by name."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atebm_jax.convert import names
+from atebm_jax.convert.entries import printable
+from atebm_jax.errors import UserError
+
+# More names than this help nobody.
+_MOST_NAMED = 6
+
+
+class Match(NamedTuple):
+    """One array: PyTorch's name and shape, and the path of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+
+
+def expected_variables(model: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """Shapes and dtypes of a network's variables for images [H, W, C]."""
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def match(
+    family: str,
+    arrays: Mapping[str, np.ndarray],
+    expected: Any,
+    network: str,
+    path: str,
+) -> tuple[dict[str, Any], list[Match]]:
+    """Gives every variable of a network its array.
+
+    Args:
+      family: a key of `models.MODELS`.
+      arrays: by PyTorch name.
+      expected: as of `expected_variables`.
+      network: what the network is called in messages.
+      path: the file, for messages.
+
+    Returns:
+      ({"params": ..., perhaps "batch_stats": ...} of float32 arrays, the matches in
+      the file's order).
+
+    Raises:
+      UserError: names what is left over, missing or of another shape.
+    """
+    wanted = {
+        p: tuple(x.shape)
+        for p, x in flax.traverse_util.flatten_dict(expected, sep="/").items()
+    }
+    flat: dict[str, np.ndarray] = {}
+    matches, left_over, misshapen = [], [], []
+    for name, array in arrays.items():
+        place, value = _place(family, name, array)
+        if place not in wanted or place in flat or array.dtype.kind != "f":
+            left_over.append(name)
+        elif value.shape != wanted[place]:
+            _, theirs = _torch_side(family, place, wanted[place])
+            misshapen.append(f"{name} {array.shape} instead of {theirs}")
+        else:
+            flat[place] = value
+            matches.append(Match(name, array.shape, place))
+    seen = {_place(family, n, a)[0] for n, a in arrays.items()}
+    missing = [_torch_side(family, p, wanted[p])[0] for p in wanted if p not in seen]
+    problems = [
+        f"{what} {len(found)} ({_some(found)})"
+        for what, found in (
+            ("other shapes:", misshapen),
+            ("missing:", missing),
+            ("left over:", left_over),
+        )
+        if found
+    ]
+    if problems:
+        raise UserError(
+            printable(f"{path} does not fit {network}: {'; '.join(problems)}.")
+        )
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), matches
+
+
+def _place(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    try:
+        return names.one_from_torch(family, name, array)
+    except UserError:
+        return "", array
+
+
+def _torch_side(
+    family: str, path: str, shape: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]]:
+    """PyTorch's name and shape of a variable."""
+    name, array = names.one_to_torch(family, path, np.broadcast_to(np.False_, shape))
+    return name, array.shape
+
+
+def _some(found: list[str]) -> str:
+    more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return ", ".join(found[:_MOST_NAMED]) + more
