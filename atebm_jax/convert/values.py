@@ -1,7 +1,7 @@
 """What a checkpoint's pickle is read as: plain data, and stand-ins for the rest."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -69,10 +69,10 @@ class NumpyType:
     """A plain numeric NumPy dtype under construction."""
 
     code: str
-    order: str = "<"
+    order: Literal["<", ">", "=", "|"] = "<"
 
     def dtype(self) -> np.dtype:
-        order = "<" if self.order in "|=" else self.order
+        order: Literal["<", ">"] = ">" if self.order == ">" else "<"
         return np.dtype(self.code).newbyteorder(order)
 
 
