@@ -72,8 +72,7 @@ class NumpyType:
     order: str = "<"
 
     def dtype(self) -> np.dtype:
-        order = "<" if self.order in "|=" else self.order
-        return np.dtype(self.code).newbyteorder(order)
+        return np.dtype(self.code).newbyteorder(">" if self.order == ">" else "<")
 
 
 # PyTorch's dtypes, and the names of the storages of each.
