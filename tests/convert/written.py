@@ -1,4 +1,4 @@
-"""Checkpoint files written byte by byte, so that they can be what PyTorch never saves."""
+"""Checkpoint files written byte by byte, to be also what PyTorch never saves."""
 
 import io
 import pickle
@@ -66,8 +66,9 @@ def stream_file(path, pickled, records=None):
         file.write(pickled)
         records = records or {}
         pickle.dump(list(records), file, protocol=2)
-        for data in records.values():
-            file.write(struct.pack("<q", len(data) // 4) + data)
+        file.writelines(
+            struct.pack("<q", len(data) // 4) + data for data in records.values()
+        )
     return path
 
 
