@@ -165,7 +165,7 @@ def _reconstructor(kind: Any, *_: Any) -> Any:
     return instance(kind, ())
 
 
-_BUILTINS = {
+_BUILTINS: dict[str, Callable[..., Any]] = {
     "set": _sequence(set),
     "frozenset": _sequence(frozenset),
     "list": _plain_sequence(list),
@@ -173,14 +173,14 @@ _BUILTINS = {
     "dict": _mapping,
     "object": _inert("object"),
 }
-_UTILS = {
+_UTILS: dict[str, Callable[..., Any]] = {
     "_rebuild_tensor": _tensor,
     "_rebuild_tensor_v2": _tensor,
     "_rebuild_tensor_v3": _tensor_v3,
     "_rebuild_parameter": _parameter,
     "_rebuild_parameter_with_state": _parameter,
 }
-_ARRAYS = {"_reconstruct": _array, "scalar": _scalar}
+_ARRAYS: dict[str, Callable[..., Any]] = {"_reconstruct": _array, "scalar": _scalar}
 # Classes of plain data, kept as the arguments that they were given.
 _DATA = {
     "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
@@ -217,8 +217,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": _reconstructor,
     "copy_reg._reconstructor": _reconstructor,
     **{f"torch._utils.{name}": made for name, made in _UTILS.items()},
-    **{f"builtins.{name}": made for name, made in _BUILTINS.items()},
-    **{f"__builtin__.{name}": made for name, made in _BUILTINS.items()},
+    **{f"builtins.{name}": make for name, make in _BUILTINS.items()},
+    **{f"__builtin__.{name}": make for name, make in _BUILTINS.items()},
     "numpy.core.numeric._frombuffer": _from_buffer,
     "numpy._core.numeric._frombuffer": _from_buffer,
     **{f"numpy.core.multiarray.{name}": made for name, made in _ARRAYS.items()},

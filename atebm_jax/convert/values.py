@@ -1,7 +1,7 @@
 """What a checkpoint's pickle is read as: plain data, and stand-ins for the rest."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -69,11 +69,10 @@ class NumpyType:
     """A plain numeric NumPy dtype under construction."""
 
     code: str
-    order: Literal["<", ">", "=", "|"] = "<"
+    order: str = "<"
 
     def dtype(self) -> np.dtype:
-        order: Literal["<", ">"] = ">" if self.order == ">" else "<"
-        return np.dtype(self.code).newbyteorder(order)
+        return np.dtype(self.code).newbyteorder(">" if self.order == ">" else "<")
 
 
 # PyTorch's dtypes, and the names of the storages of each.

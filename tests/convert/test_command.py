@@ -1,0 +1,317 @@
+"""The command: PyTorch networks in, the same function here, and back."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch_networks
+from rich.console import Console
+
+import atebm_jax
+from atebm_jax import UserError, checkpoint
+from atebm_jax.convert import exporting, importing, probe
+from atebm_jax.convert.__main__ import cli, main
+
+MEAN, STD = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
+
+
+def run(*flags):
+    """What the command prints."""
+    printed = io.StringIO()
+    main(list(flags), Console(file=printed, width=120))
+    return printed.getvalue()
+
+
+def wide_resnet(channels=3, activation="relu", depth=10):
+    torch_networks.torch_and_timm()
+    from benchmarks.torch_reference import WideResNet
+
+    network = WideResNet(
+        depth=depth,
+        widen_factor=1,
+        num_classes=10,
+        channels=channels,
+        activation=activation,
+    )
+    torch_networks.randomise(network)
+    return network.eval()
+
+
+def logits(network, images):
+    torch, _ = torch_networks.torch_and_timm()
+    with torch.no_grad():
+        return network(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+
+
+def save(state, path):
+    torch, _ = torch_networks.torch_and_timm()
+    torch.save(state, path)
+    return str(path)
+
+
+def assert_relative(actual, expected, tolerance=1e-5):
+    scale = max(np.abs(expected).max(), 1)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return wide_resnet()
+
+
+@pytest.fixture(scope="module")
+def imported(network, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+    state = {"state_dict": network.state_dict(), "epoch": 3}
+    file = save(state, folder / "w.pth")
+    printed = run(f"--from={file}", f"--to={folder / 'made'}", "--normalization=none")
+    return folder / "made", printed
+
+
+def test_wide_resnet_computes_what_it_did(network, imported):
+    folder, printed = imported
+    model = atebm_jax.load(folder)
+    images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
+    assert_relative(model.logits(images), logits(network, images))
+    record = json.loads((folder / "import.json").read_text())
+    fixed = probe.image((32, 32, 3))[None]
+    assert_relative(record["probe"]["logits"], logits(network, fixed)[0])
+    assert f"{record['probe']['logits'][0]:.5f}" in printed
+    assert record["sha256"] in printed and len(record["sha256"]) == 64
+    assert record["source"] == "w.pth"
+    assert record["arrays_matched"] == 39 and "all 39 arrays" in printed
+    assert record["unwrapped"] == ["took the weights under 'state_dict'"]
+
+
+def test_imported_network_samples(imported):
+    made = atebm_jax.load(imported[0], batch_size=2).sample([3, 7], num_steps=2)
+    assert made.shape == (2, 32, 32, 3) and np.isfinite(made).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "extra"),
+    [
+        ("resnet18", 64, {}),
+        pytest.param("resnet50", 64, {}, marks=pytest.mark.slow),
+        pytest.param("convnext_tiny_cvst", 64, {}, marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", 64, {}, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_224", 224, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_timms_network_comes_in_and_goes_back(name, side, extra, tmp_path):
+    network = torch_networks.create(name, num_classes=7, **extra)
+    wrapped = {
+        "normalize.mean": np.float32(MEAN).reshape(1, 3, 1, 1),
+        "normalize.std": np.float32(STD).reshape(1, 3, 1, 1),
+    }
+    torch, _ = torch_networks.torch_and_timm()
+    state = {k: torch.tensor(v) for k, v in wrapped.items()}
+    state |= {f"model.{k}": v for k, v in network.state_dict().items()}
+    file = save(state, tmp_path / "w.pt")
+    printed = run(f"--from={file}", f"--to={tmp_path / 'in'}", f"--image_size={side}")
+    assert "took off the prefix 'model.'" in printed or "under 'model'" in printed
+    model = atebm_jax.load(tmp_path / "in")
+    images = np.random.default_rng(1).random((2, side, side, 3), np.float32)
+    normalized = (images - np.float32(MEAN)) / np.float32(STD)
+    assert_relative(model.logits(images), logits(network, normalized))
+
+    file = tmp_path / "out.safetensors"
+    run(f"--from={tmp_path / 'in'}", "--export=safetensors", f"--to={file}")
+    from safetensors.torch import load_file
+
+    twin = torch_networks.create(name, num_classes=7, **extra)
+    twin.load_state_dict(load_file(file), strict=True)
+    for key, value in network.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(twin.state_dict()[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swish"])
+def test_export_and_import_give_the_same_bits(activation, tmp_path):
+    pytest.importorskip("safetensors")
+    theirs = wide_resnet(activation=activation)
+    file = save(theirs.state_dict(), tmp_path / "w.pt")
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    exported = str(tmp_path / "w.safetensors")
+    flags = ("--mean=0.25,0.5,0.75", "--std=0.125,0.25,0.5")
+    run(f"--from={file}", f"--to={first}", f"--activation={activation}", *flags)
+    run(f"--from={first}", "--export=safetensors", f"--to={exported}")
+    run(f"--from={exported}", f"--to={second}")
+    (a, meta_a), (b, meta_b) = map(checkpoint.load_weights, (first, second))
+    for collection in ("params", "batch_stats"):
+        import jax
+
+        jax.tree.map(np.testing.assert_array_equal, a[collection], b[collection])
+    assert meta_a["config"] == meta_b["config"]
+    assert meta_b["config"]["model"]["activation"] == activation
+    from safetensors.torch import load_file
+
+    wide_resnet().load_state_dict(load_file(exported), strict=True)
+
+
+def test_stage_2_starts_from_imported_weights(tmp_path):
+    theirs = wide_resnet(channels=1)
+    file = save(theirs.state_dict(), tmp_path / "w.pt")
+    run(f"--from={file}", f"--to={tmp_path / 'in'}", "--image_size=8")
+    settings = tiny.config(
+        init_from=str(tmp_path / "in"),
+        **{"stage2.num_steps": 2, "stage2.eval_every_steps": 0},
+    )
+    report, _ = tiny.run(settings, tmp_path / "run")
+    assert report["stages"]["stage2"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mean", (0.5,)), ("std", (0.25,)), ("activation", "swish")],
+)
+def test_init_from_another_function_is_refused_by_field(field, value, tmp_path):
+    theirs = wide_resnet(channels=1)
+    file = save(theirs.state_dict(), tmp_path / "w.pt")
+    flags = ["--mean=0.5", "--std=0.5", "--image_size=8"]
+    run(f"--from={file}", f"--to={tmp_path / 'in'}", *flags)
+    model = {"model.mean": (0.5,), "model.std": (0.5,)}
+    model[f"model.{field}"] = (0.25,) if field == "mean" else value
+    settings = tiny.config(init_from=str(tmp_path / "in"), **model)
+    with pytest.raises(UserError, match=rf"config.model.{field} is .*trained with"):
+        tiny.run(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def changed(network, **changes):
+    """A state dict with arrays put in, or taken out by None."""
+    state = dict(network.state_dict())
+    for name, value in changes.items():
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    return state
+
+
+def test_left_over_missing_and_misshapen_are_refused_by_name(network, tmp_path):
+    torch, _ = torch_networks.torch_and_timm()
+    cases = {
+        r"left over: 1 \(head2.weight\)": {"head2.weight": torch.ones(3, 3)},
+        r"missing: 1 \(block2.layer.0.bn2.bias\)": {"block2.layer.0.bn2.bias": None},
+        r"block2.layer.0.conv2.weight \(32, 32, 1, 1\) instead of \(32, 32, 3, 3\)": {
+            "block2.layer.0.conv2.weight": torch.ones(32, 32, 1, 1)
+        },
+    }
+    for message, change in cases.items():
+        file = save(changed(network, **change), tmp_path / "w.pt")
+        with pytest.raises(UserError, match=message):
+            run(f"--from={file}", f"--to={tmp_path / 'out'}")
+        assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("resnet50", "is a wide_resnet; leave --arch out"),
+        ("wrn34_10", r"--arch=wrn34_10: other shapes: .* instead of"),
+        ("resnet5", "unknown architecture 'resnet5'"),
+    ],
+)
+def test_architecture_against_the_file_is_refused(network, arch, message, tmp_path):
+    file = save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=message):
+        run(f"--from={file}", f"--to={tmp_path / 'out'}", f"--arch={arch}")
+
+
+def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
+    torch, _ = torch_networks.torch_and_timm()
+    plain = network.state_dict()
+    with_mean = plain | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
+    cases = [
+        (plain, [], (0.4914, 0.4822, 0.4465), "usual"),
+        (plain, ["--normalization=imagenet"], (0.485, 0.456, 0.406), "--normal"),
+        (plain, ["--normalization=none"], (), "--normal"),
+        (plain, ["--mean=0.5", "--std=0.5"], (0.5,) * 3, "--mean"),
+        (with_mean, [], MEAN, "the file"),
+    ]
+    for index, (state, flags, mean, origin) in enumerate(cases):
+        file = save(state, tmp_path / f"{index}.pt")
+        folder = tmp_path / f"out{index}"
+        run(f"--from={file}", f"--to={folder}", *flags)
+        record = json.loads((folder / "import.json").read_text())["normalization"]
+        assert record["mean"] == pytest.approx(list(mean), abs=1e-4)
+        assert origin in record["origin"]
+        assert record["inside_the_network"] == bool(mean)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model"]["mean"] == record["mean"]
+    file = save(with_mean, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="the file itself has mean"):
+        run(f"--from={file}", f"--to={tmp_path / 'x'}", "--normalization=none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--normalization=cifar"], "unknown --normalization=cifar"),
+        (["--mean=0.5"], "go together"),
+        (["--mean=0.5,0.5", "--std=0.5"], "as many numbers"),
+        (["--mean=123,116,103", "--std=1,1,1"], r"in \[0, 1\]"),
+        (["--mean=x", "--std=1"], "--mean=x"),
+        (["--mean=0.5,0.5", "--std=0.5,0.5"], "3 channels"),
+        (["--normalization=none", "--mean=0"], "exclude each other"),
+        (["--image_size=0"], "positive"),
+        (["--activation=tanh"], "activation"),
+        (["--export=onnx"], "unknown --export=onnx"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(network, flags, message, tmp_path):
+    file = save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=message):
+        run(f"--from={file}", f"--to={tmp_path / 'out'}", *flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_what_is_there_is_not_overwritten(imported, network, tmp_path):
+    file = save(network.state_dict(), tmp_path / "w.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        run(f"--from={file}", f"--to={tmp_path / 'full'}")
+    with pytest.raises(UserError, match="is there already"):
+        run(f"--from={imported[0]}", "--export=safetensors", f"--to={file}")
+    (tmp_path / "empty").mkdir()
+    run(f"--from={file}", f"--to={tmp_path / 'empty'}")
+    assert atebm_jax.load(tmp_path / "empty").num_classes == 10
+
+
+def test_nothing_half_written_stays(imported, tmp_path, monkeypatch):
+    made = importing.Imported({"params": {"a": np.ones(1)}}, None, [], {})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(importing, "_save_weights", fail)
+    monkeypatch.setattr(checkpoint, "as_json", lambda _: {})
+    with pytest.raises(UserError, match="disk full"):
+        importing.write(made, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verbose_lists_every_parameter(network, tmp_path):
+    file = save(network.state_dict(), tmp_path / "w.pt")
+    printed = run(f"--from={file}", f"--to={tmp_path / 'out'}", "--verbose")
+    for name in network.state_dict():
+        assert (name in printed) == (not name.endswith("num_batches_tracked"))
+
+
+def test_mistakes_end_with_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    for flags in (["--to=x"], ["--from=nothing.pt", f"--to={tmp_path / 'x'}"], ["--x"]):
+        monkeypatch.setattr("sys.argv", ["convert", *flags])
+        with pytest.raises(SystemExit) as caught:
+            cli()
+        assert caught.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_export_of_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        exporting.export(str(tmp_path), str(tmp_path / "w.safetensors"))
