@@ -124,7 +124,7 @@ def imagenet(arch: str, size: int = 256) -> ConfigDict:
     config.evaluate.samples.num_test = 1000
     config.evaluate.samples.step_size = 8.0
     config.evaluate.samples.num_steps = 14
-    config.evaluate.samples.grid_rows = 2
+    config.evaluate.samples.grid_rows = 1
     # Principal components of so many pixels take gigabytes for each thousand images.
     config.evaluate.samples.num_reference = 1000
     return config

@@ -112,21 +112,22 @@ def smoke() -> ConfigDict:
     for stage in (config.stage1, config.stage2):
         stage.num_epochs = 0.0
         stage.num_steps = 8
-        stage.batch_size = 16
+        stage.batch_size = 8
         stage.eval_every_steps = 8
         stage.checkpoint_every_steps = 4
+        stage.adversary.num_steps = 1
     config.stage1.learning_rate = 0.02
-    config.stage2.t_max = 4
+    config.stage2.t_max = 2
     config.stage2.auc_threshold = 0.0
-    config.stage2.auc_window_images = 32
-    config.evaluate.batch_size = 32
-    config.evaluate.num_examples = 64
-    config.evaluate.num_test_examples = 128
-    config.evaluate.samples.num = 40
-    config.evaluate.samples.num_test = 80
+    config.stage2.auc_window_images = 16
+    config.evaluate.batch_size = 16
+    config.evaluate.num_examples = 16
+    config.evaluate.num_test_examples = 32
+    config.evaluate.attack.num_steps = 3
+    config.evaluate.samples.num = 16
+    config.evaluate.samples.num_test = 32
     config.evaluate.samples.num_steps = 8
-    config.evaluate.samples.grid_rows = 2
-    config.evaluate.samples.num_reference = 256
+    config.evaluate.samples.num_reference = 128
     return config
 
 

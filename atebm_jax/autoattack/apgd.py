@@ -120,7 +120,7 @@ def evaluator(
     """
 
     def once(x: jax.Array, key: jax.Array) -> Evaluation:
-        def total(x: jax.Array):
+        def total(x: jax.Array) -> tuple[jax.Array, tuple]:
             logits = model(x, key)
             values = loss_fn(logits)
             return values.sum(), (values, logits)

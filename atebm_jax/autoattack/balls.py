@@ -49,7 +49,9 @@ def scaled_to(x: jax.Array, length: jax.Array, norm: str) -> jax.Array:
     return x * per_image(jnp.broadcast_to(length, lengths.shape) / lengths)
 
 
-def onto(images: jax.Array, origin: jax.Array, epsilon: jax.Array, norm: str):
+def onto(
+    images: jax.Array, origin: jax.Array, epsilon: jax.Array, norm: str
+) -> jax.Array:
     """Projects images onto the ball around the origin, then clips to [0, 1].
 
     For L1 the projection is the exact one onto the intersection of both (Croce and
@@ -86,7 +88,7 @@ def _onto_l1(images: jax.Array, origin: jax.Array, epsilon: jax.Array) -> jax.Ar
     def shrunk(threshold: jax.Array) -> jax.Array:
         return jnp.clip(size - per_image(threshold), 0.0, room)
 
-    def halve(_: int, interval: tuple[jax.Array, jax.Array]):
+    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple:
         low, high = interval
         middle = 0.5 * (low + high)
         too_long = shrunk(middle).sum(axis=(1, 2, 3)) > epsilon

@@ -90,10 +90,11 @@ def after(robust: Mapping[str, np.ndarray]) -> list[str]:
     fooled = int(robust[names[place - 1]].sum() - robust["square"].sum())
     if not fooled or not earlier & set(_GRADIENT_ATTACKS):
         return []
-    return [
+    warning = (
         f"Square, which uses no gradients, fooled {fooled} images that the attacks "
         "before it did not: if they are many, the network may hide its gradients."
-    ]
+    )
+    return [warning]
 
 
 def _looks_like_softmax(logits: np.ndarray) -> bool:

@@ -6,6 +6,7 @@ whoever stores them can stop at any time and go on later, to the same result.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -279,7 +280,9 @@ def _sizes(
 ) -> tuple[int, ...]:
     """Batch sizes to compile for, largest first, each a multiple of the devices."""
     devices = 1 if sharding is None else len(sharding.device_set)
-    sizes = {-(-(-(-batch_size // part)) // devices) * devices for part in _PARTS}
+    sizes = {
+        math.ceil(math.ceil(batch_size / part) / devices) * devices for part in _PARTS
+    }
     return tuple(sorted(sizes, reverse=True))
 
 
@@ -303,8 +306,8 @@ def _batcher(
         return Batch(
             images[padded],
             labels[padded],
-            padded.astype(np.int32),
-            np.int32(number),
+            jnp.asarray(padded, jnp.int32),
+            jnp.int32(number),
             key,
         )
 

@@ -92,7 +92,7 @@ def targeted_boundary(
     """The boundary to one other class: f[t] - f[y] and its gradient."""
 
     def boundary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def total(x: jax.Array):
+        def total(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             values = targeted_margin(model(x, key), labels, targets)
             return values.sum(), values
 

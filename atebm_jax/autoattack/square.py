@@ -47,7 +47,9 @@ class Draw(NamedTuple):
     transposed: jax.Array
 
 
-def side(query: jax.Array, num_queries: jax.Array, shape: tuple, norm: str):
+def side(
+    query: jax.Array, num_queries: jax.Array, shape: tuple, norm: str
+) -> jax.Array:
     """Side of the square in pixels at a query: [] int32.
 
     The published schedule is for 10,000 queries and is stretched to `num_queries`. L2
@@ -158,7 +160,7 @@ def search(
     return jax.lax.fori_loop(0, num_queries, body, first)
 
 
-def _draw(keys: jax.Array, shape: tuple[int, int, int], size: jax.Array) -> Draw:
+def _draw(keys: jax.Array, shape: tuple[int, ...], size: jax.Array) -> Draw:
     height, width, channels = shape
     # All words of an image's query at once: one hash instead of six.
     words = jax.vmap(lambda k: jax.random.bits(k, (5 + channels,), jnp.uint32))(keys)

@@ -75,10 +75,16 @@ def _apgd(name: str, plan: Plan, model: ModelFn) -> Callable:
         if targeted:
             targets = _ranked(model, batch, key)
             ascended = objectives.TARGETED[objective]
-            loss = lambda z: ascended(z, batch.labels, targets)  # noqa: E731
+
+            def loss(logits: jax.Array) -> jax.Array:
+                return ascended(logits, batch.labels, targets)
+
         else:
             plain = objectives.UNTARGETED[objective]
-            loss = lambda z: plain(z, batch.labels)  # noqa: E731
+
+            def loss(logits: jax.Array) -> jax.Array:
+                return plain(logits, batch.labels)
+
         evaluate = apgd.evaluator(model, loss, batch.labels, settings.gradient_samples)
         keys = balls.image_keys(key, batch.indices)
         if norm == "l1" and settings.wide_ball:
@@ -233,8 +239,8 @@ class Programs:
     def _place(self, batch: Batch) -> Batch:
         if self._sharding is None:
             return jax.tree.map(jnp.asarray, batch)
-        mesh, spec = self._sharding.mesh, self._sharding.spec
-        whole = jax.sharding.PartitionSpec()
-        specs = Batch(spec, spec, spec, whole, whole)
-        shardings = Batch(*(jax.sharding.NamedSharding(mesh, s) for s in specs))
-        return jax.device_put(batch, shardings)
+        whole = jax.sharding.NamedSharding(
+            self._sharding.mesh, jax.sharding.PartitionSpec()
+        )
+        shardings = (self._sharding,) * 3 + (whole,) * 2
+        return Batch(*map(jax.device_put, batch, shardings))
