@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import attacks, checkpoint, energy, losses, models, sampling
+from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 
 
@@ -32,7 +33,8 @@ def load(
       UserError: nothing is there, it cannot be read, or `batch_size` is not positive.
     """
     weights, meta = checkpoint.load_weights(path, best_by=best_by)
-    return Model(weights, ml_collections.ConfigDict(meta["config"]), batch_size)
+    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
+    return Model(weights, config, batch_size)
 
 
 class Model:

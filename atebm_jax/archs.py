@@ -101,14 +101,28 @@ def model_config(name: str, **overrides: Any) -> ml_collections.ConfigDict:
     return model
 
 
+# The fields of `config.model` that give a family's networks their size.
+SIZED_BY: dict[str, tuple[str, ...]] = {
+    "wide_resnet": ("depth", "widen_factor"),
+    "resnet": ("depth", "base_width"),
+    "convnext": ("size", "stem"),
+    "vit": ("size", "stem"),
+}
+
+
+def describe(model: ml_collections.ConfigDict) -> str:
+    """Family and size in one word: "wide_resnet-34-10", "convnext-large-conv"."""
+    sizes = (str(model[field]) for field in SIZED_BY[model.name])
+    return "-".join((model.name, *sizes))
+
+
 def name_of(model: ml_collections.ConfigDict) -> str | None:
     """The architecture that a `config.model` describes, or None.
 
-    Classes and input normalisation may differ: they do not change the parameters but
-    for the last layer.
+    Classes, input normalisation and a ViT's grid may differ.
     """
     for name, values in ARCHS.items():
-        free = {"num_classes", *IMAGENET}
-        if all(model.get(f) == value for f, value in values.items() if f not in free):
+        fields = ("name", *SIZED_BY[values["name"]])
+        if all(model.get(field) == values[field] for field in fields):
             return name
     return None

@@ -370,6 +370,26 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
+def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config (as plain JSON) with the defaults of fields that it lacks.
+
+    What an earlier version wrote has no fields that came later; their defaults are
+    what it did.
+    """
+    return _filled(stored, default().to_dict())
+
+
+def _filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(stored)
+    for name, value in defaults.items():
+        if isinstance(value, Mapping):
+            inner = stored.get(name, {})
+            made[name] = _filled(inner, value) if isinstance(inner, Mapping) else inner
+        elif name not in stored:
+            made[name] = list(value) if isinstance(value, tuple) else value
+    return made
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Fields in which two configs (as plain JSON) differ, run control left out."""
     before, after = dict(flatten(old)), dict(flatten(new))

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, data, models, sharding
+from atebm_jax import archs, checkpoint, data, models, sharding
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import samples
@@ -52,6 +52,7 @@ def run(
       preemption.Interrupted: a signal asked to stop; everything is saved.
     """
     configuration.check(config)
+    _check_start(config, checkpoint.absolute(workdir))
     console = console or Console()
     mesh = sharding.make_mesh()
     model = models.build(config.model)
@@ -85,6 +86,21 @@ def run(
     finally:
         writer.close()
         stop.restore()
+
+
+def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Refuses stage 2 without weights before a large data set is opened."""
+    begun = any(
+        checkpoint.steps_in(checkpoint.stage_folder(workdir, stage))
+        for stage in checkpoint.STAGE_ORDER
+    )
+    first = configuration.stages_to_run(config)[0]
+    if first == "stage2" and not config.init_from and not begun:
+        raise UserError(
+            "stage2 alone needs weights to start from: give --config.init_from="
+            "CHECKPOINT, a workdir or what atebm_jax.convert made of a PyTorch file, "
+            f"or run stage1 in {workdir} first."
+        )
 
 
 def _open_sources(
@@ -179,7 +195,8 @@ def _claim(
     path = workdir / "config.json"
     now = checkpoint.as_json(config)
     if path.exists() and not allow_change:
-        changed = configuration.differences(_read_config(path), now)
+        stored = configuration.complete(_read_config(path))
+        changed = configuration.differences(stored, now)
         if changed:
             raise UserError(
                 f"workdir {workdir} was made by another config: "
@@ -214,13 +231,11 @@ def _greet(console: Console, job: Job) -> None:
     variables = jax.eval_shape(lambda: _random_variables(job.model, job.config))
     number = parameter_overview.count_parameters(variables["params"])
     config = job.config.model
-    size = (
-        f"-{config.depth}-{config.widen_factor}" if config.name == "wide_resnet" else ""
-    )
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     console.print(
-        f"atebm_jax {importlib.metadata.version('atebm_jax')}: {config.name}{size}, "
-        f"{number:,} parameters, {config.dtype}, on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}; workdir {job.workdir}",
+        f"atebm_jax {importlib.metadata.version('atebm_jax')}: "
+        f"{archs.describe(config)}, {number:,} parameters, {config.dtype}, "
+        f"on {devices}; workdir {job.workdir}",
         highlight=False,
         soft_wrap=True,
     )

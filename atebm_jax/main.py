@@ -29,6 +29,20 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Only say what memory and time a step would take."
+)
+_DEVICES = flags.DEFINE_integer("devices", 1, "With --dry_run: how many.")
+_MEMORY = flags.DEFINE_float("device_memory_gib", 80.0, "With --dry_run: of each.")
+_PEAK = flags.DEFINE_float(
+    "peak_tflops", 989.0, "With --dry_run: of each; the default is an H100's bfloat16."
+)
+_UTILISATION = flags.DEFINE_float(
+    "utilisation", 0.4, "With --dry_run: share of the peak to expect, an assumption."
+)
+_DRY_RUN_JSON = flags.DEFINE_string(
+    "dry_run_json", None, "With --dry_run: also write the figures to this file."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
     from atebm_jax.sharding import initialize_processes
 
     quiet_libraries()
+    if _DRY_RUN.value:
+        return _dry_run()
     try:
         initialize_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -55,6 +71,18 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(128 + error.signal_number)
 
 
+def _dry_run() -> None:
+    from atebm_jax import dry_run
+
+    machine = dry_run.Machine(
+        _DEVICES.value, _MEMORY.value, _PEAK.value, _UTILISATION.value
+    )
+    try:
+        dry_run.run(_CONFIG.value, machine, json_file=_DRY_RUN_JSON.value)
+    except UserError as error:
+        fail(error)
+
+
 def cli() -> None:
     """Entry point of the command line."""
     app.run(main, flags_parser=_parse)
@@ -68,7 +96,7 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
-        if not _WORKDIR.value:
+        if not _WORKDIR.value and not _DRY_RUN.value:
             raise UserError("--workdir is missing: give a folder for the results.")
         return rest
     except (UserError, flags.Error) as error:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from atebm_jax.config import default
+from atebm_jax.archs import model_config
+from atebm_jax.config import adversary, default
 from atebm_jax.errors import UserError
 
 CIFAR_SIZE = "resize(32)|center_crop(32)"
@@ -75,6 +76,57 @@ def cifar_small(name: str, num_classes: int) -> ConfigDict:
     config.stage2.learning_rate = 1e-2
     config.stage2.t_max = 40
     config.stage2.auc_threshold = 0.8
+    return config
+
+
+def imagenet(arch: str, size: int = 256) -> ConfigDict:
+    """Stage 2 on ImageNet from imported weights: data, augmentation, SGD, adversary.
+
+    Args:
+      arch: a key of `archs.ARCHS`.
+      size: S, pixels a side.
+    """
+    config = default()
+    config.stages = "stage2"
+    config.model = model_config(arch, dtype="bfloat16")
+    config.data.train = "tfds:imagenet2012:train"
+    config.data.eval = "tfds:imagenet2012:validation"
+    config.data.test = "tfds:imagenet2012:validation"
+    config.data.image_shape = (size, size, 3)
+    config.data.augment_gen = f"resize({size})|center_crop({size})|flip"
+    config.data.augment_cls = f"random_resized_crop({size})|flip"
+    config.data.augment_seeds = f"random_resized_crop({size})|flip"
+    evaluation = f"resize({256 * size // 224},bicubic)|center_crop({size})"
+    config.data.preprocess = evaluation
+    config.data.preprocess_seeds = evaluation
+    config.data.num_workers = 8
+
+    for stage in (config.stage1, config.stage2):
+        stage.batch_size = 512
+        stage.adversary = adversary(epsilon=3.0, step_size=2.0, num_steps=3)
+    # Stage 1 is imported; its budget only makes the config complete.
+    config.stage1.num_epochs = 100.0
+
+    config.stage2.learning_rate = 1e-3
+    config.stage2.weight_decay = 5e-4
+    config.stage2.contrastive_step_size = 2.0
+    config.stage2.auc_threshold = 0.4
+    # The paper does not fix the length of stage 2.
+    config.stage2.num_epochs = 5.0
+    config.stage2.eval_every_steps = 1000
+    config.stage2.checkpoint_every_steps = 500
+
+    config.evaluate.batch_size = 128
+    config.evaluate.num_examples = 1000
+    config.evaluate.num_test_examples = 5000
+    config.evaluate.attack = adversary(epsilon=3.0, step_size=1.0, num_steps=10)
+    config.evaluate.samples.num = 200
+    config.evaluate.samples.num_test = 1000
+    config.evaluate.samples.step_size = 8.0
+    config.evaluate.samples.num_steps = 14
+    config.evaluate.samples.grid_rows = 2
+    # Principal components of so many pixels take gigabytes for each thousand images.
+    config.evaluate.samples.num_reference = 1000
     return config
 
 

@@ -74,6 +74,37 @@ def unconditional(
     )
 
 
+def counterfactual(
+    logits_fn: ObjectiveFn,
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    threat: attacks.Threat,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+) -> jax.Array:
+    """What images would look like as another class: PGD on f(x)[y'] in a ball.
+
+    Args:
+      logits_fn: images [B, H, W, C] -> logits [B, K].
+      images: [B, H, W, C] float in [0, 1], the originals.
+      targets: [B] int in 0..K-1, the classes y'.
+      threat: the ball around each original, `attacks.l2(4.0)` say (paper, section 5).
+      step_size: pixels of the threat's norm per step.
+      num_steps: number of steps; a traced int32 never recompiles.
+
+    Returns:
+      [B, H, W, C] images in [0, 1], inside the ball.
+    """
+    return attacks.pgd(
+        lambda x: energy.score(logits_fn(x), targets),
+        images,
+        threat=threat,
+        step_size=step_size,
+        num_steps=num_steps,
+    )
+
+
 def cyclic_labels(count: int, num_classes: int) -> jax.Array:
     """Labels 0..K-1 over and over, class balanced: [count] int32 (paper, section 5)."""
     return jnp.arange(count, dtype=jnp.int32) % num_classes

@@ -9,7 +9,17 @@ from absl import flags
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
-from atebm_jax import UserError, command_line, config, curriculum, data, main, models
+from atebm_jax import (
+    UserError,
+    archs,
+    checkpoint,
+    command_line,
+    config,
+    curriculum,
+    data,
+    main,
+    models,
+)
 from atebm_jax.train import build_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -22,6 +32,15 @@ ROWS = [
     "cifar100.py:wrn34_10_t45",
     "cifar100.py:wrn34_10_t50",
     "cifar100.py:small",
+    "imagenet256.py:resnet50_t15",
+    "imagenet256.py:resnet50_t30",
+    "imagenet256.py:wrn50_4_t30",
+    "imagenet256.py:wrn50_4_t65",
+    "imagenet256.py:convnext_large_t110",
+    "imagenet256.py:convnext_base",
+    "imagenet256.py:convnext_small",
+    "imagenet256.py:convnext_tiny",
+    "imagenet256.py:smoke",
 ]
 
 
@@ -69,6 +88,42 @@ def test_cifar_rows_carry_the_values_of_the_paper():
         assert settings.stage2.schedule == "constant"
         assert settings.stage2.contrastive_step_size == 0.1
         assert curriculum.window_length(settings.stage2.auc_window_images, 128) == 8
+
+
+def test_imagenet_rows_carry_the_values_of_the_paper():
+    def row(name):
+        return load(f"imagenet256.py:{name}")
+
+    large = row("convnext_large_t110")
+    assert (large.stage2.optimizer, large.stage2.learning_rate) == ("adamw", 3e-4)
+    assert (large.stage2.weight_decay, large.stage2.contrastive_step_size) == (
+        0.05,
+        3.0,
+    )
+    assert large.model.stem == "conv" and not large.model.mean
+    # Network, T_max, threshold and sampling steps of each row.
+    expected = {
+        "resnet50_t15": ("resnet50", 15, 0.4, 14),
+        "resnet50_t30": ("resnet50", 30, 0.4, 14),
+        "wrn50_4_t30": ("wide_resnet50_4", 30, 0.2, 17),
+        "wrn50_4_t65": ("wide_resnet50_4", 65, 0.2, 19),
+        "convnext_large_t110": ("convnext_large_cvst", 110, 0.2, 36),
+    }
+    for name, values in expected.items():
+        settings = row(name)
+        stage = settings.stage2
+        arch = archs.name_of(settings.model)
+        steps = settings.evaluate.samples.num_steps
+        assert (arch, stage.t_max, stage.auc_threshold, steps) == values
+        assert stage.batch_size == 512 and settings.stages == "stage2"
+        attack = stage.adversary
+        assert (attack.norm, attack.epsilon) == ("l2", 3.0)
+        assert (attack.step_size, attack.num_steps) == (2.0, 3)
+        if "convnext" not in name:
+            assert (stage.optimizer, stage.learning_rate) == ("sgd", 1e-3)
+            assert (stage.weight_decay, stage.contrastive_step_size) == (5e-4, 2.0)
+        assert settings.evaluate.samples.step_size == 8.0
+        assert settings.data.preprocess == "resize(292,bicubic)|center_crop(256)"
 
 
 @pytest.mark.parametrize(
@@ -206,3 +261,14 @@ def test_user_mistake_on_the_command_line_exits_with_2(arguments, capsys):
     assert leaving.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") <= 2
+
+
+def test_config_of_an_earlier_version_gets_the_defaults_of_later_fields():
+    stored = checkpoint.as_json(config.default())
+    whole = config.complete(stored)
+    assert config.differences(whole, stored) == []
+    del stored["model"]["remat"], stored["evaluate"], stored["data"]["image_shape"]
+    stored["model"]["depth"] = 16
+    made = config.complete(stored)
+    assert config.differences(whole, made) == ["model.depth: 34 before, 16 now"]
+    assert "remat" not in stored["model"]

@@ -50,6 +50,62 @@ def test_unknown_parameter_is_refused_by_name(name, shape):
         convert.from_torch("wide_resnet", {name: np.zeros(shape)})
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "message"),
+    [
+        ("resnet", "layer1.0.conv1.weight_orig", "no parameter of a resnet.*layer"),
+        ("resnet", "gamma", "no parameter of a resnet"),
+        ("convnext", "stages.0.blocks.0.attn.weight", "no parameter of a convnext"),
+        ("vit", "dist_token", "no parameter of a vit"),
+        ("vit", "weight", "no parameter of a vit"),
+    ],
+)
+def test_names_of_no_network_of_the_family_are_refused(family, name, message):
+    with pytest.raises(UserError, match=f"'{name}' with shape .*{message}"):
+        convert.from_torch(family, {name: np.zeros(3)})
+
+
+def test_variable_that_no_network_of_the_family_has_is_refused():
+    with pytest.raises(UserError, match="'params/fd/kernel'.*no variable of a resnet"):
+        convert.to_torch("resnet", {"params": {"fd": {"kernel": np.zeros((2, 2))}}})
+
+
+def test_one_parameter_under_two_names_is_refused():
+    arrays = {"head.fc.bias": np.zeros(3), "classifier.2.bias": np.zeros(3)}
+    with pytest.raises(UserError, match="'classifier.2.bias' and 'head.fc.bias' are"):
+        convert.from_torch("convnext", arrays)
+
+
+@pytest.mark.parametrize(
+    ("authors", "timms"),
+    [
+        ("downsample_layers.0.0.weight", "stem.0.weight"),
+        ("downsample_layers.2.1.bias", "stages.2.downsample.1.bias"),
+        ("stages.2.8.dwconv.weight", "stages.2.blocks.8.conv_dw.weight"),
+        ("stages.2.8.norm.bias", "stages.2.blocks.8.norm.bias"),
+        ("stages.2.8.pwconv2.weight", "stages.2.blocks.8.mlp.fc2.weight"),
+        ("stages.2.8.gamma", "stages.2.blocks.8.gamma"),
+        ("norm.weight", "head.norm.weight"),
+        ("head.bias", "head.fc.bias"),
+    ],
+)
+def test_names_of_the_convnext_authors_are_read(authors, timms):
+    value = np.arange(3.0)
+    made, expected = (
+        convert.from_torch("convnext", {name: value}) for name in (authors, timms)
+    )
+    assert jax.tree.structure(made) == jax.tree.structure(expected)
+
+
+def test_weights_survive_the_way_there_and_back(golden):
+    arrays = golden("wrn_state_dict")
+    made = convert.to_torch("wide_resnet", convert.from_torch("wide_resnet", arrays))
+    assert made.keys() == arrays.keys()
+    for name, value in made.items():
+        np.testing.assert_array_equal(value, arrays[name])
+        assert value.flags.c_contiguous
+
+
 def torch_network(depth, width, classes, activation, seed):
     """A plain pre-activation WideResNet in PyTorch with random weights everywhere."""
     torch = pytest.importorskip("torch")

@@ -34,6 +34,7 @@ ORDER = (
     "presets",
     "evaluate",
     "train",
+    "dry_run",
     "job",
     "main",
     "api",

@@ -56,7 +56,7 @@ def sample_grid(
         )
         axis.set_yticks([])
         axis.tick_params(length=0)
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -99,7 +99,7 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
         axis.set_xlabel("step", fontsize=8)
         if axis.lines and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _stage_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -124,7 +124,8 @@ def _tile(
     return np.nan_to_num(canvas)
 
 
-def _save(figure: Any, path: epath.Path) -> None:
+def save(figure: Any, path: epath.Path) -> None:
+    """Writes a figure as PNG and frees it."""
     figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, dpi=110, format="png")

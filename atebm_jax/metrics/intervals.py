@@ -1,6 +1,7 @@
 """95 % intervals: of a proportion, by bootstrap, and by a jackknife over groups."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -28,18 +29,22 @@ def wilson_interval(
 
 
 def bootstrap_interval(
-    statistic: Callable[..., float],
+    statistic: Callable[..., Any],
     arrays: Sequence[np.ndarray],
     *,
     paired: bool,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap of a statistic of samples (Efron, 1979).
+) -> tuple[Any, Any]:
+    """Normal interval with the bootstrap's standard error (Efron, 1979).
+
+    Around the statistic itself, because resampling with its repetitions shifts many
+    statistics (a calibration error, an area with ties) away from it.
 
     Args:
-      statistic: called with as many resampled arrays as are given.
+      statistic: called with as many resampled arrays as are given; one number or
+        several.
       arrays: [N, ...] each.
       paired: rows of the arrays belong together (logits and labels); otherwise each
         array is resampled by itself (positive and negative scores).
@@ -65,8 +70,7 @@ def bootstrap_interval(
         else:
             chosen = [a[rng.integers(0, n, n)] for a, n in zip(arrays, lengths)]
         values.append(statistic(*chosen))
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return _normal(statistic(*arrays), np.std(values, axis=0), confidence)
 
 
 def jackknife_interval(
@@ -90,5 +94,10 @@ def jackknife_interval(
             f"there are {len(values)} groups: a jackknife needs two or more."
         )
     spread = np.sqrt((len(values) - 1) * np.var(values))
-    reach = scipy.stats.norm.ppf((1 + confidence) / 2) * spread
-    return float(value - reach), float(value + reach)
+    low, high = _normal(value, spread, confidence)
+    return float(low), float(high)
+
+
+def _normal(value: Any, error: Any, confidence: float) -> tuple[Any, Any]:
+    reach = float(scipy.stats.norm.ppf((1 + confidence) / 2)) * error
+    return value - reach, value + reach

@@ -34,6 +34,9 @@ CONV_STEMS: dict[str, tuple[tuple[int, int], ...]] = {
     "large": ((96, 2), (144, 2), (192, 1)),
 }
 
+# Pixels a side: what stem and stages divide by.
+_SMALLEST = 32
+
 _INIT = nn.initializers.truncated_normal(0.02)
 
 
@@ -111,8 +114,16 @@ class ConvNeXt(nn.Module):
           images: [B, H, W, C] float in [0, 1], at least 32 pixels a side.
           train: without effect.
           features: return what the linear layer would see.
+
+        Raises:
+          UserError: smaller images, of which four stages leave nothing.
         """
         del train
+        if min(images.shape[1:3]) < _SMALLEST:
+            raise UserError(
+                f"a ConvNeXt was given images of {images.shape[1]} x "
+                f"{images.shape[2]} pixels: both sides must be at least {_SMALLEST}."
+            )
         block = nn.remat(Block) if self.remat else Block
         conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         blocks, channels = SIZES[self.size]

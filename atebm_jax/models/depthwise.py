@@ -44,22 +44,27 @@ def depthwise_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
     The sum runs in float32 at least. Reverse-mode derivatives only, of any order: the
     image gradient is the same function of the flipped kernel.
     """
+    return _sum_shifted(images, kernel)
+
+
+# Compiled apart: equal layers of a network then share one trace.
+@jax.jit
+def _sum_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    side = len(kernel)
+    height, width = images.shape[1:3]
     weights = at_least_float32(kernel)[:, :, 0, None, None, None, :]
     wide = at_least_float32(images)
-    products = (x * weights[i, j] for (i, j), x in _shifted(wide, len(kernel)))
-    return sum(products, jnp.zeros_like(wide)).astype(images.dtype)
+    padded, total = _padded(wide, side), jnp.zeros_like(wide)
+    for i in range(side):
+        for j in range(side):
+            seen = padded[:, i : i + height, j : j + width]
+            total = total + seen * weights[i, j]
+    return total.astype(images.dtype)
 
 
-def _shifted(images: jax.Array, side: int) -> list[tuple[tuple[int, int], jax.Array]]:
-    """((i, j), what element (i, j) of the window sees at every position)."""
-    height, width = images.shape[1:3]
+def _padded(images: jax.Array, side: int) -> jax.Array:
     pad = (side // 2, side // 2)
-    padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
-    return [
-        ((i, j), padded[:, i : i + height, j : j + width])
-        for i in range(side)
-        for j in range(side)
-    ]
+    return jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
 
 
 def _fwd(
@@ -73,13 +78,23 @@ def _bwd(
 ) -> tuple[jax.Array, jax.Array]:
     images, kernel = residuals
     image_gradient = depthwise_shifted(cotangent, jnp.flip(kernel, (0, 1)))
+    return image_gradient, _kernel_gradient(images, kernel, cotangent)
+
+
+@jax.jit
+def _kernel_gradient(
+    images: jax.Array, kernel: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+    side = len(kernel)
+    height, width = images.shape[1:3]
+    padded = _padded(at_least_float32(images), side)
     wide = at_least_float32(cotangent)
     sums = [
-        (image * wide).sum(axis=(0, 1, 2))
-        for _, image in _shifted(at_least_float32(images), len(kernel))
+        (padded[:, i : i + height, j : j + width] * wide).sum(axis=(0, 1, 2))
+        for i in range(side)
+        for j in range(side)
     ]
-    kernel_gradient = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
-    return image_gradient, kernel_gradient
+    return jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
 
 
 depthwise_shifted.defvjp(_fwd, _bwd)

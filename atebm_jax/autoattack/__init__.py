@@ -1,0 +1,6 @@
+"""AutoAttack (Croce and Hein, 2020): an ensemble of attacks without settings."""
+
+from atebm_jax.autoattack.ensemble import Progress, Result, Unit, run
+from atebm_jax.autoattack.versions import ATTACKS, VERSIONS
+
+__all__ = ["ATTACKS", "VERSIONS", "Progress", "Result", "Unit", "run"]

@@ -1,0 +1,394 @@
+"""Memory, FLOPs and speed of a training step before anything is allocated or read.
+
+Everything comes from tracing with shapes: FLOPs from XLA's count of each part without
+its loops (which the count would take for one turn), activations from what
+differentiation has to keep, at one and at two images. Both are exact about the
+arithmetic and know nothing of the compiler's own buffers: hence the reserve.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from rich.console import Console
+from rich.table import Table
+
+from atebm_jax import archs, energy, losses, models, stages
+from atebm_jax import config as configuration
+from atebm_jax.errors import UserError
+from atebm_jax.train import build_step
+
+GIB = 2**30
+# Share of a device's memory left for what is not counted: the compiler's workspace,
+# fragmentation, the runtime itself.
+RESERVE = 0.1
+_MOST_DEVICES = 1024
+
+
+class Machine(NamedTuple):
+    """What the step shall run on.
+
+    Attributes:
+      devices: how many.
+      memory_gib: of each, GiB.
+      peak_tflops: of each, in the config's compute dtype.
+      utilisation: share of the peak to expect, an assumption.
+    """
+
+    devices: int = 1
+    memory_gib: float = 80.0
+    peak_tflops: float = 989.0
+    utilisation: float = 0.4
+
+    def check(self) -> None:
+        """Refuses what no machine has.
+
+        Raises:
+          UserError: names the flag.
+        """
+        for flag, value in self._asdict().items():
+            flag = "device_memory_gib" if flag == "memory_gib" else flag
+            if not 0 < value < math.inf:
+                raise UserError(f"--{flag} is {value:g}: it must be positive.")
+        if self.utilisation > 1:
+            raise UserError(
+                f"--utilisation is {self.utilisation:g}: a share of the peak is at "
+                "most 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one stage's step takes.
+
+    Attributes:
+      parameters: numbers in the network.
+      state_bytes: parameters, averages and optimiser, on every device.
+      gradient_bytes: of one gradient of all parameters.
+      image_bytes: of one image of each stream, with what PGD makes of it, float32.
+      loss_bytes: kept per image and stream for the gradient of the loss.
+      pgd_bytes: kept per image for an image gradient.
+      flops: part -> FLOPs of one image (of each stream) and one turn.
+      turns: part -> how often it runs in a step; T_max for contrastive steps.
+    """
+
+    parameters: int
+    state_bytes: int
+    gradient_bytes: int
+    image_bytes: int
+    loss_bytes: int
+    pgd_bytes: int
+    flops: dict[str, float]
+    turns: dict[str, int]
+
+    def step_flops(
+        self, batch_size: int, contrastive_steps: int | None = None
+    ) -> float:
+        """FLOPs of a whole step, at T_max or at another T."""
+        turns = dict(self.turns)
+        if contrastive_steps is not None and "contrastive step" in turns:
+            turns["contrastive step"] = contrastive_steps
+        return batch_size * sum(self.flops[part] * turns[part] for part in self.flops)
+
+    def device_bytes(self, batch_size: int, devices: int, parts: int) -> int:
+        """Bytes a device needs for its share of a batch that passes in `parts`."""
+        share = math.ceil(batch_size / devices)
+        part = math.ceil(share / parts)
+        gradients = self.gradient_bytes * (1 if parts == 1 else 2)
+        inputs = share * self.image_bytes
+        return (
+            self.state_bytes
+            + gradients
+            + inputs
+            + part * max(self.loss_bytes, self.pgd_bytes)
+        )
+
+
+def measure(config: ml_collections.ConfigDict, name: str) -> Cost:
+    """Traces a stage's parts with shapes.
+
+    Args:
+      config: a complete config.
+      name: "stage1" or "stage2".
+
+    Raises:
+      UserError: the config describes no network or no step.
+    """
+    config = config.copy_and_resolve_references()
+    # The CPU's own formulation of the gradient would be counted otherwise.
+    config.model.conv_gradient = "xla"
+    model = models.build(config.model)
+    stage = stages.STAGES[name](model, config[name])
+    _, new_state = build_step(config, name, model, 1)
+    shape = tuple(config.data.image_shape)
+    variables = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)))
+    )
+    state = jax.eval_shape(new_state, variables)
+    batch = _batch(stage, shape, 1)
+    gradient = _bytes(variables["params"])
+    return Cost(
+        parameters=sum(
+            math.prod(x.shape) for x in jax.tree.leaves(variables["params"])
+        ),
+        state_bytes=_bytes(state),
+        gradient_bytes=gradient,
+        image_bytes=2 * _bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
+        loss_bytes=_slope(lambda n: _kept_by_loss(stage, variables, shape, n)),
+        pgd_bytes=_slope(lambda n: _kept_by_pgd(model, variables, shape, n)),
+        flops=_flops(stage, model, variables, batch),
+        turns=_turns(config, name),
+    )
+
+
+def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
+    adversary = {"adversary step": config[name].adversary.num_steps, "loss gradient": 1}
+    if name == "stage1":
+        return adversary
+    return {"contrastive step": config[name].t_max, "seed scores": 1} | adversary
+
+
+def _batch(
+    stage: stages.Stage, shape: tuple[int, ...], number: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((number,), jnp.int32)
+    batch = {f"x_{stream}": images for stream in stage.streams}
+    return batch | {
+        f"y_{stream}": labels for stream in stage.streams if stream != "ood"
+    }
+
+
+def _made(stage: stages.Stage, variables: Any, batch: Any) -> Any:
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.eval_shape(stage.adversaries, variables, batch, steps)
+
+
+def _flops(
+    stage: stages.Stage, model: nn.Module, variables: Any, batch: Any
+) -> dict[str, float]:
+    """FLOPs of each part for one image of each stream."""
+    image, label = batch["x_cls"], batch["y_cls"]
+
+    def score(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return energy.score(models.logits_fn(model, variables)(x), y).sum()
+
+    def cross_entropy(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return losses.cross_entropy(models.logits_fn(model, variables)(x), y).sum()
+
+    def loss(params: Any, stats: Any, batch: Any, made: Any) -> jax.Array:
+        return stage.loss(params, stats, batch, made)[0]
+
+    made = _made(stage, variables, batch)
+    stats = variables.get("batch_stats", {})
+    parts = {
+        "contrastive step": (jax.grad(score, 1), (variables, image, label)),
+        "seed scores": (score, (variables, image, label)),
+        "adversary step": (jax.grad(cross_entropy, 1), (variables, image, label)),
+        "loss gradient": (jax.grad(loss), (variables["params"], stats, batch, made)),
+    }
+    if stage.name == "stage1":
+        del parts["contrastive step"], parts["seed scores"]
+    result = {}
+    for part, (function, arguments) in parts.items():
+        analysis = jax.jit(function).lower(*arguments).cost_analysis() or {}
+        result[part] = float(analysis["flops"])
+    return result
+
+
+def _slope(kept: Any) -> int:
+    """Bytes per image: what two images need more than one."""
+    return kept(2) - kept(1)
+
+
+def _kept_by_loss(
+    stage: stages.Stage, variables: Any, shape: tuple[int, ...], number: int
+) -> int:
+    batch = _batch(stage, shape, number)
+    made = _made(stage, variables, batch)
+    stats = variables.get("batch_stats", {})
+
+    def pullback(params: Any, stats: Any, batch: Any, made: Any) -> Any:
+        return jax.vjp(lambda p: stage.loss(p, stats, batch, made)[0], params)[1]
+
+    return _bytes(jax.eval_shape(pullback, variables["params"], stats, batch, made))
+
+
+def _kept_by_pgd(
+    model: nn.Module, variables: Any, shape: tuple[int, ...], number: int
+) -> int:
+    images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
+
+    def pullback(variables: Any, x: jax.Array) -> Any:
+        logits_fn = models.logits_fn(model, variables)
+        return jax.vjp(lambda images: energy.score(logits_fn(images)), x)[1]
+
+    return _bytes(jax.eval_shape(pullback, variables, images))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def remedies(
+    config: ml_collections.ConfigDict, name: str, cost: Cost, machine: Machine
+) -> list[str]:
+    """What would make a batch fit, the least first; empty if it fits or none does."""
+    stage = config[name]
+    limit = machine.memory_gib * GIB * (1 - RESERVE)
+    if cost.device_bytes(stage.batch_size, machine.devices, _parts(stage)) <= limit:
+        return []
+    found = []
+    lighter = config.copy_and_resolve_references()
+    lighter.model.remat = True
+    candidates = {"": cost}
+    if not config.model.remat:
+        candidates["--config.model.remat=True "] = measure(lighter, name)
+    for flags, candidate in candidates.items():
+        for parts in _splits(config, name, machine.devices):
+            need = candidate.device_bytes(stage.batch_size, machine.devices, parts)
+            if need <= limit:
+                found.append(
+                    f"{flags}--config.{name}.num_micro_batches={parts} "
+                    f"({need / GIB:.1f} GiB a device)"
+                )
+                break
+    for devices in _device_counts(stage.batch_size, machine.devices):
+        need = cost.device_bytes(stage.batch_size, devices, _parts(stage))
+        if need <= limit:
+            found.append(f"{devices} devices ({need / GIB:.1f} GiB each)")
+            break
+    return found
+
+
+def _parts(stage: ml_collections.ConfigDict) -> int:
+    return stage.num_micro_batches
+
+
+def _splits(config: Any, name: str, devices: int) -> Iterator[int]:
+    """Numbers of micro-batches that the batch allows on so many devices."""
+    batch_size = config[name].batch_size
+    normalised = name == "stage1" and config.model.name in ("resnet", "wide_resnet")
+    for parts in range(1, batch_size // devices + 1):
+        # Stage 1 with batch normalisation needs the whole batch's statistics.
+        if batch_size % (parts * devices) == 0 and (parts == 1 or not normalised):
+            yield parts
+
+
+def _device_counts(batch_size: int, devices: int) -> Iterator[int]:
+    for count in range(devices + 1, _MOST_DEVICES + 1):
+        if batch_size % count == 0:
+            yield count
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    machine: Machine,
+    *,
+    console: Console | None = None,
+    json_file: str | None = None,
+) -> dict[str, Any]:
+    """Estimates every stage of a config, prints tables, and says what fits.
+
+    Args:
+      config: a complete config.
+      machine: devices, their memory and speed.
+      console: where to print; default the terminal.
+      json_file: also write the figures there.
+
+    Returns:
+      The figures, by stage.
+
+    Raises:
+      UserError: the config or the machine is refused, or the file cannot be written.
+    """
+    machine.check()
+    configuration.check(config)
+    console = console or Console()
+    figures = {}
+    for name in configuration.stages_to_run(config):
+        if config[name].batch_size % machine.devices:
+            raise UserError(
+                f"config.{name}.batch_size is {config[name].batch_size}: it does not "
+                f"split over --devices={machine.devices}."
+            )
+        cost = measure(config, name)
+        figures[name] = _figures(config, name, cost, machine)
+        _show(console, config, name, figures[name])
+    if json_file:
+        try:
+            with open(json_file, "w") as file:
+                json.dump(figures, file, indent=2)
+        except OSError as error:
+            raise UserError(f"{json_file} cannot be written: {error}.") from error
+    return figures
+
+
+def _figures(
+    config: ml_collections.ConfigDict, name: str, cost: Cost, machine: Machine
+) -> dict[str, Any]:
+    stage = config[name]
+    need = cost.device_bytes(stage.batch_size, machine.devices, _parts(stage))
+    speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
+    seconds = {
+        f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
+        for steps in sorted({0, cost.turns.get("contrastive step", 0)})
+    }
+    return {
+        **dataclasses.asdict(cost),
+        **machine._asdict(),
+        "batch_size": stage.batch_size,
+        "num_micro_batches": _parts(stage),
+        "device_bytes": need,
+        "fits": need <= machine.memory_gib * GIB * (1 - RESERVE),
+        "remedies": remedies(config, name, cost, machine),
+        "seconds_per_step": seconds,
+        "images_per_second": {t: stage.batch_size / s for t, s in seconds.items()},
+    }
+
+
+def _show(
+    console: Console,
+    config: ml_collections.ConfigDict,
+    name: str,
+    figures: dict[str, Any],
+) -> None:
+    size = "x".join(map(str, config.data.image_shape[:2]))
+    table = Table(
+        title=f"{archs.describe(config.model)} at {size}, {config.model.dtype}, "
+        f"{name}, batch {figures['batch_size']} on {figures['devices']} devices",
+        show_header=False,
+    )
+    image_mib = max(figures["loss_bytes"], figures["pgd_bytes"]) / 2**20
+    table.add_row("parameters", f"{figures['parameters']:,}")
+    state = (figures["state_bytes"] + figures["gradient_bytes"]) / GIB
+    table.add_row("state and gradient, a device", f"{state:.2f} GiB")
+    table.add_row("activations, an image of each stream", f"{image_mib:.0f} MiB")
+    for part, flops in figures["flops"].items():
+        turns = figures["turns"][part]
+        table.add_row(f"{part}, an image", f"{flops / 1e9:.1f} GFLOP x {turns}")
+    share = f"{figures['utilisation']:.0%} of the peak (assumed)"
+    for moment, seconds in figures["seconds_per_step"].items():
+        rate = figures["images_per_second"][moment]
+        table.add_row(
+            f"a step at {moment}, at {share}",
+            f"{seconds:.3g} s, {rate:,.0f} images/s",
+        )
+    table.add_row("memory, a device", f"{figures['device_bytes'] / GIB:.1f} GiB")
+    console.print(table)
+    usable = figures["memory_gib"] * (1 - RESERVE)
+    if figures["fits"]:
+        verdict = f"fits into {usable:.0f} of {figures['memory_gib']:g} GiB."
+    else:
+        verdict = f"does not fit into {usable:.0f} of {figures['memory_gib']:g} GiB."
+        if figures["remedies"]:
+            verdict += f" It would with {'; or '.join(figures['remedies'])}."
+        else:
+            verdict += " No split, rematerialisation or number of devices would help."
+    console.print(f"{name} {verdict}", highlight=False, soft_wrap=True)

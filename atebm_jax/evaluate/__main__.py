@@ -1,0 +1,165 @@
+"""The command: `python -m atebm_jax.evaluate --workdir=runs/digits --metrics=all`.
+
+Exit codes: 0 finished; 2 a mistake in flags, config, data or checkpoint, said in one
+sentence; 130 or 143 stopped by a signal. The same command then goes on.
+"""
+
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from atebm_jax.command_line import check_overrides, fail, flag_values, quiet_libraries
+from atebm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from atebm_jax.evaluate.context import Options
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir whose model is evaluated.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Instead of --workdir: a stage's or a step's folder."
+)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Data and evaluation settings other than the checkpoint's own."
+)
+_METRICS = flags.DEFINE_list("metrics", ["all"], "all, or some of the metrics' names.")
+_OUT = flags.DEFINE_string("out", None, "Default: WORKDIR/evaluation.")
+_BEST_BY = flags.DEFINE_string(
+    "best_by", None, "robust_accuracy or sample_distance: that checkpoint."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS data sets lie.")
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 1000, "Of each set; 0 for all.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1000, "Generated images.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of noise, attacks and resampling.")
+_EPSILONS = flags.DEFINE_list("epsilons", [], "Radii of the curve under PGD.")
+_OOD = flags.DEFINE_list("ood", ["noise"], "Out-of-distribution sets: noise, sources.")
+_RADII = flags.DEFINE_list("radii", ["1", "2", "4", "8"], "Of counterfactuals, L2.")
+_TARGET = flags.DEFINE_string(
+    "target", "next", "Of counterfactuals: next, runner_up or a class."
+)
+_JUDGE = flags.DEFINE_string("judge", None, "Checkpoint of an independent classifier.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the evaluation that the flags describe."""
+    del argv
+    from atebm_jax.evaluate import suite, suite_report
+
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    console = Console()
+    path = _CHECKPOINT.value or _WORKDIR.value
+    out = _OUT.value or f"{_WORKDIR.value}/evaluation"
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=console,
+        ) as progress:
+            tasks: dict[str, TaskID] = {}
+
+            def show(name: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = progress.add_task(name, total=total)
+                progress.update(tasks[name], completed=done)
+
+            report = suite.evaluate(
+                path,
+                out,
+                metrics=_metric_names(suite.METRICS),
+                config=_CONFIG.value,
+                best_by=_BEST_BY.value,
+                data_dir=_DATA_DIR.value,
+                judge=_JUDGE.value,
+                options=_options(),
+                show=show,
+            )
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print(
+            f"stopped: what is finished is kept in {out}; the same command goes on.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGINT)
+    suite_report.show(console, report)
+    console.print(f"report and plots are in {out}", highlight=False, soft_wrap=True)
+
+
+def _metric_names(known: dict) -> tuple[str, ...]:
+    return tuple(known) if _METRICS.value == ["all"] else tuple(_METRICS.value)
+
+
+def _options() -> "Options":
+    from atebm_jax.evaluate.context import Options
+
+    for name, flag in {
+        "num_examples": _NUM_EXAMPLES,
+        "num_samples": _NUM_SAMPLES,
+        "seed": _SEED,
+    }.items():
+        if flag.value < 0:
+            raise UserError(f"--{name} is {flag.value}: it must not be negative.")
+    return Options(
+        num_examples=_NUM_EXAMPLES.value,
+        num_samples=_NUM_SAMPLES.value,
+        seed=_SEED.value,
+        epsilons=_numbers("epsilons", _EPSILONS.value),
+        ood=tuple(_OOD.value),
+        radii=_numbers("radii", _RADII.value),
+        target=_TARGET.value,
+    )
+
+
+def _numbers(name: str, texts: Sequence[str]) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(text) for text in texts)
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError(
+            f"--{name}={','.join(texts)}: expected positive numbers, with commas."
+        )
+    return numbers
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if any(argument.startswith("--help") for argument in argv):
+        return flags.FLAGS(argv)
+    try:
+        names = dict(flag_values(argv[1:]))
+        if any(name.startswith(("config", "noconfig.")) for name in names):
+            check_overrides(argv[1:])
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
+        if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
+            raise UserError("give --workdir or --checkpoint, one of the two.")
+        if _CHECKPOINT.value and not _OUT.value:
+            raise UserError("--checkpoint needs --out, a folder for the report.")
+        return rest
+    except (UserError, flags.Error) as error:
+        fail(error)
+
+
+def cli() -> None:
+    """Entry point of the command line."""
+    app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    cli()

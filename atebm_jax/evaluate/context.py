@@ -1,0 +1,211 @@
+"""What every protocol of the evaluation is given, and how it runs over images."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from atebm_jax import data, models, sharding
+from atebm_jax.evaluate.store import Arrays, Store
+
+
+class Network(NamedTuple):
+    """The network with its weights: images [B, H, W, C] to logits or features."""
+
+    logits: models.LogitsFn
+    features: models.LogitsFn
+
+
+# (network, images [B, H, W, C] float32 in [0, 1], labels [B]) -> arrays [B, ...].
+ImageFn = Callable[[Network, jax.Array, jax.Array], dict[str, jax.Array]]
+# Shows the progress of a part: (name, batches done, batches in all).
+ShowFn = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for beside the config.
+
+    Attributes:
+      num_examples: images of each data set; 0 for all.
+      num_samples: generated images.
+      seed: of noise, attacks and resampling.
+      epsilons: radii of the curve of robust accuracy; () for those around the config's.
+      ood: sources of out-of-distribution images, "noise" among them.
+      radii: of counterfactuals, L2 pixels.
+      target: of counterfactuals: "next", "runner_up" or a class number.
+      num_resamples: of each bootstrap interval.
+      norm, epsilon: threat of AutoAttack.
+      version: of AutoAttack.
+      save_adversarial: write AutoAttack's images.
+    """
+
+    num_examples: int = 1000
+    num_samples: int = 1000
+    seed: int = 0
+    epsilons: Sequence[float] = ()
+    ood: Sequence[str] = ("noise",)
+    radii: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+    target: str = "next"
+    num_resamples: int = 200
+    norm: str = "l2"
+    epsilon: float = 0.5
+    version: str = "standard"
+    save_adversarial: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A model, its data, and where finished work is kept.
+
+    Attributes:
+      config: complete config of the checkpoint, its data and evaluation perhaps the
+        caller's.
+      model: the network.
+      variables: its averaged weights, on every device.
+      mesh: the devices.
+      sources: "train", "eval", "test" and what `Options.ood` names.
+      store: finished units.
+      options: of the command line.
+      show: progress.
+      judge: an independent classifier (LogitsFn), or None.
+    """
+
+    config: ml_collections.ConfigDict
+    model: nn.Module
+    variables: Any
+    mesh: Mesh
+    sources: Mapping[str, data.Source]
+    store: Store
+    options: Options
+    show: ShowFn = lambda name, done, total: None
+    judge: models.LogitsFn | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return tuple(self.config.data.image_shape)
+
+    def map_images(
+        self, name: str, role: str, function: ImageFn, **settings: Any
+    ) -> Arrays:
+        """Applies a function to the images of a source, batch by batch.
+
+        Finished batches are read from the store. The function is compiled once.
+
+        Args:
+          name: of the part, for progress and store.
+          role: key of `sources`.
+          function: network, images and labels to arrays of one row an image;
+            unlabelled images have the label -1.
+          settings: everything else that decides the result.
+
+        Returns:
+          The arrays over all images that could be decoded, with "labels" [N].
+        """
+        source = self.sources[role]
+        preprocess = self._preprocess(role)
+        store = self.store.within(
+            part=name, role=role, source=source.spec, preprocess=preprocess, **settings
+        )
+        limit = min(self.options.num_examples or len(source), len(source))
+        total = -(-limit // self.config.evaluate.batch_size)
+        parts: list[Arrays] = []
+        while len(parts) < total:
+            unit = store.load(f"{len(parts):06d}")
+            if unit is None:
+                break
+            parts.append(unit)
+        self.show(name, len(parts), total)
+        if len(parts) < total:
+            compiled = self._compiled(function)
+            for batch in self._batches(source, preprocess, limit, len(parts)):
+                unit = self._unit(compiled, batch)
+                store.save(f"{len(parts):06d}", unit)
+                parts.append(unit)
+                self.show(name, len(parts), total)
+        return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+
+    def _compiled(self, function: ImageFn) -> Callable[..., dict[str, jax.Array]]:
+        def apply(
+            variables: Any, batch: Mapping[str, jax.Array]
+        ) -> dict[str, jax.Array]:
+            images = batch["images"].astype(jnp.float32) / 255.0
+
+            def features(x: jax.Array) -> jax.Array:
+                pooled = self.model.apply(variables, x, features=True)
+                assert isinstance(pooled, jax.Array)
+                return pooled
+
+            network = Network(models.logits_fn(self.model, variables), features)
+            rows = function(network, images, batch["labels"])
+            return rows | {"labels": batch["labels"], "mask": batch["mask"]}
+
+        return jax.jit(apply, out_shardings=sharding.replicated(self.mesh))
+
+    def _unit(
+        self, compiled: Callable[..., dict[str, jax.Array]], batch: Mapping[str, Any]
+    ) -> Arrays:
+        placed = sharding.put_batch(batch, self.mesh)
+        rows = {k: np.asarray(v) for k, v in compiled(self.variables, placed).items()}
+        mask = rows.pop("mask")
+        return {key: value[mask] for key, value in rows.items()}
+
+    def _preprocess(self, role: str) -> str:
+        settings = self.config.data
+        labelled = role in ("train", "eval", "test")
+        return settings.preprocess if labelled else settings.preprocess_seeds
+
+    def _batches(
+        self, source: data.Source, preprocess: str, limit: int, start: int
+    ) -> Iterator[Mapping[str, Any]]:
+        settings = self.config.data
+        with data.eval_batches(
+            source,
+            preprocess=preprocess,
+            batch_size=self.config.evaluate.batch_size,
+            image_shape=self.image_shape,
+            limit=limit,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=settings.num_threads,
+            max_bad_images=settings.max_bad_images,
+        ) as batches:
+            yield from batches
+
+    def describe_data(self, role: str) -> dict[str, Any]:
+        """Which images a part saw: source, count, size, preprocessing and SHA-256."""
+        rows = self.map_images("images", role, lambda network, x, y: {"bytes": _u8(x)})
+        digest = hashlib.sha256(rows["bytes"].tobytes())
+        digest.update(rows["labels"].astype(np.int32).tobytes())
+        return {
+            "source": self.sources[role].spec,
+            "num_images": len(rows["labels"]),
+            "image_shape": list(self.image_shape),
+            "preprocess": self._preprocess(role),
+            "sha256": digest.hexdigest(),
+        }
+
+
+def _u8(images: jax.Array) -> jax.Array:
+    return jnp.round(images * 255.0).astype(jnp.uint8)
+
+
+def figure(
+    value: float, interval: tuple[float, float] | None = None, count: int | None = None
+) -> dict[str, Any]:
+    """One number of the report, with its 95 % interval and the number of images."""
+    result: dict[str, Any] = {"value": float(value)}
+    if interval is not None:
+        result["interval_95"] = [float(bound) for bound in interval]
+    if count is not None:
+        result["count"] = int(count)
+    return result

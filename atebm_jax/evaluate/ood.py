@@ -1,0 +1,175 @@
+"""Telling images of other distributions apart, clean and attacked (section 6).
+
+Every score is higher for images that look in distribution. An attack raises the score
+in use on the out-of-distribution images, inside an L2 ball.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from atebm_jax import attacks, energy, metrics, models
+from atebm_jax.evaluate import figures
+from atebm_jax.evaluate.context import Context, Network, figure
+
+ScoreFn = Callable[[models.LogitsFn, jax.Array], jax.Array]
+
+
+def max_softmax(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+    """Largest class probability (Hendrycks and Gimpel, 2017)."""
+    return energy.class_probabilities(logits_fn(images)).max(axis=-1)
+
+
+def max_logit(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+    """Largest logit (Hendrycks et al., 2022)."""
+    return logits_fn(images).max(axis=-1)
+
+
+def log_density(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+    """-E(x), the unnormalised log-density (Liu et al., 2020)."""
+    return energy.score(logits_fn(images))
+
+
+def negative_gradient_norm(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+    """-||grad_x log p(x)||_2: small gradients mean typical (Grathwohl et al., 2020)."""
+    gradients = jax.grad(lambda x: energy.score(logits_fn(x)).sum())(images)
+    # The offset keeps the attack's own gradient finite where this one is zero.
+    squares = jnp.square(gradients).sum(axis=(1, 2, 3))
+    return -jnp.sqrt(squares + 1e-12)
+
+
+def away_from_uniform(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+    """KL(uniform || softmax f(x)), less a constant: what raises the max-softmax.
+
+    Unlike the maximum itself it has a useful gradient everywhere.
+    """
+    return -jax.nn.log_softmax(logits_fn(images)).mean(axis=-1)
+
+
+class Detector(NamedTuple):
+    """A score, and what an attack on it ascends."""
+
+    score: ScoreFn
+    attacked: ScoreFn
+
+
+DETECTORS: dict[str, Detector] = {
+    "max_softmax": Detector(max_softmax, away_from_uniform),
+    "max_logit": Detector(max_logit, max_logit),
+    "log_density": Detector(log_density, log_density),
+    "gradient_norm": Detector(negative_gradient_norm, negative_gradient_norm),
+}
+
+
+class Budget(NamedTuple):
+    """L2 radius, step length and number of steps of the attack."""
+
+    epsilon: float
+    step_size: float
+    num_steps: int
+
+
+def budget(image_shape: tuple[int, int, int]) -> Budget:
+    """Of method section 6: CIFAR's up to 64 pixels a side, ImageNet's above."""
+    small = max(image_shape[:2]) <= 64
+    return Budget(1.0, 0.1, 20) if small else Budget(3.0, 1.0, 10)
+
+
+def attack(
+    logits_fn: models.LogitsFn, images: jax.Array, detector: Detector, limits: Budget
+) -> jax.Array:
+    """Raises a detector's score inside the ball: [B, H, W, C] -> [B, H, W, C]."""
+    return attacks.pgd(
+        lambda x: detector.attacked(logits_fn, x),
+        images,
+        threat=attacks.l2(limits.epsilon),
+        step_size=limits.step_size,
+        num_steps=limits.num_steps,
+    )
+
+
+def run(context: Context, out: epath.Path) -> dict[str, Any]:
+    """AUROC, AUPR and FPR at 95 % TPR of every score against every set."""
+    limits = budget(context.image_shape)
+    inside = context.map_images("scores of test", "test", _clean_scores)
+    values: dict[str, Any] = {}
+    for role in context.options.ood:
+        clean = context.map_images(f"scores of {role}", role, _clean_scores)
+        attacked = context.map_images(
+            f"attacked scores of {role}",
+            role,
+            _attacked_scores(limits),
+            **limits._asdict(),
+        )
+        sets = {"clean": clean, "attacked": attacked}
+        for moment, outside in sets.items():
+            for name in DETECTORS:
+                prefix = f"{role}/{name}/{moment}"
+                values |= _figures(context, prefix, inside[name], outside[name])
+        figures.detection(
+            out / f"ood_{_file_name(role)}.png", role, tuple(DETECTORS), inside, sets
+        )
+    protocol = {
+        "positive": "test images; higher scores mean in distribution",
+        "sets": {role: context.describe_data(role) for role in context.options.ood},
+        "attack": {
+            "on": "the score in use; max_softmax through KL(uniform || softmax)",
+            "norm": "l2",
+            **limits._asdict(),
+        },
+        "interval": f"normal, error of {context.options.num_resamples} bootstraps",
+    }
+    return {"protocol": protocol, "figures": values}
+
+
+def _clean_scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    del y
+    return {name: d.score(network.logits, x) for name, d in DETECTORS.items()}
+
+
+def _attacked_scores(limits: Budget) -> Callable[..., dict[str, jax.Array]]:
+    def scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+        del y
+        return {
+            name: d.score(network.logits, attack(network.logits, x, d, limits))
+            for name, d in DETECTORS.items()
+        }
+
+    return scores
+
+
+def _auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    return float(metrics.auroc(jnp.asarray(positive), jnp.asarray(negative)))
+
+
+def _figures(
+    context: Context, prefix: str, inside: np.ndarray, outside: np.ndarray
+) -> dict[str, Any]:
+    measures: dict[str, Callable[..., float]] = {
+        "auroc": jax.jit(metrics.auroc),
+        "aupr_in": metrics.average_precision,
+        "aupr_out": lambda a, b: metrics.average_precision(-b, -a),
+        "fpr95": metrics.fpr_at_tpr,
+    }
+    result = {}
+    for name, measure in measures.items():
+        interval = metrics.bootstrap_interval(
+            lambda a, b, measure=measure: float(measure(a, b)),
+            [inside, outside],
+            paired=False,
+            num_resamples=context.options.num_resamples,
+            seed=context.options.seed,
+        )
+        count = len(inside) + len(outside)
+        result[f"{prefix}/{name}"] = figure(
+            float(measure(inside, outside)), interval, count
+        )
+    return result
+
+
+def _file_name(role: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in role)

@@ -1,0 +1,86 @@
+"""Finished pieces of an evaluation on disk, so that a stopped one goes on.
+
+A unit is a small dictionary of arrays in one `.npz`, written under another name and
+renamed: it is there whole or not at all. Units lie in a folder named by what decides
+their content (weights, data, settings); another protocol never meets them.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from atebm_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+def fingerprint(description: Any) -> str:
+    """Twelve hex digits of the SHA-256 of a JSON value."""
+    text = json.dumps(description, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def weights_fingerprint(weights: Any) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of every array of a pytree."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        array = np.ascontiguousarray(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """Units of one protocol in one folder.
+
+    Args:
+      folder: made when the first unit is saved.
+      settings: plain JSON that decides what the units hold.
+    """
+
+    def __init__(self, folder: epath.Path, settings: Mapping[str, Any]):
+        self._settings = dict(settings)
+        self._base = folder
+        self._folder = folder / fingerprint(self._settings)
+
+    def within(self, **settings: Any) -> "Store":
+        """The store of a part, with settings of its own beside these."""
+        return Store(self._base, self._settings | settings)
+
+    def load(self, name: str) -> Arrays | None:
+        """A unit, or None if it is absent or damaged (it is then made anew)."""
+        path = self._folder / f"{name}.npz"
+        if not path.exists():
+            return None
+        try:
+            with path.open("rb") as file, np.load(file) as stored:
+                return {key: stored[key] for key in stored.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a unit, whole or not at all; only the first process does.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        if jax.process_index() != 0:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            temporary = self._folder / f".{name}.tmp"
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **dict(arrays))
+            temporary.replace(self._folder / f"{name}.npz")
+        except OSError as error:
+            raise UserError(
+                f"{self._folder} cannot be written: {error}. Make room or give another "
+                "--out; what is finished is kept."
+            ) from error

@@ -1,0 +1,246 @@
+"""The evaluation of a checkpoint: every protocol asked for, then the report."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from atebm_jax import checkpoint, data, models, sharding
+from atebm_jax import config as configuration
+from atebm_jax.errors import UserError
+from atebm_jax.evaluate import (
+    calibration,
+    classification,
+    counterfactual,
+    ood,
+    suite_report,
+)
+from atebm_jax.evaluate.context import Context, Options, ShowFn
+from atebm_jax.evaluate.store import Store, weights_fingerprint
+
+# What `--metrics` may name, in the order of the report.
+METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
+    "accuracy": classification.accuracy,
+    "pgd": classification.pgd,
+    "calibration": calibration.run,
+    "ood": ood.run,
+    "counterfactual": counterfactual.run,
+}
+
+_NOISE_IMAGES = 10_000
+
+
+def evaluate(
+    path: str | epath.Path,
+    out: str | epath.Path,
+    *,
+    metrics: Sequence[str] = tuple(METRICS),
+    config: ml_collections.ConfigDict | None = None,
+    best_by: str | None = None,
+    data_dir: str | None = None,
+    judge: str | None = None,
+    options: Options = Options(),  # noqa: B008  (frozen)
+    show: ShowFn = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint and writes `report.json`, `report.md` and plots.
+
+    A stopped evaluation goes on where it was when it is started again with the same
+    arguments, and ends with the same report.
+
+    Args:
+      path: a workdir or a checkpoint (`checkpoint.load_weights`).
+      out: folder for the report and for finished work.
+      metrics: keys of `METRICS`.
+      config: another config's data and evaluation; its network must be the same.
+      best_by: the best checkpoint instead of the last (`checkpoint.BEST_BY`).
+      data_dir: instead of config.data.data_dir.
+      judge: checkpoint of an independent classifier for counterfactuals.
+      options: sizes, seeds, sets and radii.
+      show: progress.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: what was asked for cannot be measured, or not be compared.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise UserError(
+            f"unknown metric {', '.join(map(repr, unknown)) or 'list, an empty one'}: "
+            f"choose all or some of {', '.join(METRICS)}."
+        )
+    weights, meta = checkpoint.load_weights(path, best_by=best_by)
+    settings = _settings(meta, config, data_dir)
+    context = _context(weights, settings, checkpoint.absolute(out), options, show)
+    if judge is not None:
+        context = _with_judge(context, judge)
+    folder = checkpoint.absolute(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+    results = {
+        name: METRICS[name](context, folder) for name in METRICS if name in metrics
+    }
+    report = {
+        "checkpoint": {
+            "path": str(path),
+            "stage": meta["stage"],
+            "step": meta["step"],
+            "T": meta["T"],
+            "averaged_weights_sha256": weights_fingerprint(weights),
+        },
+        "network": checkpoint.as_json(settings.model),
+        "data": {"test": context.describe_data("test")},
+        "seed": options.seed,
+        "metrics": results,
+        "versions": _versions(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "notes": _notes(context),
+    }
+    if jax.process_index() == 0:
+        suite_report.write(folder, report)
+    return report
+
+
+def _settings(
+    meta: Mapping[str, Any],
+    config: ml_collections.ConfigDict | None,
+    data_dir: str | None,
+) -> ml_collections.ConfigDict:
+    """The checkpoint's config, with the caller's data and evaluation."""
+    settings = ml_collections.ConfigDict(meta["config"])
+    if config is not None:
+        _check_same_network(settings, config)
+        settings.data = config.data
+        settings.evaluate = config.evaluate
+    if data_dir is not None:
+        settings.data.data_dir = data_dir
+    configuration.check(settings)
+    return settings
+
+
+def _check_same_network(
+    trained: ml_collections.ConfigDict, given: ml_collections.ConfigDict
+) -> None:
+    """Refuses a config whose figures would not be those of the trained network."""
+    old, new = checkpoint.as_json(trained), checkpoint.as_json(given)
+    pairs = {
+        f"model.{name}": (value, new["model"].get(name))
+        for name, value in old["model"].items()
+        if name not in ("conv_gradient", "remat", "dtype")
+    }
+    pairs["data.image_shape"] = (old["data"]["image_shape"], new["data"]["image_shape"])
+    for field, (before, now) in pairs.items():
+        if before != now:
+            raise UserError(
+                f"config.{field} is {now} and the checkpoint was trained with "
+                f"{before}: "
+                "figures of another resolution, normalisation or network cannot be "
+                "compared; give the config it was trained with."
+            )
+
+
+def _context(
+    weights: Any,
+    settings: ml_collections.ConfigDict,
+    out: epath.Path,
+    options: Options,
+    show: ShowFn,
+) -> Context:
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(
+        settings.evaluate.batch_size, mesh, "config.evaluate.batch_size"
+    )
+    store = Store(
+        out / "units",
+        {
+            "weights": weights_fingerprint(weights),
+            "network": checkpoint.as_json(settings.model),
+            "image_shape": list(settings.data.image_shape),
+            "batch_size": settings.evaluate.batch_size,
+            "num_examples": options.num_examples,
+            "seed": options.seed,
+        },
+    )
+    return Context(
+        config=settings,
+        model=models.build(settings.model),
+        variables=sharding.put_replicated(weights, mesh),
+        mesh=mesh,
+        sources=_sources(settings, options),
+        store=store,
+        options=options,
+        show=show,
+    )
+
+
+def _sources(
+    settings: ml_collections.ConfigDict, options: Options
+) -> dict[str, data.Source]:
+    sources: dict[str, data.Source] = {}
+    for role in ("test", "eval"):
+        sources[role] = data.open_source(settings.data[role], settings.data.data_dir)
+        classes = sources[role].num_classes
+        if classes != settings.model.num_classes:
+            raise UserError(
+                f"config.data.{role}={settings.data[role]} has {classes or 'no'} "
+                f"classes and the network {settings.model.num_classes}: they must be "
+                "the same."
+            )
+    for spec in options.ood:
+        if spec != "noise":
+            sources[spec] = data.open_source(spec, settings.data.data_dir)
+            continue
+        # The network's sizes, so that no resizing smooths the noise.
+        shape = tuple(settings.data.image_shape)
+        number = options.num_examples or _NOISE_IMAGES
+        rng = np.random.default_rng(options.seed)
+        images = rng.integers(0, 256, (number, *shape), np.uint8)
+        sources[spec] = data.ArraySource(images, spec=f"noise(seed={options.seed})")
+    return sources
+
+
+def _with_judge(context: Context, path: str) -> Context:
+    weights, meta = checkpoint.load_weights(path)
+    config = ml_collections.ConfigDict(meta["config"])
+    same = (
+        tuple(config.data.image_shape) == context.image_shape
+        and config.model.num_classes == context.config.model.num_classes
+    )
+    if not same:
+        raise UserError(
+            f"--judge={path} takes images {tuple(config.data.image_shape)} of "
+            f"{config.model.num_classes} classes and this model "
+            f"{context.image_shape} of {context.config.model.num_classes}: an "
+            "independent classifier must take the same."
+        )
+    placed = sharding.put_replicated(weights, context.mesh)
+    judge = models.logits_fn(models.build(config.model), placed)
+    store = context.store.within(judge=weights_fingerprint(weights))
+    return dataclasses.replace(context, judge=judge, store=store)
+
+
+def _versions() -> dict[str, str]:
+    names = ("atebm_jax", "jax", "flax", "numpy", "scipy", "scikit-learn", "pillow")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | versions
+
+
+def _notes(context: Context) -> list[str]:
+    notes = [
+        "Averaged weights; images as bytes / 255; normalisation inside the network."
+    ]
+    if context.options.num_examples:
+        notes.append(
+            f"At most {context.options.num_examples} images of each set, evenly spread "
+            "over it (--num_examples)."
+        )
+    return notes

@@ -1,0 +1,85 @@
+"""The evaluation's report: `report.json` for machines, `report.md` for people."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from atebm_jax.errors import UserError
+from atebm_jax.reporting import replace_text
+
+
+def write(folder: epath.Path, report: Mapping[str, Any]) -> None:
+    """Writes both files, each whole or not at all.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        text = json.dumps(_finite(report), indent=2, allow_nan=False)
+        replace_text(folder / "report.json", text + "\n")
+        replace_text(folder / "report.md", markdown(folder, report))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+
+
+def markdown(folder: epath.Path, report: Mapping[str, Any]) -> str:
+    """The report as Markdown: table and protocol of each metric, and the plots."""
+    source, test = report["checkpoint"], report["data"]["test"]
+    weights = source["averaged_weights_sha256"][:16]
+    about = (
+        f"Checkpoint {source['path']}, {source['stage']} step {source['step']} "
+        f"(averaged weights, SHA-256 {weights}); {test['num_images']} images of "
+        f"{test['source']}; seed {report['seed']}; {report['device']}."
+    )
+    lines = ["# Evaluation", "", about, ""]
+    lines += [f"- {note}" for note in report["notes"]]
+    for name, result in report["metrics"].items():
+        lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
+        lines += ["|---|---:|---:|---:|"]
+        lines += [f"| {' | '.join(row)} |" for row in _rows(result["figures"])]
+        lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
+    plots = sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
+    lines += ["", *(f"![{name}]({name})" for name in plots)]
+    return "\n".join(lines) + "\n"
+
+
+def show(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints a table of every figure."""
+    table = Table("metric", "value", "95 % interval", "count")
+    table.add_column("figure", overflow="fold")
+    for name, result in report["metrics"].items():
+        for index, row in enumerate(_rows(result["figures"])):
+            table.add_row(name if index == 0 else "", *row[1:], row[0])
+        table.add_section()
+    console.print(table)
+
+
+def _rows(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for name, figure in figures.items():
+        interval = figure.get("interval_95")
+        yield (
+            name,
+            f"{figure['value']:.4f}",
+            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+            str(figure.get("count", "")),
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k} {_text(v)}" for k, v in value.items())
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

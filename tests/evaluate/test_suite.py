@@ -1,0 +1,186 @@
+"""The evaluation of a checkpoint, stopped and gone on with, and its report."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl.testing import flagsaver
+
+from atebm_jax import UserError, checkpoint
+from atebm_jax.evaluate import __main__ as command
+from atebm_jax.evaluate import counterfactual, suite
+from atebm_jax.evaluate.context import Options
+from atebm_jax.evaluate.store import Store
+
+OPTIONS = Options(num_examples=80, radii=(1.0, 4.0), num_resamples=20)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "digits"
+    settings = {"stage1.num_steps": 4, "evaluate.attack.num_steps": 3}
+    tiny.run(tiny.config(stages="stage1", **settings), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(workdir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation")
+    return suite.evaluate(workdir, out, options=OPTIONS), out
+
+
+def test_every_figure_has_value_and_protocol(report):
+    result, out = report
+    assert list(result["metrics"]) == list(suite.METRICS)
+    for name, metric in result["metrics"].items():
+        assert metric["protocol"] and metric["figures"], name
+        for figure in metric["figures"].values():
+            assert np.isfinite(figure["value"])
+            low, high = figure.get("interval_95", (-np.inf, np.inf))
+            assert low <= figure["value"] <= high
+    stored = json.loads((out / "report.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    plots = {path.name for path in out.glob("*.png")}
+    assert plots == {
+        "robust_accuracy.png",
+        "reliability.png",
+        "ood_noise.png",
+        "counterfactuals.png",
+    }
+    text = (out / "report.md").read_text()
+    assert all(f"## {name}" in text for name in suite.METRICS)
+
+
+def test_accuracy_is_that_of_the_model(report, workdir):
+    import atebm_jax
+    from atebm_jax import data
+
+    images, labels = data.materialise(
+        data.open_source("digits:test"), "", (8, 8, 1), 80
+    )
+    predicted = atebm_jax.load(workdir).classify(images).argmax(axis=1)
+    figure = report[0]["metrics"]["accuracy"]["figures"]["clean_accuracy"]
+    assert figure["value"] == pytest.approx((predicted == labels).mean())
+    assert figure["count"] == 80
+
+
+def test_robust_accuracy_falls_with_the_radius(report):
+    figures = report[0]["metrics"]["pgd"]["figures"]
+    values = [figure["value"] for figure in figures.values()]
+    assert len(values) == 5 and values == sorted(values, reverse=True)
+
+
+def test_counterfactuals_gain_confidence_and_stay_in_their_ball(report):
+    figures = report[0]["metrics"]["counterfactual"]["figures"]
+    near, far = (figures[f"radius_{r}/target_confidence"]["value"] for r in (1, 4))
+    assert near < far
+    assert figures["radius_1/l2_distance"]["value"] <= 1.0 + 1e-5
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_stopped_evaluation_goes_on_to_the_same_report(report, workdir, tmp_path):
+    seen = []
+
+    def stop(name, done, total):
+        seen.append((name, done))
+        if len(seen) == 9:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        suite.evaluate(workdir, tmp_path, options=OPTIONS, show=stop)
+    assert not (tmp_path / "report.json").exists()
+    again = []
+    result = suite.evaluate(
+        workdir, tmp_path, options=OPTIONS, show=lambda *step: again.append(step)
+    )
+    first = next(step for step in again if step[0] == seen[0][0])
+    assert first[1] == first[2], "the finished part was made again"
+    assert json.dumps(result) == json.dumps(report[0])
+
+
+def test_damaged_unit_is_made_again(tmp_path):
+    store = Store(checkpoint.absolute(tmp_path), {"seed": 0})
+    store.save("000000", {"x": np.arange(3)})
+    np.testing.assert_array_equal(store.load("000000")["x"], [0, 1, 2])
+    (path,) = tmp_path.rglob("*.npz")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert store.load("000000") is None
+
+
+def test_units_of_another_protocol_are_not_met(tmp_path):
+    store = Store(checkpoint.absolute(tmp_path), {"seed": 0})
+    store.within(radius=1.0).save("000000", {"x": np.arange(3)})
+    assert store.within(radius=2.0).load("000000") is None
+    assert store.load("000000") is None
+    assert store.within(radius=1.0).load("000000") is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [("next", [1, 0]), ("runner_up", [1, 0]), ("2", [2, 2])]
+)
+def test_targets_are_other_classes(target, expected):
+    logits = jnp.asarray([[5.0, 4.0, 3.0], [1.0, 0.0, 9.0]])
+    targets = counterfactual.targets_of(logits, jnp.asarray([0, 2]), target, 3)
+    np.testing.assert_array_equal(targets, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ("fid",)}, "unknown metric 'fid': choose"),
+        ({"metrics": ()}, "an empty one"),
+        ({"options": Options(ood=("folder:/nowhere",))}, "nowhere"),
+        ({"options": Options(target="10")}, "from 0 to 9"),
+        ({"judge": "nowhere"}, "no checkpoint at nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(workdir, tmp_path, arguments, message):
+    arguments = {"metrics": ("counterfactual",)} | arguments
+    with pytest.raises(UserError, match=message):
+        suite.evaluate(workdir, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.image_shape", (16, 16, 1)),
+        ("model.mean", (0.5,)),
+        ("model.activation", "swish"),
+    ],
+)
+def test_config_of_another_network_is_refused(workdir, tmp_path, field, value):
+    config = tiny.config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"config.{field} is .* cannot be compared"):
+        suite.evaluate(workdir, tmp_path, config=config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --workdir or --checkpoint"),
+        (["--checkpoint=x"], "--checkpoint needs --out"),
+        (["--workdir=nowhere"], "there is no checkpoint at nowhere"),
+        (["--workdir=x", "stray"], "unexpected argument"),
+        (["--workdir=x", "--radii=0"], "expected positive numbers"),
+        (["--workdir=x", "--seed=-1"], "must not be negative"),
+        (["--workdir=x", "--metric=all"], "Unknown command line flag"),
+    ],
+)
+def test_user_mistake_on_the_command_line_exits_with_2(
+    monkeypatch, capsys, arguments, message
+):
+    arguments = ["evaluate", *arguments]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+        command.main(command._parse(arguments))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said

@@ -1,0 +1,138 @@
+"""Memory, FLOPs and advice from shapes alone."""
+
+import io
+import json
+import math
+
+import jax
+import pytest
+import tiny
+from rich.console import Console
+
+from atebm_jax import UserError, dry_run, models
+from atebm_jax.dry_run import GIB, RESERVE, Cost, Machine
+
+
+def settings(**overrides):
+    return tiny.config(**{"stages": "stage2", "init_from": "anything"} | overrides)
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return dry_run.measure(settings(), "stage2")
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_state_is_parameters_averages_and_momentum(cost):
+    model = models.build(settings().model)
+    variables = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)))
+    )
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
+    stats = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["batch_stats"]))
+    assert cost.parameters == params
+    assert cost.gradient_bytes == 4 * params
+    # Beside parameters, averages and momentum only counters and the AUC window.
+    assert 0 < cost.state_bytes - 4 * (3 * params + 2 * stats) < 200
+
+
+def test_flops_of_the_convolutions_are_counted_by_hand(cost):
+    # WRN-10-1 at 8x8: multiply-adds of every convolution and of the linear layer.
+    by_hand = 64 * (9 * 1 * 16 + 2 * 9 * 16 * 16)
+    by_hand += 16 * (9 * 16 * 32 + 9 * 32 * 32 + 16 * 32)
+    by_hand += 4 * (9 * 32 * 64 + 9 * 64 * 64 + 32 * 64) + 640
+    # XLA leaves out what meets the padding.
+    assert 0.6 < cost.flops["seed scores"] / (2 * by_hand) < 1.2
+    assert cost.flops["contrastive step"] / cost.flops["seed scores"] == pytest.approx(
+        2, rel=0.15
+    )
+    # Three streams, forward and backward for images' and kernels' sake.
+    ratio = cost.flops["loss gradient"] / cost.flops["seed scores"]
+    assert ratio == pytest.approx(9, rel=0.15)
+
+
+def test_a_step_costs_its_turns(cost):
+    flops, turns = cost.flops, cost.turns
+    assert turns["contrastive step"] == settings().stage2.t_max
+    at_seven = cost.step_flops(4, contrastive_steps=7)
+    expected = 7 * flops["contrastive step"] + flops["seed scores"]
+    expected += turns["adversary step"] * flops["adversary step"]
+    assert at_seven == pytest.approx(4 * (expected + flops["loss gradient"]))
+
+
+def test_rematerialisation_keeps_less(cost):
+    lighter = dry_run.measure(settings(**{"model.remat": True}), "stage2")
+    assert lighter.loss_bytes < 0.7 * cost.loss_bytes
+    assert lighter.state_bytes == cost.state_bytes
+    assert lighter.flops["loss gradient"] > cost.flops["loss gradient"]
+
+
+def test_bfloat16_keeps_less_than_float32(cost):
+    # Flax's normalisation leaves bfloat16 and float32 to promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        half = dry_run.measure(settings(**{"model.dtype": "bfloat16"}), "stage2")
+    assert half.loss_bytes < cost.loss_bytes
+
+
+def test_parts_and_devices_divide_the_activations():
+    cost = Cost(1, 1000, 100, 10, 50, 20, {}, {})
+    assert cost.device_bytes(8, 1, 1) == 1000 + 100 + 80 + 8 * 50
+    assert cost.device_bytes(8, 1, 4) == 1000 + 200 + 80 + 2 * 50
+    assert cost.device_bytes(8, 4, 1) == 1000 + 100 + 20 + 2 * 50
+
+
+def test_advice_names_the_smallest_change_that_fits(cost):
+    config = settings()
+    whole = cost.device_bytes(16, 1, 1)
+    quarter = cost.device_bytes(16, 1, 4)
+    between = (quarter + cost.device_bytes(16, 1, 2)) / 2
+    machine = Machine(1, between / GIB / (1 - RESERVE), 1.0, 0.5)
+    advice = dry_run.remedies(config, "stage2", cost, machine)
+    assert whole > between
+    assert advice[0].startswith("--config.stage2.num_micro_batches=4 ")
+    assert any("remat" in line for line in advice)
+    assert any(line.startswith(("4 devices", "2 devices")) for line in advice)
+    roomy = machine._replace(memory_gib=1.0)
+    assert dry_run.remedies(config, "stage2", cost, roomy) == []
+
+
+def test_nothing_helps_where_the_state_alone_is_too_large(cost):
+    machine = Machine(1, cost.state_bytes / 2 / GIB, 1.0, 0.5)
+    assert dry_run.remedies(settings(), "stage2", cost, machine) == []
+    console = quiet()
+    dry_run.run(settings(), machine, console=console)
+    assert "does not fit" in console.file.getvalue()
+    assert "No split" in console.file.getvalue()
+
+
+def test_figures_are_printed_and_written(tmp_path):
+    console, path = quiet(), tmp_path / "cost.json"
+    figures = dry_run.run(
+        settings(stages="stage1,stage2", init_from=""),
+        Machine(2, 80.0, 989.0, 0.4),
+        console=console,
+        json_file=str(path),
+    )
+    assert json.loads(path.read_text()) == figures
+    assert set(figures) == {"stage1", "stage2"} and figures["stage2"]["fits"]
+    shown = console.file.getvalue()
+    assert "fits into 72 of 80 GiB" in shown and "contrastive step" in shown
+    slow, fast = figures["stage2"]["seconds_per_step"].values()
+    assert slow < fast
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (Machine(devices=0), "--devices is 0"),
+        (Machine(memory_gib=-1.0), "--device_memory_gib is -1"),
+        (Machine(utilisation=2.0), "at most 1"),
+        (Machine(devices=3), "does not split over --devices=3"),
+    ],
+)
+def test_impossible_machine_is_refused(machine, message):
+    with pytest.raises(UserError, match=message):
+        dry_run.run(settings(), machine, console=quiet())
