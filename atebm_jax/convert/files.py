@@ -1,12 +1,14 @@
 """Checkpoint files as trees of arrays, whatever wrote them, without PyTorch."""
 
+import contextlib
 import hashlib
 import os
 import struct
 import tarfile
+import weakref
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,15 +108,18 @@ def _reader(path: str, head: bytes) -> tuple[Any, archives.ReadFn, dict[str, str
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             raise Damaged("a zip archive without its end")
-        return *archives.read_zip(_kept_open(path)), {}
-    if tarfile.is_tarfile(path):
-        return *archives.read_tar(_kept_open(path)), {}
-    return *archives.read_stream(_kept_open(path)), {}
+        return *_read_zip(path), {}
+    read = archives.read_tar if tarfile.is_tarfile(path) else archives.read_stream
+    with open(path, "rb") as file:
+        return *read(file), {}
 
 
-def _kept_open(path: str) -> BinaryIO:
-    """A file that lives as long as what reads tensors from it."""
-    return open(path, "rb")
+def _read_zip(path: str) -> tuple[Any, archives.ReadFn]:
+    """Keeps the file open for as long as tensors can be read from it."""
+    with contextlib.ExitStack() as stack:
+        tree, read = archives.read_zip(stack.enter_context(open(path, "rb")))
+        weakref.finalize(read, stack.pop_all().close)
+    return tree, read
 
 
 def _explained(path: str, error: Exception) -> UserError:

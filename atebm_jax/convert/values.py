@@ -156,6 +156,8 @@ def make_tensor(
 
 def describe(value: Any) -> str:
     """A pickle's function, for a message."""
+    if isinstance(value, Named) and value.module in ("posix", "nt"):
+        return f"{value} (os.{value.name})"  # the name that people know
     if isinstance(value, Named):
         return str(value)
     if isinstance(value, Inert):

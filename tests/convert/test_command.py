@@ -2,6 +2,8 @@
 
 import io
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +28,8 @@ def run(*flags):
 
 def wide_resnet(channels=3, activation="relu", depth=10):
     torch_networks.torch_and_timm()
-    from benchmarks.torch_reference import WideResNet
-
-    network = WideResNet(
+    path = Path(__file__).parents[2] / "benchmarks" / "torch_reference.py"
+    network = runpy.run_path(str(path))["WideResNet"](
         depth=depth,
         widen_factor=1,
         num_classes=10,

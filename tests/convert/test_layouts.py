@@ -101,6 +101,18 @@ def test_wrapper_comes_off(kind):
     assert bool(found.steps) == (kind != "plain")
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_averaged_model_of_torch_is_unwrapped(parallel, tmp_path):
+    torch = pytest.importorskip("torch")
+    inner = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    wrapped = torch.nn.DataParallel(inner) if parallel else inner
+    averaged = torch.optim.swa_utils.AveragedModel(wrapped)
+    torch.save({"model_ema": averaged.state_dict()}, tmp_path / "w.pt")
+    found = layouts.find(files.open_source(tmp_path / "w.pt"))
+    assert set(found.arrays) == set(inner.state_dict())
+    assert any("n_averaged" in step for step in found.steps)
+
+
 def test_copies_that_differ_are_refused_by_name_unless_one_is_chosen():
     tree = robustness(network(), network(1))
     with pytest.raises(UserError, match="attacker.model.conv1.weight .* differs"):
