@@ -49,6 +49,14 @@ _RADII = flags.DEFINE_list("radii", ["1", "2", "4", "8"], "Of counterfactuals, L
 _TARGET = flags.DEFINE_string(
     "target", "next", "Of counterfactuals: next, runner_up or a class."
 )
+_NORM = flags.DEFINE_string(
+    "norm", None, "AutoAttack's: l2, linf; default the config's."
+)
+_EPSILON = flags.DEFINE_float("epsilon", None, "AutoAttack's radius, with --norm.")
+_VERSION = flags.DEFINE_string(
+    "autoattack_version", "standard", "standard, plus or rand."
+)
+_SAVE = flags.DEFINE_bool("save_adversarial", False, "Keep AutoAttack's images.")
 _JUDGE = flags.DEFINE_string("judge", None, "Checkpoint of an independent classifier.")
 
 
@@ -122,6 +130,10 @@ def _options() -> "Options":
         ood=tuple(_OOD.value),
         radii=_numbers("radii", _RADII.value),
         target=_TARGET.value,
+        norm=_NORM.value,
+        epsilon=_EPSILON.value,
+        version=_VERSION.value,
+        save_adversarial=_SAVE.value,
     )
 
 
@@ -149,6 +161,8 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
         if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
             raise UserError("give --workdir or --checkpoint, one of the two.")
+        if (_NORM.value is None) != (_EPSILON.value is None):
+            raise UserError("--norm and --epsilon go together: give both or none.")
         if _CHECKPOINT.value and not _OUT.value:
             raise UserError("--checkpoint needs --out, a folder for the report.")
         return rest

@@ -42,7 +42,7 @@ class Options:
       radii: of counterfactuals, L2 pixels.
       target: of counterfactuals: "next", "runner_up" or a class number.
       num_resamples: of each bootstrap interval.
-      norm, epsilon: threat of AutoAttack.
+      norm, epsilon: threat of AutoAttack; None for that of config.evaluate.attack.
       version: of AutoAttack.
       save_adversarial: write AutoAttack's images.
     """
@@ -55,8 +55,8 @@ class Options:
     radii: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     target: str = "next"
     num_resamples: int = 200
-    norm: str = "l2"
-    epsilon: float = 0.5
+    norm: str | None = None
+    epsilon: float | None = None
     version: str = "standard"
     save_adversarial: bool = False
 
@@ -181,9 +181,13 @@ class Context:
         ) as batches:
             yield from batches
 
+    def images(self, role: str) -> Arrays:
+        """Images of a source as the model sees them: "bytes" [N, H, W, C]; "labels"."""
+        return self.map_images("images", role, lambda network, x, y: {"bytes": _u8(x)})
+
     def describe_data(self, role: str) -> dict[str, Any]:
         """Which images a part saw: source, count, size, preprocessing and SHA-256."""
-        rows = self.map_images("images", role, lambda network, x, y: {"bytes": _u8(x)})
+        rows = self.images(role)
         digest = hashlib.sha256(rows["bytes"].tobytes())
         digest.update(rows["labels"].astype(np.int32).tobytes())
         return {

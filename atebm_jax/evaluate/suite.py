@@ -19,6 +19,7 @@ from atebm_jax.evaluate import (
     classification,
     counterfactual,
     ood,
+    robustness,
     suite_report,
 )
 from atebm_jax.evaluate.context import Context, Options, ShowFn
@@ -28,6 +29,7 @@ from atebm_jax.evaluate.store import Store, weights_fingerprint
 METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
     "accuracy": classification.accuracy,
     "pgd": classification.pgd,
+    "autoattack": robustness.run,
     "calibration": calibration.run,
     "ood": ood.run,
     "counterfactual": counterfactual.run,

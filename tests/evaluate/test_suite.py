@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +10,23 @@ import pytest
 import tiny
 from absl.testing import flagsaver
 
-from atebm_jax import UserError, checkpoint
+from atebm_jax import UserError, autoattack, checkpoint
 from atebm_jax.evaluate import __main__ as command
 from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
 from atebm_jax.evaluate.store import Store
 
+QUICK = {"num_steps": 3, "num_queries": 5, "targets": 2, "fab_targets": 2}
 OPTIONS = Options(num_examples=80, radii=(1.0, 4.0), num_resamples=20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_autoattack():
+    """The attacks of the ensemble cut to a few steps each."""
+    with pytest.MonkeyPatch.context() as patch:
+        run = autoattack.run
+        patch.setattr(autoattack, "run", partial(run, settings=QUICK))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +82,14 @@ def test_robust_accuracy_falls_with_the_radius(report):
     figures = report[0]["metrics"]["pgd"]["figures"]
     values = [figure["value"] for figure in figures.values()]
     assert len(values) == 5 and values == sorted(values, reverse=True)
+
+
+def test_each_attack_leaves_no_more_than_those_before(report):
+    figures = report[0]["metrics"]["autoattack"]["figures"]
+    names = ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(figures) == [f"accuracy_after_{name}" for name in names]
+    values = [figure["value"] for figure in figures.values()]
+    assert values == sorted(values, reverse=True)
 
 
 def test_counterfactuals_gain_confidence_and_stay_in_their_ball(report):
@@ -171,6 +190,7 @@ def test_config_of_another_network_is_refused(workdir, tmp_path, field, value):
         (["--workdir=x", "stray"], "unexpected argument"),
         (["--workdir=x", "--radii=0"], "expected positive numbers"),
         (["--workdir=x", "--seed=-1"], "must not be negative"),
+        (["--workdir=x", "--norm=linf"], "go together"),
         (["--workdir=x", "--metric=all"], "Unknown command line flag"),
     ],
 )
