@@ -70,7 +70,7 @@ torch_reference._pick = lambda logits, y: logits.gather(1, y[:, None])[:, 0]
 wide_resnet.batch_norm = lambda name, train: nn.BatchNorm(
     True, epsilon=1e-5, dtype=jnp.float64, name=name
 )
-config = main.load_config("configs/cifar10.py:small")
+config = command_line.load_config("configs/cifar10.py:small")
 config.model.update(depth=16, widen_factor=2, dtype="float64")
 config.stage2.t_max = 3
 twin = torch_side._wide_resnet(config)

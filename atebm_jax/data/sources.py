@@ -62,8 +62,9 @@ def open_source(spec: str, data_dir: str = "") -> Source:
     Args:
       spec: `digits:train` or `digits:test` (scikit-learn's 8x8 digits),
         `tfds:NAME:SPLIT` (a prepared ArrayRecord data set; NAME may carry a
-        configuration and a version, SPLIT a slice), or `folder:PATH` (images in one
-        folder for each class, or unlabelled images without class folders).
+        configuration and a version, SPLIT a slice), `folder:PATH` (images in one
+        folder for each class, or unlabelled images without class folders), or
+        `prepared:PATH` (what `atebm_jax.data.prepare` has written).
       data_dir: where TFDS data sets lie; empty for $TFDS_DATA_DIR or
         ~/tensorflow_datasets. Other kinds ignore it.
 
@@ -77,9 +78,14 @@ def open_source(spec: str, data_dir: str = "") -> Source:
         return TfdsSource(spec, data_dir)
     if kind == "folder":
         return FolderSource(rest)
+    if kind == "prepared":
+        # Imported here, because it rests on this file.
+        from atebm_jax.data.prepared import PreparedSource
+
+        return PreparedSource(rest)
     raise UserError(
-        f"unknown data source {spec!r}: it must begin with digits:, tfds: or folder:, "
-        f"for example {_EXAMPLES}"
+        f"unknown data source {spec!r}: it must begin with digits:, tfds:, folder: or "
+        f"prepared:, for example {_EXAMPLES}"
     )
 
 

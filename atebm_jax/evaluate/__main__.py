@@ -27,37 +27,77 @@ from atebm_jax.errors import UserError
 if TYPE_CHECKING:
     from atebm_jax.evaluate.context import Options
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir whose model is evaluated.")
+# Of this command alone: several may be imported side by side.
+_FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Workdir whose model is evaluated.", flag_values=_FLAGS
+)
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Instead of --workdir: a stage's or a step's folder."
+    "checkpoint",
+    None,
+    "Instead of --workdir: a stage's or a step's folder.",
+    flag_values=_FLAGS,
 )
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Data and evaluation settings other than the checkpoint's own."
+    "config",
+    None,
+    "Data and evaluation settings other than the checkpoint's own.",
+    flag_values=_FLAGS,
 )
-_METRICS = flags.DEFINE_list("metrics", ["all"], "all, or some of the metrics' names.")
-_OUT = flags.DEFINE_string("out", None, "Default: WORKDIR/evaluation.")
+_METRICS = flags.DEFINE_list(
+    "metrics", ["all"], "all, or some of the metrics' names.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Default: WORKDIR/evaluation.", flag_values=_FLAGS
+)
 _BEST_BY = flags.DEFINE_string(
-    "best_by", None, "robust_accuracy or sample_distance: that checkpoint."
+    "best_by",
+    None,
+    "robust_accuracy or sample_distance: that checkpoint.",
+    flag_values=_FLAGS,
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS data sets lie.")
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 1000, "Of each set; 0 for all.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1000, "Generated images.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of noise, attacks and resampling.")
-_EPSILONS = flags.DEFINE_list("epsilons", [], "Radii of the curve under PGD.")
-_OOD = flags.DEFINE_list("ood", ["noise"], "Out-of-distribution sets: noise, sources.")
-_RADII = flags.DEFINE_list("radii", ["1", "2", "4", "8"], "Of counterfactuals, L2.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where TFDS data sets lie.", flag_values=_FLAGS
+)
+_NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples", 1000, "Of each set; 0 for all.", flag_values=_FLAGS
+)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1000, "Generated images.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of noise, attacks and resampling.", flag_values=_FLAGS
+)
+_EPSILONS = flags.DEFINE_list(
+    "epsilons", [], "Radii of the curve under PGD.", flag_values=_FLAGS
+)
+_OOD = flags.DEFINE_list(
+    "ood", ["noise"], "Out-of-distribution sets: noise, sources.", flag_values=_FLAGS
+)
+_RADII = flags.DEFINE_list(
+    "radii", ["1", "2", "4", "8"], "Of counterfactuals, L2.", flag_values=_FLAGS
+)
 _TARGET = flags.DEFINE_string(
-    "target", "next", "Of counterfactuals: next, runner_up or a class."
+    "target",
+    "next",
+    "Of counterfactuals: next, runner_up or a class.",
+    flag_values=_FLAGS,
 )
 _NORM = flags.DEFINE_string(
-    "norm", None, "AutoAttack's: l2, linf; default the config's."
+    "norm", None, "AutoAttack's: l2, linf; default the config's.", flag_values=_FLAGS
 )
-_EPSILON = flags.DEFINE_float("epsilon", None, "AutoAttack's radius, with --norm.")
+_EPSILON = flags.DEFINE_float(
+    "epsilon", None, "AutoAttack's radius, with --norm.", flag_values=_FLAGS
+)
 _VERSION = flags.DEFINE_string(
-    "autoattack_version", "standard", "standard, plus or rand."
+    "autoattack_version", "standard", "standard, plus or rand.", flag_values=_FLAGS
 )
-_SAVE = flags.DEFINE_bool("save_adversarial", False, "Keep AutoAttack's images.")
-_JUDGE = flags.DEFINE_string("judge", None, "Checkpoint of an independent classifier.")
+_SAVE = flags.DEFINE_bool(
+    "save_adversarial", False, "Keep AutoAttack's images.", flag_values=_FLAGS
+)
+_JUDGE = flags.DEFINE_string(
+    "judge", None, "Checkpoint of an independent classifier.", flag_values=_FLAGS
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -151,12 +191,13 @@ def _numbers(name: str, texts: Sequence[str]) -> tuple[float, ...]:
 
 def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
-        return flags.FLAGS(argv)
+        print(__doc__, _FLAGS.get_help(), sep="\n")
+        sys.exit(0)
     try:
         names = dict(flag_values(argv[1:]))
         if any(name.startswith(("config", "noconfig.")) for name in names):
             check_overrides(argv[1:])
-        rest = flags.FLAGS(argv)
+        rest = _FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
         if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):

@@ -199,8 +199,12 @@ def test_user_mistake_on_the_command_line_exits_with_2(
 ):
     arguments = ["evaluate", *arguments]
     monkeypatch.setattr(sys, "argv", arguments)
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
-        command.main(command._parse(arguments))
+    before = flagsaver.save_flag_values(command._FLAGS)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command.main(command._parse(arguments))
+    finally:
+        flagsaver.restore_flag_values(before, command._FLAGS)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said

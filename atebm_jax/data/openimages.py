@@ -1,0 +1,146 @@
+"""Which Open Images show nothing that ImageNet has a class for (method: section 4)."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from atebm_jax.errors import UserError
+
+
+def normalise(name: str) -> str:
+    """A name without case, punctuation, plural: "Bald Eagles" -> "bald eagle"."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    if words and len(words[-1]) > 3:
+        words[-1] = re.sub(r"(?<=[^s])s$|(?<=ch|sh|ss)es$", "", words[-1])
+    return " ".join(words)
+
+
+def names_of_classes(path: str) -> set[str]:
+    """Normalised names of a class file: one class a line, synonyms between commas.
+
+    A WordNet identifier (n01440764) in front of the names is passed over.
+
+    Raises:
+      UserError: the file cannot be read or holds no name.
+    """
+    names = set()
+    for line in _lines(path, "--imagenet_classes"):
+        line = re.sub(r"^n\d{8}\s*[:,]?\s*", "", line.strip())
+        names |= {normalise(part) for part in line.split(",")} - {""}
+    if not names:
+        raise UserError(
+            f"--imagenet_classes={path} holds no names: expected one class a line, "
+            "synonyms separated by commas."
+        )
+    return names
+
+
+def overlapping_labels(
+    display_names: Mapping[str, str],
+    classes: set[str],
+    hierarchy: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Labels that overlap a class, with the reason.
+
+    A label overlaps if its name is a class's, if its last word is (a "sports car" is a
+    "car"), if a class's last word is its name (a class "school bus" makes "bus"
+    overlap), or if it lies above or below such a label in the hierarchy.
+
+    Args:
+      display_names: label identifier -> name.
+      classes: normalised class names.
+      hierarchy: {"LabelName", "Subcategory": [...]} of Open Images, or None.
+    """
+    heads = {name.split()[-1] for name in classes}
+    found: dict[str, str] = {}
+    for label, display in display_names.items():
+        name = normalise(display)
+        if name in classes:
+            found[label] = f"is the class {name}"
+        elif name and name.split()[-1] in classes:
+            found[label] = f"is a kind of {name.split()[-1]}"
+        elif name in heads:
+            found[label] = f"has kinds among the classes ({name})"
+    direct = set(found)
+    for path in _paths(hierarchy or {}):
+        hits = [label for label in path if label in direct]
+        if hits:
+            for label in path:
+                found.setdefault(label, f"on a line with {display_names[hits[0]]}")
+    return found
+
+
+def select(
+    labels_file: str,
+    descriptions_file: str,
+    classes_file: str,
+    hierarchy_file: str | None,
+    decisions: Path,
+) -> set[str]:
+    """Identifiers of images whose verified labels overlap no ImageNet class.
+
+    Args:
+      labels_file: CSV with ImageID, LabelName, Confidence; only verified positive
+        labels (Confidence 1) count. An image without any is left out.
+      descriptions_file: CSV of label identifier and name.
+      classes_file: ImageNet's class names, see `names_of_classes`.
+      hierarchy_file: JSON of the label hierarchy, or None.
+      decisions: CSV to be written: every label, its name, and why it overlaps.
+
+    Raises:
+      UserError: a file cannot be read or has other columns.
+    """
+    rows = csv.reader(_lines(descriptions_file, "--class_descriptions"))
+    display = {row[0]: row[1] for row in rows if len(row) > 1 and row[0] != "LabelName"}
+    hierarchy = None
+    if hierarchy_file:
+        try:
+            hierarchy = json.loads("".join(_lines(hierarchy_file, "--hierarchy")))
+        except ValueError as error:
+            raise UserError(
+                f"--hierarchy={hierarchy_file} is no JSON: {error}."
+            ) from error
+    overlap = overlapping_labels(display, names_of_classes(classes_file), hierarchy)
+    with decisions.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "name", "overlaps"])
+        writer.writerows([k, name, overlap.get(k, "")] for k, name in display.items())
+    return _without(labels_file, overlap)
+
+
+def _without(labels_file: str, overlap: Mapping[str, str]) -> set[str]:
+    reader = csv.DictReader(_lines(labels_file, "--labels"))
+    wanted = {"ImageID", "LabelName", "Confidence"}
+    if not wanted <= set(reader.fieldnames or ()):
+        raise UserError(
+            f"--labels={labels_file} has the columns {reader.fieldnames}: expected "
+            f"{', '.join(sorted(wanted))}."
+        )
+    seen, refused = set(), set()
+    for row in reader:
+        if float(row["Confidence"] or 0) == 1.0:
+            seen.add(row["ImageID"])
+            if row["LabelName"] in overlap:
+                refused.add(row["ImageID"])
+    return seen - refused
+
+
+def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ...]]:
+    """Every line from below the root to a leaf; the root is above everything."""
+    for child in node.get("Subcategory", ()):
+        line = (*above, child["LabelName"])
+        if child.get("Subcategory"):
+            yield from _paths(child, line)
+        else:
+            yield line
+
+
+def _lines(path: str, flag: str) -> Iterable[str]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag}={path} cannot be read: {error}.") from error

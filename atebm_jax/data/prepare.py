@@ -1,0 +1,397 @@
+"""Makes a prepared data set: `python -m atebm_jax.data.prepare --from=... --to=DIR`.
+
+Images are decoded once, their shorter side scaled down to `--size`, and stored as JPEG
+in shards of ArrayRecord. A stopped run goes on with its finished shards. Exit codes: 0
+finished; 2 a mistake, said in one sentence.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from absl import app, flags
+from array_record.python import array_record_module
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from atebm_jax.data import decoding, openimages, prepared
+from atebm_jax.data.sources import Source, open_source
+from atebm_jax.errors import UserError
+
+# Of this command alone: several may be imported side by side.
+_FLAGS = flags.FlagValues()
+_FROM = flags.DEFINE_string(
+    "from",
+    None,
+    "folder:PATH, tfds:NAME:SPLIT, or openimages:FOLDER of images.",
+    flag_values=_FLAGS,
+)
+_TO = flags.DEFINE_string(
+    "to", None, "Folder for the prepared set.", flag_values=_FLAGS
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where TFDS data sets lie.", flag_values=_FLAGS
+)
+_SIZE = flags.DEFINE_integer(
+    "size", 292, "Shorter side; smaller images stay.", flag_values=_FLAGS
+)
+_QUALITY = flags.DEFINE_integer(
+    "quality", 95, "Of the JPEGs, 1 to 100.", flag_values=_FLAGS
+)
+_SHARD_SIZE = flags.DEFINE_integer(
+    "shard_size", 2048, "Images of a shard.", flag_values=_FLAGS
+)
+_WORKERS = flags.DEFINE_integer(
+    "num_workers", 0, "Processes; 0 for one a core.", flag_values=_FLAGS
+)
+_MAX_BAD = flags.DEFINE_integer(
+    "max_bad_images", 100, "Unreadable images that are passed over.", flag_values=_FLAGS
+)
+_COUNT = flags.DEFINE_integer(
+    "count", 0, "Only so many, drawn at random; 0 for all.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of that draw.", flag_values=_FLAGS)
+_CHECK = flags.DEFINE_bool(
+    "check", False, "Only verify the set in --to.", flag_values=_FLAGS
+)
+_LABELS = flags.DEFINE_string(
+    "labels", None, "Open Images: CSV of image labels.", flag_values=_FLAGS
+)
+_DESCRIPTIONS = flags.DEFINE_string(
+    "class_descriptions", None, "Open Images: CSV of label names.", flag_values=_FLAGS
+)
+_CLASSES = flags.DEFINE_string(
+    "imagenet_classes",
+    None,
+    "Open Images: ImageNet's class names, a class a line.",
+    flag_values=_FLAGS,
+)
+_HIERARCHY = flags.DEFINE_string(
+    "hierarchy", None, "Open Images: label hierarchy.", flag_values=_FLAGS
+)
+
+
+def prepare(
+    source: Source,
+    to: str | Path,
+    *,
+    size: int = 292,
+    quality: int = 95,
+    shard_size: int = 2048,
+    num_workers: int = 1,
+    max_bad_images: int = 100,
+    indices: np.ndarray | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Writes a prepared set, or goes on with one that was begun with these settings.
+
+    Args:
+      source: the images.
+      to: folder; made if it is not there.
+      size: pixels of the shorter side; images are never enlarged.
+      quality: of the JPEGs.
+      shard_size: images of a shard.
+      num_workers: processes.
+      max_bad_images: unreadable images that are passed over and listed.
+      indices: only these images of the source, in this order.
+      console: for the progress bar.
+
+    Returns:
+      The index, as in `index.json`.
+
+    Raises:
+      UserError: the folder holds another set or cannot be written, settings do not
+        fit, or too many images cannot be read.
+    """
+    if size < 1 or shard_size < 1 or not 1 <= quality <= 100:
+        raise UserError(
+            f"size is {size}, shard_size {shard_size} and quality {quality}: the first "
+            "two must be positive, the third 1 to 100."
+        )
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
+    if not len(chosen):
+        raise UserError(f"{source.spec}: no images are left to prepare.")
+    settings = {
+        "format": prepared.FORMAT,
+        "source": source.spec,
+        "num_source_images": len(chosen),
+        "selection": hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest(),
+        "class_names": list(source.class_names) if source.class_names else None,
+        "size": size,
+        "quality": quality,
+        "shard_size": shard_size,
+    }
+    root = Path(to).expanduser()
+    _claim(root, settings)
+    parts = [chosen[i : i + shard_size] for i in range(0, len(chosen), shard_size)]
+    jobs = [
+        functools.partial(
+            _shard,
+            source,
+            part,
+            root,
+            prepared.shard_name(i, len(parts)),
+            size,
+            quality,
+        )
+        for i, part in enumerate(parts)
+    ]
+    shards = _run(jobs, num_workers, max_bad_images, console or Console(stderr=True))
+    bad = [name for shard in shards for name in shard.pop("bad")]
+    index = settings | {
+        "shards": shards,
+        "num_images": sum(shard["num_images"] for shard in shards),
+        "num_bad_images": len(bad),
+    }
+    _replace(root / "bad_images.txt", "".join(f"{name}\n" for name in bad))
+    _replace(root / prepared.INDEX, json.dumps(index, indent=2) + "\n")
+    check(root)
+    return index
+
+
+def check(root: str | Path) -> int:
+    """Compares every shard with the index: number of records and SHA-256.
+
+    Returns:
+      The number of images.
+
+    Raises:
+      UserError: names the shard that differs.
+    """
+    root = Path(root).expanduser()
+    index = prepared.read_index(root)
+    for number, shard in enumerate(index["shards"]):
+        path = root / prepared.shard_name(number, len(index["shards"]))
+        same = path.exists() and _sha256(path) == shard["sha256"]
+        if same:
+            reader = array_record_module.ArrayRecordReader(str(path))
+            same = reader.num_records() == shard["num_images"]
+            reader.close()
+        if not same:
+            raise UserError(
+                f"{path} is missing or not as it was written: delete it with its .json "
+                "and run the same command again."
+            )
+    return index["num_images"]
+
+
+def _claim(root: Path, settings: dict[str, Any]) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / "settings.json"
+        if path.exists():
+            if json.loads(path.read_text()) != settings:
+                raise UserError(
+                    f"{root} was begun from other images or with other settings: give "
+                    "the same ones, or another --to."
+                )
+            return
+        if any(root.iterdir()):
+            raise UserError(f"{root} is not empty: give another --to.")
+        _replace(path, json.dumps(settings))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{root} cannot be written: {error}.") from error
+
+
+def _run(
+    jobs: Sequence[Any], num_workers: int, max_bad_images: int, console: Console
+) -> list[dict[str, Any]]:
+    results: dict[int, dict[str, Any]] = {}
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers or os.cpu_count(), initializer=_ignore_interrupts
+    ) as pool:
+        waiting = {pool.submit(job): i for i, job in enumerate(jobs)}
+        done = concurrent.futures.as_completed(waiting)
+        try:
+            for future in track(
+                done, "shards", total=len(jobs), console=console, transient=True
+            ):
+                results[waiting[future]] = future.result()
+                bad = [name for r in results.values() for name in r["bad"]]
+                if len(bad) > max_bad_images:
+                    raise UserError(
+                        f"{len(bad)} images cannot be read, {bad[0]} for one, and "
+                        f"--max_bad_images is {max_bad_images}: mend them, or allow "
+                        "more."
+                    )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [results[i] for i in range(len(jobs))]
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _shard(
+    source: Source, indices: np.ndarray, root: Path, name: str, size: int, quality: int
+) -> dict[str, Any]:
+    """Writes one shard, unless it is there already; its description."""
+    description = root / f"{name}.json"
+    if description.exists():
+        return json.loads(description.read_text())
+    temporary = root / f".{name}.tmp"
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    written, bad = 0, []
+    for index in indices.tolist():
+        try:
+            example = source[index]
+            record = prepared.pack(
+                resized(example["image"], size, quality), example["label"]
+            )
+        except (OSError, ValueError) as error:
+            bad.append(f"{source.describe(index)}: {error}")
+            continue
+        writer.write(record)
+        written += 1
+    writer.close()
+    result = {"num_images": written, "sha256": _sha256(temporary), "bad": bad}
+    temporary.replace(root / name)
+    # Last, because it says that the shard is whole.
+    _replace(description, json.dumps(result))
+    return result
+
+
+def resized(image: bytes | np.ndarray, size: int, quality: int) -> bytes:
+    """JPEG of an image with its shorter side scaled down to `size`, antialiased.
+
+    A JPEG that is not larger stays byte for byte what it is.
+
+    Raises:
+      ValueError: it cannot be decoded.
+    """
+    pixels = decoding.decode(image, 3)
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    is_jpeg = isinstance(image, bytes) and image[:3] == b"\xff\xd8\xff"
+    if shorter <= size and is_jpeg and isinstance(image, bytes):
+        return image
+    picture = Image.fromarray(pixels)
+    if shorter > size:
+        shape = (round(width * size / shorter), round(height * size / shorter))
+        picture = picture.resize(shape, Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=quality, subsampling=0)
+    return stream.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _open(to: str) -> tuple[Source, np.ndarray | None]:
+    """The source of the flags, and which of its images."""
+    kind, _, folder = str(_FROM.value).partition(":")
+    if kind != "openimages":
+        source = open_source(str(_FROM.value), _DATA_DIR.value)
+        candidates = np.arange(len(source))
+    else:
+        needed = {
+            "labels": _LABELS.value,
+            "class_descriptions": _DESCRIPTIONS.value,
+            "imagenet_classes": _CLASSES.value,
+        }
+        missing = [f"--{name}" for name, value in needed.items() if not value]
+        if missing:
+            raise UserError(f"openimages needs {' and '.join(missing)} too.")
+        source = open_source(f"folder:{folder}")
+        decisions = Path(f"{to.rstrip(os.sep)}.labels.csv").expanduser()
+        decisions.parent.mkdir(parents=True, exist_ok=True)
+        allowed = openimages.select(
+            str(_LABELS.value),
+            str(_DESCRIPTIONS.value),
+            str(_CLASSES.value),
+            _HIERARCHY.value,
+            decisions,
+        )
+        names = [Path(source.describe(i)).stem for i in range(len(source))]
+        candidates = np.flatnonzero([name in allowed for name in names])
+        print(
+            f"{len(candidates)} of {len(source)} images overlap no class; the decision "
+            f"on every label is in {decisions}."
+        )
+    if not _COUNT.value:
+        return source, candidates
+    if _COUNT.value > len(candidates):
+        raise UserError(
+            f"--count is {_COUNT.value} and there are {len(candidates)} images: give "
+            "less."
+        )
+    rng = np.random.default_rng(_SEED.value)
+    return source, rng.choice(candidates, _COUNT.value, replace=False)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares or checks the set that the flags describe."""
+    del argv
+    to = str(_TO.value)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        if _CHECK.value:
+            print(f"{check(to)} images, every shard as it was written.")
+            return
+        source, indices = _open(to)
+        index = prepare(
+            source,
+            to,
+            size=_SIZE.value,
+            quality=_QUALITY.value,
+            shard_size=_SHARD_SIZE.value,
+            num_workers=_WORKERS.value,
+            max_bad_images=_MAX_BAD.value,
+            indices=indices,
+        )
+    except UserError as error:
+        _fail(error)
+    bad = index["num_bad_images"]
+    print(
+        f"{index['num_images']} images in {len(index['shards'])} shards, {bad} "
+        f"unreadable{' (bad_images.txt)' if bad else ''}; use it as prepared:{to}"
+    )
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if any(argument.startswith("--help") for argument in argv):
+        print(__doc__, _FLAGS.get_help(), sep="\n")
+        sys.exit(0)
+    try:
+        rest = _FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
+        if not _TO.value:
+            raise UserError("--to is missing: give a folder for the prepared set.")
+        if not _FROM.value and not _CHECK.value:
+            raise UserError("--from is missing: give folder:PATH, say.")
+        return rest
+    except (UserError, flags.Error) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

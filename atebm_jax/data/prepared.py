@@ -1,0 +1,103 @@
+"""Prepared data sets: images resized once, in shards that are read at random."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_data_source
+
+from atebm_jax.data.sources import UNLABELLED, Example
+from atebm_jax.errors import UserError
+
+INDEX = "index.json"
+FORMAT = 1
+_LABEL = struct.Struct("<i")
+
+
+def pack(image: bytes, label: int) -> bytes:
+    """A record: the label as a little-endian int32, then the encoded image."""
+    return _LABEL.pack(label) + image
+
+
+def unpack(record: bytes) -> Example:
+    """Undoes `pack`."""
+    return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
+
+
+def shard_name(index: int, count: int) -> str:
+    """File name of a shard."""
+    return f"images-{index:05d}-of-{count:05d}.array_record"
+
+
+class PreparedSource:
+    """What `python -m atebm_jax.data.prepare` has written.
+
+    Args:
+      path: the folder with `index.json` and the shards.
+
+    Raises:
+      UserError: there is none, or shards are missing.
+    """
+
+    def __init__(self, path: str):
+        self.spec = f"prepared:{path}"
+        self._root = Path(os.path.expanduser(path))
+        index = read_index(self._root)
+        self.class_names = tuple(index["class_names"] or ()) or None
+        self.num_classes = len(self.class_names) if self.class_names else None
+        counts = [shard["num_images"] for shard in index["shards"]]
+        self._paths = [
+            str(self._root / shard_name(i, len(counts)))
+            for i, count in enumerate(counts)
+            if count
+        ]
+        missing = [p for p in self._paths if not os.path.exists(p)]
+        if missing:
+            raise UserError(
+                f"{self.spec}: {len(missing)} shards are missing, {missing[0]} for "
+                "one; prepare the set again into the same folder."
+            )
+        self._length = sum(counts)
+        self._records: Any = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if self._records is None:
+            self._records = array_record_data_source.ArrayRecordDataSource(self._paths)
+        return unpack(self._records[int(index)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay behind: every worker opens its own.
+        return self.__dict__ | {"_records": None}
+
+    def describe(self, index: int) -> str:
+        return f"{self.spec}[{index}]"
+
+    def labels(self) -> np.ndarray:
+        """All labels [N] int32, read from the records; for checks, not for training."""
+        rows = [self[i]["label"] for i in range(len(self))]
+        return np.array(rows or [UNLABELLED], np.int32)[: len(self)]
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """The description of a prepared set.
+
+    Raises:
+      UserError: it is absent or damaged.
+    """
+    path = root / INDEX
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"prepared:{root}: {path} cannot be read ({error}); expected a folder that "
+            "atebm_jax.data.prepare has finished."
+        ) from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"prepared:{root}: {path} is of another format than {FORMAT}.")
+    return index
