@@ -62,7 +62,7 @@ FLOAT64 = """
 import sys
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, torch
 import torch_reference, torch_side
-from atebm_jax import attacks, convert, energy, main, models
+from atebm_jax import attacks, convert, energy, command_line, models
 from atebm_jax.models import wide_resnet
 
 torch.set_default_dtype(torch.float64)
