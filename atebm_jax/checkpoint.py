@@ -188,12 +188,17 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
-    if (folder / "state").exists() and (folder / "meta").exists():
-        return folder
     if best_by is not None and best_by not in BEST_BY:
         raise UserError(
             f"unknown best_by {best_by!r}: choose one of {', '.join(BEST_BY)}."
         )
+    if (folder / "state").exists() and (folder / "meta").exists():
+        if best_by is not None:
+            raise UserError(
+                f"{path} is one step and best_by is {best_by!r}: give the workdir or "
+                "the stage's folder, where there are steps to choose from."
+            )
+        return folder
     order = (*reversed(STAGE_ORDER), IMPORTED)
     stages = [folder / "checkpoints" / stage for stage in order]
     for candidate in [*stages, folder]:

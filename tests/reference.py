@@ -84,7 +84,9 @@ def variables(state_dict: dict[str, np.ndarray], prefix: str = "") -> dict[str, 
     return jax.tree.map(jnp.asarray, convert.from_torch("wide_resnet", arrays))
 
 
-def rule_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rule_weights(
+    stored: dict[str, np.ndarray], gain: float = 1.0
+) -> dict[str, np.ndarray]:
     """A full-size network's weights, which follow from their names alone.
 
     The rule is the golden files'; its sums are checked before anything rests on it.
@@ -96,19 +98,19 @@ def rule_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         stored["param_check_sum_first_last"],
         strict=True,
     ):
-        made[name] = _rule_weight(name, tuple(json.loads(text)))
+        made[name] = _rule_weight(name, tuple(json.loads(text)), gain)
         flat = made[name].ravel()
         sums = [flat.sum(dtype=np.float64), flat[0], flat[-1]]
         np.testing.assert_allclose(sums, check, rtol=1e-9, atol=1e-9)
     return made
 
 
-def _rule_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _rule_weight(name: str, shape: tuple[int, ...], gain: float) -> np.ndarray:
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     noise = generator.standard_normal(shape).astype(np.float32)
     last = name.rpartition(".")[2]
     if last == "weight" and len(shape) > 1:
-        return np.float32(np.sqrt(1.0 / np.prod(shape[1:]))) * noise
+        return np.float32(np.sqrt(gain / np.prod(shape[1:]))) * noise
     if last == "running_var":
         return np.float32(1) + np.float32(0.1) * np.abs(noise)
     if last == "gamma":

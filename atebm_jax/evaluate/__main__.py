@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -98,6 +98,26 @@ _SAVE = flags.DEFINE_bool(
 _JUDGE = flags.DEFINE_string(
     "judge", None, "Checkpoint of an independent classifier.", flag_values=_FLAGS
 )
+_TEXTS: dict[str, Any] = {
+    name: flags.DEFINE_string(name, default, text, flag_values=_FLAGS)
+    for name, default, text in (
+        ("feature_extractor", "", "inception, model, or a checkpoint."),
+        ("inception_weights", None, "Path of Inception-v3's weights, for FID."),
+        ("reference_statistics", None, "An .npz with mu and sigma of real images."),
+        ("quantise", "reference", "Samples to bytes: reference (down) or nearest."),
+        ("score_protocol", "reference", "Of the Inception Score; or torch_fidelity."),
+        ("cache_dir", None, "Of statistics of data sets."),
+    )
+}
+_COUNTS: dict[str, Any] = {
+    name: flags.DEFINE_integer(name, default, text, flag_values=_FLAGS)
+    for name, default, text in (
+        ("num_reference", 0, "Real images for FID's statistics; 0 for all."),
+        ("num_pairs", 5000, "Images of each side for precision and recall."),
+        ("sweep", 3, "Numbers of steps to try below and above; 0 for none."),
+        ("sweep_samples", 2560, "Samples for each of them."),
+    )
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -159,6 +179,7 @@ def _options() -> "Options":
         "num_examples": _NUM_EXAMPLES,
         "num_samples": _NUM_SAMPLES,
         "seed": _SEED,
+        **_COUNTS,
     }.items():
         if flag.value < 0:
             raise UserError(f"--{name} is {flag.value}: it must not be negative.")
@@ -174,6 +195,7 @@ def _options() -> "Options":
         epsilon=_EPSILON.value,
         version=_VERSION.value,
         save_adversarial=_SAVE.value,
+        **{name: flag.value for name, flag in (_TEXTS | _COUNTS).items()},
     )
 
 

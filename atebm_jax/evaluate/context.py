@@ -25,6 +25,8 @@ class Network(NamedTuple):
 
 # (network, images [B, H, W, C] float32 in [0, 1], labels [B]) -> arrays [B, ...].
 ImageFn = Callable[[Network, jax.Array, jax.Array], dict[str, jax.Array]]
+# The same with more arguments, or compiled.
+RowsFn = Callable[..., dict[str, jax.Array]]
 # Shows the progress of a part: (name, batches done, batches in all).
 ShowFn = Callable[[str, int, int], None]
 
@@ -45,6 +47,17 @@ class Options:
       norm, epsilon: threat of AutoAttack; None for that of config.evaluate.attack.
       version: of AutoAttack.
       save_adversarial: write AutoAttack's images.
+      feature_extractor: "inception", "model" or a checkpoint; "" for Inception where
+        its weights are given, else the model.
+      inception_weights: path of Inception's weights.
+      reference_statistics: an `.npz` with `mu` and `sigma` instead of `data.train`.
+      num_reference: images of data.train for the statistics; 0 for all.
+      num_pairs: images of each side where pairs are compared.
+      sweep: numbers of sampling steps to try below and above the config's; 0 for none.
+      sweep_samples: images for that.
+      quantise: a key of `drawing.QUANTISE`.
+      score_protocol: one of `metrics.SCORE_PROTOCOLS`.
+      cache_dir: of statistics of data sets; None for the user's cache.
     """
 
     num_examples: int = 1000
@@ -59,6 +72,16 @@ class Options:
     epsilon: float | None = None
     version: str = "standard"
     save_adversarial: bool = False
+    feature_extractor: str = ""
+    inception_weights: str | None = None
+    reference_statistics: str | None = None
+    num_reference: int = 0
+    num_pairs: int = 5000
+    sweep: int = 3
+    sweep_samples: int = 2560
+    quantise: str = "reference"
+    score_protocol: str = "reference"
+    cache_dir: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +134,7 @@ class Context:
           The arrays over all images that could be decoded, with "labels" [N].
         """
         source = self.sources[role]
-        preprocess = self._preprocess(role)
+        preprocess = self.preprocess(role)
         store = self.store.within(
             part=name, role=role, source=source.spec, preprocess=preprocess, **settings
         )
@@ -125,17 +148,19 @@ class Context:
             parts.append(unit)
         self.show(name, len(parts), total)
         if len(parts) < total:
-            compiled = self._compiled(function)
-            for batch in self._batches(source, preprocess, limit, len(parts)):
-                unit = self._unit(compiled, batch)
+            compiled = self.compiled(function)
+            for batch in self.batches(role, limit, len(parts)):
+                unit = self.rows(compiled, batch)
                 store.save(f"{len(parts):06d}", unit)
                 parts.append(unit)
                 self.show(name, len(parts), total)
         return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
-    def _compiled(self, function: ImageFn) -> Callable[..., dict[str, jax.Array]]:
+    def compiled(self, function: RowsFn) -> RowsFn:
+        """Compiles an `ImageFn`; what it takes beside the images comes after them."""
+
         def apply(
-            variables: Any, batch: Mapping[str, jax.Array]
+            variables: Any, batch: Mapping[str, jax.Array], *rest: Any
         ) -> dict[str, jax.Array]:
             images = batch["images"].astype(jnp.float32) / 255.0
 
@@ -145,31 +170,37 @@ class Context:
                 return pooled
 
             network = Network(models.logits_fn(self.model, variables), features)
-            rows = function(network, images, batch["labels"])
+            rows = function(network, images, batch["labels"], *rest)
             return rows | {"labels": batch["labels"], "mask": batch["mask"]}
 
         return jax.jit(apply, out_shardings=sharding.replicated(self.mesh))
 
-    def _unit(
-        self, compiled: Callable[..., dict[str, jax.Array]], batch: Mapping[str, Any]
+    def rows(
+        self,
+        compiled: RowsFn,
+        batch: Mapping[str, Any],
+        *rest: Any,
     ) -> Arrays:
+        """What a compiled function makes of a batch's decoded images."""
         placed = sharding.put_batch(batch, self.mesh)
-        rows = {k: np.asarray(v) for k, v in compiled(self.variables, placed).items()}
+        rows = {
+            k: np.asarray(v) for k, v in compiled(self.variables, placed, *rest).items()
+        }
         mask = rows.pop("mask")
         return {key: value[mask] for key, value in rows.items()}
 
-    def _preprocess(self, role: str) -> str:
+    def preprocess(self, role: str) -> str:
+        """How images of a source come to the network's size."""
         settings = self.config.data
         labelled = role in ("train", "eval", "test")
         return settings.preprocess if labelled else settings.preprocess_seeds
 
-    def _batches(
-        self, source: data.Source, preprocess: str, limit: int, start: int
-    ) -> Iterator[Mapping[str, Any]]:
+    def batches(self, role: str, limit: int, start: int) -> Iterator[dict[str, Any]]:
+        """Batches of at most so many images spread over a source, from one on."""
         settings = self.config.data
         with data.eval_batches(
-            source,
-            preprocess=preprocess,
+            self.sources[role],
+            preprocess=self.preprocess(role),
             batch_size=self.config.evaluate.batch_size,
             image_shape=self.image_shape,
             limit=limit,
@@ -194,7 +225,7 @@ class Context:
             "source": self.sources[role].spec,
             "num_images": len(rows["labels"]),
             "image_shape": list(self.image_shape),
-            "preprocess": self._preprocess(role),
+            "preprocess": self.preprocess(role),
             "sha256": digest.hexdigest(),
         }
 

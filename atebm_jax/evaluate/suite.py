@@ -18,6 +18,7 @@ from atebm_jax.evaluate import (
     calibration,
     classification,
     counterfactual,
+    generation,
     ood,
     robustness,
     suite_report,
@@ -30,6 +31,7 @@ METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
     "accuracy": classification.accuracy,
     "pgd": classification.pgd,
     "autoattack": robustness.run,
+    "generation": generation.run,
     "calibration": calibration.run,
     "ood": ood.run,
     "counterfactual": counterfactual.run,
@@ -80,7 +82,10 @@ def evaluate(
         )
     weights, meta = checkpoint.load_weights(path, best_by=best_by)
     settings = _settings(meta, config, data_dir)
-    context = _context(weights, settings, checkpoint.absolute(out), options, show)
+    needed = ("train", "seeds") if "generation" in metrics else ()
+    context = _context(
+        weights, settings, checkpoint.absolute(out), options, show, needed
+    )
     if judge is not None:
         context = _with_judge(context, judge)
     folder = checkpoint.absolute(out)
@@ -156,6 +161,7 @@ def _context(
     out: epath.Path,
     options: Options,
     show: ShowFn,
+    needed: Sequence[str],
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
@@ -177,7 +183,7 @@ def _context(
         model=models.build(settings.model),
         variables=sharding.put_replicated(weights, mesh),
         mesh=mesh,
-        sources=_sources(settings, options),
+        sources=_sources(settings, options, needed),
         store=store,
         options=options,
         show=show,
@@ -185,9 +191,14 @@ def _context(
 
 
 def _sources(
-    settings: ml_collections.ConfigDict, options: Options
+    settings: ml_collections.ConfigDict, options: Options, needed: Sequence[str]
 ) -> dict[str, data.Source]:
+    """The test images, those to fit on, and what a metric needs beside."""
     sources: dict[str, data.Source] = {}
+    for role in needed:
+        if settings.data[role] != "noise":
+            spec = settings.data[role]
+            sources[role] = data.open_source(spec, settings.data.data_dir)
     for role in ("test", "eval"):
         sources[role] = data.open_source(settings.data[role], settings.data.data_dir)
         classes = sources[role].num_classes

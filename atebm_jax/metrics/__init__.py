@@ -13,10 +13,16 @@ from atebm_jax.metrics.generation import (
     Moments,
     feature_statistics,
     frechet_distance,
-    inception_score,
     kernel_distance,
     precision_recall,
 )
+from atebm_jax.metrics.inception import PROTOCOLS as SCORE_PROTOCOLS
+from atebm_jax.metrics.inception import (
+    SplitSums,
+    inception_score,
+    split_of_images,
+)
+from atebm_jax.metrics.inception import spread as score_spread
 from atebm_jax.metrics.intervals import (
     bootstrap_interval,
     jackknife_interval,
@@ -31,9 +37,11 @@ from atebm_jax.metrics.ranking import (
 )
 
 __all__ = [
+    "SCORE_PROTOCOLS",
     "Calibration",
     "Moments",
     "Reliability",
+    "SplitSums",
     "accuracy",
     "auroc",
     "average_precision",
@@ -51,5 +59,7 @@ __all__ = [
     "precision_recall",
     "reliability",
     "roc_curve",
+    "score_spread",
+    "split_of_images",
     "wilson_interval",
 ]

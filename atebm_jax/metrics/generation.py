@@ -5,14 +5,12 @@ in constant memory; precision and recall compare every pair and are meant for a 
 of limited size.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.spatial.distance
-import scipy.special
 
 _ROWS_AT_ONCE = 1024
 
@@ -112,59 +110,6 @@ def frechet_distance(
     return float(
         difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
     )
-
-
-def inception_score(
-    logits: np.ndarray, num_splits: int = 10, *, protocol: str = "reference"
-) -> tuple[float, float]:
-    """Inception Score and its spread over splits (Salimans et al., 2016).
-
-    exp(mean_x KL(p(y|x) || p(y))) in each split of consecutive images.
-
-    Args:
-      logits: [N, K] of the Inception network (without its last bias in the reference
-        protocol) or of any classifier; N >= 2 * num_splits.
-      num_splits: how many.
-      protocol: "reference", splits of ceil(N / num_splits), deviation with n - 1, as
-        torchmetrics has it; or "torch_fidelity", splits from floor(i N / n), deviation
-        with n. Both shuffle images beforehand; do so if their order means something.
-
-    Returns:
-      (mean, standard deviation) over the splits.
-
-    Raises:
-      ValueError: unknown protocol, too few images.
-    """
-    if protocol not in ("reference", "torch_fidelity"):
-        raise ValueError(
-            f"unknown protocol {protocol!r}: choose reference or torch_fidelity."
-        )
-    logits = np.asarray(logits, np.float64)
-    if logits.ndim != 2 or num_splits < 1 or len(logits) < 2 * num_splits:
-        raise ValueError(
-            f"logits have shape {logits.shape}: {num_splits} splits need [N, K] with N "
-            f">= {2 * num_splits}."
-        )
-    number = len(logits)
-    if protocol == "reference":
-        size = -(-number // num_splits)
-        bounds = [*range(0, number, size), number]
-    else:
-        bounds = [number * i // num_splits for i in range(num_splits + 1)]
-    probabilities = scipy.special.softmax(logits, axis=1)
-    scores = [
-        _exp_information(probabilities[start:stop])
-        for start, stop in itertools.pairwise(bounds)
-    ]
-    unbiased = protocol == "reference" and len(scores) > 1
-    return float(np.mean(scores)), float(np.std(scores, ddof=int(unbiased)))
-
-
-def _exp_information(probabilities: np.ndarray) -> float:
-    # H(marginal) - mean H(p): both sums are exact where a probability is zero.
-    information = scipy.special.entr(probabilities.mean(axis=0)).sum()
-    information -= scipy.special.entr(probabilities).sum(axis=1).mean()
-    return float(np.exp(information))
 
 
 def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:

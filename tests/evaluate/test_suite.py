@@ -17,7 +17,21 @@ from atebm_jax.evaluate.context import Options
 from atebm_jax.evaluate.store import Store
 
 QUICK = {"num_steps": 3, "num_queries": 5, "targets": 2, "fab_targets": 2}
-OPTIONS = Options(num_examples=80, radii=(1.0, 4.0), num_resamples=20)
+OPTIONS = Options(
+    num_examples=80,
+    radii=(1.0, 4.0),
+    num_resamples=20,
+    num_samples=60,
+    num_reference=200,
+    sweep=1,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,6 +74,8 @@ def test_every_figure_has_value_and_protocol(report):
         "reliability.png",
         "ood_noise.png",
         "counterfactuals.png",
+        "samples.png",
+        "sampling_steps.png",
     }
     text = (out / "report.md").read_text()
     assert all(f"## {name}" in text for name in suite.METRICS)

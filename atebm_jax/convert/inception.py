@@ -1,0 +1,97 @@
+"""The weights of Inception-v3 from a PyTorch or safetensors file."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atebm_jax.convert import files
+from atebm_jax.errors import UserError
+from atebm_jax.models import inception
+
+# The published file carries the first digits of its SHA-256 in its name.
+PUBLISHED = "pt_inception-2015-12-05-6726825d.pth"
+PUBLISHED_SHA256 = "6726825d"
+
+_LEAVES = {
+    ("conv", "kernel"): "conv.weight",
+    ("bn", "scale"): "bn.weight",
+    ("bn", "bias"): "bn.bias",
+    ("bn", "mean"): "bn.running_mean",
+    ("bn", "var"): "bn.running_var",
+}
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    """Reads the TensorFlow-ported weights; nothing in the file is run.
+
+    Args:
+      path: the published `.pth` file or the same state dict as safetensors.
+
+    Returns:
+      (variables of `models.inception.InceptionV3`, SHA-256 of the file).
+
+    Raises:
+      UserError: no such file, or it holds other weights.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if not os.path.isfile(path):
+        raise UserError(
+            f"there are no Inception weights at {path}: fetch {PUBLISHED} as "
+            "docs/inception.md says, or score with --feature_extractor=model."
+        )
+    source = files.open_source(path)
+    if not isinstance(source.tree, Mapping):
+        raise UserError(_other(path, "it holds no named weights"))
+    names = {k: v for k, v in source.tree.items() if files.is_array(v)}
+    return from_torch({k: source.read(v) for k, v in names.items()}, path), (
+        source.sha256
+    )
+
+
+def from_torch(weights: Mapping[str, np.ndarray], path: str = "") -> dict[str, Any]:
+    """Variables of the Flax network from a state dict of arrays in PyTorch's layout.
+
+    Raises:
+      UserError: a weight is missing, or has another shape.
+    """
+
+    def leaf(where: tuple, like: Any) -> np.ndarray:
+        name = _torch_name([key.key for key in where[1:]])
+        if name not in weights:
+            raise UserError(_other(path, f"{name} is missing"))
+        array = np.asarray(weights[name], np.float32)
+        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim)
+        array = array if axes is None else array.transpose(axes)
+        if array.shape != like.shape:
+            shape = np.shape(weights[name])
+            raise UserError(_other(path, f"{name} has shape {tuple(shape)}"))
+        return np.ascontiguousarray(array)
+
+    return jax.tree_util.tree_map_with_path(leaf, _expected())
+
+
+def _expected() -> Any:
+    size = (1, inception.SIZE, inception.SIZE, 3)
+    return jax.eval_shape(
+        inception.InceptionV3().init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct(size, jnp.float32),
+    )
+
+
+def _torch_name(keys: list[str]) -> str:
+    if keys[0].startswith("fc"):
+        return "fc.bias" if keys == ["fc_bias"] else "fc.weight"
+    return ".".join([*keys[:-2], _LEAVES[keys[-2], keys[-1]]])
+
+
+def _other(path: str, what: str) -> str:
+    return (
+        f"{path or 'the state dict'} is not the Inception-v3 of the Frechet Inception "
+        f"distance ({what}): expected {PUBLISHED} or the same as safetensors "
+        "(docs/inception.md)."
+    )

@@ -1,0 +1,179 @@
+"""Samples of the model in resumable units, as features of an extractor."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atebm_jax import data, models, sampling, sharding
+from atebm_jax.evaluate.context import Context
+from atebm_jax.evaluate.extractors import Extractor, score_inputs
+from atebm_jax.evaluate.store import Arrays
+
+# How floats become bytes: as the published scores were made, or without their bias.
+QUANTISE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "reference": lambda x: jnp.floor(x * 255.0).astype(jnp.uint8),
+    "nearest": lambda x: jnp.round(x * 255.0).astype(jnp.uint8),
+}
+
+
+class Plan(NamedTuple):
+    """What to draw.
+
+    Attributes:
+      name: of the part, for progress.
+      number: images.
+      steps: numbers of sampling steps at which features are taken, consecutive.
+      score_protocol: of the Inception Score; "" where no logits are needed.
+      num_shown: images whose bytes are kept.
+    """
+
+    name: str
+    number: int
+    steps: range
+    score_protocol: str = ""
+    num_shown: int = 0
+
+
+def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays]:
+    """Units of samples in order; those that are on disk are read.
+
+    Labels run 0..K-1 cyclically; image i depends on the seed and i alone.
+
+    Yields:
+      "features" [B, R, D] for R numbers of steps; "logits" [B, K'] and "bytes"
+      [B, H, W, C] uint8 (empty beyond those to be shown) after the last of them.
+    """
+    size = context.config.evaluate.batch_size
+    total = -(-plan.number // size)
+    settings = context.config.evaluate.samples
+    store = context.store.within(
+        part="samples",
+        seeds=context.config.data.seeds,
+        extractor=extractor.fingerprint,
+        step_size=settings.step_size,
+        steps=list(plan.steps),
+        quantise=context.options.quantise,
+        score_protocol=plan.score_protocol,
+        num_shown=plan.num_shown,
+    )
+    seeds: Iterator[jax.Array] = iter(())
+    position, draw = -1, None
+    for index in range(total):
+        unit = store.load(f"{index:06d}")
+        if unit is None:
+            draw = draw or _drawer(context, extractor, plan)
+            if position != index:
+                seeds, position = _seeds(context, index), index
+            unit = draw(next(seeds), index * size)
+            store.save(f"{index:06d}", unit)
+            position += 1
+        context.show(plan.name, index + 1, total)
+        left = plan.number - index * size
+        yield {key: rows[:left] for key, rows in unit.items()}
+
+
+def _drawer(
+    context: Context, extractor: Extractor, plan: Plan
+) -> Callable[[jax.Array, int], Arrays]:
+    everywhere = sharding.replicated(context.mesh)
+    sample = jax.jit(_sampler(context, extractor, plan.steps), out_shardings=everywhere)
+    again = plan.score_protocol == "reference" and extractor.apply_inputs is not None
+    classify = jax.jit(extractor.apply_inputs) if extractor.apply_inputs else None
+
+    def draw(seeds: jax.Array, first: int) -> Arrays:
+        made = sample(context.variables, extractor.variables, seeds, np.int32(first))
+        unit = {key: np.asarray(value) for key, value in made.items()}
+        if again and classify is not None:
+            inputs = _split(score_inputs(unit["bytes"]), context)
+            logits = classify(extractor.variables, inputs)
+            unit["logits"] = np.asarray(jax.device_put(logits, everywhere))
+        if not plan.score_protocol:
+            del unit["logits"]
+        unit["bytes"] = unit["bytes"][: max(plan.num_shown - first, 0)]
+        return unit
+
+    return draw
+
+
+def _sampler(
+    context: Context, extractor: Extractor, steps: range
+) -> Callable[..., dict[str, jax.Array]]:
+    size, settings = context.config.evaluate.batch_size, context.config.evaluate.samples
+    quantise = QUANTISE[context.options.quantise]
+    # One trajectory passes through every number of steps.
+    counts = np.diff(np.asarray(steps, np.int32), prepend=np.int32(0))
+
+    def sample(
+        variables: Any, weights: Any, seeds: jax.Array, first: jax.Array
+    ) -> dict[str, jax.Array]:
+        labels = first + jnp.arange(size, dtype=jnp.int32)
+        labels = labels % context.config.model.num_classes
+
+        def advance(x: jax.Array, count: jax.Array) -> tuple[jax.Array, dict]:
+            x = sampling.conditional(
+                models.logits_fn(context.model, variables),
+                x,
+                labels,
+                step_size=settings.step_size,
+                num_steps=count,
+            )
+            levels = quantise(x)
+            images = levels.astype(jnp.float32) / 255.0
+            features, logits = extractor.apply(weights, images)
+            return x, {"features": features, "logits": logits, "bytes": levels}
+
+        _, rows = jax.lax.scan(advance, seeds, jnp.asarray(counts))
+        features = jnp.swapaxes(rows.pop("features"), 0, 1)
+        return {"features": features} | {key: value[-1] for key, value in rows.items()}
+
+    return sample
+
+
+def _seeds(context: Context, start: int) -> Iterator[jax.Array]:
+    """Batches of seeds [B, H, W, C] float32 in [0, 1] from the one of that number."""
+    size, spec = context.config.evaluate.batch_size, context.config.data.seeds
+    if spec == "noise":
+        key = jax.random.key(context.options.seed)
+        split = sharding.batched(context.mesh)
+
+        def noise(first: jax.Array) -> jax.Array:
+            indices = first + jnp.arange(size, dtype=jnp.int32)
+            return sampling.noise_seeds(key, indices, context.image_shape)
+
+        compiled = jax.jit(noise, out_shardings=split)
+        for index in itertools.count(start):
+            yield compiled(np.int32(index * size))
+    source = context.sources["seeds"]
+    rounds = len(source) // size
+    if rounds == 0:
+        images = _few_seeds(context)
+        while True:
+            yield _split(images, context)
+    for index in itertools.count(start // rounds):
+        first = start % rounds if index == start // rounds else 0
+        for batch in context.batches("seeds", rounds * size, first):
+            placed = sharding.put_batch({"images": batch["images"]}, context.mesh)
+            yield placed["images"].astype(jnp.float32) / 255.0
+
+
+def _few_seeds(context: Context) -> np.ndarray:
+    """Fewer seeds than a batch has places: over and over."""
+    images, _ = data.materialise(
+        context.sources["seeds"],
+        context.preprocess("seeds"),
+        context.image_shape,
+        0,
+        context.config.data.max_bad_images,
+    )
+    rows = np.arange(context.config.evaluate.batch_size) % len(images)
+    return images[rows].astype(np.float32) / np.float32(255)
+
+
+def _split(array: np.ndarray, context: Context) -> jax.Array:
+    """A batch that every process holds, split over the devices."""
+    target = sharding.batched(context.mesh)
+    return jax.make_array_from_callback(array.shape, target, lambda at: array[at])

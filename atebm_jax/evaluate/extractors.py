@@ -1,0 +1,140 @@
+"""Networks whose features and classes score generated images."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from atebm_jax import checkpoint, models
+from atebm_jax.convert import inception as weights_file
+from atebm_jax.errors import UserError
+from atebm_jax.evaluate.context import Context
+from atebm_jax.evaluate.store import weights_fingerprint
+from atebm_jax.models import inception
+
+
+class Extractor(NamedTuple):
+    """A network that scores images.
+
+    Attributes:
+      name: "inception", "model" (the one that is evaluated) or "network" (another).
+      fingerprint: SHA-256 of its weights.
+      variables: its weights; an argument of `apply`, not a constant in it.
+      apply: (variables, images [B, H, W, C] float32 in [0, 1]) -> (features [B, D],
+        logits [B, K]).
+      apply_inputs: (variables, inputs as of `score_inputs`) -> logits [B, 1008]; None
+        where the network is not Inception.
+      description: for the report.
+    """
+
+    name: str
+    fingerprint: str
+    variables: Any
+    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
+    description: dict[str, Any]
+
+
+def of(context: Context) -> Extractor:
+    """The extractor that the options ask for.
+
+    Raises:
+      UserError: it is not there, or takes other images.
+    """
+    chosen, path = context.options.feature_extractor, context.options.inception_weights
+    chosen = chosen or ("inception" if path else "model")
+    if path and chosen != "inception":
+        raise UserError(
+            f"--inception_weights is given and --feature_extractor is {chosen}: leave "
+            "one of the two out."
+        )
+    if chosen == "inception":
+        if not path:
+            raise UserError(
+                "--feature_extractor=inception needs --inception_weights=PATH "
+                f"({weights_file.PUBLISHED}, see docs/inception.md)."
+            )
+        return from_inception(path)
+    if chosen == "model":
+        return from_model("model", context.model, context.variables)
+    loaded, meta = checkpoint.load_weights(chosen)
+    config = ml_collections.ConfigDict(meta["config"])
+    if tuple(config.data.image_shape) != context.image_shape:
+        raise UserError(
+            f"--feature_extractor={chosen} takes images "
+            f"{tuple(config.data.image_shape)} and this model {context.image_shape}: "
+            "its features would be of other images."
+        )
+    return from_model("network", models.build(config.model), loaded)
+
+
+def from_model(name: str, model: Any, variables: Any) -> Extractor:
+    """A classifier's own pooled features and logits."""
+
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = model.apply(variables, images, features=True)
+        return features, model.apply(variables, images)
+
+    sha256 = weights_fingerprint(variables)
+    described = {"network": name, "weights_sha256": sha256}
+    return Extractor(name, sha256, variables, apply, None, described)
+
+
+def from_inception(path: str) -> Extractor:
+    """Inception-v3 with weights from a file; grey images become grey RGB ones.
+
+    Raises:
+      UserError: as of `convert.inception.read`.
+    """
+    variables, sha256 = weights_file.read(path)
+    network = inception.InceptionV3()
+
+    def run(variables: Any, inputs: jax.Array) -> inception.Outputs:
+        outputs = network.apply(variables, inputs)
+        assert isinstance(outputs, inception.Outputs)
+        return outputs
+
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        grey = images.shape[-1] == 1
+        images = jnp.repeat(images, 3, axis=-1) if grey else images
+        outputs = run(variables, inception.resized(images))
+        return outputs.features, outputs.unbiased_logits
+
+    def apply_inputs(variables: Any, inputs: jax.Array) -> jax.Array:
+        return run(variables, inputs).unbiased_logits
+
+    published = sha256.startswith(weights_file.PUBLISHED_SHA256)
+    described = {
+        "network": "Inception-v3 (2015-12-05)",
+        "file_sha256": sha256,
+        "is_the_published_file": "yes" if published else "no: compare the source",
+    }
+    fingerprint = weights_fingerprint(variables)
+    return Extractor(
+        "inception", fingerprint, variables, apply, apply_inputs, described
+    )
+
+
+def score_inputs(images: np.ndarray) -> np.ndarray:
+    """Inputs of Inception for its score, as the reference protocol makes them.
+
+    Pillow's bilinear resize (with antialiasing) of bytes, then (u8 - 128) / 128; the
+    Frechet distance has another resize, `models.inception.resized`.
+
+    Args:
+      images: [B, H, W, C] uint8, C 1 or 3.
+
+    Returns:
+      [B, 299, 299, 3] float32.
+    """
+    side = (inception.SIZE, inception.SIZE)
+    pictures = [Image.fromarray(image.squeeze()).convert("RGB") for image in images]
+    resized = [
+        np.asarray(picture.resize(side, Image.Resampling.BILINEAR))
+        for picture in pictures
+    ]
+    return (np.stack(resized).astype(np.float32) - 128) / 128

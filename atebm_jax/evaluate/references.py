@@ -1,0 +1,189 @@
+"""Statistics of real images that generated ones are compared with, computed once."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from atebm_jax import checkpoint
+from atebm_jax.errors import UserError
+from atebm_jax.evaluate.context import Context, Network
+from atebm_jax.evaluate.extractors import Extractor
+from atebm_jax.evaluate.store import Arrays, Store
+from atebm_jax.metrics import Moments
+
+# Images that a data set's fingerprint is made of, and batches between two savings.
+_FINGERPRINT_IMAGES = 256
+_SAVE_EVERY = 50
+
+
+class Reference(NamedTuple):
+    """What real images look like to an extractor.
+
+    Attributes:
+      mean: [D] float64.
+      covariance: [D, D] float64.
+      features: [M, D] of images spread over the data set, or None where only
+        statistics were given.
+      description: for the report.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    features: np.ndarray | None
+    description: dict[str, Any]
+
+
+def load(context: Context, extractor: Extractor, dimensions: int) -> Reference:
+    """Statistics from a file, from the cache, or computed from `data.train`.
+
+    Raises:
+      UserError: the file cannot be used, or the data set is too small.
+    """
+    given = context.options.reference_statistics
+    return (
+        read(given, dimensions) if given else _of_data(context, extractor, dimensions)
+    )
+
+
+def read(path: str, dimensions: int) -> Reference:
+    """Mean and covariance from an `.npz` of the usual tools (`mu`, `sigma`).
+
+    Raises:
+      UserError: it is not there, damaged, or of other features.
+    """
+    try:
+        with checkpoint.absolute(path).open("rb") as file, np.load(file) as stored:
+            mean, covariance = (np.asarray(stored[k], float) for k in ("mu", "sigma"))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"--reference_statistics={path} cannot be read ({error}): expected an .npz "
+            "with the arrays mu [D] and sigma [D, D]."
+        ) from error
+    if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
+        raise UserError(
+            f"--reference_statistics={path} has shapes {mean.shape} and "
+            f"{covariance.shape} and the features have {dimensions} dimensions: give "
+            "statistics of the same network."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(
+            f"--reference_statistics={path} holds NaN or Inf: make it anew."
+        )
+    return Reference(mean, covariance, None, {"file": str(path)})
+
+
+def write(path: epath.Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Writes statistics as the usual tools read them (`mu`, `sigma`, float64)."""
+    _save(path, {"mu": mean, "sigma": covariance})
+
+
+def _of_data(context: Context, extractor: Extractor, dimensions: int) -> Reference:
+    source = context.sources["train"]
+    limit = min(context.options.num_reference or len(source), len(source))
+    description = {
+        "source": source.spec,
+        "num_images": limit,
+        "images_sha256": _fingerprint(context),
+        "preprocess": context.preprocess("train"),
+        "image_shape": list(context.image_shape),
+    }
+    cache = _cache(context).within(
+        **description,
+        extractor=extractor.name,
+        weights=extractor.fingerprint,
+        kept=context.options.num_pairs,
+    )
+    stored = cache.load("statistics")
+    if stored is None:
+        stored = _compute(context, extractor, limit, cache, dimensions)
+        cache.save("statistics", stored)
+    described = description | {"num_decoded": int(stored["number"])}
+    return Reference(stored["mu"], stored["sigma"], stored["features"], described)
+
+
+def _cache(context: Context) -> Store:
+    """Shared by every evaluation of this user: other models, the same data."""
+    given = context.options.cache_dir
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Store(checkpoint.absolute(given or f"{home}/atebm_jax/statistics"), {})
+
+
+def _fingerprint(context: Context) -> str:
+    """SHA-256 over images spread over the data set: another folder of that name."""
+    digest = hashlib.sha256()
+    for batch in context.batches("train", _FINGERPRINT_IMAGES, 0):
+        digest.update(np.ascontiguousarray(batch["images"]).tobytes())
+    return digest.hexdigest()
+
+
+def _compute(
+    context: Context,
+    extractor: Extractor,
+    limit: int,
+    cache: Store,
+    dimensions: int,
+) -> Arrays:
+    """Mean, covariance and some features, one pass in constant memory, resumable."""
+    saved = cache.load("unfinished")
+    if saved is None:
+        moments, kept, done = Moments.empty(dimensions), [], 0
+    else:
+        moments = Moments(int(saved["number"]), saved["mean"], saved["scatter"])
+        kept, done = [saved["kept"]], int(saved["done"])
+    for index, (features, first) in enumerate(
+        _features(context, extractor, limit, done), start=done
+    ):
+        moments = moments.merge(Moments.of(features))
+        # Evenly over the set: the rows at which a share of what to keep fills up.
+        rows = first + np.arange(len(features) + 1)
+        share = rows * min(context.options.num_pairs, limit) // limit
+        kept.append(features[np.diff(share) > 0])
+        if index % _SAVE_EVERY == _SAVE_EVERY - 1:
+            progress = moments._asdict() | {"kept": np.concatenate(kept)}
+            cache.save("unfinished", progress | {"done": np.asarray(index + 1)})
+    if moments.number < 20:
+        raise UserError(
+            f"config.data.train has {moments.number} images: statistics of real images "
+            "need 20 or more."
+        )
+    mean, covariance = moments.statistics()
+    return {
+        "mu": mean,
+        "sigma": covariance,
+        "features": np.concatenate(kept),
+        "number": np.asarray(moments.number),
+    }
+
+
+def _features(
+    context: Context, extractor: Extractor, limit: int, start: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Features of batches from one on, with the position of their first image."""
+
+    def extract(
+        network: Network, x: jax.Array, y: jax.Array, variables: Any
+    ) -> dict[str, jax.Array]:
+        del network, y
+        return {"features": extractor.apply(variables, x)[0]}
+
+    size = context.config.evaluate.batch_size
+    total = -(-limit // size)
+    compiled = context.compiled(extract)
+    for index, batch in enumerate(context.batches("train", limit, start), start=start):
+        rows = context.rows(compiled, batch, extractor.variables)
+        context.show("statistics of real images", index + 1, total)
+        if len(rows["features"]):
+            yield rows["features"], index * size
+
+
+def _save(path: epath.Path, arrays: Arrays) -> None:
+    temporary = path.parent / f".{path.name}.tmp"
+    with temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    temporary.replace(path)

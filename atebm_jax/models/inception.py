@@ -1,0 +1,243 @@
+"""Inception-v3 (Szegedy et al., 2016) as the Frechet Inception distance uses it.
+
+The TensorFlow network of 2015 with 1,008 outputs, not torchvision's: averages of
+pooling branches leave the padding out, and the last block pools by maximum in its
+pooling branch. The names of its layers are those of the PyTorch port, so that weights
+are found by name. Evaluation mode only.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIZE = 299
+DIMENSIONS = 2048
+NUM_LOGITS = 1008
+
+# Scores are compared in the third digit: no rounding to bfloat16 or TF32 in between.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Conv(NamedTuple):
+    """Convolution without bias, normalisation, ReLU."""
+
+    name: str
+    features: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+
+
+class Fork(NamedTuple):
+    """Convolutions of one input side by side."""
+
+    ways: tuple[Conv, ...]
+
+
+# One after the other; "average", "max" and "halve" (max, stride 2) are poolings 3x3.
+Chain = tuple[Conv | Fork | str, ...]
+
+
+def _block_a(pooled: int) -> tuple[Chain, ...]:
+    return (
+        (Conv("branch1x1", 64),),
+        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
+        (
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, (3, 3)),
+            Conv("branch3x3dbl_3", 96, (3, 3)),
+        ),
+        ("average", Conv("branch_pool", pooled)),
+    )
+
+
+def _block_c(width: int) -> tuple[Chain, ...]:
+    return (
+        (Conv("branch1x1", 192),),
+        (
+            Conv("branch7x7_1", width),
+            Conv("branch7x7_2", width, (1, 7)),
+            Conv("branch7x7_3", 192, (7, 1)),
+        ),
+        (
+            Conv("branch7x7dbl_1", width),
+            Conv("branch7x7dbl_2", width, (7, 1)),
+            Conv("branch7x7dbl_3", width, (1, 7)),
+            Conv("branch7x7dbl_4", width, (7, 1)),
+            Conv("branch7x7dbl_5", 192, (1, 7)),
+        ),
+        ("average", Conv("branch_pool", 192)),
+    )
+
+
+def _block_e(pooling: str) -> tuple[Chain, ...]:
+    def cross(name: str) -> Fork:
+        return Fork((Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))))
+
+    return (
+        (Conv("branch1x1", 320),),
+        (Conv("branch3x3_1", 384), cross("branch3x3_2")),
+        (
+            Conv("branch3x3dbl_1", 448),
+            Conv("branch3x3dbl_2", 384, (3, 3)),
+            cross("branch3x3dbl_3"),
+        ),
+        (pooling, Conv("branch_pool", 192)),
+    )
+
+
+_BLOCK_B: tuple[Chain, ...] = (
+    (Conv("branch3x3", 384, (3, 3), 2, "VALID"),),
+    (
+        Conv("branch3x3dbl_1", 64),
+        Conv("branch3x3dbl_2", 96, (3, 3)),
+        Conv("branch3x3dbl_3", 96, (3, 3), 2, "VALID"),
+    ),
+    ("halve",),
+)
+
+_BLOCK_D: tuple[Chain, ...] = (
+    (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2, "VALID")),
+    (
+        Conv("branch7x7x3_1", 192),
+        Conv("branch7x7x3_2", 192, (1, 7)),
+        Conv("branch7x7x3_3", 192, (7, 1)),
+        Conv("branch7x7x3_4", 192, (3, 3), 2, "VALID"),
+    ),
+    ("halve",),
+)
+
+_BLOCKS: dict[str, tuple[Chain, ...]] = {
+    "Mixed_5b": _block_a(32),
+    "Mixed_5c": _block_a(64),
+    "Mixed_5d": _block_a(64),
+    "Mixed_6a": _BLOCK_B,
+    "Mixed_6b": _block_c(128),
+    "Mixed_6c": _block_c(160),
+    "Mixed_6d": _block_c(160),
+    "Mixed_6e": _block_c(192),
+    "Mixed_7a": _BLOCK_D,
+    "Mixed_7b": _block_e("average"),
+    "Mixed_7c": _block_e("max"),
+}
+
+_STEM_64: Chain = (
+    Conv("Conv2d_1a_3x3", 32, (3, 3), 2, "VALID"),
+    Conv("Conv2d_2a_3x3", 32, (3, 3), 1, "VALID"),
+    Conv("Conv2d_2b_3x3", 64, (3, 3)),
+    "halve",
+)
+_STEM_192: Chain = (
+    Conv("Conv2d_3b_1x1", 80),
+    Conv("Conv2d_4a_3x3", 192, (3, 3), 1, "VALID"),
+    "halve",
+)
+
+
+class Outputs(NamedTuple):
+    """What the scores are made of.
+
+    Attributes:
+      features: [B, 2048] float32, "pool3".
+      logits: [B, 1008] float32.
+      unbiased_logits: [B, 1008] float32, logits without the last layer's bias: those of
+        the Inception Score in the reference protocol.
+    """
+
+    features: jax.Array
+    logits: jax.Array
+    unbiased_logits: jax.Array
+
+
+class InceptionV3(nn.Module):
+    """Images [B, 299, 299, 3] float32 in [-1, 1] to `Outputs`; see `resized`."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> Outputs:
+        x = _run(_STEM_64, inputs)
+        self.sow("intermediates", "block64", x)
+        x = _run(_STEM_192, x)
+        self.sow("intermediates", "block192", x)
+        for name, branches in _BLOCKS.items():
+            x = _Mixed(branches, name=name)(x)
+            if name == "Mixed_6e":
+                self.sow("intermediates", "block768", x)
+        features = x.mean(axis=(1, 2))
+        last = nn.Dense(NUM_LOGITS, use_bias=False, precision=_PRECISION, name="fc")
+        unbiased = last(features)
+        bias = self.param("fc_bias", nn.initializers.zeros, (NUM_LOGITS,))
+        return Outputs(features, unbiased + bias[None, :], unbiased)
+
+
+class _Mixed(nn.Module):
+    branches: tuple[Chain, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([_run(chain, x) for chain in self.branches], axis=-1)
+
+
+class _ConvNorm(nn.Module):
+    layer: Conv
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        _, features, kernel, stride, padding = self.layer
+        x = nn.Conv(
+            features,
+            kernel,
+            (stride, stride),
+            padding,
+            use_bias=False,
+            precision=_PRECISION,
+            name="conv",
+        )(x)
+        return nn.relu(nn.BatchNorm(True, epsilon=1e-3, name="bn")(x))
+
+
+def _run(chain: Chain, x: jax.Array) -> jax.Array:
+    """Applies a chain inside the compact method of the module that owns its layers."""
+    for layer in chain:
+        if isinstance(layer, Conv):
+            x = _ConvNorm(layer, name=layer.name)(x)
+        elif isinstance(layer, Fork):
+            ways = [_ConvNorm(way, name=way.name)(x) for way in layer.ways]
+            x = jnp.concatenate(ways, axis=-1)
+        elif layer == "halve":
+            x = nn.max_pool(x, (3, 3), (2, 2), "VALID")
+        elif layer == "max":
+            x = nn.max_pool(x, (3, 3), (1, 1), "SAME")
+        else:
+            x = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+    return x
+
+
+def resized(images: jax.Array) -> jax.Array:
+    """The network's input of images, as the Frechet Inception distance makes it.
+
+    Bilinear with half-pixel centres and without antialiasing, then 2 x - 1.
+
+    Args:
+      images: [B, H, W, 3] float32 in [0, 1], of any size.
+
+    Returns:
+      [B, 299, 299, 3] float32 in [-1, 1].
+    """
+    rows, columns = (jnp.asarray(_interpolation(n)) for n in images.shape[1:3])
+    x = jnp.einsum("ih,bhwc->biwc", rows, images, precision=_PRECISION)
+    x = jnp.einsum("jw,biwc->bijc", columns, x, precision=_PRECISION)
+    return 2.0 * x - 1.0
+
+
+def _interpolation(size: int) -> np.ndarray:
+    """[299, size] float32: each new pixel's weights of the two old ones beside it."""
+    place = np.maximum((np.arange(SIZE) + 0.5) * size / SIZE - 0.5, 0.0)
+    below = np.floor(place).astype(int)
+    share = place - below
+    matrix = np.zeros((SIZE, size))
+    np.add.at(matrix, (np.arange(SIZE), below), 1.0 - share)
+    np.add.at(matrix, (np.arange(SIZE), np.minimum(below + 1, size - 1)), share)
+    return matrix.astype(np.float32)

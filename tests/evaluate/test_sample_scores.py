@@ -1,0 +1,185 @@
+"""Scores of samples: names, cached statistics, sweep, and what is refused."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from atebm_jax import UserError, metrics
+from atebm_jax.evaluate import drawing, generation, references, suite
+from atebm_jax.evaluate.context import Options
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "digits"
+    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    return Options(
+        num_examples=40,
+        num_samples=60,
+        num_reference=200,
+        num_pairs=100,
+        sweep=1,
+        cache_dir=str(tmp_path_factory.mktemp("statistics")),
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(workdir, options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation")
+    report = suite.evaluate(workdir, out, metrics=("generation",), options=options)
+    return report["metrics"]["generation"], out
+
+
+def test_scores_of_other_features_are_not_called_fid(scored):
+    result, _ = scored
+    assert set(result["figures"]) == {
+        "frechet_distance_model_features",
+        "kernel_distance_model_features",
+        "inception_score_model_classes",
+        "inception_score_model_classes_spread",
+        "precision_model_features",
+        "recall_model_features",
+    }
+    assert result["figures"]["frechet_distance_model_features"]["count"] == 60
+    assert any("biased" in note for note in result["protocol"]["notes"])
+
+
+def test_sweep_tries_numbers_of_steps_and_takes_the_best(scored):
+    protocol = scored[0]["protocol"]
+    curve = protocol["sweep"]
+    assert set(curve) == {"2", "3", "4"}
+    assert curve[str(protocol["num_steps"])] == min(curve.values())
+
+
+def test_written_statistics_serve_as_reference(scored, workdir, options, tmp_path):
+    result, out = scored
+    given = replace(options, reference_statistics=str(out / "reference_statistics.npz"))
+    again = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=given)
+    figures = again["metrics"]["generation"]["figures"]
+    name = "frechet_distance_model_features"
+    assert figures[name] == result["figures"][name]
+    assert not any("precision" in figure for figure in figures)
+    # The samples' own statistics are at no distance.
+    given = replace(options, reference_statistics=str(out / "sample_statistics.npz"))
+    given = replace(given, sweep=0)
+    config = tiny.config()
+    config.evaluate.samples.num_steps = result["protocol"]["num_steps"]
+    same = suite.evaluate(
+        workdir,
+        tmp_path / "same",
+        metrics=("generation",),
+        options=given,
+        config=config,
+    )
+    value = same["metrics"]["generation"]["figures"][name]["value"]
+    assert value == pytest.approx(0, abs=1e-6)
+
+
+def test_statistics_of_a_data_set_are_computed_once(
+    scored, workdir, options, tmp_path, monkeypatch
+):
+    def compute(*arguments):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(references, "_compute", compute)
+    report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=options)
+    assert report["metrics"]["generation"]["figures"] == scored[0]["figures"]
+
+
+def test_statistics_do_not_depend_on_the_size_of_batches(
+    scored, workdir, options, tmp_path
+):
+    config = tiny.config()
+    config.evaluate.batch_size = 16
+    other = replace(options, cache_dir=str(tmp_path / "cache"))
+    suite.evaluate(
+        workdir,
+        tmp_path / "out",
+        metrics=("generation",),
+        options=other,
+        config=config,
+    )
+    name = "reference_statistics.npz"
+    with np.load(scored[1] / name) as a, np.load(tmp_path / "out" / name) as b:
+        for key in ("mu", "sigma"):
+            np.testing.assert_allclose(a[key], b[key], atol=1e-5)
+
+
+def test_photographs_can_be_the_seeds(workdir, options, tmp_path):
+    config = tiny.config()
+    config.data.seeds = "digits:test"
+    config.data.preprocess_seeds = config.data.preprocess
+    figures = suite.evaluate(
+        workdir, tmp_path, metrics=("generation",), options=options, config=config
+    )["metrics"]["generation"]
+    assert figures["protocol"]["seeds"] == "digits:test"
+
+
+def test_another_network_names_its_scores(workdir, options, tmp_path):
+    given = replace(options, feature_extractor=str(workdir), sweep=0)
+    report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=given)
+    assert (
+        "frechet_distance_network_features"
+        in (report["metrics"]["generation"]["figures"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 19}, "num_samples is 19"),
+        ({"quantise": "up"}, "quantise is 'up': choose"),
+        ({"score_protocol": "mine"}, "score_protocol is 'mine': choose"),
+        ({"feature_extractor": "inception"}, "needs --inception_weights"),
+        ({"inception_weights": "nowhere.pth"}, "no Inception weights at"),
+        ({"reference_statistics": "nowhere.npz"}, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(workdir, options, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        suite.evaluate(
+            workdir,
+            tmp_path,
+            metrics=("generation",),
+            options=replace(options, **change),
+        )
+
+
+def test_statistics_of_other_features_are_refused(tmp_path):
+    path = tmp_path / "statistics.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    assert references.read(str(path), 3).covariance.shape == (3, 3)
+    with pytest.raises(UserError, match="have 4 dimensions"):
+        references.read(str(path), 4)
+    np.savez(path, mu=np.full(3, np.nan), sigma=np.zeros((3, 3)))
+    with pytest.raises(UserError, match="NaN"):
+        references.read(str(path), 3)
+
+
+@pytest.mark.golden
+def test_reference_bytes_are_rounded_down(golden):
+    stored = golden("png_quantise")
+    levels = drawing.QUANTISE["reference"](jnp.asarray(stored["float_image"]))
+    np.testing.assert_array_equal(levels, stored["saved_u8"])
+    nearest = drawing.QUANTISE["nearest"](jnp.asarray([0.0, 0.5, 1.0]))
+    np.testing.assert_array_equal(nearest, [0, 128, 255])
+
+
+def test_running_sums_give_the_inception_score_of_the_whole():
+    logits = np.random.default_rng(0).normal(size=(103, 7)) * 3
+    splits = metrics.split_of_images(103, 10, "torch_fidelity")
+    sums = metrics.SplitSums.empty(10, 7)
+    for start in range(0, 103, 25):
+        part = slice(start, start + 25)
+        sums = sums.add(logits[part], splits[part])
+    whole = metrics.inception_score(logits, protocol="torch_fidelity")
+    assert sums.scores().mean() == pytest.approx(whole[0])
+    assert generation._SPLITS == 10
