@@ -115,5 +115,11 @@ def defined(name: str, num_classes: int, targeted: bool) -> str:
 
 def _largest(logits: jax.Array, count: int) -> list[jax.Array]:
     """The largest logits in descending order, [B] each."""
-    values = jax.lax.top_k(logits, count)[0]
-    return [values[:, rank] for rank in range(count)]
+    # Not `top_k`, for which devices would send each other their parts of the batch.
+    values, rest = [], logits
+    for _ in range(count):
+        largest = rest.argmax(axis=-1)
+        values.append(pick(logits, largest))
+        taken = jax.nn.one_hot(largest, logits.shape[-1], dtype=jnp.bool_)
+        rest = jnp.where(taken, -jnp.inf, rest)
+    return values
