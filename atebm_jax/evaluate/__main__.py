@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import (
@@ -235,7 +235,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def cli() -> None:
     """Entry point of the command line."""
-    app.run(main, flags_parser=_parse)
+    # Libraries ask absl's own flags, which have nothing to parse here.
+    flags.FLAGS(sys.argv[:1])
+    main(_parse(sys.argv))
 
 
 if __name__ == "__main__":
