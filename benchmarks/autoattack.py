@@ -63,7 +63,7 @@ class Ours:
         from atebm_jax.models.wide_resnet import WideResNet
 
         variables = jax.tree.map(
-            jax.numpy.asarray, convert.wide_resnet_from_torch(task.weights)
+            jax.numpy.asarray, convert.from_torch("wide_resnet", task.weights)
         )
         network = WideResNet(**task.shape, mean=MEAN, std=STD)
         self.logits_fn = models.logits_fn(network, variables)

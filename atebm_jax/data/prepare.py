@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module
 from PIL import Image
 from rich.console import Console
@@ -394,4 +394,6 @@ def _fail(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    # Libraries ask absl's own flags, which have nothing to parse here.
+    flags.FLAGS(sys.argv[:1])
+    main(_parse(sys.argv))

@@ -117,7 +117,12 @@ class Context:
         return tuple(self.config.data.image_shape)
 
     def map_images(
-        self, name: str, role: str, function: ImageFn, **settings: Any
+        self,
+        name: str,
+        role: str,
+        function: RowsFn,
+        *rest: Any,
+        **settings: Any,
     ) -> Arrays:
         """Applies a function to the images of a source, batch by batch.
 
@@ -128,6 +133,7 @@ class Context:
           role: key of `sources`.
           function: network, images and labels to arrays of one row an image;
             unlabelled images have the label -1.
+          rest: what the function takes after the labels, weights of another network.
           settings: everything else that decides the result.
 
         Returns:
@@ -150,7 +156,7 @@ class Context:
         if len(parts) < total:
             compiled = self.compiled(function)
             for batch in self.batches(role, limit, len(parts)):
-                unit = self.rows(compiled, batch)
+                unit = self.rows(compiled, batch, *rest)
                 store.save(f"{len(parts):06d}", unit)
                 parts.append(unit)
                 self.show(name, len(parts), total)

@@ -1,6 +1,5 @@
 """Counterfactuals: a nearby image that the model calls another class (section 5)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +9,9 @@ from etils import epath
 
 from atebm_jax import attacks, energy, metrics, sampling
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import figures
-from atebm_jax.evaluate.context import Context, Network, figure
+from atebm_jax.evaluate import extractors, figures
+from atebm_jax.evaluate.context import Context, Network, RowsFn, figure
+from atebm_jax.evaluate.extractors import Extractor
 
 # Classes with fewer counterfactuals or real images have no Frechet distance.
 _SMALLEST_CLASS = 10
@@ -49,54 +49,76 @@ def targets_of(
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Validity, distance and realism of counterfactuals at every radius."""
     settings = context.config.evaluate.samples
-    real = context.map_images("features of test", "test", _features)
+    extractor = extractors.of(context)
+    real = context.map_images(
+        "features of test",
+        "test",
+        _features(extractor),
+        extractor.variables,
+        extractor=extractor.fingerprint,
+    )
     values: dict[str, Any] = {}
-    strips = {}
+    strips, rows = {}, {}
     for radius in context.options.radii:
         step_size = min(settings.step_size, radius / 5)
         rows = context.map_images(
             f"counterfactuals {radius:g}",
             "test",
-            _explain(context, radius, step_size),
+            _explain(context, extractor, radius, step_size),
+            extractor.variables,
+            extractor=extractor.fingerprint,
             radius=radius,
             step_size=step_size,
             num_steps=settings.num_steps,
             target=context.options.target,
         )
         strips[radius] = rows["images"][:_STRIPS]
-        values |= _figures(context, radius, rows, real)
+        values |= _figures(context, extractor, radius, rows, real)
     originals = context.map_images(
         "originals", "test", lambda network, x, y: {"images": x}
     )
+    number = context.config.model.num_classes
+    names = context.sources["test"].class_names or [str(k) for k in range(number)]
     figures.strips(
         out / "counterfactuals.png",
         {"original": originals["images"][:_STRIPS]}
         | {f"radius {radius:g}": images for radius, images in strips.items()},
+        [
+            f"{names[a]} to {names[b]}"
+            for a, b in zip(rows["labels"][:_STRIPS], rows["targets"][:_STRIPS])
+        ],
     )
     protocol = {
         "target": context.options.target,
         "norm": "l2",
         "num_steps": settings.num_steps,
         "step_size": f"the smaller of {settings.step_size:g} and radius / 5",
-        "frechet_distance": "per class in the model's own features (not FID), mean "
+        "frechet_distance": f"per class in the features of {extractor.name}, mean "
         f"over classes with {_SMALLEST_CLASS} images or more on both sides",
         "interval": f"normal, error of {context.options.num_resamples} bootstraps",
     }
     return {"protocol": protocol, "figures": values}
 
 
-def _features(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-    del y
-    return {"features": network.features(x)}
+def _features(extractor: Extractor) -> RowsFn:
+    def extract(
+        network: Network, x: jax.Array, y: jax.Array, variables: Any
+    ) -> dict[str, jax.Array]:
+        del network, y
+        return {"features": extractor.apply(variables, x)[0]}
+
+    return extract
 
 
 def _explain(
-    context: Context, radius: float, step_size: float
-) -> Callable[..., dict[str, jax.Array]]:
+    context: Context, extractor: Extractor, radius: float, step_size: float
+) -> RowsFn:
     num_steps = context.config.evaluate.samples.num_steps
     num_classes = context.config.model.num_classes
 
-    def explain(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    def explain(
+        network: Network, x: jax.Array, y: jax.Array, variables: Any
+    ) -> dict[str, jax.Array]:
         targets = targets_of(network.logits(x), y, context.options.target, num_classes)
         result = sampling.counterfactual(
             network.logits,
@@ -111,7 +133,7 @@ def _explain(
             "targets": targets,
             "confidence": _confidence(network.logits(result), targets),
             "distance": attacks.l2_norm(result - x)[:, 0, 0, 0],
-            "features": network.features(result),
+            "features": extractor.apply(variables, result)[0],
         }
         if context.judge is not None:
             rows["judge_confidence"] = _confidence(context.judge(result), targets)
@@ -126,7 +148,11 @@ def _confidence(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _figures(
-    context: Context, radius: float, rows: dict[str, np.ndarray], real: dict
+    context: Context,
+    extractor: Extractor,
+    radius: float,
+    rows: dict[str, np.ndarray],
+    real: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     # An image that is of its target class already explains nothing.
     asked = rows["targets"] != rows["labels"]
@@ -149,7 +175,8 @@ def _figures(
             a, b = (metrics.feature_statistics(features) for features in sets)
             distances.append(metrics.frechet_distance(*a, *b))
     if distances:
-        values[f"radius_{radius:g}/frechet_distance_model_features"] = figure(
+        name = f"frechet_distance_{extractor.name}_features"
+        values[f"radius_{radius:g}/{name}"] = figure(
             float(np.mean(distances)), None, len(distances)
         )
     return values

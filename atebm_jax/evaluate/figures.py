@@ -94,7 +94,9 @@ def detection(
     save(figure, path)
 
 
-def strips(path: epath.Path, rows: Mapping[str, np.ndarray]) -> None:
+def strips(
+    path: epath.Path, rows: Mapping[str, np.ndarray], columns_are: Sequence[str]
+) -> None:
     """Rows of images [N, H, W, C] in [0, 1] below each other, each with its title."""
     columns = min(map(len, rows.values()))
     figure, axes = plt.subplots(
@@ -115,6 +117,8 @@ def strips(path: epath.Path, rows: Mapping[str, np.ndarray]) -> None:
         line[0].set_xticks([])
         line[0].set_yticks([])
         line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+    for axis, title in zip(axes[0], columns_are):
+        axis.set_title(title, fontsize=7)
     save(figure, path)
 
 

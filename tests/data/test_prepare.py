@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -172,3 +173,11 @@ def test_index_of_another_format_is_refused(tmp_path):
     (tmp_path / prepared.INDEX).write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="of another format"):
         data.open_source(f"prepared:{tmp_path}")
+
+
+def test_command_starts_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "atebm_jax.data.prepare"]
+    command += [f"--from=folder:{tmp_path}/nowhere", f"--to={tmp_path}/out"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
