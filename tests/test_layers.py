@@ -20,6 +20,7 @@ ORDER = (
     "stages",
     "train_state",
     "train_step",
+    "samplers",
     "sampling",
     "autoattack",
     "data",
@@ -43,6 +44,7 @@ ORDER = (
 
 # Rooms that may know less than their place in the order allows.
 FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
+FREE += ("samplers",)
 FREE += ("data", "sharding", "config", "preemption", "reporting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
@@ -54,7 +56,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.
-PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models")
+PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models", "samplers")
 PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
 PURE_IMPORTS |= {"itertools", "math", "numpy", "scipy", "typing"}
 IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}

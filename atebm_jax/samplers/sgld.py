@@ -1,0 +1,44 @@
+"""Stochastic gradient Langevin dynamics, as JEM samples (Grathwohl et al., 2020)."""
+
+from typing import NamedTuple
+
+import jax
+
+from atebm_jax.errors import UserError
+from atebm_jax.samplers.base import ProjectFn, Sampler
+
+
+class State(NamedTuple):
+    """images: [B, H, W, C] float32 in [0, 1]."""
+
+    images: jax.Array
+
+
+def sgld(noise: float = 0.01) -> Sampler:
+    """x <- P(x + step_size * g + noise * n), n standard normal.
+
+    The step size multiplies the gradient itself: JEM takes 1 with noise 0.01 (on images
+    in [-1, 1]). Langevin dynamics proper would have noise = sqrt(2 * step_size).
+
+    Args:
+      noise: standard deviation, pixels, >= 0.
+
+    Raises:
+      UserError: it is negative.
+    """
+    if not noise >= 0:
+        raise UserError(f"SGLD's noise is {noise!r}: it must not be negative.")
+
+    def step(
+        keys: jax.Array,
+        gradients: jax.Array,
+        state: State,
+        step_size: jax.Array,
+        project: ProjectFn,
+    ) -> State:
+        shape = state.images.shape[1:]
+        normal = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        moved = state.images + step_size * gradients + noise * normal
+        return State(project(moved))
+
+    return Sampler(State, step)

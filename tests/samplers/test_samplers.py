@@ -1,0 +1,153 @@
+"""Samplers on a quadratic score, whose best image is known."""
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atebm_jax import UserError, attacks, samplers, sharding
+
+SHAPE = (4, 5, 3)
+BEST = 0.25
+
+
+def score(x):
+    return -jnp.square(x - BEST).sum(axis=(1, 2, 3))
+
+
+def seeds_and_keys(count=6):
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(
+        jnp.arange(count)
+    )
+    return jax.vmap(lambda k: jax.random.uniform(k, SHAPE))(keys), keys
+
+
+def draw(name, count=6, **options):
+    seeds, keys = seeds_and_keys(count)
+    arguments = {"step_size": 0.05, "num_steps": 60} | options
+    return samplers.run(samplers.sampler(name), score, seeds, keys, **arguments)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_raises_the_score_and_stays_in_range(name):
+    seeds, _ = seeds_and_keys()
+    images = draw(name)
+    assert (score(images) > score(seeds)).all()
+    assert images.min() >= 0 and images.max() <= 1
+    np.testing.assert_array_equal(draw(name, num_steps=0), seeds)
+
+
+def test_pgd_is_the_attack_without_a_ball():
+    seeds, _ = seeds_and_keys()
+    expected = attacks.pgd(
+        score, seeds, threat=attacks.unbounded(), step_size=0.05, num_steps=7
+    )
+    np.testing.assert_array_equal(draw("pgd", num_steps=7), expected)
+
+
+def test_one_step_has_the_length_of_the_step():
+    seeds, _ = seeds_and_keys()
+    for name in ("pgd", "momentum", "adam"):
+        delta = draw(name, num_steps=1, step_size=1e-3) - seeds
+        lengths = np.sqrt(np.square(delta).sum(axis=(1, 2, 3)))
+        np.testing.assert_allclose(lengths, 1e-3, rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_image_does_not_depend_on_its_batch(name):
+    np.testing.assert_array_equal(draw(name, count=2), draw(name, count=6)[:2])
+
+
+def test_noise_is_new_in_every_step_and_for_every_image():
+    sgld = samplers.sampler("sgld", noise=0.1)
+    _, keys = seeds_and_keys(2)
+    grey = jnp.full((2, *SHAPE), 0.5)
+    flat = lambda x: jnp.zeros(2) * x.sum()
+    one, two = (
+        samplers.run(sgld, flat, grey, keys, step_size=1.0, num_steps=n) for n in (1, 2)
+    )
+    assert not np.allclose(one[0], one[1])
+    assert not np.allclose(two - one, one - grey, atol=1e-3)
+    assert np.std(one - grey) == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_images_stop_one_by_one_at_the_target(name):
+    seeds, _ = seeds_and_keys()
+    target = float(jnp.median(score(seeds)))
+    stopped = draw(name, target=target)
+    there = score(seeds) >= target
+    np.testing.assert_array_equal(stopped[there], seeds[there])
+    assert (score(stopped[~there]) >= target).all()
+    assert not np.array_equal(stopped[~there], draw(name)[~there])
+
+
+def test_schedules_fall_from_one():
+    steps = jnp.arange(10, dtype=jnp.int32)
+    for name, schedule in samplers.SCHEDULES.items():
+        values = np.asarray([schedule(s, jnp.int32(10)) for s in steps])
+        assert values[0] == 1 and (values > 0).all(), name
+        assert (np.diff(values) <= 0).all(), name
+    half = samplers.SCHEDULES["cosine"](jnp.int32(5), jnp.int32(10))
+    assert half == pytest.approx(0.5)
+
+
+def test_constraint_holds_after_every_step():
+    known = jnp.zeros((1, *SHAPE)).at[:, :2].set(1.0)
+
+    def project(x):
+        return jnp.where(known > 0, 0.9, jnp.clip(x, 0.0, 1.0))
+
+    seeds, _ = seeds_and_keys()
+    images = draw("adam", project=project)
+    np.testing.assert_array_equal(images[:, :2], np.float32(0.9))
+    assert (score(images[:, 2:]) > score(seeds[:, 2:])).all()
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_devices_have_nothing_to_say_to_each_other(name):
+    split = sharding.batched(sharding.make_mesh())
+    seeds, keys = (jax.device_put(x, split) for x in seeds_and_keys(16))
+
+    def sample(seeds, keys, number):
+        return samplers.run(
+            samplers.sampler(name),
+            score,
+            seeds,
+            keys,
+            step_size=0.05,
+            num_steps=number,
+            target=-0.1,
+        )
+
+    compiled = jax.jit(sample).lower(seeds, keys, jnp.int32(3)).compile()
+    program = hlo.Program(compiled.as_text())
+    assert program.loop_bodies() and not hlo.collectives(program.everything())
+
+
+def test_samplers_batch_under_vmap():
+    seeds, keys = seeds_and_keys(6)
+    pgd = samplers.sampler("adam")
+
+    def one(seed, key):
+        return samplers.run(
+            pgd, score, seed[None], key[None], step_size=0.05, num_steps=5
+        )[0]
+
+    together = samplers.run(pgd, score, seeds, keys, step_size=0.05, num_steps=5)
+    np.testing.assert_allclose(jax.vmap(one)(seeds, keys), together, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("hmc", {}, "unknown sampler 'hmc': choose one of pgd"),
+        ("momentum", {"decay": 1.0}, "must lie in"),
+        ("sgld", {"noise": -1.0}, "must not be negative"),
+        ("adam", {"beta1": 1.0}, "expected"),
+    ],
+)
+def test_bad_settings_are_refused(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        samplers.sampler(name, **settings)
