@@ -13,9 +13,10 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, checkpoint, energy, losses, models, sampling
+from atebm_jax import attacks, checkpoint, energy, losses, models
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
+from atebm_jax.sample import chunks
 
 
 def load(
@@ -87,8 +88,15 @@ class Model:
         step_size: float | None = None,
         num_steps: int | None = None,
         seed: int = 0,
+        sampler: str = "pgd",
+        schedule: str = "constant",
+        target_energy: float | None = None,
+        smooth: float = 0.0,
     ) -> np.ndarray:
-        """Draws images by PGD on the energy (paper, section 5).
+        """Draws images by descent of the energy (paper, section 5).
+
+        Image i depends on its class, its seed and i alone: not on how many are drawn,
+        nor on `batch_size` or the number of devices, bit for bit on one machine.
 
         Args:
           labels: classes to draw, [N] or one for all; None draws from the marginal.
@@ -96,28 +104,43 @@ class Model:
           seeds: images to start from; default uniform noise.
           step_size: L2 pixels per step; default the config's.
           num_steps: steps; default the config's.
-          seed: of the noise; image i does not depend on how many are drawn.
+          seed: of the noise.
+          sampler: "pgd" (the paper's), "momentum", "adam" or "sgld".
+          schedule: of the step size: "constant", "linear" or "cosine".
+          target_energy: an image stops where its energy is this or lower.
+          smooth: standard deviation of a Gaussian blur of the seeds, pixels.
 
         Returns:
           [N, H, W, C] float32 in [0, 1].
         """
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
-        size = settings.step_size if step_size is None else step_size
-        steps = settings.num_steps if num_steps is None else num_steps
-        _check_steps(size, steps)
-        if seeds is None:
-            indices = jnp.arange(number, dtype=jnp.int32)
-            start = np.asarray(
-                sampling.noise_seeds(jax.random.key(seed), indices, self.image_shape)
-            )
-        else:
-            start = self._images(seeds)
-        arrays = [start]
-        if labels is not None:
-            arrays.append(self._labels(labels, number))
-        sampler = _sampler(self._model, labels is not None)
-        return self._run(sampler, *arrays, fixed=(np.float32(size), np.int32(steps)))
+        recipe = chunks.Recipe(
+            sampler,
+            schedule,
+            settings.step_size if step_size is None else step_size,
+            settings.num_steps if num_steps is None else num_steps,
+            target_energy,
+            smooth,
+            seed,
+            conditional=labels is not None,
+        )
+        chunks.check(recipe)
+        start = None if seeds is None else self._images(seeds)
+        classes = self._labels(0 if labels is None else labels, number)
+        drawn = chunks.draw(
+            self._model,
+            self._variables,
+            recipe,
+            self.image_shape,
+            range(-(-number // chunks.CHUNK)),
+            # The last chunk is filled up with the last image again.
+            lambda indices: classes[np.minimum(indices, number - 1)],
+            None
+            if start is None
+            else lambda indices: start[np.minimum(indices, number - 1)],
+        )
+        return np.concatenate([images for _, images in drawn])[:number]
 
     def attack(
         self,
@@ -252,22 +275,6 @@ def _check_steps(step_size: Any, num_steps: Any) -> None:
 @lru_cache
 def _logits(model: nn.Module) -> Callable:
     return jax.jit(lambda variables, x: models.logits_fn(model, variables)(x))
-
-
-@lru_cache
-def _sampler(model: nn.Module, conditional: bool) -> Callable:
-    def sample(variables: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
-        *labels, step_size, num_steps = rest
-        draw = sampling.conditional if conditional else sampling.unconditional
-        return draw(
-            models.logits_fn(model, variables),
-            x,
-            *labels,
-            step_size=step_size,
-            num_steps=num_steps,
-        )
-
-    return jax.jit(sample)
 
 
 @lru_cache

@@ -1,7 +1,10 @@
 """Samples by gradient ascent on the score of the model (paper, section 5)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atebm_jax import attacks, energy
 from atebm_jax.attacks import ObjectiveFn
@@ -23,6 +26,31 @@ def noise_seeds(
     return jax.vmap(
         lambda index: jax.random.uniform(jax.random.fold_in(key, index), image_shape)
     )(indices)
+
+
+def smooth(images: jax.Array, sigma: float) -> jax.Array:
+    """Blurs seeds by a Gaussian; edges are continued by their last pixel.
+
+    Args:
+      images: [B, H, W, C] float32.
+      sigma: standard deviation > 0, pixels.
+
+    Returns:
+      [B, H, W, C], as bright as before.
+    """
+    reach = max(math.ceil(3 * sigma), 1)
+    weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / sigma))
+    weights = (weights / weights.sum()).astype(np.float32)
+    for axis in (1, 2):
+        width = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
+        padded = jnp.pad(images, width, mode="edge")
+        size = images.shape[axis]
+        shifted = [
+            weight * jax.lax.slice_in_dim(padded, k, k + size, axis=axis)
+            for k, weight in enumerate(weights)
+        ]
+        images = sum(shifted[1:], start=shifted[0])
+    return images
 
 
 def conditional(

@@ -78,6 +78,31 @@ def test_sample_does_not_depend_on_how_many_are_drawn(model):
     assert not np.array_equal(few, other)
 
 
+def test_image_is_the_same_bits_in_every_batch(model, workdir):
+    other = atebm_jax.load(workdir, batch_size=64)
+    labels = np.arange(40) % 10
+    many = other.sample(labels, num_steps=20)
+    np.testing.assert_array_equal(model.sample(labels[:3], num_steps=20), many[:3])
+    noisy = model.sample(labels[:2], num_steps=4, step_size=1.0, sampler="sgld")
+    again = other.sample(labels, num_steps=4, step_size=1.0, sampler="sgld")
+    np.testing.assert_array_equal(noisy, again[:2])
+
+
+def test_samples_stop_at_a_target_energy(model):
+    start = model.sample(count=8, num_steps=0)
+    target = float(np.median(model.energy(start)))
+    drawn = model.sample(count=8, num_steps=5, target_energy=target)
+    there = model.energy(start) <= target
+    np.testing.assert_array_equal(drawn[there], start[there])
+    assert (drawn[~there] != start[~there]).any(axis=(1, 2, 3)).all()
+
+
+def test_smooth_seeds_have_less_contrast(model):
+    rough, blurred = (model.sample(count=4, num_steps=0, smooth=s) for s in (0.0, 1.5))
+    assert blurred.std() < 0.5 * rough.std()
+    assert blurred.mean() == pytest.approx(rough.mean(), abs=0.05)
+
+
 def test_samples_start_from_given_seeds(model, images):
     np.testing.assert_array_equal(model.sample(3, seeds=images, num_steps=0), images)
 

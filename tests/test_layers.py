@@ -34,6 +34,7 @@ ORDER = (
     "convert",
     "presets",
     "evaluate",
+    "sample",
     "train",
     "dry_run",
     "job",

@@ -166,7 +166,7 @@ def _few_seeds(context: Context) -> np.ndarray:
         context.sources["seeds"],
         context.preprocess("seeds"),
         context.image_shape,
-        0,
+        None,
         context.config.data.max_bad_images,
     )
     rows = np.arange(context.config.evaluate.batch_size) % len(images)

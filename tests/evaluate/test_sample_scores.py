@@ -121,6 +121,15 @@ def test_photographs_can_be_the_seeds(workdir, options, tmp_path):
         workdir, tmp_path, metrics=("generation",), options=options, config=config
     )["metrics"]["generation"]
     assert figures["protocol"]["seeds"] == "digits:test"
+    # Fewer seeds than a batch has places are used again.
+    config.evaluate.batch_size = 400
+    suite.evaluate(
+        workdir,
+        tmp_path / "more",
+        metrics=("generation",),
+        options=replace(options, sweep=0),
+        config=config,
+    )
 
 
 def test_another_network_names_its_scores(workdir, options, tmp_path):

@@ -1,0 +1,155 @@
+"""Samples in chunks of one size, so that each depends on its number alone.
+
+Compilers order sums by the shape of a batch: the same image drawn in batches of 10 and
+of 64 differs in its last bits, and a long ascent makes that visible. Here every program
+draws exactly `CHUNK` images on one device, however many are asked for; several devices
+draw different chunks side by side.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atebm_jax import energy, models, samplers, sampling
+from atebm_jax.errors import UserError
+
+CHUNK = 32
+# Beyond every image's index: the steps' noise is not that of a seed.
+_STEPS = 2**31
+
+
+class Recipe(NamedTuple):
+    """How samples are drawn; everything that decides them beside model and seeds.
+
+    Attributes:
+      sampler: a key of `samplers.SAMPLERS`.
+      schedule: a key of `samplers.SCHEDULES`.
+      step_size: > 0, as of the sampler; L2 pixels per step but for "sgld".
+      num_steps: >= 0.
+      target_energy: an image stops where its energy is this or lower; None for never.
+      smooth: standard deviation of a Gaussian blur of the seeds, pixels, >= 0.
+      seed: of noise.
+      conditional: draw given classes, by E(x, y), or any, by E(x).
+    """
+
+    sampler: str = "pgd"
+    schedule: str = "constant"
+    step_size: float = 0.2
+    num_steps: int = 35
+    target_energy: float | None = None
+    smooth: float = 0.0
+    seed: int = 0
+    conditional: bool = True
+
+
+def check(recipe: Recipe) -> None:
+    """Refuses values that nothing can be drawn with.
+
+    Raises:
+      UserError: names the value, what is allowed and the remedy.
+    """
+    samplers.sampler(recipe.sampler)
+    if recipe.schedule not in samplers.SCHEDULES:
+        raise UserError(
+            f"unknown schedule {recipe.schedule!r}: choose one of "
+            f"{', '.join(samplers.SCHEDULES)}."
+        )
+    number, whole = (int, float, np.number), (int, np.integer)
+    size, steps = recipe.step_size, recipe.num_steps
+    if not isinstance(size, number) or not isinstance(steps, whole):
+        raise UserError(
+            f"num_steps is {steps!r} and step_size {size!r}: expected a whole "
+            "number and a number."
+        )
+    if steps < 0 or not 0 < size < np.inf:
+        raise UserError(
+            f"num_steps is {steps} and step_size {size}: the steps must not "
+            "be negative, their size is positive."
+        )
+    if not 0 <= recipe.smooth < np.inf:
+        raise UserError(f"smooth is {recipe.smooth}: it must be 0 or positive, pixels.")
+    if recipe.target_energy is not None and not np.isfinite(recipe.target_energy):
+        raise UserError(f"target_energy is {recipe.target_energy}: it must be finite.")
+
+
+def draw(
+    model: nn.Module,
+    variables: Any,
+    recipe: Recipe,
+    image_shape: tuple[int, int, int],
+    numbers: Iterable[int],
+    labels_of: Callable[[np.ndarray], np.ndarray],
+    seeds_of: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Draws chunks of samples on all devices of this process.
+
+    Args:
+      model: images to logits.
+      variables: its weights.
+      recipe: as of `check`.
+      image_shape: (H, W, C).
+      numbers: of the chunks to draw; chunk n holds images n * CHUNK and on.
+      labels_of: indices [CHUNK] -> classes [CHUNK] int32; ignored where the recipe is
+        not conditional.
+      seeds_of: indices [CHUNK] -> seeds [CHUNK, H, W, C] float32 in [0, 1]; None for
+        uniform noise.
+
+    Yields:
+      (number, images [CHUNK, H, W, C] float32 in [0, 1]), in the order of `numbers`.
+    """
+    devices = jax.local_devices()
+    weights = [jax.device_put(variables, device) for device in devices]
+    program = _program(model, recipe, image_shape, seeds_of is not None)
+    waiting: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    for position, number in enumerate(numbers):
+        place = position % len(devices)
+        indices = np.arange(number * CHUNK, (number + 1) * CHUNK, dtype=np.int32)
+        seeds = () if seeds_of is None else (seeds_of(indices),)
+        put = partial(jax.device_put, device=devices[place])
+        arguments = map(put, (indices, labels_of(indices), *seeds))
+        waiting.append((number, program(weights[place], *arguments)))
+        if len(waiting) > len(devices):
+            done, images = waiting.popleft()
+            yield done, np.asarray(images)
+    for done, images in waiting:
+        yield done, np.asarray(images)
+
+
+@lru_cache
+def _program(
+    model: nn.Module, recipe: Recipe, image_shape: tuple[int, int, int], given: bool
+) -> Callable[..., jax.Array]:
+    def sample(
+        variables: Any, indices: jax.Array, labels: jax.Array, *seeds: jax.Array
+    ) -> jax.Array:
+        key = jax.random.key(recipe.seed)
+        start = seeds[0] if given else sampling.noise_seeds(key, indices, image_shape)
+        if recipe.smooth:
+            start = sampling.smooth(start, recipe.smooth)
+        steps_key = jax.random.fold_in(key, _STEPS)
+        keys = jax.vmap(partial(jax.random.fold_in, steps_key))(indices)
+        logits_fn = models.logits_fn(model, variables)
+
+        def objective(x: jax.Array) -> jax.Array:
+            logits = logits_fn(x)
+            return energy.score(logits, labels if recipe.conditional else None)
+
+        target = None if recipe.target_energy is None else -recipe.target_energy
+        return samplers.run(
+            samplers.sampler(recipe.sampler),
+            objective,
+            start,
+            keys,
+            step_size=jnp.float32(recipe.step_size),
+            num_steps=recipe.num_steps,
+            schedule=samplers.SCHEDULES[recipe.schedule],
+            target=target,
+        )
+
+    return jax.jit(sample)

@@ -1,0 +1,131 @@
+"""A folder of samples: numbered PNG files, a grid, an `.npz`, the protocol."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from atebm_jax.errors import UserError
+
+_GRID_IMAGES = 100
+_GRID_PIXELS = 48
+_PROTOCOL = "samples.json"
+
+
+def claim(folder: Path, protocol: Mapping[str, Any], clash: Sequence[str]) -> None:
+    """Makes the folder, or refuses one with samples of another protocol.
+
+    Args:
+      folder: where samples go.
+      protocol: plain JSON, written beside them.
+      clash: keys whose values must be those of the samples that are there.
+
+    Raises:
+      UserError: other samples are there, or it cannot be written.
+    """
+    path = folder / _PROTOCOL
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text()) if path.exists() else None
+        if before is not None:
+            _check_same(folder, before, protocol, clash)
+        elif any(folder.glob("*.png")):
+            raise UserError(
+                f"{folder} holds PNG files of something else: give an empty --out."
+            )
+        _replace(path, lambda p: p.write_text(json.dumps(protocol, indent=2) + "\n"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+
+
+def _check_same(
+    folder: Path,
+    before: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    clash: Sequence[str],
+) -> None:
+    for key in clash:
+        if before.get(key) != protocol[key]:
+            raise UserError(
+                f"{folder} holds samples with {key} {before.get(key)!r} and now it is "
+                f"{protocol[key]!r}: give another --out, or the same settings to go on."
+            )
+
+
+def image_path(folder: Path, index: int, label: int | None) -> Path:
+    """`000012_class3.png`; without a class for unconditional samples."""
+    return folder / (
+        f"{index:06d}" + ("" if label is None else f"_class{label}") + ".png"
+    )
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Writes [H, W, C] uint8 as PNG, whole or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        _replace(path, lambda p: picture.save(p, format="PNG"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error}. Make room or give another --out; the "
+            "same command goes on."
+        ) from error
+
+
+def read_image(path: Path, image_shape: Sequence[int]) -> np.ndarray:
+    """[H, W, C] uint8 of a PNG that `write_image` wrote."""
+    with Image.open(path) as picture:
+        return np.asarray(picture).reshape(image_shape)
+
+
+def finish(
+    folder: Path,
+    paths: Sequence[Path],
+    labels: Sequence[int] | None,
+    shape: Sequence[int],
+) -> None:
+    """Writes `grid.png` and `samples.npz` (arr_0 images, arr_1 classes)."""
+    stacked = folder / ".samples.npy"
+    images = np.lib.format.open_memmap(stacked, "w+", np.uint8, (len(paths), *shape))
+    for position, path in enumerate(paths):
+        images[position] = read_image(path, shape)
+    arrays = [images] if labels is None else [images, np.asarray(labels, np.int64)]
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, *arrays)
+
+    _replace(folder / "samples.npz", save)
+    picture = _grid(np.asarray(images[:_GRID_IMAGES]))
+    _replace(folder / "grid.png", lambda p: picture.save(p, format="PNG"))
+    stacked.unlink()
+
+
+def _grid(images: np.ndarray) -> Image.Image:
+    count, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    # Small images are enlarged by whole pixels.
+    factor = max(1, round(_GRID_PIXELS / max(height, width)))
+    canvas = np.full(
+        (rows * (height + 1), columns * (width + 1), channels), 255, np.uint8
+    )
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = row * (height + 1), column * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    canvas = canvas.repeat(factor, axis=0).repeat(factor, axis=1)
+    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.parent / f".{path.name}.tmp"
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,125 @@
+"""The sample command: what it writes, that images keep their identity, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from atebm_jax import UserError
+from atebm_jax.sample import __main__ as command
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "digits"
+    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
+    return folder
+
+
+def draw(workdir, out, *more):
+    command.main([f"--workdir={workdir}", f"--out={out}", *more])
+    with np.load(out / "samples.npz") as stored:
+        return dict(stored)
+
+
+def test_command_writes_pictures_grid_arrays_and_protocol(workdir, tmp_path):
+    stored = draw(workdir, tmp_path, "--classes=3,7", "--count=5")
+    assert stored["arr_0"].shape == (5, 8, 8, 1) and stored["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(stored["arr_1"], [3, 7, 3, 7, 3])
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {f"{i:06d}_class{(3, 7)[i % 2]}.png" for i in range(5)}
+    assert names == pictures | {"grid.png", "samples.npz", "samples.json"}
+    picture = np.asarray(Image.open(tmp_path / "000003_class7.png"))
+    np.testing.assert_array_equal(picture, stored["arr_0"][3, ..., 0])
+    protocol = json.loads((tmp_path / "samples.json").read_text())
+    assert protocol["num_steps"] == 3 and protocol["classes"] == [3, 7]
+
+
+def test_more_samples_begin_with_the_same(workdir, tmp_path):
+    few = draw(workdir, tmp_path / "few", "--count=10")["arr_0"]
+    many = draw(workdir, tmp_path / "many", "--count=70")["arr_0"]
+    np.testing.assert_array_equal(many[:10], few)
+    # Going on with a larger count draws only what is missing.
+    old = (tmp_path / "few" / "000002_class2.png").stat().st_mtime_ns
+    more = draw(workdir, tmp_path / "few", "--count=40")["arr_0"]
+    np.testing.assert_array_equal(more, many[:40])
+    assert (tmp_path / "few" / "000002_class2.png").stat().st_mtime_ns >= old
+
+
+def test_devices_draw_the_same_bits(workdir, tmp_path):
+    """In processes of their own: one device, and three."""
+    images = []
+    for devices in (1, 3):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        }
+        out = tmp_path / str(devices)
+        arguments = [f"--workdir={workdir}", f"--out={out}", "--count=100"]
+        arguments += ["--sampler=sgld", "--step_size=1", "--num_steps=9"]
+        done = subprocess.run(
+            [sys.executable, "-m", "atebm_jax.sample", *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        with np.load(out / "samples.npz") as stored:
+            images.append(stored["arr_0"])
+    np.testing.assert_array_equal(*images)
+
+
+def test_seeds_can_be_a_data_set(workdir, tmp_path):
+    from atebm_jax import data
+
+    stored = draw(
+        workdir, tmp_path, "--seeds=digits:test", "--num_steps=0", "--unconditional"
+    )
+    source = data.open_source("digits:test")
+    images, _ = data.materialise(source, "", (8, 8, 1))
+    np.testing.assert_array_equal(stored["arr_0"], images[:64])
+    assert "arr_1" not in stored
+
+
+def test_other_settings_do_not_mix_in_one_folder(workdir, tmp_path):
+    draw(workdir, tmp_path, "--count=2")
+    with pytest.raises(UserError, match="samples with num_steps 3 and now it is 4"):
+        draw(workdir, tmp_path, "--count=2", "--num_steps=4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes=10"], "from 0 to 9"),
+        (["--classes=cat"], "from 0 to 9"),
+        (["--classes=1", "--unconditional"], "exclude each other"),
+        (["--count=0"], "--count is 0"),
+        (["--sampler=hmc"], "unknown sampler 'hmc'"),
+        (["--schedule=step"], "unknown schedule 'step'"),
+        (["--step_size=0"], "positive"),
+        (["--num_steps=-1"], "must not be negative"),
+        (["--smooth=-1"], "smooth is -1"),
+        (["--quantise=up"], "--quantise is 'up'"),
+        (["--seeds=folder:/nowhere"], "nowhere"),
+        (["--workdir=/nowhere"], "no checkpoint at /nowhere"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(
+    workdir, tmp_path, arguments, message
+):
+    with pytest.raises(UserError, match=message):
+        draw(workdir, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_flag_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--class=3"])
+    assert stopped.value.code == 2
+    assert "--help" in capsys.readouterr().err
