@@ -178,21 +178,29 @@ def _seeds(
     source = data.open_source(spec, flags.data_dir or config.data.data_dir)
     settings = config.data
 
-    def seeds_of(indices: np.ndarray) -> np.ndarray:
-        images = np.zeros((len(indices), *settings.image_shape), np.float32)
-        for position, index in enumerate(indices):
+    def seed_of(index: int) -> np.ndarray:
+        # The next one where an image cannot be decoded: never a black one.
+        for position in range(index, index + settings.max_bad_images + 1):
             with data.eval_batches(
                 source,
                 preprocess=settings.preprocess_seeds,
                 batch_size=1,
                 image_shape=tuple(settings.image_shape),
-                start=int(index) % len(source),
+                start=position % len(source),
                 num_threads=1,
                 prefetch=1,
                 max_bad_images=settings.max_bad_images,
             ) as batches:
-                images[position] = next(batches)["images"][0] / np.float32(255)
-        return images
+                batch = next(batches)
+            if batch["mask"][0]:
+                return batch["images"][0] / np.float32(255)
+        raise UserError(
+            f"--seeds={spec}: {source.describe(index % len(source))} and the "
+            f"{settings.max_bad_images} images after it cannot be decoded: remove them."
+        )
+
+    def seeds_of(indices: np.ndarray) -> np.ndarray:
+        return np.stack([seed_of(int(index)) for index in indices])
 
     return seeds_of, spec
 

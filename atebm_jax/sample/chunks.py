@@ -22,6 +22,8 @@ from atebm_jax.errors import UserError
 CHUNK = 32
 # Beyond every image's index: the steps' noise is not that of a seed.
 _STEPS = 2**31
+# The blur is written out, a sum of 6 sigma + 1 images along each axis.
+_WIDEST_BLUR = 64
 
 
 class Recipe(NamedTuple):
@@ -33,8 +35,8 @@ class Recipe(NamedTuple):
       step_size: > 0, as of the sampler; L2 pixels per step but for "sgld".
       num_steps: >= 0.
       target_energy: an image stops where its energy is this or lower; None for never.
-      smooth: standard deviation of a Gaussian blur of the seeds, pixels, >= 0.
-      seed: of noise.
+      smooth: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64.
+      seed: of noise, 0 <= seed < 2**32.
       conditional: draw given classes, by E(x, y), or any, by E(x).
     """
 
@@ -72,8 +74,16 @@ def check(recipe: Recipe) -> None:
             f"num_steps is {steps} and step_size {size}: the steps must not "
             "be negative, their size is positive."
         )
-    if not 0 <= recipe.smooth < np.inf:
-        raise UserError(f"smooth is {recipe.smooth}: it must be 0 or positive, pixels.")
+    if steps >= 2**31:
+        raise UserError(f"num_steps is {steps}: it must be below 2**31.")
+    if not isinstance(recipe.seed, whole) or not 0 <= recipe.seed < 2**32:
+        raise UserError(
+            f"seed is {recipe.seed!r}: expected a whole number from 0 to 2**32 - 1."
+        )
+    if not 0 <= recipe.smooth <= _WIDEST_BLUR:
+        raise UserError(
+            f"smooth is {recipe.smooth}: expected 0 to {_WIDEST_BLUR} pixels."
+        )
     if recipe.target_energy is not None and not np.isfinite(recipe.target_energy):
         raise UserError(f"target_energy is {recipe.target_energy}: it must be finite.")
 
@@ -105,7 +115,8 @@ def draw(
     """
     devices = jax.local_devices()
     weights = [jax.device_put(variables, device) for device in devices]
-    program = _program(model, recipe, image_shape, seeds_of is not None)
+    program = _program(model, _static(recipe), image_shape, seeds_of is not None)
+    traced = _traced(recipe)
     waiting: collections.deque[tuple[int, jax.Array]] = collections.deque()
     for position, number in enumerate(numbers):
         place = position % len(devices)
@@ -113,7 +124,8 @@ def draw(
         seeds = () if seeds_of is None else (seeds_of(indices),)
         put = partial(jax.device_put, device=devices[place])
         arguments = map(put, (indices, labels_of(indices), *seeds))
-        waiting.append((number, program(weights[place], *arguments)))
+        made = program(weights[place], traced, *arguments)
+        waiting.append((number, made))
         if len(waiting) > len(devices):
             done, images = waiting.popleft()
             yield done, np.asarray(images)
@@ -121,14 +133,42 @@ def draw(
         yield done, np.asarray(images)
 
 
+class _Traced(NamedTuple):
+    """What may change without another compilation; each [], target None for never."""
+
+    seed: jax.Array
+    step_size: jax.Array
+    num_steps: jax.Array
+    target: jax.Array | None
+
+
+def _traced(recipe: Recipe) -> _Traced:
+    energy_at_stop = recipe.target_energy
+    return _Traced(
+        jnp.uint32(recipe.seed),
+        jnp.float32(recipe.step_size),
+        jnp.int32(recipe.num_steps),
+        None if energy_at_stop is None else jnp.float32(-energy_at_stop),
+    )
+
+
+def _static(recipe: Recipe) -> Recipe:
+    """The recipe with all that is traced set to one value."""
+    return recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
+
+
 @lru_cache
 def _program(
     model: nn.Module, recipe: Recipe, image_shape: tuple[int, int, int], given: bool
 ) -> Callable[..., jax.Array]:
     def sample(
-        variables: Any, indices: jax.Array, labels: jax.Array, *seeds: jax.Array
+        variables: Any,
+        traced: _Traced,
+        indices: jax.Array,
+        labels: jax.Array,
+        *seeds: jax.Array,
     ) -> jax.Array:
-        key = jax.random.key(recipe.seed)
+        key = jax.random.key(traced.seed)
         start = seeds[0] if given else sampling.noise_seeds(key, indices, image_shape)
         if recipe.smooth:
             start = sampling.smooth(start, recipe.smooth)
@@ -140,16 +180,15 @@ def _program(
             logits = logits_fn(x)
             return energy.score(logits, labels if recipe.conditional else None)
 
-        target = None if recipe.target_energy is None else -recipe.target_energy
         return samplers.run(
             samplers.sampler(recipe.sampler),
             objective,
             start,
             keys,
-            step_size=jnp.float32(recipe.step_size),
-            num_steps=recipe.num_steps,
+            step_size=traced.step_size,
+            num_steps=traced.num_steps,
             schedule=samplers.SCHEDULES[recipe.schedule],
-            target=target,
+            target=traced.target,
         )
 
     return jax.jit(sample)

@@ -38,7 +38,12 @@ def claim(folder: Path, protocol: Mapping[str, Any], clash: Sequence[str]) -> No
                 f"{folder} holds PNG files of something else: give an empty --out."
             )
         _replace(path, lambda p: p.write_text(json.dumps(protocol, indent=2) + "\n"))
-    except (OSError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): it is not known what the samples beside it "
+            "are; give an empty --out."
+        ) from error
+    except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
 
 
@@ -80,9 +85,19 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def read_image(path: Path, image_shape: Sequence[int]) -> np.ndarray:
-    """[H, W, C] uint8 of a PNG that `write_image` wrote."""
-    with Image.open(path) as picture:
-        return np.asarray(picture).reshape(image_shape)
+    """[H, W, C] uint8 of a PNG that `write_image` wrote.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture).reshape(image_shape)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it, and the same command draws it "
+            "again."
+        ) from error
 
 
 def finish(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -87,6 +89,54 @@ def test_seeds_can_be_a_data_set(workdir, tmp_path):
     assert "arr_1" not in stored
 
 
+def test_seed_that_cannot_be_decoded_gives_way_to_the_next(workdir, tmp_path):
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    levels = {"a": 40, "c": 200}
+    for name, level in levels.items():
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(seeds / f"{name}.png")
+    (seeds / "b.png").write_text("no image")
+    arguments = [f"--seeds=folder:{seeds}", "--num_steps=0", "--count=4"]
+    stored = draw(workdir, tmp_path / "out", *arguments)
+    np.testing.assert_array_equal(stored["arr_0"][:, 0, 0, 0], [40, 200, 200, 40])
+
+
+def test_damaged_files_are_named(workdir, tmp_path):
+    draw(workdir, tmp_path, "--count=3")
+    picture = tmp_path / "000001_class1.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:60])
+    with pytest.raises(UserError, match="000001_class1.png is damaged.*delete it"):
+        draw(workdir, tmp_path, "--count=3")
+    picture.unlink()
+    draw(workdir, tmp_path, "--count=3")
+    assert picture.read_bytes() == whole
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(UserError, match="samples.json is damaged"):
+        draw(workdir, tmp_path, "--count=3")
+
+
+def test_killed_command_goes_on_to_the_same_files(workdir, tmp_path):
+    """SIGKILL after the first chunks, against a run that nobody disturbs."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command_line = [sys.executable, "-m", "atebm_jax.sample", f"--workdir={workdir}"]
+    command_line += ["--count=3000", f"--out={tmp_path / 'killed'}"]
+    process = subprocess.Popen(command_line, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        if len(list((tmp_path / "killed").glob("0*.png"))) > 40:
+            process.kill()
+        time.sleep(0.01)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    for out in ("killed", "whole"):
+        draw(workdir, tmp_path / out, "--count=3000")
+    killed, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+        for out in ("killed", "whole")
+    )
+    assert killed == whole
+
+
 def test_other_settings_do_not_mix_in_one_folder(workdir, tmp_path):
     draw(workdir, tmp_path, "--count=2")
     with pytest.raises(UserError, match="samples with num_steps 3 and now it is 4"):
@@ -104,7 +154,11 @@ def test_other_settings_do_not_mix_in_one_folder(workdir, tmp_path):
         (["--schedule=step"], "unknown schedule 'step'"),
         (["--step_size=0"], "positive"),
         (["--num_steps=-1"], "must not be negative"),
+        (["--num_steps=3000000000"], "below 2"),
         (["--smooth=-1"], "smooth is -1"),
+        (["--smooth=65"], "0 to 64 pixels"),
+        (["--seed=-1"], "seed is -1"),
+        (["--seed=4294967296"], "seed is 4294967296"),
         (["--quantise=up"], "--quantise is 'up'"),
         (["--seeds=folder:/nowhere"], "nowhere"),
         (["--workdir=/nowhere"], "no checkpoint at /nowhere"),
@@ -123,3 +177,21 @@ def test_unknown_flag_exits_with_2(capsys):
         command.main(["--class=3"])
     assert stopped.value.code == 2
     assert "--help" in capsys.readouterr().err
+
+
+def test_other_seeds_and_steps_need_no_compilation(workdir):
+    import atebm_jax
+    from atebm_jax.sample import chunks
+
+    model = atebm_jax.load(workdir)
+    model.sample(count=1, num_steps=1, target_energy=0.0)
+    before = chunks._program.cache_info().misses
+    for seed in range(3):
+        model.sample(
+            count=1,
+            seed=seed,
+            num_steps=seed,
+            step_size=0.1 + seed,
+            target_energy=float(seed),
+        )
+    assert chunks._program.cache_info().misses == before
