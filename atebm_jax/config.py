@@ -22,6 +22,7 @@ RUN_CONTROL = frozenset(
         "data.num_workers",
         "data.num_threads",
         # Only the order of sums, as with the number of devices.
+        "mesh",
         "stage1.num_micro_batches",
         "stage2.num_micro_batches",
     }
@@ -37,6 +38,9 @@ def default() -> ml_collections.ConfigDict:
     config.stages = "auto"
     # Workdir or checkpoint whose averaged weights the first stage starts from.
     config.init_from = ""
+    # Devices of all processes: "data:-1" splits the batch over them, "data:-1,fsdp:4"
+    # also parameters, averages and optimiser over groups of 4; -1 is what is left.
+    config.mesh = "data:-1"
     # Metrics are fetched, shown and written every so many steps.
     config.log_every_steps = 10
     # Steps in a row with NaN or Inf after which the job rolls back.

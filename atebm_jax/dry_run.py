@@ -19,7 +19,7 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from atebm_jax import archs, energy, losses, models, stages
+from atebm_jax import archs, energy, losses, models, sharding, stages
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.train import build_step
@@ -69,13 +69,15 @@ class Cost:
 
     Attributes:
       parameters: numbers in the network.
-      state_bytes: parameters, averages and optimiser, on every device.
+      state_bytes: parameters, averages and optimiser, on every device; with an fsdp
+        axis its part of them.
       gradient_bytes: of one gradient of all parameters.
       image_bytes: of one image of each stream, with what PGD makes of it, float32.
       loss_bytes: kept per image and stream for the gradient of the loss.
       pgd_bytes: kept per image for an image gradient.
       flops: part -> FLOPs of one image (of each stream) and one turn.
       turns: part -> how often it runs in a step; T_max for contrastive steps.
+      gathered_bytes: the whole parameters that a step gathers; 0 without an fsdp axis.
     """
 
     parameters: int
@@ -86,6 +88,7 @@ class Cost:
     pgd_bytes: int
     flops: dict[str, float]
     turns: dict[str, int]
+    gathered_bytes: int = 0
 
     def step_flops(
         self, batch_size: int, contrastive_steps: int | None = None
@@ -104,18 +107,20 @@ class Cost:
         inputs = share * self.image_bytes
         return (
             self.state_bytes
+            + self.gathered_bytes
             + gradients
             + inputs
             + part * max(self.loss_bytes, self.pgd_bytes)
         )
 
 
-def measure(config: ml_collections.ConfigDict, name: str) -> Cost:
+def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost:
     """Traces a stage's parts with shapes.
 
     Args:
       config: a complete config.
       name: "stage1" or "stage2".
+      fsdp: devices that share one state.
 
     Raises:
       UserError: the config describes no network or no step.
@@ -137,14 +142,25 @@ def measure(config: ml_collections.ConfigDict, name: str) -> Cost:
         parameters=sum(
             math.prod(x.shape) for x in jax.tree.leaves(variables["params"])
         ),
-        state_bytes=_bytes(state),
+        state_bytes=_bytes_of_a_part(state, fsdp),
         gradient_bytes=gradient,
         image_bytes=2 * _bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
         loss_bytes=_slope(lambda n: _kept_by_loss(stage, variables, shape, n)),
         pgd_bytes=_slope(lambda n: _kept_by_pgd(model, variables, shape, n)),
         flops=_flops(stage, model, variables, batch),
         turns=_turns(config, name),
+        gathered_bytes=0 if fsdp == 1 else gradient,
     )
+
+
+def _bytes_of_a_part(tree: Any, count: int) -> int:
+    """Bytes on one of `count` devices that share a state."""
+
+    def part(leaf: Any) -> int:
+        split = sharding.split_axis(tuple(leaf.shape), count) is not None
+        return _bytes(leaf) // (count if split else 1)
+
+    return sum(map(part, jax.tree.leaves(tree)))
 
 
 def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
@@ -249,7 +265,9 @@ def remedies(
     lighter.model.remat = True
     candidates = {"": cost}
     if not config.model.remat:
-        candidates["--config.model.remat=True "] = measure(lighter, name)
+        candidates["--config.model.remat=True "] = measure(
+            lighter, name, _fsdp(config, machine)
+        )
     for flags, candidate in candidates.items():
         for parts in _splits(config, name, machine.devices):
             need = candidate.device_bytes(stage.batch_size, machine.devices, parts)
@@ -259,12 +277,21 @@ def remedies(
                     f"({need / GIB:.1f} GiB a device)"
                 )
                 break
+    if _fsdp(config, machine) == 1 and machine.devices > 1:
+        candidate = measure(config, name, machine.devices)
+        need = candidate.device_bytes(stage.batch_size, machine.devices, _parts(stage))
+        if need <= limit:
+            found.append(f"--config.mesh=fsdp:-1 ({need / GIB:.1f} GiB a device)")
     for devices in _device_counts(stage.batch_size, machine.devices):
         need = cost.device_bytes(stage.batch_size, devices, _parts(stage))
         if need <= limit:
             found.append(f"{devices} devices ({need / GIB:.1f} GiB each)")
             break
     return found
+
+
+def _fsdp(config: ml_collections.ConfigDict, machine: Machine) -> int:
+    return sharding.parse_mesh(config.mesh, machine.devices).get(sharding.STATE_AXIS, 1)
 
 
 def _parts(stage: ml_collections.ConfigDict) -> int:
@@ -318,7 +345,7 @@ def run(
                 f"config.{name}.batch_size is {config[name].batch_size}: it does not "
                 f"split over --devices={machine.devices}."
             )
-        cost = measure(config, name)
+        cost = measure(config, name, _fsdp(config, machine))
         figures[name] = _figures(config, name, cost, machine)
         _show(console, config, name, figures[name])
     if json_file:
@@ -367,8 +394,10 @@ def _show(
     )
     image_mib = max(figures["loss_bytes"], figures["pgd_bytes"]) / 2**20
     table.add_row("parameters", f"{figures['parameters']:,}")
-    state = (figures["state_bytes"] + figures["gradient_bytes"]) / GIB
-    table.add_row("state and gradient, a device", f"{state:.2f} GiB")
+    state = figures["state_bytes"] / GIB
+    passing = (figures["gradient_bytes"] + figures["gathered_bytes"]) / GIB
+    table.add_row(f"state, a device (mesh {config.mesh})", f"{state:.2f} GiB")
+    table.add_row("gradient and gathered parameters, a device", f"{passing:.2f} GiB")
     table.add_row("activations, an image of each stream", f"{image_mib:.0f} MiB")
     for part, flops in figures["flops"].items():
         turns = figures["turns"][part]

@@ -54,7 +54,7 @@ def run(
     configuration.check(config)
     _check_start(config, checkpoint.absolute(workdir))
     console = console or Console()
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(config.mesh)
     model = models.build(config.model)
     sources = _open_sources(config, sources or {})
     workdir = checkpoint.absolute(workdir)

@@ -3,8 +3,15 @@
 Data parallel over every device of every process: parameters are replicated, batches
 are split along their first axis. The PGD loops then need no communication at all; the
 one all-reduce of a step is that of the parameter gradients.
+
+With a second axis, "fsdp", the state between two steps (parameters, averages,
+optimiser) is split over it too, the batch still over all devices. A step gathers the
+parameters once, before its loops: they need them T times, and gathering them layer by
+layer inside would send T times as much.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +23,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from atebm_jax.errors import UserError
 
 BATCH_AXIS = "data"
+STATE_AXIS = "fsdp"
+# Axes of the mesh in their order: neighbouring devices share a state.
+AXES = (BATCH_AXIS, STATE_AXIS)
+DATA_PARALLEL = "data:-1"
+
+# Arrays with fewer elements stay whole: what they would save is less than what the
+# latency of gathering them costs.
+SMALLEST_SHARDED = 4096
 
 
 def initialize_processes(
@@ -24,7 +39,8 @@ def initialize_processes(
     """Joins the processes of one job; must run before the first use of a device.
 
     With a coordinator the three arguments say how; without one, JAX finds out by
-    itself on Cloud TPU pods and under Slurm, and one process needs nothing.
+    itself on Cloud TPU pods (TPU VMs and GKE, one slice or several) and under Slurm,
+    and one process needs nothing.
 
     Args:
       coordinator: HOST:PORT of process 0, or None.
@@ -45,18 +61,104 @@ def initialize_processes(
             f"--process_id is {process_id}: it must lie in 0..{num_processes - 1}, "
             f"for --num_processes={num_processes}."
         )
-    several_hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    several_tasks = int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if all(given):
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif several_hosts or several_tasks:
+    elif _is_one_of_many(os.environ):
         jax.distributed.initialize()
+    elif _on_tpu_vm(os.environ):
+        # Its other hosts are known to the metadata server alone; none in a notebook.
+        with contextlib.suppress(ValueError, OSError):
+            jax.distributed.initialize()
 
 
-def make_mesh() -> Mesh:
-    """A one-dimensional mesh over all devices of all processes."""
+def _is_one_of_many(environment: Mapping[str, str]) -> bool:
+    """Whether the environment names other processes, which JAX then finds by itself.
+
+    GKE names the hosts of a slice, and the number of slices where there are several.
+    Of Slurm's variables only a step's counts: a batch script, too, has SLURM_NTASKS.
+    """
+    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
+    return len(_tpu_hosts(environment).split(",")) > 1 or slices > 1 or tasks > 1
+
+
+def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
+    """Whether this is a TPU VM whose environment names no hosts.
+
+    JAX leaves the first of these variables on a machine with TPU chips, and the second
+    on one without.
+    """
+    return (
+        "TPU_ML_PLATFORM" in environment
+        and "TPU_SKIP_MDS_QUERY" not in environment
+        and environment.get("JAX_PLATFORMS") != "cpu"
+        and not _tpu_hosts(environment)
+    )
+
+
+def _tpu_hosts(environment: Mapping[str, str]) -> str:
+    names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    return next((environment[name] for name in names if name in environment), "")
+
+
+def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
+    """Reads the sizes of the mesh's axes.
+
+    Args:
+      spec: "AXIS:SIZE" joined by commas, as "data:-1,fsdp:4"; -1, once at most, takes
+        the devices that are left. An axis that is not named has size 1.
+      num_devices: of all processes.
+
+    Returns:
+      Axis -> size, in the order of `AXES`, "data" always among them.
+
+    Raises:
+      UserError: the spec cannot be read, or does not use exactly the devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in spec.split(","):
+        axis, colon, size = (text.strip() for text in part.partition(":"))
+        if axis not in AXES or not colon:
+            raise UserError(
+                f"config.mesh is {spec!r}: {part.strip()!r} is no AXIS:SIZE with an "
+                f"axis of {', '.join(AXES)}; write 'data:-1' or 'data:-1,fsdp:4'."
+            )
+        if axis in sizes:
+            raise UserError(f"config.mesh is {spec!r}: it names {axis} twice.")
+        if size != "-1" and (not size.isdecimal() or int(size) == 0):
+            raise UserError(
+                f"config.mesh is {spec!r}: the size of {axis} is {size!r}; give a "
+                "positive number, or -1 for the devices that are left."
+            )
+        sizes[axis] = int(size)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config.mesh is {spec!r}: only one axis can take the devices that are "
+            "left (-1); give the other a size."
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if num_devices % fixed or (not free and fixed != num_devices):
+        needed = f"a multiple of {fixed}" if free else f"exactly {fixed}"
+        raise UserError(
+            f"config.mesh is {spec!r}: it needs {needed} devices and there "
+            f"{'is 1' if num_devices == 1 else f'are {num_devices}'}; choose sizes "
+            "whose product is that number."
+        )
+    sizes |= {axis: num_devices // fixed for axis in free}
+    sizes.setdefault(BATCH_AXIS, 1)
+    return {axis: sizes[axis] for axis in AXES if axis in sizes}
+
+
+def make_mesh(spec: str = DATA_PARALLEL) -> Mesh:
+    """The mesh over all devices of all processes that `parse_mesh` describes.
+
+    Raises:
+      UserError: as of `parse_mesh`.
+    """
+    sizes = parse_mesh(spec, jax.device_count())
     return jax.make_mesh(
-        (jax.device_count(),), (BATCH_AXIS,), axis_types=(AxisType.Auto,)
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
 
 
@@ -66,8 +168,91 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+    """The first axis split over all devices, those of every mesh axis."""
+    names = mesh.axis_names
+    return NamedSharding(mesh, PartitionSpec(names[0] if len(names) == 1 else names))
+
+
+def split_axis(shape: tuple[int, ...], count: int) -> int | None:
+    """The axis along which an array is split over `count` devices.
+
+    The largest that divides evenly, the last of equal ones; None for arrays that stay
+    whole, which are those below `SMALLEST_SHARDED` elements and those without such an
+    axis.
+    """
+    if count == 1 or math.prod(shape) < SMALLEST_SHARDED:
+        return None
+    fitting = [(size, axis) for axis, size in enumerate(shape) if size % count == 0]
+    return max(fitting)[1] if fitting else None
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a state lives between two steps.
+
+    A rule of shapes alone, so that a parameter, its average and its moments lie alike.
+
+    Args:
+      tree: pytree of arrays or shapes.
+      mesh: the device mesh; without an "fsdp" axis every array is replicated.
+
+    Returns:
+      Pytree of `NamedSharding`.
+    """
+    count = mesh.shape.get(STATE_AXIS, 1)
+
+    def place(leaf: Any) -> NamedSharding:
+        axis = split_axis(tuple(leaf.shape), count)
+        if axis is None:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, STATE_AXIS))
+
+    return jax.tree.map(place, tree)
+
+
+def placed_shapes(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a state with its shardings: what a checkpoint is restored as."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        state_shardings(tree, mesh),
+    )
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Every array whole on every device, inside or outside a compiled function.
+
+    Outside, arrays that are whole already are returned as they are.
+    """
+    if STATE_AXIS not in mesh.shape:
+        return tree
+    everywhere = replicated(mesh)
+
+    def constrain(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x, everywhere), tree
+        )
+
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return constrain(tree)
+    return jax.jit(constrain, out_shardings=everywhere)(tree)
+
+
+def scatter(tree: Any, mesh: Mesh) -> Any:
+    """Inside a compiled function: every array where its part of the state lives.
+
+    On gradients it makes the sum over devices a reduce-scatter where the platform has
+    one.
+    """
+    if STATE_AXIS not in mesh.shape:
+        return tree
+    return jax.tree.map(
+        jax.lax.with_sharding_constraint, tree, state_shardings(tree, mesh)
+    )
+
+
+def put_state(tree: Any, mesh: Mesh) -> Any:
+    """Places a state of host or device arrays; every process must hold the same."""
+    return jax.device_put(tree, state_shardings(tree, mesh))
 
 
 def check_batch_size(

@@ -77,16 +77,18 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
     """
     config = job.config[name]
     total = configuration.num_steps(config, len(job.sources["train"]))
-    step, new_state = build_step(job.config, name, job.model, total)
-    everywhere = sharding.replicated(job.mesh)
-    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    step, new_state = build_step(job.config, name, job.model, total, job.mesh)
+    like = _placed_shapes(job, new_state)
+    placement = jax.tree.map(lambda x: x.sharding, like)
+    step_fn = jit_step(step, placement, job.mesh)
 
     def fresh() -> TrainState:
-        return sharding.put_replicated(new_state(initial()), job.mesh)
+        # Split from the start: only the variables themselves are ever whole.
+        variables = sharding.put_state(jax.device_get(initial()), job.mesh)
+        return jax.jit(new_state, out_shardings=placement)(variables)
 
     checkpoints = checkpoint.manager(job.workdir, name)
     try:
-        like = _placed_shapes(job, new_state)
         state = _latest(checkpoints, fresh, like)
         _finish_evaluation(job, name, state, total, checkpoints)
         while int(state.step) < total:
@@ -109,8 +111,28 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
         checkpoints.close()
 
 
+def jit_step(step: train_step.StepFn, placement: Any, mesh: Mesh) -> train_step.StepFn:
+    """Compiles an update that takes the state's buffers for its own.
+
+    Args:
+      step: as of `build_step`.
+      placement: shardings of the state (`sharding.state_shardings`).
+      mesh: the device mesh.
+    """
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placement, sharding.batched(mesh)),
+        out_shardings=(placement, sharding.replicated(mesh)),
+    )
+
+
 def build_step(
-    config: ml_collections.ConfigDict, name: str, model: nn.Module, total: int
+    config: ml_collections.ConfigDict,
+    name: str,
+    model: nn.Module,
+    total: int,
+    mesh: Mesh | None = None,
 ) -> tuple[train_step.StepFn, Callable[[Any], TrainState]]:
     """The update of a stage as its config describes it, and its fresh state.
 
@@ -119,6 +141,7 @@ def build_step(
       name: "stage1" or "stage2".
       model: images to logits.
       total: steps of the stage.
+      mesh: where state and batch live; None for a step that is only traced.
 
     Returns:
       (the step as of `train_step.make`, variables -> train state).
@@ -145,6 +168,9 @@ def build_step(
         window_length = curriculum.window_length(
             stage.auc_window_images, stage.batch_size
         )
+    if mesh is not None:
+        options["gather"] = partial(sharding.gather, mesh=mesh)
+        options["scatter"] = partial(sharding.scatter, mesh=mesh)
     step = train_step.make(
         stages.STAGES[name](model, stage),
         optimizer,
@@ -180,13 +206,9 @@ def _variable_shapes(config: ml_collections.ConfigDict, model: nn.Module) -> Any
 
 
 def _placed_shapes(job: Job, new_state: Callable[[Any], TrainState]) -> Any:
-    """The shapes of a state on every device, without what it starts from."""
+    """The shapes of a state and where it lives, without what it starts from."""
     variables = _variable_shapes(job.config, job.model)
-    everywhere = sharding.replicated(job.mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(new_state, variables),
-    )
+    return sharding.placed_shapes(jax.eval_shape(new_state, variables), job.mesh)
 
 
 def _latest(
@@ -319,7 +341,8 @@ class _Log:
 
 
 def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:
-    variables = train_state.average_variables(state)
+    # Whole for the time of the evaluation, whose loops run on them many times.
+    variables = sharding.gather(train_state.average_variables(state), job.mesh)
     metrics = job.evaluate(name, int(state.step), variables)
     worst = {
         key: -math.inf if more else math.inf for key, more in checkpoint.BEST_BY.items()

@@ -30,6 +30,8 @@ def make(
     auc_threshold: float = 1.0,
     max_contrastive_steps: int = 0,
     num_micro_batches: int = 1,
+    gather: Callable[[Any], Any] = lambda params: params,
+    scatter: Callable[[Any], Any] = lambda gradients: gradients,
 ) -> StepFn:
     """Builds the update of one stage; one compilation serves every T.
 
@@ -49,6 +51,10 @@ def make(
         and gradients alike, to need about 1/k of the memory. One update of the mean
         gradient follows, and the metrics are those of the whole batch. B must be a
         multiple of k, and of k times the devices it is split over.
+      gather: applied to the parameters once, before all loops; makes them whole on
+        every device where the state is split over several.
+      scatter: applied to the gradients, before everything elementwise; splits them as
+        the state is.
 
     Returns:
       (state, batch) -> (state, metrics). Images of the batch are uint8 [B, H, W, C] or
@@ -69,8 +75,9 @@ def make(
         inputs = _prepare(batch, stage, seed, state.step + state.data_offset)
         num_steps = state.curriculum.num_steps
         loss, gradients, batch_stats, outputs = differentiate(
-            state.params, state.batch_stats, inputs, num_steps
+            gather(state.params), state.batch_stats, inputs, num_steps
         )
+        gradients = scatter(gradients)
         metrics = stage.statistics(outputs)
         rate = learning_rate(state.step)
         gradient_norm = optax.tree.norm(gradients)

@@ -2,13 +2,38 @@
 # Runs a job on this machine, on all of its devices; the same command goes on with it.
 #
 #   launch/local.sh configs/cifar10.py:small runs/cifar10_small --config.data.data_dir=TFDS_FOLDER
+#
+# --python=PROGRAM         interpreter; default $PYTHON, else python3
+# --coordinator=HOST:PORT --num_processes=N --process_id=I
+#                          this machine is one of several: the same on all but for I
+# --dry_run                only say what would run
 set -euo pipefail
-
-if [ $# -lt 2 ]; then
-    echo "usage: launch/local.sh CONFIG WORKDIR [--config.FIELD=VALUE ...]" >&2
-    exit 2
-fi
-config=$1 workdir=$2
-shift 2
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m atebm_jax.main --config="$config" --workdir="$workdir" "$@"
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
+
+python=${PYTHON:-python3} coordinator="" num_processes="" process_id=""
+parse "python coordinator num_processes process_id" "$@"
+main_command "$python"
+for name in coordinator num_processes process_id; do
+    [ -z "${!name}" ] || command+=("--$name=${!name}")
+done
+if [ -n "$coordinator$num_processes$process_id" ]; then
+    need coordinator "HOST:PORT of process 0"
+    need num_processes "the number of machines"
+    need process_id "the number of this machine, from 0"
+fi
+have "$python" "give another with --python=PROGRAM"
+
+# Two jobs at once would write over each other. The lock goes with the process, and is
+# not in the workdir, which a refused config must not make.
+if [ -z "$dry_run$coordinator" ] && command -v flock >/dev/null; then
+    [[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
+    exec 9>"${TMPDIR:-/tmp}/$(id -u)-$(job_name).lock"
+    flock -n 9 || { echo "a job is already running in $workdir: nothing to do."; exit 0; }
+fi
+if [ -n "$dry_run" ]; then
+    run "${command[@]}"
+else
+    exec "${command[@]}"
+fi
