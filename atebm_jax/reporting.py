@@ -19,6 +19,10 @@ from rich.progress import (
 )
 
 
+# A whole file travels at each upload to a bucket.
+_SECONDS_BETWEEN_UPLOADS = 30.0
+
+
 class MetricWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard event files.
 
@@ -31,18 +35,26 @@ class MetricWriter:
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
         self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        # Of a file in a bucket: all its lines, and how many of them are there.
+        self._lines: list[str] = []
+        self._uploaded = 0
+        self._next_upload = 0.0
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops what was written of `stage` after `step`, before going on from it."""
         if not self._active:
             return
+        self.flush()
         if self._path.exists():
             kept = [
                 json.dumps(record)
                 for record in read_metrics(self._workdir)
                 if record["stage"] != stage or record["step"] <= step
             ]
-            replace_text(self._path, "".join(f"{line}\n" for line in kept))
+            lines = [f"{line}\n" for line in kept]
+            replace_text(self._path, "".join(lines))
+            if in_bucket(self._path):
+                self._lines, self._uploaded = lines, len(lines)
         if stage in self._events:
             self._events[stage].close()
         self._events[stage] = tensorboardX.SummaryWriter(
@@ -53,15 +65,34 @@ class MetricWriter:
         """Appends one record."""
         if not self._active:
             return
-        record = {"stage": stage, "step": step, **metrics}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._add(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._events[stage].add_scalar(name, value, step)
         self._events[stage].flush()
 
+    def _add(self, line: str) -> None:
+        """Appends a line; in a bucket, where files are only replaced, now and then."""
+        if not in_bucket(self._path):
+            with self._path.open("a") as file:
+                file.write(line)
+            return
+        self._lines.append(line)
+        if time.monotonic() >= self._next_upload:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has gathered; before a checkpoint, which will not repeat it."""
+        if self._active and self._dirty():
+            replace_text(self._path, "".join(self._lines))
+            self._uploaded = len(self._lines)
+            self._next_upload = time.monotonic() + _SECONDS_BETWEEN_UPLOADS
+
+    def _dirty(self) -> bool:
+        return len(self._lines) > self._uploaded
+
     def close(self) -> None:
-        """Closes the event files."""
+        """Writes the last lines and closes the event files."""
+        self.flush()
         for events in self._events.values():
             events.close()
 
@@ -81,8 +112,17 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
     return records
 
 
+def in_bucket(path: epath.Path) -> bool:
+    """Whether files there are objects (gs://, s3://), which cannot be appended to."""
+    return "://" in os.fspath(path)
+
+
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
+    if in_bucket(path):
+        # An object appears when it is complete; renaming would copy it.
+        path.write_text(text)
+        return
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text(text)
     temporary.replace(path)

@@ -59,7 +59,55 @@ def test_half_a_set_of_process_flags_is_refused(arguments):
 
 
 def test_single_process_needs_no_initialisation(monkeypatch):
-    for name in ("TPU_WORKER_HOSTNAMES", "SLURM_NTASKS"):
+    for name in ("TPU_WORKER_HOSTNAMES", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     sharding.initialize_processes(None, None, None)
     assert jax.process_count() == 1
+
+
+TPU_VM = {"TPU_ML_PLATFORM": "JAX"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "many"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        # A batch script that starts no step of its own.
+        ({"SLURM_NTASKS": "8"}, False),
+    ],
+)
+def test_several_processes_are_recognised(environment, many):
+    assert sharding._is_one_of_many(environment) == many
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        (TPU_VM, True),
+        ({}, False),
+        (TPU_VM | {"TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        (TPU_VM | {"JAX_PLATFORMS": "cpu"}, False),
+        (TPU_VM | {"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ],
+)
+def test_hosts_of_a_tpu_vm_are_asked_for(environment, asked):
+    assert sharding._on_tpu_vm(environment) == asked
+
+
+def test_tpu_vm_without_other_hosts_is_one_process(monkeypatch):
+    def none_found():
+        raise ValueError("coordinator_address should be defined.")
+
+    for name in ("TPU_WORKER_HOSTNAMES", "SLURM_STEP_NUM_TASKS", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setenv("TPU_ML_PLATFORM", "JAX")
+    monkeypatch.setattr(jax.distributed, "initialize", none_found)
+    sharding.initialize_processes(None, None, None)
