@@ -20,7 +20,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.evaluate import samples
 from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.preemption import StopSignal
-from atebm_jax.reporting import MetricWriter, replace_text
+from atebm_jax.reporting import MetricWriter, check_bucket, replace_text
 from atebm_jax.stages import classifier_adversary
 from atebm_jax.train import Job, build_step, train_stage
 
@@ -52,6 +52,7 @@ def run(
       preemption.Interrupted: a signal asked to stop; everything is saved.
     """
     configuration.check(config)
+    check_bucket(checkpoint.absolute(workdir))
     _check_start(config, checkpoint.absolute(workdir))
     console = console or Console()
     mesh = sharding.make_mesh(config.mesh)

@@ -1,5 +1,6 @@
 """What a running job shows and writes: progress, `metrics.jsonl`, event files."""
 
+import importlib.util
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from atebm_jax.errors import UserError
 
 # A whole file travels at each upload to a bucket.
 _SECONDS_BETWEEN_UPLOADS = 30.0
@@ -68,7 +70,8 @@ class MetricWriter:
         self._add(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._events[stage].add_scalar(name, value, step)
-        self._events[stage].flush()
+        if not in_bucket(self._path):
+            self._events[stage].flush()
 
     def _add(self, line: str) -> None:
         """Appends a line; in a bucket, where files are only replaced, now and then."""
@@ -84,6 +87,8 @@ class MetricWriter:
         """Writes what has gathered; before a checkpoint, which will not repeat it."""
         if self._active and self._dirty():
             replace_text(self._path, "".join(self._lines))
+            for events in self._events.values():
+                events.flush()
             self._uploaded = len(self._lines)
             self._next_upload = time.monotonic() + _SECONDS_BETWEEN_UPLOADS
 
@@ -115,6 +120,34 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 def in_bucket(path: epath.Path) -> bool:
     """Whether files there are objects (gs://, s3://), which cannot be appended to."""
     return "://" in os.fspath(path)
+
+
+# What a workdir in a bucket needs: module -> package.
+_FOR_BUCKETS = {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"}
+
+
+def check_bucket(workdir: epath.Path) -> None:
+    """Refuses gs:// where the packages that write there are not installed.
+
+    Raises:
+      UserError: names them and the extra that has them.
+    """
+    if not os.fspath(workdir).startswith("gs://"):
+        return
+    missing = [name for module, name in _FOR_BUCKETS.items() if not _found(module)]
+    if missing:
+        raise UserError(
+            f"workdir {workdir} is in a bucket and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'atebm_jax[gcs]'."
+        )
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def replace_text(path: epath.Path, text: str) -> None:

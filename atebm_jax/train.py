@@ -236,7 +236,7 @@ def _finish_evaluation(
     held_out = _evaluate(job, name, state)
     _Log(job, name, line, step, total).evaluated(step, held_out)
     line.close()
-    checkpoint.save(checkpoints, state, stage=name, config=job.config, metrics=held_out)
+    _save(job, name, checkpoints, state, held_out)
 
 
 def _advance(
@@ -251,7 +251,7 @@ def _advance(
     config = job.config[name]
     first = int(state.step)
     line = ProgressLine(job.console, name, first, total)
-    save = partial(checkpoint.save, checkpoints, stage=name, config=job.config)
+    save = partial(_save, job, name, checkpoints)
     log = _Log(job, name, line, first, total)
     try:
         with _batches(job, name, first + int(state.data_offset)) as batches:
@@ -269,15 +269,15 @@ def _advance(
                         try:
                             held_out = _evaluate(job, name, state) if evaluate else None
                         except Interrupted:
-                            save(state, metrics=None)
+                            save(state, None)
                             raise
                         log.evaluated(step, held_out)
-                        save(state, metrics=held_out)
+                        save(state, held_out)
                 number = job.stop.requested()
                 if number:
                     log.flush()
                     if int(state.skipped_in_row) == 0:
-                        save(state, metrics=None)
+                        save(state, None)
                     raise Interrupted(number)
             log.flush()
     finally:
@@ -338,6 +338,18 @@ class _Log:
             shown = "  ".join(f"{key} {value:.3f}" for key, value in held_out.items())
             self._line.note(f"{self._name} step {step} held out: {shown}")
             self._since, self._time = step, time.monotonic()
+
+
+def _save(
+    job: Job,
+    name: str,
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    metrics: Mapping[str, float] | None,
+) -> None:
+    # A job that goes on from here will not write again what came before.
+    job.writer.flush()
+    checkpoint.save(checkpoints, state, stage=name, config=job.config, metrics=metrics)
 
 
 def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:

@@ -27,14 +27,14 @@ SHAPE, BATCH_SIZE = (8, 8, 3), 16
 MESHES = ("data:-1", "data:-1,fsdp:4", "fsdp:-1")
 
 
-def update_on(mesh):
+def update_on(mesh, optimizer="adamw", rate=1e-3):
     """The jitted update of a WideResNet on a mesh, with its fresh state, placed."""
     network = reference.network()
-    optimizer = optim.optimizer("adamw", weight_decay=0.05)
+    optimizer = optim.optimizer(optimizer, weight_decay=0.05)
     step = train_step.make(
         stages.STAGES["stage2"](network, reference.stage_config("stage2")),
         optimizer,
-        optim.schedule("constant", peak=1e-3, num_steps=10),
+        optim.schedule("constant", peak=rate, num_steps=10),
         auc_threshold=0.0,
         max_contrastive_steps=50,
         gather=partial(sharding.gather, mesh=mesh),
@@ -50,7 +50,12 @@ def update_on(mesh):
 
 
 def batch_on(mesh, seed=0):
-    return sharding.put_batch(reference.random_batch(BATCH_SIZE, SHAPE, 4, seed), mesh)
+    """This process's part of a batch, its rows in the order of the processes."""
+    batch = reference.random_batch(BATCH_SIZE, SHAPE, 4, seed)
+    rows = BATCH_SIZE // jax.process_count()
+    first = rows * jax.process_index()
+    part = {name: value[first : first + rows] for name, value in batch.items()}
+    return sharding.put_batch(part, mesh)
 
 
 def device_bytes(tree):
