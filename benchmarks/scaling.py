@@ -37,8 +37,8 @@ class Cluster(NamedTuple):
 
 # v5e: 197 TFLOP/s, 1600 Gbit/s between chips over four links, of which a ring needs
 # one: https://cloud.google.com/tpu/docs/v5e
-# H100 SXM: 989 TFLOP/s; between machines 400 Gbit/s a GPU (one ConnectX-7 each), within
-# one NVLink is faster: https://docs.nvidia.com/dgx/dgxh100-user-guide/
+# H100 SXM: 989 TFLOP/s; between machines 400 Gbit/s a GPU (one ConnectX-7 each), as
+# submitted to MLPerf (docs/performance.md has the address); NVLink inside is faster.
 CLUSTERS = {
     "v5e-256": Cluster(256, 197e12, 1600e9 / 8 / 4),
     "64 H100": Cluster(64, 989e12, 400e9 / 8),
