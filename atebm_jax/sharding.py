@@ -10,10 +10,11 @@ parameters once, before its loops: they need them T times, and gathering them la
 layer inside would send T times as much.
 """
 
+import collections
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -298,3 +299,24 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         name: jax.make_array_from_process_local_data(target, value)
         for name, value in batch.items()
     }
+
+
+def prefetch(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the devices, each put there while the one before is worked on.
+
+    Args:
+      batches: as of `put_batch`.
+      mesh: the device mesh.
+      depth: batches on the devices at once, the one that was asked for included.
+
+    Yields:
+      As `put_batch`, in order.
+    """
+    waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for batch in batches:
+        waiting.append(put_batch(batch, mesh))
+        if len(waiting) == depth:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,5 +1,6 @@
 """The training loop: one stage from its first or its last saved step to its end."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -255,8 +256,10 @@ def _advance(
     log = _Log(job, name, line, first, total)
     try:
         with _batches(job, name, first + int(state.data_offset)) as batches:
-            for step in range(first + 1, total + 1):
-                batch = sharding.put_batch(next(batches), job.mesh)
+            # None beyond the last step: a broken image there is no one's concern.
+            wanted = itertools.islice(batches, total - first)
+            placed = sharding.prefetch(wanted, job.mesh)
+            for step, batch in enumerate(placed, start=first + 1):
                 state, metrics = step_fn(state, batch)
                 # The step before is fetched only now, while this one runs.
                 log.flush()
@@ -318,7 +321,7 @@ class _Log:
     def _write(
         self, step: int, metrics: Mapping[str, jax.Array], bad_images: int
     ) -> None:
-        values = {key: float(value) for key, value in metrics.items()}
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         values["bad_images"] = bad_images
         now = time.monotonic()
         images = self._job.config[self._name].batch_size * (step - self._since)
