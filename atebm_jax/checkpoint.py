@@ -3,12 +3,15 @@
 A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state and a
 small JSON that says what it is (`meta`: format, stage, step, T, config). The last two
 steps are kept, the best by robust accuracy and the best by sample distance. A step
-appears under its number only when it is complete, and is moved to `trash/` before it is
-deleted, so that a killed process leaves no broken step behind.
+appears under its number only when it is complete, with the checksums of its files, and
+is moved to `trash/` before it is deleted, so that a killed process leaves no broken
+step behind. `intact` chooses the step to go on from.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,8 +21,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from atebm_jax import checksums, sharding
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import in_bucket
 from atebm_jax.train_state import TrainState
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -42,6 +49,18 @@ def absolute(path: str | epath.Path) -> epath.Path:
 def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
     """`workdir/checkpoints/<stage>`."""
     return absolute(workdir) / "checkpoints" / stage
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own watch for preemption.
+
+    It would ask JAX with the step's number, in between the questions of `StopSignal`,
+    which counts otherwise: JAX then names a moment to stop at that is never reached.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
@@ -69,8 +88,12 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
         # Without a best_fn Orbax does not store the metrics that the policies read.
         best_fn=_rank_by("robust_accuracy", True),
         todelete_subdir="trash",
+        # Called by the first process between the last file and the commit.
+        async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=partial(_write_checksums, folder)
+        ),
     )
-    return ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
+    return _Manager(folder, options=options, item_names=("state", "meta"))
 
 
 def save(
@@ -145,7 +168,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainSt
 
 
 def load_weights(
-    path: str | epath.Path, *, best_by: str | None = None
+    path: str | epath.Path, *, best_by: str | None = None, together: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads the averaged weights of a checkpoint as host arrays.
 
@@ -153,15 +176,26 @@ def load_weights(
       path: a workdir (its last stage's last step), a stage's folder (its last step),
         or one step's folder.
       best_by: instead of the last step the best one by this key of `BEST_BY`.
+      together: every process of the job calls this, and checks a share of the files.
 
     Returns:
       ({"params": ..., "batch_stats": ...} of float32 numpy arrays, meta) with meta's
       "config" as plain dicts.
 
     Raises:
-      UserError: nothing is there, or it cannot be read.
+      UserError: nothing is there, or it cannot be read, or a file is not as it was
+        saved. No other step than the one that is asked for is taken instead.
     """
     folder = find(path, best_by=best_by)
+    fault = damage(folder) if together else checksums.damage(folder)
+    if fault:
+        others = [str(s) for s in steps_in(folder.parent) if str(s) != folder.name]
+        remedy = f"load another step ({', '.join(others)})" if others else "replace it"
+        raise UserError(
+            f"checkpoint {folder} is damaged: {fault}; {remedy}, or bring the file "
+            "back from a copy."
+        )
+    warn_if_unchecked(folder)
     try:
         meta = json.loads((folder / "meta" / "metadata").read_text())
         weights = _read_averages(folder / "state")
@@ -176,6 +210,26 @@ def load_weights(
             f"reads format {FORMAT}."
         )
     return weights, meta
+
+
+def damage(folder: epath.Path) -> str | None:
+    """What is wrong with a step's files, None if nothing is; the same in all processes.
+
+    Every process of the job must call it: each reads its share of the files.
+    """
+    found = checksums.damage(folder, jax.process_index(), jax.process_count())
+    return sharding.first_said(found or "") or None
+
+
+def warn_if_unchecked(folder: epath.Path) -> None:
+    """Says of a step without checksums, of an earlier version, that it is trusted."""
+    if jax.process_index() == 0 and not checksums.exist(folder):
+        _log.warning(
+            "checkpoint %s has no checksums (%s): whether its files are as they were "
+            "saved is not known",
+            folder,
+            checksums.FILE,
+        )
 
 
 def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
@@ -216,7 +270,8 @@ def steps_in(folder: epath.Path) -> list[int]:
     """Complete steps in a stage's folder, ascending; none if it does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    numbered = (path for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in numbered if not _is_partial(path))
 
 
 def check_weights(expected: Any, weights: Any, source: str) -> None:
@@ -283,8 +338,25 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def _remove_leftovers(folder: epath.Path) -> None:
     """Removes what a killed process was about to save or to delete."""
     for path in folder.iterdir():
-        if path.name == "trash" or "orbax-checkpoint-tmp" in path.name:
+        if path.name == "trash" or _is_partial(path):
             path.rmtree()
+
+
+def _is_partial(path: epath.Path) -> bool:
+    """Whether a folder is a step that Orbax has not committed.
+
+    It does so by a new name, in a bucket by a file that is written last.
+    """
+    if in_bucket(path):
+        return path.name.isdigit() and not (path / "commit_success.txt").exists()
+    return "orbax-checkpoint-tmp" in path.name
+
+
+def _write_checksums(folder: epath.Path) -> None:
+    """Lists the files of the step that is being saved, just before it counts."""
+    for path in folder.iterdir():
+        if _is_partial(path):
+            checksums.write(path)
 
 
 def _metrics_file(step_folder: epath.Path) -> epath.Path:

@@ -78,6 +78,8 @@ def quiet_libraries() -> None:
     """Leaves only errors of the libraries, but warnings of this package, on screen."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # What fails in a thread that saves is raised again where the job waits for it.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Batches that workers made ahead of a stop lie in shared memory, which Python
     # frees at exit, with a warning.

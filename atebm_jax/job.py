@@ -14,15 +14,21 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import archs, checkpoint, data, models, sharding
+from atebm_jax import archs, checkpoint, data, intact, models, sharding
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import samples
 from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.preemption import StopSignal
-from atebm_jax.reporting import MetricWriter, check_bucket, replace_text
+from atebm_jax.reporting import (
+    MetricWriter,
+    check_bucket,
+    replace_text,
+    told_plainly,
+)
 from atebm_jax.stages import classifier_adversary
 from atebm_jax.train import Job, build_step, train_stage
+from atebm_jax.workdir_lock import Lock
 
 
 def run(
@@ -52,18 +58,42 @@ def run(
       preemption.Interrupted: a signal asked to stop; everything is saved.
     """
     configuration.check(config)
-    check_bucket(checkpoint.absolute(workdir))
-    _check_start(config, checkpoint.absolute(workdir))
-    console = console or Console()
+    workdir = checkpoint.absolute(workdir)
+    check_bucket(workdir)
+    lock = Lock(workdir)
+    try:
+        # Before anything is read: nobody may be writing it.
+        lock.acquire()
+        with told_plainly(workdir):
+            return _run(
+                config,
+                workdir,
+                sources or {},
+                allow_config_change,
+                console or Console(),
+                lock,
+            )
+    finally:
+        lock.release()
+
+
+def _run(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    given: Mapping[str, data.Source],
+    allow_config_change: bool,
+    console: Console,
+    lock: Lock,
+) -> dict[str, Any]:
+    _check_start(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     model = models.build(config.model)
-    sources = _open_sources(config, sources or {})
-    workdir = checkpoint.absolute(workdir)
+    sources = _open_sources(config, given)
     # Everything that can be refused is refused before anything is written.
     _check_rooms(config, mesh, model, len(sources["train"]))
     _check_images(config, sources)
     origins = _origins(config, workdir, model, len(sources["train"]))
-    _claim(workdir, config, allow_config_change)
+    _claim(workdir, config, allow_config_change, lock)
     stop = StopSignal()
     writer = MetricWriter(workdir)
     try:
@@ -79,6 +109,7 @@ def run(
             writer=writer,
             console=console,
             stop=stop,
+            lock=lock,
         )
         _greet(console, job)
         for name in configuration.stages_to_run(config):
@@ -190,9 +221,12 @@ def _check_images(
 
 
 def _claim(
-    workdir: epath.Path, config: ml_collections.ConfigDict, allow_change: bool
+    workdir: epath.Path,
+    config: ml_collections.ConfigDict,
+    allow_change: bool,
+    lock: Lock,
 ) -> None:
-    """Makes the workdir, or refuses one that another config has made."""
+    """Makes the workdir, or refuses one that another config or job has."""
     path = workdir / "config.json"
     now = checkpoint.as_json(config)
     if path.exists() and not allow_change:
@@ -207,6 +241,7 @@ def _claim(
     try:
         for folder in ("checkpoints", "events", "samples"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         if jax.process_index() == 0:
             replace_text(path, json.dumps(now, indent=2) + "\n")
     except OSError as error:
@@ -260,8 +295,8 @@ def _origins(
     """
     expected = jax.eval_shape(lambda: _random_variables(model, config))
 
-    def loaded(source: str | epath.Path) -> Any:
-        weights, meta = checkpoint.load_weights(source)
+    def loaded(source: str | epath.Path, together: bool = False) -> Any:
+        weights, meta = checkpoint.load_weights(source, together=together)
         weights = {k: v for k, v in weights.items() if v or k in expected}
         checkpoint.check_weights(expected, weights, str(source))
         stored = meta["config"]["model"]
@@ -269,28 +304,36 @@ def _origins(
         return weights
 
     folders = {s: checkpoint.stage_folder(workdir, s) for s in checkpoint.STAGE_ORDER}
-    begun = {s: checkpoint.steps_in(folder) for s, folder in folders.items()}
-    for stage, steps in begun.items():
-        if steps:
-            loaded(folders[stage])
+    # Damaged steps are stepped over here, and out of the way once the stage goes on.
+    begun, damaged = {}, {}
+    for stage, folder in folders.items():
+        if checkpoint.steps_in(folder):
+            begun[stage], damaged[stage] = intact.newest(folder)
+            loaded(folder / str(begun[stage]), together=True)
     stage1 = folders["stage1"]
     origins: dict[str, Callable[[], Any]] = {
         "stage1": jax.jit(lambda: _random_variables(model, config)),
-        "stage2": lambda: loaded(stage1),
+        "stage2": lambda: loaded(stage1, together=True),
     }
     first = configuration.stages_to_run(config)[0]
     if config.init_from:
         # Once the stage has begun, its source is needed no more.
-        if not begun[first]:
+        if first not in begun:
             loaded(config.init_from)
         origins[first] = lambda: loaded(config.init_from)
-    elif first == "stage2":
-        reached = begun["stage1"][-1] if begun["stage1"] else 0
+    elif first == "stage2" and first not in begun:
+        reached = begun.get("stage1", 0)
         wanted = configuration.num_steps(config.stage1, num_train)
         if reached < wanted:
             raise UserError(
                 "stage2 starts from the weights of stage1, and that of "
-                f"{workdir} is at step {reached} of {wanted}: run stage1 there "
-                "to its end, or give --config.init_from=CHECKPOINT."
+                f"{workdir} is at step {reached} of {wanted}{_but(damaged)}: run "
+                "stage1 there to its end, or give --config.init_from=CHECKPOINT."
             )
     return origins
+
+
+def _but(damaged: Mapping[str, Mapping[int, str]]) -> str:
+    """Which later steps of stage 1 do not count, and why."""
+    steps = damaged.get("stage1", {}).items()
+    return "".join(f" (step {step} is damaged: {fault})" for step, fault in steps)

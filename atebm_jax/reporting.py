@@ -1,10 +1,12 @@
 """What a running job shows and writes: progress, `metrics.jsonl`, event files."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -150,6 +152,46 @@ def _found(module: str) -> bool:
         return False
 
 
+# What an error that comes from a file system without room, or read only, can say.
+_UNWRITABLE = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EFBIG: "File too large",
+    errno.EROFS: "Read-only file system",
+}
+
+
+@contextlib.contextmanager
+def told_plainly(workdir: epath.Path) -> Iterator[None]:
+    """Tells in one sentence that a workdir cannot be written any more.
+
+    Raises:
+      UserError: in place of an error that says so, by whatever library it came.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _why_unwritable(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"workdir {workdir} cannot be written any more ({reason}): make room there "
+            "and give the same command again; it goes on from the last checkpoint."
+        ) from error
+
+
+def _why_unwritable(error: BaseException | None) -> str | None:
+    """The reason if an error, or one that it came from, is of a full disk."""
+    while error is not None:
+        for number, text in _UNWRITABLE.items():
+            if getattr(error, "errno", None) == number or text in str(error):
+                return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
     if in_bucket(path):
@@ -159,6 +201,12 @@ def replace_text(path: epath.Path, text: str) -> None:
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line, once for all processes."""
+    if jax.process_index() == 0:
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 # Metrics of the progress line, in this order, with their format.
@@ -209,8 +257,7 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        if jax.process_index() == 0:
-            self._console.print(text, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def close(self) -> None:
         """Leaves the last state of the bar on the screen."""

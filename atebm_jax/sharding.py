@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atebm_jax.errors import UserError
@@ -100,6 +101,28 @@ def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
 def _tpu_hosts(environment: Mapping[str, str]) -> str:
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
     return next((environment[name] for name in names if name in environment), "")
+
+
+# Longer texts are cut: all processes exchange arrays of this size.
+_LONGEST_TEXT = 1024
+
+
+def first_said(text: str) -> str:
+    """What the first process with something to say said; the same in all processes.
+
+    So all end with one message, or none does. Every process must call it.
+
+    Args:
+      text: of this process; "" for nothing.
+    """
+    if jax.process_count() == 1:
+        return text
+    said = np.zeros(_LONGEST_TEXT, np.uint8)
+    encoded = text.encode()[:_LONGEST_TEXT]
+    said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(said))
+    texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyones)
+    return next(filter(None, texts), "")
 
 
 def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:

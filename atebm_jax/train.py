@@ -21,6 +21,7 @@ from atebm_jax import (
     checkpoint,
     curriculum,
     data,
+    intact,
     optim,
     sharding,
     stages,
@@ -30,8 +31,9 @@ from atebm_jax import (
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.preemption import Interrupted, StopSignal
-from atebm_jax.reporting import MetricWriter, ProgressLine
+from atebm_jax.reporting import MetricWriter, ProgressLine, say
 from atebm_jax.train_state import TrainState
+from atebm_jax.workdir_lock import Lock
 
 # (stage, step, averaged variables) -> held-out metrics, the keys of checkpoint.BEST_BY
 # among them.
@@ -50,6 +52,7 @@ class Job(NamedTuple):
     writer: MetricWriter
     console: Console
     stop: StopSignal
+    lock: Lock
 
 
 class Diverged(Exception):
@@ -90,7 +93,8 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
 
     checkpoints = checkpoint.manager(job.workdir, name)
     try:
-        state = _latest(checkpoints, fresh, like)
+        latest = partial(_latest, job, checkpoints, fresh, like)
+        state = latest()
         _finish_evaluation(job, name, state, total, checkpoints)
         while int(state.step) < total:
             job.writer.rewind(name, int(state.step))
@@ -103,7 +107,7 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
                     job,
                     name,
                     checkpoints,
-                    partial(_latest, checkpoints, fresh, like),
+                    latest,
                     position=error.step + offset,
                     rollbacks=rollbacks + 1,
                 )
@@ -213,10 +217,15 @@ def _placed_shapes(job: Job, new_state: Callable[[Any], TrainState]) -> Any:
 
 
 def _latest(
-    checkpoints: ocp.CheckpointManager, fresh: Callable[[], TrainState], like: Any
+    job: Job,
+    checkpoints: ocp.CheckpointManager,
+    fresh: Callable[[], TrainState],
+    like: Any,
 ) -> TrainState:
-    step = checkpoints.latest_step()
-    return fresh() if step is None else checkpoint.restore(checkpoints, step, like)
+    """The newest intact state of a stage; where there is none yet, a fresh one."""
+    note = partial(say, job.console)
+    restored = intact.restore_newest(checkpoints, like, note)
+    return fresh() if restored is None else restored
 
 
 def _finish_evaluation(
@@ -350,6 +359,7 @@ def _save(
     state: TrainState,
     metrics: Mapping[str, float] | None,
 ) -> None:
+    job.lock.check()
     # A job that goes on from here will not write again what came before.
     job.writer.flush()
     checkpoint.save(checkpoints, state, stage=name, config=job.config, metrics=metrics)
@@ -419,11 +429,11 @@ def _roll_back(
     checkpoints.wait_until_finished()
     state = latest()
     step = int(state.step)
-    job.console.print(
+    say(
+        job.console,
         f"{name} diverged at data position {position}: rolled back to step {step}, "
         f"going on with the data after it ({rollbacks} of at most "
         f"{job.config.max_rollbacks} rollbacks)",
-        soft_wrap=True,
     )
     counters = {
         "data_offset": jnp.asarray(position - step, jnp.int32),

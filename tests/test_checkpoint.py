@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import tiny
 
-from atebm_jax import UserError, checkpoint, models, optim, sharding, train_state
+from etils import epath
+
+from atebm_jax import (
+    UserError,
+    checkpoint,
+    checksums,
+    models,
+    optim,
+    sharding,
+    train_state,
+)
 
 CONFIG = tiny.config()
 
@@ -185,6 +195,7 @@ def test_checkpoint_of_a_later_format_is_refused(stored, tmp_path):
     path = folder / "meta" / "metadata"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"format": 99}))
+    checksums.write(epath.Path(folder))
     with pytest.raises(UserError, match="format 99"):
         checkpoint.load_weights(folder)
 

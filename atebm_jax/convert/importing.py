@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from atebm_jax import archs, checkpoint, models
+from atebm_jax import archs, checkpoint, checksums, models
 from atebm_jax import config as configuration
 from atebm_jax.convert import detect, layouts, matching, normalization, probe
 from atebm_jax.convert.files import Source, open_source
@@ -273,3 +273,4 @@ def _save_weights(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
             ),
         )
+    checksums.write(path / "0")

@@ -88,7 +88,7 @@ class Evaluation:
         stages: dict[str, dict[str, Any]] = {}
         drawn = {}
         for stage, folder in folders.items():
-            weights, meta = checkpoint.load_weights(folder)
+            weights, meta = checkpoint.load_weights(folder, together=True)
             variables = sharding.put_replicated(weights, self._mesh)
             figures = self._accuracy("test", variables, settings.num_test_examples)
             drawn[stage] = self._draw(variables, settings.samples.num_test)

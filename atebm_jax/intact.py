@@ -1,0 +1,84 @@
+"""The step to go on from: the newest one whose files are as they were saved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from atebm_jax import checkpoint
+from atebm_jax.errors import UserError
+from atebm_jax.train_state import TrainState
+
+
+def newest(folder: epath.Path) -> tuple[int, dict[int, str]]:
+    """The newest intact step of a stage, and what is wrong with those after it.
+
+    Every process of the job must call it: each reads its share of the files.
+
+    Args:
+      folder: of a stage, with one complete step at least.
+
+    Returns:
+      (step, {later step: what is wrong with it}).
+
+    Raises:
+      UserError: every step is damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checkpoint.steps_in(folder)):
+        fault = checkpoint.damage(folder / str(step))
+        if fault is None:
+            return step, damaged
+        damaged[step] = fault
+    faults = "; ".join(f"{step}/{fault}" for step, fault in damaged.items())
+    raise UserError(
+        f"every checkpoint in {folder} is damaged: {faults}. Bring the files back from "
+        "a copy, or delete that folder to begin the stage anew."
+    )
+
+
+def restore_newest(
+    checkpoints: ocp.CheckpointManager, like: Any, note: Callable[[str], None]
+) -> TrainState | None:
+    """Restores the newest intact step; moves damaged ones after it out of the way.
+
+    Args:
+      checkpoints: as of `checkpoint.manager`.
+      like: as for `checkpoint.restore`.
+      note: shows a line to the user.
+
+    Returns:
+      The state, None if there is no step yet.
+
+    Raises:
+      UserError: every step is damaged, or the newest intact one does not fit.
+    """
+    if checkpoints.latest_step() is None:
+        return None
+    folder = epath.Path(checkpoints.directory)
+    step, damaged = newest(folder)
+    for later, fault in damaged.items():
+        aside = folder / f"{later}.damaged"
+        if jax.process_index() == 0:
+            _move(folder / str(later), aside)
+        note(
+            f"checkpoint {folder / str(later)} is damaged: {fault}. It lies in "
+            f"{aside.name} now; going on from step {step}."
+        )
+    if damaged:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(
+                "damaged checkpoints are out of the way"
+            )
+        checkpoints.reload()
+    checkpoint.warn_if_unchecked(folder / str(step))
+    return checkpoint.restore(checkpoints, step, like)
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    if target.exists():
+        target.rmtree()
+    source.rename(target)
