@@ -13,10 +13,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, checkpoint, energy, losses, models
+from atebm_jax import attacks, checkpoint, constraints, energy, losses, models, sampling
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.sample import chunks
+from atebm_jax.sample import chunks, edits
+from atebm_jax.sampling import Edited
 
 
 def load(
@@ -142,6 +143,100 @@ class Model:
         )
         return np.concatenate([images for _, images in drawn])[:number]
 
+    def counterfactual(
+        self,
+        images: np.ndarray,
+        targets: Any,
+        *,
+        radius: Any = 4.0,
+        norm: str = "l2",
+        step_size: float | None = None,
+        num_steps: int | None = None,
+    ) -> Edited:
+        """What images would look like as another class (paper, section 5).
+
+        PGD on f(x)[target] in a ball around each image. As with `sample`, a result does
+        not depend on what is computed beside it.
+
+        Args:
+          images: the originals.
+          targets: the classes they shall become, [N] or one for all.
+          radius: of the ball, one for all or [N], pixels of the norm; 1 to 8 is usual
+            for "l2".
+          norm: "l2" or "linf".
+          step_size: pixels of the norm per step; default the config's for samples, or
+            radius / 5 where that is less.
+          num_steps: steps; default the config's for samples.
+
+        Returns:
+          `images` [N, H, W, C], and the way there: `path.target_confidence`,
+          `path.original_confidence`, `path.energy`, `path.predicted`, [N, T + 1] each.
+        """
+        x = self._images(images)
+        return self.edit(
+            constraints.ball(x, radius, norm),
+            self._labels(targets, len(x)),
+            step_size=step_size,
+            num_steps=num_steps,
+        )
+
+    def edit(
+        self,
+        constraint: constraints.Constraint,
+        labels: Any = None,
+        *,
+        step_size: float | None = None,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str = "constant",
+        seed: int = 0,
+    ) -> Edited:
+        """Lowers the energy of images as far as a constraint allows.
+
+            from atebm_jax import constraints
+
+            model.edit(constraints.inpaint(images, mask), 3)
+            model.edit(constraints.ball(images, radius=2.0), 3)
+            model.edit(constraints.denoise(images, sigma=0.1), "guess")
+            model.edit(constraints.superres(small_images, factor=2))
+
+        As with `sample`, a result does not depend on what is computed beside it.
+
+        Args:
+          constraint: one of `atebm_jax.constraints`, or anything like them.
+          labels: classes, [N] or one for all; "guess" for those that the model takes
+            the starts for; None to lower E(x), whatever the class.
+          step_size: as of the sampler; default the config's for samples, in a ball
+            radius / 5 where that is less.
+          num_steps: steps; default the config's for samples.
+          sampler: a key of `samplers.SAMPLERS`; default "pgd", in a ball of the maximum
+            norm "sign".
+          schedule: of the step size: "constant", "linear" or "cosine".
+          seed: of the sampler's noise, which images share.
+
+        Returns:
+          As of `counterfactual`.
+        """
+        number = edits.check_constraint(constraint, self.image_shape)
+        if isinstance(labels, str) and labels != "guess":
+            raise UserError(f"labels are {labels!r}: expected ints, 'guess' or None.")
+        classes: np.ndarray | None = None
+        if isinstance(labels, str):
+            classes = np.full(number, sampling.GUESS, np.int32)
+        elif labels is not None:
+            classes = self._labels(labels, number)
+        rows, recipe = edits.prepare(
+            constraint,
+            classes,
+            self._config.evaluate.samples,
+            step_size=step_size,
+            num_steps=num_steps,
+            sampler=sampler,
+            schedule=schedule,
+            seed=seed,
+        )
+        return edits.edit(self._model, self._variables, rows, recipe)
+
     def attack(
         self,
         images: np.ndarray,
@@ -215,15 +310,7 @@ class Model:
                 f"images have shape {np.shape(images)}: this model takes [N, H, W, C] "
                 f"= [N, {', '.join(map(str, self.image_shape))}] with N >= 1."
             )
-        if x.dtype == np.uint8:
-            return x.astype(np.float32) / np.float32(255)
-        x = x.astype(np.float32)
-        if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
-            raise UserError(
-                f"images run from {x.min():g} to {x.max():g}: expected finite floats "
-                "in [0, 1] or uint8, without any normalisation (the network does it)."
-            )
-        return x
+        return constraints.as_images(x)
 
     def _labels(self, labels: Any, number: int) -> np.ndarray:
         y = np.asarray(labels)

@@ -47,8 +47,31 @@ class Threat(NamedTuple):
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm per image, axes kept: [B, H, W, C] -> [B, 1, 1, 1]."""
-    return jnp.sqrt(jnp.square(x).sum(axis=(1, 2, 3), keepdims=True))
+    """Euclidean norm per image, axes kept: [..., H, W, C] -> [..., 1, 1, 1]."""
+    return jnp.sqrt(jnp.square(x).sum(axis=(-3, -2, -1), keepdims=True))
+
+
+def project_l2(
+    images: jax.Array, origin: jax.Array, epsilon: jax.Array | float
+) -> jax.Array:
+    """Scales images - origin back to length epsilon, then clips to [0, 1].
+
+    Args:
+      images, origin: [..., H, W, C].
+      epsilon: radius > 0, one for all or [..., 1, 1, 1].
+    """
+    delta = images - origin
+    norm = l2_norm(delta)
+    scale = jnp.where(norm > epsilon, epsilon / (norm + _PROJECTION_OFFSET), 1.0)
+    return jnp.clip(origin + delta * scale, 0.0, 1.0)
+
+
+def project_linf(
+    images: jax.Array, origin: jax.Array, epsilon: jax.Array | float
+) -> jax.Array:
+    """Clips images - origin to [-epsilon, epsilon], then to [0, 1]; as `project_l2`."""
+    delta = jnp.clip(images - origin, -epsilon, epsilon)
+    return jnp.clip(origin + delta, 0.0, 1.0)
 
 
 def l2(epsilon: float) -> Threat:
@@ -69,10 +92,7 @@ def l2(epsilon: float) -> Threat:
         return unbounded()._replace(norm="l2")
 
     def project(images: jax.Array, origin: jax.Array) -> jax.Array:
-        delta = images - origin
-        norm = l2_norm(delta)
-        scale = jnp.where(norm > epsilon, epsilon / (norm + _PROJECTION_OFFSET), 1.0)
-        return jnp.clip(origin + delta * scale, 0.0, 1.0)
+        return project_l2(images, origin, epsilon)
 
     def random_start(key: jax.Array, origin: jax.Array) -> jax.Array:
         # Uniform in a ball of d dimensions: a Gaussian's direction, radius u^(1/d).
@@ -104,8 +124,7 @@ def linf(epsilon: float) -> Threat:
         return unbounded()._replace(norm="linf", direction=jnp.sign)
 
     def project(images: jax.Array, origin: jax.Array) -> jax.Array:
-        delta = jnp.clip(images - origin, -epsilon, epsilon)
-        return jnp.clip(origin + delta, 0.0, 1.0)
+        return project_linf(images, origin, epsilon)
 
     def random_start(key: jax.Array, origin: jax.Array) -> jax.Array:
         noise = jax.random.uniform(

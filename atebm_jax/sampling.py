@@ -1,13 +1,19 @@
 """Samples by gradient ascent on the score of the model (paper, section 5)."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import attacks, energy
+from atebm_jax import attacks, energy, samplers
 from atebm_jax.attacks import ObjectiveFn
+from atebm_jax.constraints import Constraint
+from atebm_jax.samplers.schedules import ScheduleFn
+
+# A label for `edit`: the class that the model takes the start for.
+GUESS = -1
 
 
 def noise_seeds(
@@ -131,6 +137,116 @@ def counterfactual(
         step_size=step_size,
         num_steps=num_steps,
     )
+
+
+def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
+    """Five steps or more from the centre to the edge of a ball: min(step, radius / 5).
+
+    Args:
+      step_size: that of free samples, pixels.
+      radius: of the ball, pixels; a number or an array.
+    """
+    return np.minimum(step_size, radius / 5)
+
+
+class Path(NamedTuple):
+    """What the model reads in images along their way, each [T + 1, B].
+
+    Attributes:
+      energy: the one that is lowered: E(x, target), or E(x) without targets.
+      target_confidence: p(target | x).
+      original_confidence: p(original | x).
+      predicted: the likeliest class, int32.
+    """
+
+    energy: jax.Array
+    target_confidence: jax.Array
+    original_confidence: jax.Array
+    predicted: jax.Array
+
+
+class Edited(NamedTuple):
+    """Edited images.
+
+    Attributes:
+      images: [B, H, W, C] in [0, 1], in the constraint's set.
+      start: [B, H, W, C], where they began.
+      targets: [B] int32, the classes asked for; the originals where none was.
+      originals: [B] int32, the classes that the model takes `start` for.
+      path: readings before each step and at the end.
+    """
+
+    images: jax.Array
+    start: jax.Array
+    targets: jax.Array
+    originals: jax.Array
+    path: Path
+
+
+def edit(
+    logits_fn: ObjectiveFn,
+    constraint: Constraint,
+    labels: jax.Array | None,
+    keys: jax.Array,
+    *,
+    sampler: samplers.Sampler,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    capacity: int,
+    schedule: ScheduleFn = samplers.SCHEDULES["constant"],
+) -> Edited:
+    """Lowers the energy from `constraint.start` within the constraint's set.
+
+    A pure function that jits, vmaps over trees of constraints, and needs no
+    communication where the images are split over devices.
+
+    Args:
+      logits_fn: images [B, H, W, C] -> logits [B, K].
+      constraint: of B images, one of `constraints`.
+      labels: [B] int32 in 0..K-1, or `GUESS`; None to lower E(x).
+      keys: [B], for samplers with noise.
+      sampler: `samplers.sampler("pgd")` say, or "sign" in a ball of the maximum norm.
+      step_size: as of the sampler; one for all or [B, 1, 1, 1].
+      num_steps: a traced int32 never recompiles.
+      capacity: greatest number of steps, static; the path has capacity + 1 rows.
+      schedule: factor of the step size in each step.
+    """
+    start = constraint.start
+    originals = jnp.argmax(logits_fn(start), axis=-1).astype(jnp.int32)
+    targets = originals
+    if labels is not None:
+        targets = jnp.where(labels == GUESS, originals, labels)
+
+    def confidence(logits: jax.Array, classes: jax.Array) -> jax.Array:
+        probabilities = energy.class_probabilities(logits)
+        return jnp.take_along_axis(probabilities, classes[:, None], axis=-1)[:, 0]
+
+    def objective(x: jax.Array) -> tuple[jax.Array, Path]:
+        logits = logits_fn(x)
+        score = energy.score(logits, None if labels is None else targets)
+        lowered = (
+            energy.marginal(logits) if labels is None else energy.joint(logits, targets)
+        )
+        readings = Path(
+            lowered,
+            confidence(logits, targets),
+            confidence(logits, originals),
+            jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        )
+        return score, readings
+
+    images, path = samplers.trace(
+        sampler,
+        objective,
+        start,
+        keys,
+        capacity=capacity,
+        step_size=step_size,
+        num_steps=num_steps,
+        schedule=schedule,
+        project=constraint.project,
+    )
+    return Edited(images, start, targets, originals, path)
 
 
 def cyclic_labels(count: int, num_classes: int) -> jax.Array:

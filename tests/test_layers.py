@@ -21,6 +21,7 @@ ORDER = (
     "train_state",
     "train_step",
     "samplers",
+    "constraints",
     "sampling",
     "autoattack",
     "data",
@@ -51,13 +52,15 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
     "train_step": {"stages", "train_state", "curriculum", "optim"},
-    "sampling": {"energy", "attacks"},
+    "constraints": {"attacks"},
+    "sampling": {"energy", "attacks", "samplers", "constraints"},
     "autoattack": {"energy", "losses", "attacks"},
     "convert": {"models", "archs", "checkpoint", "command_line", "config"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.
 PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models", "samplers")
+PURE += ("constraints",)
 PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
 PURE_IMPORTS |= {"itertools", "math", "numpy", "scipy", "typing"}
 IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}

@@ -60,7 +60,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     strips, rows = {}, {}
     for radius in context.options.radii:
-        step_size = min(settings.step_size, radius / 5)
+        step_size = float(sampling.counterfactual_step_size(settings.step_size, radius))
         rows = context.map_images(
             f"counterfactuals {radius:g}",
             "test",

@@ -113,24 +113,47 @@ def draw(
     Yields:
       (number, images [CHUNK, H, W, C] float32 in [0, 1]), in the order of `numbers`.
     """
-    devices = jax.local_devices()
-    weights = [jax.device_put(variables, device) for device in devices]
     program = _program(model, _static(recipe), image_shape, seeds_of is not None)
     traced = _traced(recipe)
-    waiting: collections.deque[tuple[int, jax.Array]] = collections.deque()
+
+    def arguments_of(indices: np.ndarray) -> tuple[Any, ...]:
+        seeds = () if seeds_of is None else (seeds_of(indices),)
+        return traced, indices, labels_of(indices), *seeds
+
+    return on_devices(program, variables, numbers, arguments_of)
+
+
+def on_devices(
+    program: Callable[..., Any],
+    variables: Any,
+    numbers: Iterable[int],
+    arguments_of: Callable[[np.ndarray], tuple[Any, ...]],
+) -> Iterator[tuple[int, Any]]:
+    """Runs a program on chunk after chunk, side by side on all devices of this process.
+
+    Args:
+      program: compiled; (variables, *arguments) -> a tree of arrays.
+      variables: the network's weights.
+      numbers: of the chunks.
+      arguments_of: indices [CHUNK] int32 -> trees of arrays, the same shapes every
+        time.
+
+    Yields:
+      (number, what the program returned, as numpy), in the order of `numbers`.
+    """
+    devices = jax.local_devices()
+    weights = [jax.device_put(variables, device) for device in devices]
+    waiting: collections.deque[tuple[int, Any]] = collections.deque()
     for position, number in enumerate(numbers):
         place = position % len(devices)
         indices = np.arange(number * CHUNK, (number + 1) * CHUNK, dtype=np.int32)
-        seeds = () if seeds_of is None else (seeds_of(indices),)
-        put = partial(jax.device_put, device=devices[place])
-        arguments = map(put, (indices, labels_of(indices), *seeds))
-        made = program(weights[place], traced, *arguments)
-        waiting.append((number, made))
+        arguments = jax.device_put(arguments_of(indices), devices[place])
+        waiting.append((number, program(weights[place], *arguments)))
         if len(waiting) > len(devices):
-            done, images = waiting.popleft()
-            yield done, np.asarray(images)
-    for done, images in waiting:
-        yield done, np.asarray(images)
+            done, made = waiting.popleft()
+            yield done, jax.tree.map(np.asarray, made)
+    for done, made in waiting:
+        yield done, jax.tree.map(np.asarray, made)
 
 
 class _Traced(NamedTuple):

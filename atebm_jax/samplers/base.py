@@ -17,7 +17,7 @@ class Sampler(NamedTuple):
       init: seeds [B, H, W, C] in [0, 1] -> state; every array of a state has the image
         first, so that images can stop one by one.
       step: (keys [B], gradients [B, H, W, C] at the state's images, state, step_size
-        [], project) -> state. Keys are new in every step.
+        [] or [B, 1, 1, 1], project) -> state. Keys are new in every step.
     """
 
     init: Callable[[jax.Array], Any]

@@ -32,7 +32,7 @@ def run(
       objective: images [B, H, W, C] -> scores [B], -E(x) or -E(x, y).
       seeds: [B, H, W, C] float32 in [0, 1].
       keys: [B] one key an image; step t folds t in.
-      step_size: as of the sampler.
+      step_size: as of the sampler; one for all or [B, 1, 1, 1].
       num_steps: >= 0; a traced int32 never recompiles.
       schedule: factor of the step size in each step.
       project: constraint on the images, which also keeps them in [0, 1].
@@ -42,17 +42,94 @@ def run(
     Returns:
       [B, H, W, C] images in [0, 1].
     """
+    advance = _step(
+        sampler,
+        lambda x: (objective(x), None),
+        keys,
+        step_size=step_size,
+        num_steps=num_steps,
+        schedule=schedule,
+        project=project,
+        target=target,
+    )
+    first = (sampler.init(seeds), None)
+    state, _ = jax.lax.fori_loop(0, jnp.asarray(num_steps, jnp.int32), advance, first)
+    return state.images
+
+
+def trace(
+    sampler: Sampler,
+    objective: Callable[[jax.Array], tuple[jax.Array, Any]],
+    seeds: jax.Array,
+    keys: jax.Array,
+    *,
+    capacity: int,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    schedule: ScheduleFn = SCHEDULES["constant"],
+    project: ProjectFn = clip,
+    target: jax.Array | float | None = None,
+) -> tuple[jax.Array, Any]:
+    """`run` that keeps readings of the images along the way, but no images.
+
+    Costs one evaluation of the objective more than `run`.
+
+    Args:
+      objective: images [B, H, W, C] -> (scores [B], readings: a tree of [B] arrays).
+      capacity: greatest number of steps, which sizes the record: `num_steps` may be
+        traced. Readings beyond it are lost.
+
+    Returns:
+      images [B, H, W, C] and the readings, [capacity + 1, B]: row t before step t, row
+      `num_steps` of the result, zeros after it.
+    """
+    number = jnp.asarray(num_steps, jnp.int32)
+    advance = _step(
+        sampler,
+        objective,
+        keys,
+        step_size=step_size,
+        num_steps=number,
+        schedule=schedule,
+        project=project,
+        target=target,
+    )
+    shapes = jax.eval_shape(objective, seeds)[1]
+    empty = jax.tree.map(lambda s: jnp.zeros((capacity + 1, *s.shape), s.dtype), shapes)
+    first = (sampler.init(seeds), empty)
+    state, record = jax.lax.fori_loop(0, number, advance, first)
+    return state.images, _write(record, number, objective(state.images)[1])
+
+
+def _step(
+    sampler: Sampler,
+    objective: Callable[[jax.Array], tuple[jax.Array, Any]],
+    keys: jax.Array,
+    *,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    schedule: ScheduleFn,
+    project: ProjectFn,
+    target: jax.Array | float | None,
+) -> Callable[[jax.Array, tuple[Any, Any]], tuple[Any, Any]]:
     number = jnp.asarray(num_steps, jnp.int32)
 
-    def advance(step: jax.Array, state: Any) -> Any:
-        scores, pullback = jax.vjp(objective, state.images)
+    def advance(step: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        state, record = carry
+        scores, pullback, readings = jax.vjp(objective, state.images, has_aux=True)
+        record = _write(record, step, readings)
         (gradients,) = pullback(jnp.ones_like(scores))
         size = step_size * schedule(step, number)
         now = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
         new = sampler.step(now, gradients, state, size, project)
         if target is None:
-            return new
+            return new, record
         going = (scores < target)[:, None, None, None]
-        return jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
+        return new, record
 
-    return jax.lax.fori_loop(0, number, advance, sampler.init(seeds)).images
+    return advance
+
+
+def _write(record: Any, row: jax.Array, readings: Any) -> Any:
+    return jax.tree.map(lambda kept, new: kept.at[row].set(new), record, readings)

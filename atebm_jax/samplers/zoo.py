@@ -9,12 +9,14 @@ from atebm_jax.samplers.base import Sampler
 from atebm_jax.samplers.momentum import momentum
 from atebm_jax.samplers.pgd import pgd
 from atebm_jax.samplers.sgld import sgld
+from atebm_jax.samplers.sign import sign
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "pgd": pgd,
     "momentum": momentum,
     "adam": adam,
     "sgld": sgld,
+    "sign": sign,
 }
 
 

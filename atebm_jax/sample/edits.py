@@ -1,0 +1,212 @@
+"""Edits in chunks: each depends on its own image and settings alone."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atebm_jax import constraints, models, samplers, sampling
+from atebm_jax.errors import UserError
+from atebm_jax.sample import chunks
+from atebm_jax.sampling import Edited
+
+# The fewest steps that the record of a path has room for; then doubled.
+_SMALLEST_RECORD = 64
+
+
+class Rows(NamedTuple):
+    """What is edited, one row an image.
+
+    Attributes:
+      constraint: of `atebm_jax.constraints`; every array [N, ...].
+      labels: [N] int32 in 0..K-1 or `sampling.GUESS`; None to lower E(x).
+      step_sizes: [N] float32 > 0, as of the sampler.
+    """
+
+    constraint: Any
+    labels: Any
+    step_sizes: Any
+
+
+class Recipe(NamedTuple):
+    """How rows are edited.
+
+    Attributes:
+      sampler: a key of `samplers.SAMPLERS`.
+      schedule: a key of `samplers.SCHEDULES`.
+      num_steps: >= 0.
+      seed: of the noise of samplers that have some; images share it.
+    """
+
+    sampler: str = "pgd"
+    schedule: str = "constant"
+    num_steps: int = 35
+    seed: int = 0
+
+
+def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
+    """The number of images of a constraint for a network.
+
+    Args:
+      constraint: of `atebm_jax.constraints`, or anything like them.
+      image_shape: (H, W, C) of the network.
+
+    Raises:
+      UserError: it is none, or of images of another shape.
+    """
+    if not isinstance(constraint, constraints.Constraint):
+        raise UserError(
+            f"the constraint is a {type(constraint).__name__}: expected one of "
+            "atebm_jax.constraints, say constraints.ball(images, radius=2.0)."
+        )
+    shape = jax.eval_shape(lambda c: c.start, constraint).shape
+    if len(shape) != 4 or shape[1:] != image_shape:
+        raise UserError(
+            f"the constraint is on images of shape {shape}: this model takes [N, "
+            f"{', '.join(map(str, image_shape))}]."
+        )
+    if {len(leaf) for leaf in jax.tree.leaves(constraint)} != {shape[0]}:
+        raise UserError("the parts of the constraint are of different lengths.")
+    return shape[0]
+
+
+def prepare(
+    constraint: Any,
+    labels: np.ndarray | None,
+    settings: Any,
+    *,
+    step_size: float | None = None,
+    num_steps: int | None = None,
+    sampler: str | None = None,
+    schedule: str = "constant",
+    seed: int = 0,
+) -> tuple[Rows, Recipe]:
+    """Fills in what is not given.
+
+    Args:
+      constraint: as of `check_constraint`.
+      labels: as of `Rows`.
+      settings: `config.evaluate.samples`, whose step size (or a fifth of the radius of
+        a ball, where that is less) and number of steps are the defaults.
+      step_size, num_steps, schedule, seed: as of `Recipe`.
+      sampler: default "pgd", in balls of the maximum norm "sign".
+
+    Raises:
+      UserError: a value that nothing can be edited with.
+    """
+    balls = constraints.balls(constraint)
+    signed = {ball.norm for ball in balls} == {"linf"}
+    recipe = Recipe(
+        ("sign" if signed else "pgd") if sampler is None else sampler,
+        schedule,
+        settings.num_steps if num_steps is None else num_steps,
+        seed,
+    )
+    chosen = settings.step_size if step_size is None else step_size
+    chunks.check(
+        chunks.Recipe(
+            sampler=recipe.sampler,
+            schedule=schedule,
+            step_size=chosen,
+            num_steps=recipe.num_steps,
+            seed=seed,
+        )
+    )
+    sizes = np.full(len(jax.tree.leaves(constraint)[0]), chosen, np.float64)
+    for ball in balls if step_size is None else ():
+        radii = np.asarray(ball.radius, np.float64)[:, 0, 0, 0]
+        sizes = sampling.counterfactual_step_size(sizes, radii)
+    return Rows(constraint, labels, sizes.astype(np.float32)), recipe
+
+
+def edit(model: nn.Module, variables: Any, rows: Rows, recipe: Recipe) -> Edited:
+    """Edits all rows, at once in memory.
+
+    Returns:
+      [N, ...] numpy arrays; those of the path are [N, T + 1].
+    """
+    number = len(rows.step_sizes)
+    parts = [
+        part
+        for _, part in edit_chunks(
+            model, variables, lambda indices: take(rows, indices), recipe, number
+        )
+    ]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def take(rows: Rows, indices: np.ndarray) -> Rows:
+    """Some of the rows; the last one again where an index lies beyond them."""
+    inside = np.minimum(indices, len(rows.step_sizes) - 1)
+    return jax.tree.map(lambda array: np.asarray(array)[inside], rows)
+
+
+def edit_chunks(
+    model: nn.Module,
+    variables: Any,
+    rows_of: Callable[[np.ndarray], Rows],
+    recipe: Recipe,
+    number: int,
+) -> Iterator[tuple[range, Edited]]:
+    """Edits rows chunk by chunk, on all devices of this process.
+
+    A row's result is the same bits whatever is edited beside it, on one machine.
+
+    Args:
+      model: images to logits.
+      variables: its weights.
+      rows_of: indices [CHUNK] -> rows; those beyond `number` are thrown away.
+      recipe: as of `prepare`.
+      number: of rows.
+
+    Yields:
+      (indices of the rows, their result as numpy, the path [B, T + 1]), in order.
+    """
+    capacity = _SMALLEST_RECORD
+    while capacity < recipe.num_steps:
+        capacity *= 2
+    program = _program(model, recipe.sampler, recipe.schedule, capacity)
+    seed, steps = jnp.uint32(recipe.seed), jnp.int32(recipe.num_steps)
+    size = chunks.CHUNK
+    made = chunks.on_devices(
+        program,
+        variables,
+        range(-(-number // size)),
+        lambda indices: (seed, steps, rows_of(indices)),
+    )
+    for chunk, edited in made:
+        indices = range(chunk * size, min((chunk + 1) * size, number))
+        yield indices, _cut(edited, len(indices), recipe.num_steps)
+
+
+def _cut(edited: Edited, number: int, num_steps: int) -> Edited:
+    """Without the rows that fill a chunk and a record; the path [B, T + 1]."""
+    path = jax.tree.map(lambda record: record[: num_steps + 1].T, edited.path)
+    return jax.tree.map(lambda rows: rows[:number], edited._replace(path=path))
+
+
+@lru_cache
+def _program(
+    model: nn.Module, sampler: str, schedule: str, capacity: int
+) -> Callable[..., Edited]:
+    def edit(
+        variables: Any, seed: jax.Array, num_steps: jax.Array, rows: Rows
+    ) -> Edited:
+        key = jax.random.key(seed)
+        return sampling.edit(
+            models.logits_fn(model, variables),
+            rows.constraint,
+            rows.labels,
+            jnp.broadcast_to(key, rows.step_sizes.shape),
+            sampler=samplers.sampler(sampler),
+            step_size=rows.step_sizes[:, None, None, None],
+            num_steps=num_steps,
+            capacity=capacity,
+            schedule=samplers.SCHEDULES[schedule],
+        )
+
+    return jax.jit(edit)
