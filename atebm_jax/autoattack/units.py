@@ -187,6 +187,9 @@ class Programs:
     ):
         self._logits_fn, self._stochastic = logits_fn, stochastic
         self._sharding = sharding
+        self._everywhere = sharding and jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec()
+        )
         self._networks: dict[tuple, tuple[Any, list]] = {}
         self._compiled: dict[tuple, Any] = {}
         self.seconds = Seconds()
@@ -220,7 +223,9 @@ class Programs:
 
             return make(model)(batch)
 
-        return jax.jit(program).lower(constants, batch).compile(), constants
+        # Every process needs every result.
+        compiled = jax.jit(program, out_shardings=self._everywhere)
+        return compiled.lower(constants, batch).compile(), constants
 
     def _network(self, batch: Batch) -> tuple[Any, list]:
         shape = batch.images.shape
@@ -228,19 +233,23 @@ class Programs:
             values = (batch.images, batch.key)[: 2 if self._stochastic else 1]
             closed = jax.make_jaxpr(self._logits_fn)(*values)
             constants = closed.consts
-            if self._sharding is not None:
-                everywhere = jax.sharding.NamedSharding(
-                    self._sharding.mesh, jax.sharding.PartitionSpec()
-                )
-                constants = jax.device_put(constants, everywhere)
+            if self._everywhere is not None:
+                constants = jax.device_put(constants, self._everywhere)
             self._networks[shape] = (closed.jaxpr, constants)
         return self._networks[shape]
 
     def _place(self, batch: Batch) -> Batch:
         if self._sharding is None:
             return jax.tree.map(jnp.asarray, batch)
-        whole = jax.sharding.NamedSharding(
-            self._sharding.mesh, jax.sharding.PartitionSpec()
+        key = np.asarray(jax.random.key_data(batch.key))
+        shardings = (self._sharding,) * 3 + (self._everywhere,) * 2
+        # From host arrays, and each process looks at its own parts of them only.
+        host = jax.tree.map(np.asarray, batch._replace(key=key))
+        placed = Batch(
+            *(
+                jax.make_array_from_callback(x.shape, s, lambda part, x=x: x[part])
+                for x, s in zip(host, shardings, strict=True)
+            )
         )
-        shardings = (self._sharding,) * 3 + (whole,) * 2
-        return Batch(*map(jax.device_put, batch, shardings))
+        kind = jax.random.key_impl(batch.key)
+        return placed._replace(key=jax.random.wrap_key_data(placed.key, impl=kind))
