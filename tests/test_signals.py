@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
+import jobs
 import kill
 
 
@@ -19,7 +20,7 @@ import kill
 def training(tmp_path):
     """A job with two worker processes, in the middle of stage 1, and its workdir."""
     workdir = tmp_path / "run"
-    process = kill.start(workdir, "--config.data.num_workers=2")
+    process = jobs.start(workdir, "--config.data.num_workers=2")
     give_up = threading.Timer(120, process.kill)
     give_up.start()
     while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
@@ -58,4 +59,4 @@ def test_killed_job_leaves_no_worker_behind(training):
 
 
 def test_killed_runs_end_bit_identically(tmp_path):
-    assert kill.compare(tmp_path, kills=2, seed=1) == []
+    assert kill.compare(tmp_path, kills=2, seed=1).found == []

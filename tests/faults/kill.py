@@ -1,172 +1,160 @@
 """Kills a small digits job at random moments and compares its end with another's.
 
-    python tests/faults/kill.py --kills=10 --seed=0
+    python tests/faults/kill.py --kills=100 --processes=1 --seed=0
 
-Runs the same job twice in subprocesses: once left alone, once killed by SIGKILL at
-random moments and started again by the same command. Exits with 1 unless the last
-checkpoints hold the same arrays bit by bit and the metrics are the same.
+Runs the same job twice, in one process or two: once left alone, once killed by SIGKILL
+and started again by the same command, over and over. The moments are spread over
+starting, loading data, stepping, evaluating, saving, committing and deleting a
+checkpoint; of two processes one dies, the other one or both. After each kill every
+listed checkpoint is checked and read. Exits with 1 unless all of them are whole and the
+last checkpoints hold the same arrays bit by bit, with the same metrics.
 """
 
 import argparse
-import json
-import os
+import collections
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
-import orbax.checkpoint as ocp
+import jobs
+import moments
+from rich.console import Console
+from rich.table import Table
 
-ROOT = Path(__file__).parents[2]
+# What a process whose partner was killed gets to end by itself.
+_GRACE = 5.0
 
-SETTINGS = (
-    "--config.log_every_steps=2",
-    "--config.stage1.num_steps=60",
-    "--config.stage1.eval_every_steps=20",
-    "--config.stage1.checkpoint_every_steps=4",
-    "--config.stage2.num_steps=60",
-    "--config.stage2.eval_every_steps=20",
-    "--config.stage2.checkpoint_every_steps=4",
-    "--config.stage2.auc_window_images=128",
-    "--config.evaluate.samples.num=20",
-    "--config.evaluate.samples.num_test=20",
-    "--config.evaluate.samples.num_steps=5",
-    "--config.evaluate.num_test_examples=100",
-)
+# A worker process costs a start of its own: only where it is waited for.
+_WORKERS = {"loading data": ("--config.data.num_workers=1",)}
 
 
-def start(workdir: Path, *flags: str) -> subprocess.Popen:
-    """Starts the job in a process group of its own, or goes on with it."""
-    command = [sys.executable, "-m", "atebm_jax.main", f"--workdir={workdir}"]
-    log = (workdir.parent / f"{workdir.name}.log").open("a")
-    return subprocess.Popen(
-        [*command, "--config=configs/digits.py", *SETTINGS, *flags],
-        cwd=ROOT,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache")},
-    )
+class Tally:
+    """What the kills hit."""
 
-
-def finish(workdir: Path) -> float:
-    """Runs the job to its end; returns the seconds it took."""
-    began = time.monotonic()
-    if start(workdir).wait() != 0:
-        log = (workdir.parent / f"{workdir.name}.log").read_text()
-        sys.exit(f"the job in {workdir} failed:\n{log[-3000:]}")
-    return time.monotonic() - began
-
-
-def kill_and_restart(
-    workdir: Path, kills: int, longest: float, rng: random.Random
-) -> None:
-    """Kills the running job so many times; begins anew whenever it gets to its end."""
-    hits = 0
-    while hits < kills:
-        process = start(workdir)
-        moment = rng.uniform(0.0, longest)
-        try:
-            process.wait(moment)
-            print(f"  finished before its kill at {moment:.1f} s: begun anew")
-            shutil.rmtree(workdir)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            hits += 1
-            print(f"  killed after {moment:.1f} s, at {last_step(workdir)}")
-
-
-def last_step(workdir: Path) -> str:
-    """Where the job was, by the last line of its metrics."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if not lines:
-        return "the start"
-    try:
-        record = json.loads(lines[-1])
-    except json.JSONDecodeError:
-        return "a half-written line"
-    return f"{record['stage']} step {record['step']}"
-
-
-def arrays(workdir: Path, stage: str) -> dict[str, np.ndarray]:
-    """Every array of a stage's last checkpoint."""
-    folder = workdir / "checkpoints" / stage
-    step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(folder / str(step) / "state")
-    flat: dict[str, np.ndarray] = {}
-
-    def collect(prefix: str, node: object) -> None:
-        items = (
-            node.items()
-            if isinstance(node, dict)
-            else enumerate(node)
-            if isinstance(node, list | tuple)
-            else None
+    def __init__(self) -> None:
+        self.kills = 0
+        self.checked = 0
+        self.passes = 0
+        self.hits: dict[str, collections.Counter] = collections.defaultdict(
+            collections.Counter
         )
-        if items is None:
-            if node is not None:
-                flat[f"{stage}{prefix}"] = np.asarray(node)
-            return
-        for name, child in items:
-            collect(f"{prefix}/{name}", child)
+        self.found: list[str] = []
 
-    collect(f"/{step}", tree)
-    return flat
-
-
-def metrics(workdir: Path) -> list[dict]:
-    """The metrics of a run without those that measure time."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    for record in records:
-        record.pop("images_per_second", None)
-    return records
+    def table(self) -> Table:
+        """Kills by moment, and what the workdir showed after them."""
+        states = sorted({state for hits in self.hits.values() for state in hits})
+        table = Table(title=f"{self.kills} kills")
+        for name in ("killed while", "kills", *states):
+            table.add_column(
+                name, justify="left" if name == "killed while" else "right"
+            )
+        for moment in moments.DELAYS:
+            hits = self.hits[moment]
+            table.add_row(
+                moment, str(hits.total()), *(str(hits[state]) for state in states)
+            )
+        return table
 
 
-def differences(alone: Path, killed: Path) -> list[str]:
-    """What differs between the ends of two runs; empty if nothing does."""
-    found = []
-    for stage in ("stage1", "stage2"):
-        a, b = arrays(alone, stage), arrays(killed, stage)
-        found += [f"array {k} is in one only" for k in a.keys() ^ b.keys()]
-        found += [
-            f"array {k} differs"
-            for k in a.keys() & b.keys()
-            if a[k].tobytes() != b[k].tobytes()
-        ]
-    if metrics(alone) != metrics(killed):
-        found.append("metrics.jsonl differs")
-    return found
+def finish(forked: jobs.Forked, workdir: Path, count: int) -> None:
+    """Runs the job to its end."""
+    processes = forked.start(workdir, count)
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        log = jobs.log_of(workdir).read_text()
+        sys.exit(f"the job in {workdir} failed:\n{log[-3000:]}")
 
 
-def compare(folder: Path, kills: int, seed: int) -> list[str]:
-    """Runs both jobs in a folder; returns the differences of their ends."""
-    alone, killed, warm = folder / "alone", folder / "killed", folder / "warm"
-    finish(alone)
-    # The first run also filled the compilation cache: the second one is the measure.
-    seconds = finish(warm)
-    print(f"undisturbed: {seconds:.0f} s")
-    kill_and_restart(killed, kills, 0.8 * seconds, random.Random(seed))
-    finish(killed)
-    return differences(alone, killed)
+def kill(processes: list[BaseProcess], rng: random.Random) -> str:
+    """Kills one process or all, the rest after a while; returns whom."""
+    chosen = rng.choice([processes, *([p] for p in processes)])
+    for process in chosen:
+        process.kill()
+    for process in chosen:
+        process.join()
+    rest = [process for process in processes if process not in chosen]
+    for process in rest:
+        process.join(_GRACE)
+        process.kill()
+        process.join()
+    victims = [str(processes.index(process)) for process in chosen]
+    return f"process {' and '.join(victims)}"
+
+
+def kill_over_and_over(
+    forked: jobs.Forked,
+    alone: Path,
+    workdir: Path,
+    *,
+    count: int,
+    kills: int,
+    rng: random.Random,
+) -> Tally:
+    """Kills the job so many times; begins anew whenever it gets to its end."""
+    tally = Tally()
+    while tally.kills < kills:
+        moment = rng.choice(moments.possible(workdir))
+        processes = forked.start(workdir, count, *_WORKERS.get(moment, ()))
+        watch = moments.Watch(workdir, [process.pid for process in processes])
+        if not watch.wait(moment, processes, rng):
+            for process in processes:
+                process.join()
+            if any(process.exitcode for process in processes):
+                log = jobs.log_of(workdir).read_text()
+                tally.found.append(f"a start failed: {log[-1500:]}")
+                return tally
+            tally.found += jobs.differences(alone, workdir)
+            tally.passes += 1
+            print(f"     {moment}, not killed: came to its end; begun anew", flush=True)
+            shutil.rmtree(workdir)
+            continue
+        victims = kill(processes, rng)
+        tally.kills += 1
+        state = watch.state()
+        tally.hits[moment][state] += 1
+        number, broken = jobs.broken_steps(workdir)
+        tally.checked += number
+        tally.found += broken
+        at = " ".join(f"{s} {jobs.steps(workdir, s)}" for s in jobs.STAGES)
+        print(f"{tally.kills:4} {moment}, {victims} killed: {state}; {at}", flush=True)
+    finish(forked, workdir, count)
+    tally.found += jobs.differences(alone, workdir)
+    tally.passes += 1
+    return tally
+
+
+def compare(folder: Path, kills: int, seed: int, count: int = 1) -> Tally:
+    """Runs both jobs in a folder, on `count` processes."""
+    forked = jobs.Forked(folder)
+    alone, killed = folder / "alone", folder / "killed"
+    # It also fills the compilation cache.
+    finish(forked, alone, count)
+    rng = random.Random(seed)
+    return kill_over_and_over(forked, alone, killed, count=count, kills=kills, rng=rng)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
+    chosen = parser.parse_args()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(Path(folder), arguments.kills, arguments.seed)
-    print("\n".join(found) if found else "the same, bit by bit")
-    sys.exit(1 if found else 0)
+        tally = compare(Path(folder), chosen.kills, chosen.seed, chosen.processes)
+    Console(width=150).print(tally.table())
+    print(
+        f"{chosen.processes} process(es), seed {chosen.seed}: {tally.kills} kills, "
+        f"{tally.checked} listed checkpoints checked and read, {tally.passes} ends "
+        f"compared with the undisturbed one, in {time.monotonic() - began:.0f} s"
+    )
+    print("\n".join(tally.found) if tally.found else "the same, bit by bit")
+    sys.exit(1 if tally.found else 0)
 
 
 if __name__ == "__main__":
