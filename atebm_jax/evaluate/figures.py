@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from atebm_jax.evaluate.plots import plt, save
+from atebm_jax.evaluate.plots import save, subplots
 from atebm_jax.metrics import Reliability, roc_curve
 
 
 def reliability(path: epath.Path, diagrams: Mapping[str, Reliability]) -> None:
     """Accuracy against confidence in bins, one panel a diagram, with the counts."""
-    figure, axes = plt.subplots(1, len(diagrams), figsize=(4.2 * len(diagrams), 4))
+    figure, axes = subplots(1, len(diagrams), figsize=(4.2 * len(diagrams), 4))
     for axis, (title, diagram) in zip(np.atleast_1d(axes), diagrams.items()):
         widths = np.diff(diagram.edges)
         left = diagram.edges[:-1]
@@ -40,7 +40,7 @@ def robust_curve(
     radii = sorted(curve)
     values = np.array([curve[r]["value"] for r in radii])
     bounds = np.array([curve[r]["interval_95"] for r in radii])
-    figure, axis = plt.subplots(figsize=(5, 3.6))
+    figure, axis = subplots(figsize=(5, 3.6))
     axis.plot(radii, values, "o-", markersize=4)
     axis.fill_between(radii, bounds[:, 0], bounds[:, 1], alpha=0.2)
     axis.set(xlabel=f"{norm} radius, pixels of a [0, 1] image", ylabel="accuracy")
@@ -65,7 +65,7 @@ def detection(
       inside: score -> [N] of in-distribution images.
       sets: "clean" and "attacked" -> score -> [M] of the others.
     """
-    figure, axes = plt.subplots(2, len(scores), figsize=(3.3 * len(scores), 6))
+    figure, axes = subplots(2, len(scores), figsize=(3.3 * len(scores), 6))
     for column, score in enumerate(scores):
         top, bottom = axes[:, column]
         values = {"test": inside[score]} | {
@@ -99,7 +99,7 @@ def strips(
 ) -> None:
     """Rows of images [N, H, W, C] in [0, 1] below each other, each with its title."""
     columns = min(map(len, rows.values()))
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         len(rows), columns, figsize=(0.9 * columns + 1.2, len(rows)), squeeze=False
     )
     for line, (title, images) in zip(axes, rows.items(), strict=True):
@@ -125,7 +125,7 @@ def strips(
 def sweep(path: epath.Path, distances: Mapping[int, float], name: str) -> None:
     """A distance of samples against the number of sampling steps."""
     steps = sorted(distances)
-    figure, axis = plt.subplots(figsize=(5, 3.6))
+    figure, axis = subplots(figsize=(5, 3.6))
     axis.plot(steps, [distances[s] for s in steps], "o-", markersize=4)
     axis.set(xlabel="sampling steps", ylabel=name)
     save(figure, path)

@@ -3,13 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
+
+
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any
+) -> tuple[Figure, Any]:
+    """`pyplot.subplots` without pyplot: a notebook keeps its way to show figures."""
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def sample_grid(
@@ -31,7 +35,7 @@ def sample_grid(
     """
     columns = min(num_classes, 20)
     blocks = list(rows_of_samples.items())
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         len(blocks), 1, figsize=(0.7 * columns, (0.7 * num_rows + 0.5) * len(blocks))
     )
     for axis, (title, (images, labels)) in zip(
@@ -74,7 +78,7 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
         "held-out accuracy": ("eval_clean_accuracy", "eval_robust_accuracy"),
         "sample distance": ("eval_sample_distance",),
     }
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    figure, axes = subplots(2, 3, figsize=(13, 6.5))
     starts = _stage_starts(records)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
         for name in names:
@@ -124,9 +128,8 @@ def _tile(
     return np.nan_to_num(canvas)
 
 
-def save(figure: Any, path: epath.Path) -> None:
-    """Writes a figure as PNG and frees it."""
+def save(figure: Figure, path: epath.Path) -> None:
+    """Writes a figure as PNG."""
     figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
