@@ -24,7 +24,7 @@ from atebm_jax.errors import UserError
 _PROJECTIONS = {"l2": attacks.project_l2, "linf": attacks.project_linf}
 # Halvings of an interval of a few pixels, down to float32's resolution.
 _BISECTIONS = 32
-FILLS = ("noise", "mean", "image")
+FILLS = ("mean", "noise", "image")
 
 
 @runtime_checkable
@@ -170,15 +170,15 @@ def ball(images: Any, radius: Any = 4.0, norm: str = "l2") -> Ball:
     return Ball(origin, rows[:, None, None, None], norm)
 
 
-def inpaint(images: Any, mask: Any, *, fill: str = "noise", seed: int = 0) -> Known:
+def inpaint(images: Any, mask: Any, *, fill: str = "mean", seed: int = 0) -> Known:
     """Repaints a hole; what lies outside of it stays.
 
     Args:
       images: [N, H, W, C] or one [H, W, C], float in [0, 1] or uint8.
       mask: True (or > 0.5 of floats, > 127 of uint8) where pixels may change: [H, W] or
         [H, W, 1] for all images, or [N, H, W, 1].
-      fill: what the edit begins with in the hole: "noise" (uniform, the same in every
-        image), "mean" (of the pixels outside) or "image" (as it is).
+      fill: what the edit begins with in the hole: "mean" (of the pixels outside),
+        "noise" (uniform, the same in every image) or "image" (as it is).
       seed: of the noise.
 
     Raises:
@@ -199,20 +199,26 @@ def inpaint(images: Any, mask: Any, *, fill: str = "noise", seed: int = 0) -> Kn
     return Known(image, hole)
 
 
-def denoise(images: Any, sigma: float) -> Ball:
-    """Near noisy images: an L2 ball whose radius is the noise's expected length.
+def denoise(images: Any, sigma: float, *, strength: float = 0.5) -> Ball:
+    """Near noisy images: an L2 ball as wide as a share of the noise is long.
+
+    White noise of H x W x C values has length sigma sqrt(HWC). An edit by all of it
+    goes past the clean image, as the energy falls on behind it (docs/edit.md).
 
     Args:
       images: [N, H, W, C] or one [H, W, C], float in [0, 1] or uint8.
       sigma: standard deviation of the noise, pixels of a [0, 1] image.
+      strength: radius / (sigma sqrt(HWC)), > 0.
 
     Raises:
-      UserError: sigma is not positive.
+      UserError: sigma or strength is not positive.
     """
     origin = as_images(images)
-    if not isinstance(sigma, int | float | np.number) or not 0 < sigma < np.inf:
-        raise UserError(f"sigma is {sigma!r}: it must be a positive number.")
-    return ball(origin, float(sigma) * math.sqrt(math.prod(origin.shape[1:])))
+    for name, value in {"sigma": sigma, "strength": strength}.items():
+        if not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
+            raise UserError(f"{name} is {value!r}: it must be a positive number.")
+    length = float(sigma) * math.sqrt(math.prod(origin.shape[1:]))
+    return ball(origin, float(strength) * length)
 
 
 def superres(images: Any, factor: int) -> BoxMean:

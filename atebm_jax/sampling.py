@@ -150,7 +150,9 @@ def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
 
 
 class Path(NamedTuple):
-    """What the model reads in images along their way, each [T + 1, B].
+    """What the model reads in images along their way.
+
+    [T + 1, B] arrays; the batched functions turn them into numpy, [N, T + 1].
 
     Attributes:
       energy: the one that is lowered: E(x, target), or E(x) without targets.
@@ -159,10 +161,10 @@ class Path(NamedTuple):
       predicted: the likeliest class, int32.
     """
 
-    energy: jax.Array
-    target_confidence: jax.Array
-    original_confidence: jax.Array
-    predicted: jax.Array
+    energy: Any
+    target_confidence: Any
+    original_confidence: Any
+    predicted: Any
 
 
 class Edited(NamedTuple):
@@ -176,10 +178,10 @@ class Edited(NamedTuple):
       path: readings before each step and at the end.
     """
 
-    images: jax.Array
-    start: jax.Array
-    targets: jax.Array
-    originals: jax.Array
+    images: Any
+    start: Any
+    targets: Any
+    originals: Any
     path: Path
 
 

@@ -9,6 +9,7 @@ from atebm_jax.metrics.calibration import (
     negative_log_likelihood,
     reliability,
 )
+from atebm_jax.metrics.fidelity import psnr
 from atebm_jax.metrics.generation import (
     Moments,
     feature_statistics,
@@ -57,6 +58,7 @@ __all__ = [
     "kernel_distance",
     "negative_log_likelihood",
     "precision_recall",
+    "psnr",
     "reliability",
     "roc_curve",
     "score_spread",

@@ -13,38 +13,55 @@ from atebm_jax.errors import UserError
 
 _GRID_IMAGES = 100
 _GRID_PIXELS = 48
-_PROTOCOL = "samples.json"
 
 
-def claim(folder: Path, protocol: Mapping[str, Any], clash: Sequence[str]) -> None:
-    """Makes the folder, or refuses one with samples of another protocol.
+def claim(
+    folder: Path,
+    protocol: Mapping[str, Any],
+    clash: Sequence[str],
+    *,
+    name: str = "samples.json",
+    what: str = "samples",
+    keep: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Makes the folder, or refuses one with images of another protocol.
 
     Args:
-      folder: where samples go.
+      folder: where images go.
       protocol: plain JSON, written beside them.
-      clash: keys whose values must be those of the samples that are there.
+      clash: keys whose values must be those of the images that are there.
+      name: of the file with the protocol.
+      what: lies there, for messages.
+      keep: other keys of that file, which stay as they are.
+
+    Returns:
+      What stands in the file now.
 
     Raises:
-      UserError: other samples are there, or it cannot be written.
+      UserError: other images are there, or it cannot be written.
     """
-    path = folder / _PROTOCOL
+    path = folder / name
+    before = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else None
-        if before is not None:
-            _check_same(folder, before, protocol, clash)
+        if path.exists():
+            before = json.loads(path.read_text())
+            _check_same(folder, before, protocol, clash, what)
         elif any(folder.glob("*.png")):
             raise UserError(
                 f"{folder} holds PNG files of something else: give an empty --out."
             )
-        _replace(path, lambda p: p.write_text(json.dumps(protocol, indent=2) + "\n"))
+        kept = {key: before[key] for key in keep if before and key in before}
+        content = {**protocol, **kept}
+        write_json(path, content)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is damaged ({error}): it is not known what the samples beside it "
+            f"{path} is damaged ({error}): it is not known what the images beside it "
             "are; give an empty --out."
         ) from error
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
+    return content
 
 
 def _check_same(
@@ -52,13 +69,27 @@ def _check_same(
     before: Mapping[str, Any],
     protocol: Mapping[str, Any],
     clash: Sequence[str],
+    what: str,
 ) -> None:
     for key in clash:
-        if before.get(key) != protocol[key]:
+        # As it reads after it was written: tuples become lists.
+        now = json.loads(json.dumps(protocol[key]))
+        if before.get(key) != now:
             raise UserError(
-                f"{folder} holds samples with {key} {before.get(key)!r} and now it is "
-                f"{protocol[key]!r}: give another --out, or the same settings to go on."
+                f"{folder} holds {what} with {key} {before.get(key)!r} and now it is "
+                f"{now!r}: give another --out, or the same settings to go on."
             )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes plain JSON, whole or not at all."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    replace(path, lambda p: p.write_text(text))
+
+
+def as_bytes(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] to the nearest of 256 levels, uint8."""
+    return np.round(images * np.float32(255)).astype(np.uint8)
 
 
 def image_path(folder: Path, index: int, label: int | None) -> Path:
@@ -76,7 +107,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
     """
     try:
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        _replace(path, lambda p: picture.save(p, format="PNG"))
+        replace(path, lambda p: picture.save(p, format="PNG"))
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error}. Make room or give another --out; the "
@@ -117,9 +148,9 @@ def finish(
         with path.open("wb") as file:
             np.savez(file, *arrays)
 
-    _replace(folder / "samples.npz", save)
+    replace(folder / "samples.npz", save)
     picture = _grid(np.asarray(images[:_GRID_IMAGES]))
-    _replace(folder / "grid.png", lambda p: picture.save(p, format="PNG"))
+    replace(folder / "grid.png", lambda p: picture.save(p, format="PNG"))
     stacked.unlink()
 
 
@@ -140,7 +171,8 @@ def _grid(images: np.ndarray) -> Image.Image:
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Any) -> None:
+    """Writes a file by `write(temporary path)`, whole or not at all."""
     temporary = path.parent / f".{path.name}.tmp"
     write(temporary)
     temporary.replace(path)

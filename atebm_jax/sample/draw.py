@@ -1,0 +1,127 @@
+"""Samples into a folder: the command without a name."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from atebm_jax import data
+from atebm_jax.errors import UserError
+from atebm_jax.sample import chunks, files, inputs, loading
+from atebm_jax.sample.chunks import Recipe
+
+
+def run(flags: argparse.Namespace, console: Console) -> None:
+    """Draws the samples that the flags describe.
+
+    Raises:
+      UserError: a flag, the checkpoint, the seeds or the folder cannot be used.
+    """
+    loaded = loading.load(flags)
+    config, shape = loaded.config, loaded.image_shape
+    recipe = _recipe(flags, config)
+    classes = _classes(flags, config)
+    if flags.count < 1:
+        raise UserError(f"--count is {flags.count}: it must be positive.")
+    to_bytes = _rounding(flags.quantise)
+    seeds, spec = _seeds(flags, config)
+    out = Path(flags.out).expanduser()
+    protocol = {
+        **loaded.described,
+        **recipe._asdict(),
+        "classes": classes.tolist() if recipe.conditional else None,
+        "seeds": spec,
+        "quantise": flags.quantise,
+        "count": flags.count,
+    }
+    files.claim(
+        out, protocol, [k for k in protocol if k not in ("checkpoint", "count")]
+    )
+
+    def labels_of(indices: np.ndarray) -> np.ndarray:
+        return classes[indices % len(classes)]
+
+    paths, labels = [], []
+    for index in range(flags.count):
+        labels.append(int(classes[index % len(classes)]))
+        label = labels[-1] if recipe.conditional else None
+        paths.append(files.image_path(out, index, label))
+    size = chunks.CHUNK
+    missing = sorted({i // size for i, path in enumerate(paths) if not path.exists()})
+    drawn = chunks.draw(
+        loaded.model, loaded.variables, recipe, shape, missing, labels_of, seeds
+    )
+    for number, images in track(
+        drawn, "samples", total=len(missing), console=console, transient=True
+    ):
+        for path, image in zip(paths[number * size :], to_bytes(images)):
+            files.write_image(path, image)
+    files.finish(out, paths, labels if recipe.conditional else None, shape)
+    console.print(
+        f"{flags.count} samples are in {out}", highlight=False, soft_wrap=True
+    )
+
+
+def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
+    default = config.evaluate.samples
+    recipe = Recipe(
+        sampler=flags.sampler,
+        schedule=flags.schedule,
+        step_size=default.step_size if flags.step_size is None else flags.step_size,
+        num_steps=default.num_steps if flags.num_steps is None else flags.num_steps,
+        target_energy=flags.target_energy,
+        smooth=flags.smooth,
+        seed=flags.seed,
+        conditional=not flags.unconditional,
+    )
+    chunks.check(recipe)
+    return recipe
+
+
+def _classes(flags: argparse.Namespace, config: Any) -> np.ndarray:
+    if flags.classes is None:
+        return np.arange(config.model.num_classes, dtype=np.int32)
+    if flags.unconditional:
+        raise UserError("--classes and --unconditional exclude each other: give one.")
+    names = loading.class_names(config, flags.data_dir)
+    return loading.parse_classes("--classes", flags.classes, names)
+
+
+def _rounding(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    choices: dict[str, Callable] = {"nearest": np.round, "reference": np.floor}
+    if name not in choices:
+        raise UserError(f"--quantise is {name!r}: choose nearest or reference.")
+    return lambda images: choices[name](images * np.float32(255)).astype(np.uint8)
+
+
+def _seeds(
+    flags: argparse.Namespace, config: Any
+) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str]:
+    """Image i of the seeds, over and over, and the name of their source."""
+    spec = config.data.seeds if flags.seeds == "own" else flags.seeds
+    if spec == "noise":
+        return None, spec
+    source = data.open_source(spec, flags.data_dir or config.data.data_dir)
+    settings = config.data
+
+    def seed_of(index: int) -> np.ndarray:
+        # The next one where an image cannot be decoded: never a black one.
+        for position in range(index, index + settings.max_bad_images + 1):
+            image = inputs.read_example(
+                source, position % len(source), settings.preprocess_seeds, settings
+            )
+            if image is not None:
+                return image / np.float32(255)
+        raise UserError(
+            f"--seeds={spec}: {source.describe(index % len(source))} and the "
+            f"{settings.max_bad_images} images after it cannot be decoded: remove them."
+        )
+
+    def seeds_of(indices: np.ndarray) -> np.ndarray:
+        return np.stack([seed_of(int(index)) for index in indices])
+
+    return seeds_of, spec

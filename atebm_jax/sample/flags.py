@@ -1,0 +1,142 @@
+"""The flags of the sample commands; imports nothing slow, so that --help is quick."""
+
+import argparse
+from typing import NoReturn
+
+from atebm_jax.command_line import fail
+from atebm_jax.errors import UserError
+
+_PROGRAM = "python -m atebm_jax.sample"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says mistakes as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(UserError(f"{message}; --help lists the flags."))
+
+
+def of_sampling() -> Parser:
+    """Flags of the command without a name: sampling."""
+    parser = Parser(
+        prog=_PROGRAM,
+        description="Draws images from a trained model by descent of its energy. Image "
+        "i is the same whatever --count and the number of devices. Other commands: "
+        "explain IMAGE, edit IMAGE (each with --help).",
+        allow_abbrev=False,
+    )
+    _add_model(parser)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for PNG files, grid.png and samples.npz")
+    add("--count", type=int, default=64, help="images, default 64")
+    add("--classes", help="3,7 or names: these classes in turn; default all")
+    add("--unconditional", action="store_true", help="no class, by E(x)")
+    add("--seeds", default="noise", help="noise, own (config.data.seeds) or a source")
+    add("--data_dir", default="", help="where TFDS data sets lie")
+    add("--sampler", default="pgd", help="pgd, momentum, adam, sgld or sign")
+    add("--schedule", default="constant", help="constant, linear or cosine")
+    add("--step_size", type=float, help="default: the config's")
+    add("--num_steps", type=int, help="default: the config's")
+    add("--target_energy", type=float, help="an image stops at this energy")
+    add("--smooth", type=float, default=0.0, help="Gaussian blur of the seeds, pixels")
+    add("--seed", type=int, default=0, help="of noise")
+    add("--quantise", default="nearest", help="to bytes: nearest, or reference (down)")
+    return parser
+
+
+def of_explain() -> Parser:
+    """Flags of `explain`."""
+    parser = Parser(
+        prog=f"{_PROGRAM} explain",
+        description="Counterfactuals: what an image would look like as another class, "
+        "in a ball around it.",
+        allow_abbrev=False,
+    )
+    _add_model(parser)
+    _add_images(parser)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for strips, results and explain.json")
+    add("--target", required=True, help="3,7 or names of classes, or all")
+    add("--radius", default="4", help="1,2,4: pixels of the norm; default 4")
+    return parser
+
+
+def of_edit() -> Parser:
+    """Flags of `edit`."""
+    parser = Parser(
+        prog=f"{_PROGRAM} edit",
+        description="Edits images by descent of the energy under a constraint: "
+        "inpainting, class translation, denoising, super-resolution.",
+        allow_abbrev=False,
+    )
+    _add_model(parser)
+    _add_images(parser)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for strips, results and edit.json")
+    add("--task", required=True, help="inpaint, translate, denoise or superres")
+    add(
+        "--target",
+        help="a class by number or name; guess: what the model takes the "
+        "image for; any (default, but not of translate): no class, by E(x)",
+    )
+    add("--mask", help="image file, white where pixels may change")
+    add("--fill", default="mean", help="of a hole at first: mean, noise or image")
+    add(
+        "--radius",
+        type=float,
+        help="stay in this ball around the image too; default of translate 4",
+    )
+    add(
+        "--sigma",
+        type=float,
+        help="denoise: noise's standard deviation, pixels of a [0, 1] image",
+    )
+    add(
+        "--strength",
+        type=float,
+        default=0.5,
+        help="denoise: radius as a share of the noise's length",
+    )
+    add("--factor", type=int, help="superres: result is so many times as wide")
+    add(
+        "--degrade",
+        action="store_true",
+        help="images are the truth: add the noise or "
+        "make them small first, and compare",
+    )
+    add(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="the truth of an image, for its PSNR; repeat it for several images",
+    )
+    add(
+        "--sampler",
+        help="pgd, momentum, adam, sgld or sign; default pgd, in linf balls sign",
+    )
+    add("--schedule", default="constant", help="constant, linear or cosine")
+    add("--seed", type=int, default=0, help="of noise")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", required=True, help="workdir, or one of its checkpoints")
+    add("--best_by", help="robust_accuracy or sample_distance: that checkpoint")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders, or data sets such as digits:test",
+    )
+    add("--index", help="0,5,10:20 or all: which images of folders and data sets")
+    add("--data_dir", default="", help="where TFDS data sets lie")
+    add("--resize", action="store_true", help="scale and cut files of other sizes")
+    add("--norm", default="l2", help="of the ball: l2 or linf")
+    add("--step_size", type=float, help="default: the config's, or radius / 5 if less")
+    add("--num_steps", type=int, help="default: the config's")

@@ -1,0 +1,288 @@
+"""Images that a user names, brought to the shape of a network.
+
+Named are files, folders and data sets (`digits:test`). Files are looked at as a viewer
+shows them: turned as their EXIF entry says. Data sets pass through the config's
+`data.preprocess`, as in the evaluation.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from atebm_jax import data
+from atebm_jax.errors import UserError
+
+_SOURCES = ("digits:", "tfds:", "folder:", "prepared:")
+# 32 bits a value, and no range that is known.
+_MODES_WITHOUT_RANGE = ("I", "F")
+
+
+class Picture(NamedTuple):
+    """An image that is named but not read yet.
+
+    Attributes:
+      name: of the files that are written for it.
+      origin: its path, or its place in a data set.
+      label: its class in a data set; None where there is none.
+      read: (H, W, C) -> [H, W, C] uint8; raises UserError.
+    """
+
+    name: str
+    origin: str
+    label: int | None
+    read: Callable[[tuple[int, ...]], np.ndarray]
+
+
+def pictures(
+    named: Sequence[str],
+    index: str | None,
+    config: Any,
+    *,
+    data_dir: str = "",
+    resize: bool = False,
+) -> list[Picture]:
+    """The images that the command line names.
+
+    Args:
+      named: paths of files or folders, or data sets.
+      index: "0,5,10:20" or "all", of each folder and data set; None for all images of
+        folders, and for none of a data set.
+      config: complete config of the network.
+      data_dir: where TFDS data sets lie; "" for the config's.
+      resize: whether files of another size are brought to the network's.
+
+    Raises:
+      UserError: one is not there, or `index` does not fit.
+    """
+    found: list[Picture] = []
+    for text in named:
+        path = Path(text).expanduser()
+        if text.startswith(_SOURCES):
+            found += _of_source(text, index, config, data_dir)
+        elif path.is_dir():
+            source = data.FolderSource(text)
+            places = _places(index or "all", len(source), text)
+            files = [Path(source.describe(place)) for place in places]
+            found += [_of_file(file, config, resize) for file in files]
+        elif path.is_file():
+            found.append(_of_file(path, config, resize))
+        else:
+            raise UserError(
+                f"there is no image {text!r}: give files, folders or a data set such "
+                "as digits:test."
+            )
+    return _with_unique_names(found)
+
+
+def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> Any:
+    """[H, W, C] uint8 of an image file.
+
+    Colour becomes grey by its luminance, grey becomes RGB by repetition, 16 bits become
+    8 by their upper half.
+
+    Args:
+      path: of the file.
+      shape: (H, W, C) that is wanted.
+      config: its `data.preprocess` serves where it leads to the shape.
+      resize: bring other sizes to this one: by `data.preprocess` where there is one,
+        otherwise scaled to cover it (bicubic, antialiased), then cut in the middle.
+
+    Raises:
+      UserError: no image, transparent, animated, or of another size without `resize`.
+    """
+    try:
+        with Image.open(path) as opened:
+            _check_readable(path, opened)
+            picture = ImageOps.exif_transpose(opened)
+            alpha = "A" in picture.getbands() or "transparency" in picture.info
+            if alpha and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+                raise UserError(
+                    f"{path} has transparent pixels: the network knows none, flatten "
+                    "it onto a background first."
+                )
+            array = data.decode(_bytes(picture), shape[-1])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}.") from error
+    if array.shape[:2] != shape[:2] and resize:
+        array = _resized(array, shape, config)
+    if array.shape[:2] != shape[:2]:
+        raise UserError(
+            f"{path} has {_size(array.shape)} pixels and {_size(shape)} are needed: "
+            "give an image of that size, or --resize to scale and cut it."
+        )
+    return array
+
+
+def read_mask(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> Any:
+    """[H, W] bool of a mask file, True (white, > 127) where pixels may change.
+
+    Raises:
+      UserError: as of `read_file`; a mask that is black everywhere.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no mask {str(path)!r}: give an image file.")
+    mask = read_file(path, (*shape[:2], 1), config, resize)[..., 0] > 127
+    if not mask.any():
+        raise UserError(
+            f"{path} is black everywhere: a mask is white where pixels may change."
+        )
+    return mask
+
+
+def read_example(
+    source: data.Source, place: int, preprocess: str, settings: Any
+) -> np.ndarray | None:
+    """[H, W, C] uint8 of one image of a data set; None where it cannot be decoded.
+
+    Args:
+      source: the data set.
+      place: of the image in it.
+      preprocess: as `config.data.preprocess` or `preprocess_seeds`.
+      settings: `config.data`.
+    """
+    with data.eval_batches(
+        source,
+        preprocess=preprocess,
+        batch_size=1,
+        image_shape=tuple(settings.image_shape),
+        start=place,
+        num_threads=1,
+        prefetch=1,
+        max_bad_images=settings.max_bad_images,
+    ) as batches:
+        batch = next(batches)
+    return batch["images"][0] if batch["mask"][0] else None
+
+
+def described(config: Any, resize: bool) -> dict[str, Any]:
+    """The rule by which images came to the network's shape, for protocols."""
+    prepared = config.data.preprocess or "scaled to cover, cut in the middle"
+    return {
+        "data_sets": config.data.preprocess or "as they are",
+        "files": prepared if resize else "as they are",
+    }
+
+
+def fingerprint(image: np.ndarray) -> str:
+    """SHA-256 of an image's values and shape."""
+    described = f"{image.shape}{image.dtype}".encode()
+    return hashlib.sha256(described + image.tobytes()).hexdigest()
+
+
+def _check_readable(path: Path, opened: Image.Image) -> None:
+    if getattr(opened, "n_frames", 1) > 1:
+        raise UserError(f"{path} has several frames: give one of them as a file.")
+    if opened.mode in _MODES_WITHOUT_RANGE:
+        raise UserError(
+            f"{path} has 32 bits a value (mode {opened.mode}), whose range is not "
+            "known: save it with 8 or 16 bits."
+        )
+
+
+def _bytes(picture: Image.Image) -> Any:
+    """What `data.decode` takes, without a detour where nothing is to be converted."""
+    if picture.mode in ("L", "RGB"):
+        array = np.asarray(picture)
+        return array[..., None] if array.ndim == 2 else array
+    if picture.mode.startswith("I;16"):
+        return (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _resized(array: np.ndarray, shape: tuple[int, ...], config: Any) -> np.ndarray:
+    whole = tuple(config.data.image_shape[:2])
+    if config.data.preprocess and whole == tuple(shape[:2]):
+        prepare = data.parse(config.data.preprocess)
+        return prepare(array, np.random.default_rng(0))
+    grey = array.shape[-1] == 1
+    picture = Image.fromarray(array[..., 0] if grey else array)
+    fitted = ImageOps.fit(
+        picture, (shape[1], shape[0]), method=Image.Resampling.BICUBIC
+    )
+    result = np.asarray(fitted)
+    return result[..., None] if grey else result
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} x {shape[0]}"
+
+
+def _of_file(path: Path, config: Any, resize: bool) -> Picture:
+    def read(shape: tuple[int, ...]) -> np.ndarray:
+        return read_file(path, shape, config, resize)
+
+    return Picture(path.stem, str(path), None, read)
+
+
+def _of_source(
+    spec: str, index: str | None, config: Any, data_dir: str
+) -> list[Picture]:
+    settings = config.data
+    source = data.open_source(spec, data_dir or settings.data_dir)
+    if index is None:
+        raise UserError(
+            f"{spec} holds {len(source)} images: choose some, --index=0,5,10:20 say, "
+            "or --index=all."
+        )
+    labelled = source.num_classes == config.model.num_classes
+    prefix = re.sub(r"[^\w.-]+", "_", spec)
+
+    def picture(place: int) -> Picture:
+        def read(shape: tuple[int, ...]) -> np.ndarray:
+            image = read_example(source, place, settings.preprocess, settings)
+            origin = source.describe(place)
+            if image is None:
+                raise UserError(f"{origin} cannot be decoded: leave it out.")
+            if image.shape != tuple(shape):
+                raise UserError(
+                    f"{origin} has {_size(image.shape)} pixels and {_size(shape)} are "
+                    "needed: give files of that size."
+                )
+            return image
+
+        label = source[place]["label"] if labelled else None
+        return Picture(f"{prefix}_{place:06d}", source.describe(place), label, read)
+
+    return [picture(place) for place in _places(index, len(source), spec)]
+
+
+def _places(index: str, length: int, what: str) -> list[int]:
+    """Positions that `index` names, in its order, each once."""
+    if index == "all":
+        return list(range(length))
+    places: list[int] = []
+    for text in index.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+        first, last = (match[1], match[2]) if match else ("", None)
+        run = range(int(first), int(last or int(first) + 1)) if match else range(0)
+        if not run or run[-1] >= length:
+            raise UserError(
+                f"--index={index}: expected numbers from 0 to {length - 1} of the "
+                f"images of {what}, such as 0,5 or 0:8 (without 8), or all."
+            )
+        places += run
+    return list(dict.fromkeys(places))
+
+
+def _with_unique_names(found: list[Picture]) -> list[Picture]:
+    """File names without their ending, or with more of the path where two are alike."""
+    ways: list[Callable[[Path], str]] = [
+        lambda path: path.stem,
+        lambda path: path.name,
+        lambda path: "_".join(path.parts[-2:]),
+        lambda path: "_".join(path.absolute().parts[1:]),
+    ]
+    for way in ways:
+        paths = [Path(picture.origin) for picture in found]
+        names = [
+            way(path) if path.is_file() else picture.name
+            for path, picture in zip(paths, found, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return [p._replace(name=n) for p, n in zip(found, names, strict=True)]
+    raise UserError("an image is named twice: name each once.")

@@ -1,0 +1,112 @@
+"""A trained model for the commands, and its classes by number or name."""
+
+import argparse
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import ml_collections
+import numpy as np
+
+from atebm_jax import checkpoint, data, models
+from atebm_jax import config as configuration
+from atebm_jax.errors import UserError
+from atebm_jax.evaluate.store import weights_fingerprint
+
+
+class Loaded(NamedTuple):
+    """A trained model.
+
+    Attributes:
+      model: images to logits.
+      variables: its averaged weights.
+      config: complete.
+      image_shape: (H, W, C).
+      num_classes: K.
+      described: for protocols.
+    """
+
+    model: nn.Module
+    variables: Any
+    config: Any
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    described: dict[str, Any]
+
+
+def load(flags: argparse.Namespace) -> Loaded:
+    """Loads --workdir.
+
+    Raises:
+      UserError: nothing is there, or it cannot be read.
+    """
+    weights, meta = checkpoint.load_weights(flags.workdir, best_by=flags.best_by)
+    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
+    described = {
+        "checkpoint": str(flags.workdir),
+        "averaged_weights_sha256": weights_fingerprint(weights),
+        "versions": {n: importlib.metadata.version(n) for n in ("atebm_jax", "jax")},
+    }
+    return Loaded(
+        models.build(config.model),
+        weights,
+        config,
+        tuple(config.data.image_shape),
+        config.model.num_classes,
+        described,
+    )
+
+
+def class_names(config: Any, data_dir: str = "") -> list[str]:
+    """K names: those of the config's test images where these are here, or numbers."""
+    number = config.model.num_classes
+    try:
+        source = data.open_source(config.data.test, data_dir or config.data.data_dir)
+    except (UserError, ImportError):
+        return [str(k) for k in range(number)]
+    names = source.class_names or ()
+    return list(names) if len(names) == number else [str(k) for k in range(number)]
+
+
+def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
+    """[M] int32 of "3,7", of names, or of "all".
+
+    Raises:
+      UserError: no such class.
+    """
+    if text == "all":
+        return np.arange(len(names), dtype=np.int32)
+    by_name = {name.lower(): k for k, name in enumerate(names)}
+    chosen = []
+    for word in (part.strip() for part in text.split(",")):
+        k = int(word) if word.isdecimal() else by_name.get(word.lower(), -1)
+        if not 0 <= k < len(names):
+            raise UserError(
+                f"{flag}={text}: expected numbers from 0 to {len(names) - 1} or names "
+                "of classes, with commas."
+            )
+        chosen.append(k)
+    return np.asarray(chosen, np.int32)
+
+
+def named(k: int, names: Sequence[str]) -> dict[str, Any]:
+    """A class for JSON."""
+    return {"class": int(k), "name": names[k]}
+
+
+def parse_radii(text: str) -> list[float]:
+    """Positive numbers with commas.
+
+    Raises:
+      UserError: anything else.
+    """
+    try:
+        radii = [float(word) for word in text.split(",")]
+    except ValueError:
+        radii = []
+    if not radii or not all(0 < radius < np.inf for radius in radii):
+        raise UserError(
+            f"--radius={text}: expected positive numbers with commas, such as 1,2,4."
+        )
+    return list(dict.fromkeys(radii))
