@@ -119,7 +119,7 @@ def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
         path = Path(given.mask).expanduser()
         hole = inputs.read_mask(path, shape, loaded.config, given.resize)
     degrade: Callable[[np.ndarray], np.ndarray] = constraints.as_images
-    if given.task == "inpaint" and given.degrade:
+    if hole is not None and given.degrade:
         degrade = partial(_blacken, hole)
     if given.task == "superres":
         factor = given.factor
@@ -251,13 +251,14 @@ def _write(
     record = records.of_image(item, edited, 0, names)
     record["files"] = {"result": file, "strip": strip}
     truth = references.get(name, item.image if problem.settings["degrade"] else None)
-    pictures = {"input": problem.degrade(item.image[None])[0], "result": result}
-    if truth is not None:
-        pictures["truth"] = constraints.as_images(truth)[0]
-        record["psnr"] = _psnr(pictures["truth"], start, result, problem.hole)
-        pictures[f"result\nPSNR {record['psnr']['result'] or math.inf:.1f} dB"] = (
-            pictures.pop("result")
-        )
+    pictures = {"input": problem.degrade(item.image[None])[0]}
+    if truth is None:
+        pictures["result"] = result
+    else:
+        true = constraints.as_images(truth)[0]
+        record["psnr"] = _psnr(true, start, result, problem.hole)
+        ratio = record["psnr"]["result"] or math.inf
+        pictures |= {f"result, PSNR {ratio:.1f} dB": result, "truth": true}
     strips.write(out / strip, name, [_row(edited, pictures, names, problem.hole)])
     return [record]
 

@@ -111,8 +111,7 @@ def _write(
             }
         )
         rows.append(_row(edited, number, radius, norm, names))
-    title = f"{item.picture.name}: {norm} balls" if norm != "l2" else item.picture.name
-    strips.write(out / strip, title, rows)
+    strips.write(out / strip, item.picture.name, rows)
     return results
 
 
@@ -128,14 +127,10 @@ def _row(
     curves = {f"p({target})": path.target_confidence[number]}
     if original != target:
         curves[f"p({original})"] = path.original_confidence[number]
-    return strips.Row(
-        {
-            f"original\np({original}) = {before:.3g}": edited.start[number],
-            f"as {target}, {norm} {radius:g}\np({target}) = {after:.3g}": edited.images[
-                number
-            ],
-        },
-        edited.images[number] - edited.start[number],
-        curves,
-        path.energy[number],
-    )
+    ball = f"{norm.capitalize()} radius {radius:g}"
+    pictures = {
+        f"original\np({original}) = {before:.3g}": edited.start[number],
+        f"as {target}, {ball}\np({target}) = {after:.3g}": edited.images[number],
+    }
+    change = edited.images[number] - edited.start[number]
+    return strips.Row(pictures, change, curves, path.energy[number])

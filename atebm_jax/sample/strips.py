@@ -97,10 +97,10 @@ def _difference(figure: Any, axis: Any, change: np.ndarray, scale: float) -> Non
         )
         bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.03)
         bar.ax.tick_params(labelsize=6)
-        title = "change (red: brighter)"
+        title = "change, red: brighter"
     else:
         axis.imshow(np.clip(0.5 + 0.5 * change / scale, 0, 1), interpolation="nearest")
-        title = f"change (grey: none,\nfull scale: {scale:.2g})"
+        title = f"change, grey: none,\nfull colour: {scale:.2g}"
     axis.set_title(title, fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -119,4 +119,5 @@ def _way(axis: Any, curves: Mapping[str, np.ndarray], energy: np.ndarray) -> Non
     right.tick_params(labelsize=6)
     handles = axis.get_legend_handles_labels()
     handles = [a + b for a, b in zip(handles, right.get_legend_handles_labels())]
-    axis.legend(*handles, fontsize=6, loc="center right", framealpha=0.8)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
+    axis.legend(*handles, fontsize=7, ncols=len(handles[0]), **above)
