@@ -149,7 +149,7 @@ def _open_sources(
             continue
         else:
             if spec not in opened:
-                opened[spec] = data.open_source(spec, config.data.data_dir)
+                opened[spec] = _open_source(config, role)
             sources[role] = opened[spec]
         classes = sources[role].num_classes
         if role != "seeds" and classes != config.model.num_classes:
@@ -169,6 +169,13 @@ def _open_sources(
                 "mean the same in both."
             )
     return sources
+
+
+def _open_source(config: ml_collections.ConfigDict, role: str) -> data.Source:
+    try:
+        return data.open_source(config.data[role], config.data.data_dir)
+    except UserError as error:
+        raise UserError(f"config.data.{role}: {error}") from error
 
 
 def _check_rooms(

@@ -7,6 +7,11 @@ from PIL import Image
 
 from atebm_jax.errors import UserError
 
+# No others: Pillow would hand some, such as PostScript, to programs of the system.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+_MOST_PIXELS = 2**26
+
 
 def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     """Decodes an image file, or converts an array, to `channels` channels.
@@ -22,35 +27,45 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
       [H, W, channels] uint8.
 
     Raises:
-      ValueError: the image is truncated, broken, or not an image.
+      ValueError: the image is truncated, broken, not an image, larger than 2**26
+        pixels, or of 32-bit numbers, of which nobody knows what is white.
     """
     if channels not in (1, 3):
         raise UserError(f"images have 1 or 3 channels, got {channels}")
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == channels:
             return image
-        opened = to_pillow(image)
-    else:
-        opened = _open(image)
-    mode = "L" if channels == 1 else "RGB"
-    return from_pillow(opened if opened.mode == mode else _convert(opened, mode))
-
-
-def _open(encoded: bytes) -> Image.Image:
+        return _pixels(to_pillow(image), channels)
     try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
+        return _pixels(_open(image), channels)
     except MemoryError:
         raise
     except Exception as error:  # broken files raise nearly anything in Pillow
         raise ValueError(f"cannot decode the image: {error}") from error
+
+
+def _open(encoded: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    # Claimed, not yet there: a file of a few bytes may ask for gigabytes.
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"it claims {image.width} x {image.height} pixels")
+    image.load()
     return image
 
 
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
+    mode = "L" if channels == 1 else "RGB"
+    return from_pillow(image if image.mode == mode else _convert(image, mode))
+
+
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
+    sixteen_bits = image.mode.startswith("I;16")
+    if sixteen_bits or (image.mode == "I" and image.format == "PPM"):
+        # Pillow would clip at 255, not scale.
         high_byte = np.asarray(image).astype(np.uint16) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its numbers of 32 bits have no known black and white")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)

@@ -121,8 +121,8 @@ class ConvNeXt(nn.Module):
         del train
         if min(images.shape[1:3]) < _SMALLEST:
             raise UserError(
-                f"a ConvNeXt was given images of {images.shape[1]} x "
-                f"{images.shape[2]} pixels: both sides must be at least {_SMALLEST}."
+                f"image_shape begins with {images.shape[1:3]}: a ConvNeXt needs at "
+                f"least {_SMALLEST} pixels on both sides."
             )
         block = nn.remat(Block) if self.remat else Block
         conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}

@@ -92,8 +92,8 @@ class ViT(nn.Module):
         del train
         if images.shape[1] % PATCH or images.shape[2] % PATCH:
             raise UserError(
-                f"a ViT was given images of {images.shape[1]} x {images.shape[2]} "
-                f"pixels: both sides must be multiples of {PATCH}."
+                f"image_shape begins with {images.shape[1:3]}: both sides must be "
+                f"multiples of {PATCH} pixels for a ViT."
             )
         block = nn.remat(Block) if self.remat else Block
         channels, heads = SIZES[self.size]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from atebm_jax.data import decode
 from atebm_jax.errors import UserError
 
 _GRID_IMAGES = 100
@@ -122,9 +123,11 @@ def read_image(path: Path, image_shape: Sequence[int]) -> np.ndarray:
       UserError: it is damaged.
     """
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture).reshape(image_shape)
-    except (OSError, ValueError, SyntaxError) as error:
+        image = decode(path.read_bytes(), image_shape[-1])
+        if image.shape != tuple(image_shape):
+            raise ValueError(f"its shape is {image.shape}, not {tuple(image_shape)}")
+        return image
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}): delete it, and the same command draws it "
             "again."

@@ -1,0 +1,192 @@
+"""Any config either runs a step or is refused by the name of a field."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from budget import budget
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from atebm_jax import UserError, config, data, job, models, sharding, stages, train
+
+_IMAGES = 40
+
+
+class Accepted(Exception):
+    """A job has refused nothing and is about to write."""
+
+
+_INTS = (-(2**63), -(2**31), -17, -1, 0, 1, 2, 3, 4, 5, 7, 8, 10, 16, 17, 24, 32)
+_INTS += (34, 64, 128, 1000, 2**31 - 1, 2**31, 2**40, 2**63)
+_FLOATS = (math.nan, math.inf, -math.inf, -1e39, -1.0, -0.1, 0.0, 1e-50, 1e-8, 0.1)
+_FLOATS += (0.5, 0.75, 0.999, 1.0, 1.5, 2.0, 8.0, 1e8, 1e38, 1e39, 1e300)
+_JUNK = ("", " ", "auto", "none", "\x00", "é", "8", "-1", "|", ",", ":", "a" * 300)
+_NUMBERS = st.sampled_from((*_INTS[2:-3], *_FLOATS))
+_TUPLES = st.one_of(
+    st.lists(_NUMBERS, max_size=4).map(tuple),
+    st.tuples(*[st.integers(-1, 33)] * 3),
+    st.sampled_from((("a",), (None,), ((1,), 2), (8, 8, 1.0), (True, 8, 1))),
+)
+
+# What a field understands, so that more than its refusal is seen.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "name": (*models.MODELS, "wide-resnet"),
+    "size": ("tiny", "small", "base", "large"),
+    "stem": ("patch", "conv"),
+    "activation": ("relu", "swish", "gelu"),
+    "dtype": (*models.DTYPES, "float16", "float64", "int8"),
+    "conv_gradient": ("auto", "xla", "forward"),
+    "norm": ("l2", "linf", "unbounded", "L2"),
+    "optimizer": ("sgd", "adamw", "adam"),
+    "schedule": ("constant", "cosine", "step"),
+    "stages": ("auto", "stage1", "stage2", "stage1,stage2", "stage2,stage1"),
+    "contrastive_objective": (*stages.CONTRASTIVE_OBJECTIVES, "joint"),
+    "judge": ("svc", "mlp"),
+    "mesh": ("data:-1", "data:-1,fsdp:2", "fsdp:-1", "data:3", "fsdp:0", "data:99"),
+    "init_from": ("nowhere", "/", "~", "gs://nowhere/x", "file://x"),
+    "data_dir": ("nowhere", "/dev/null"),
+}
+_SPECS = ("noise", "digits:train", "digits:test", "digits:", "tfds:cifar10:train")
+_SPECS += ("tfds:x", "folder:", "folder:/dev/null", "folder:nowhere", "prepared:x")
+_WORDS |= dict.fromkeys(("train", "eval", "test", "seeds"), _SPECS)
+
+_CALLS = [f"{name}({n})" for name in data.augment.OPS for n in ("", 0, 1, 8, 33)]
+_CALLS += [*data.augment.OPS, "resize(8,bicubic)", "flip(1)", "pad_crop(99999999)"]
+_CALLS += ["resize(99999999)", "center_crop(-1)", "cutout(2**3)", "resize(8))"]
+_PIPELINES = st.lists(st.sampled_from(_CALLS), max_size=3).map("|".join)
+
+
+def values(field: str, default: Any) -> st.SearchStrategy:
+    """Values of a field's type, sensible and not."""
+    leaf = field.rpartition(".")[2]
+    if isinstance(default, bool):
+        return st.booleans()
+    if isinstance(default, int):
+        return st.one_of(st.integers(1, 40), st.sampled_from(_INTS))
+    if isinstance(default, float):
+        return st.one_of(st.floats(0.01, 0.99), st.sampled_from(_FLOATS))
+    if isinstance(default, tuple):
+        return _TUPLES
+    if leaf.startswith(("augment", "preprocess")):
+        return st.one_of(_PIPELINES, st.sampled_from(_JUNK))
+    words = _WORDS[leaf]
+    return st.one_of(st.sampled_from(words), st.sampled_from((*words, *_JUNK)))
+
+
+_FIELDS = dict(config.flatten(tiny.config()))
+# Tracing a deep network takes long and says no more.
+_FAMILIES: tuple[dict[str, Any], ...] = (
+    {"model.name": "wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "resnet", "model.depth": 18},
+    {"model.name": "resnet", "model.depth": 50, "model.base_width": 4},
+    {"model.name": "convnext", "model.size": "tiny"},
+    {"model.name": "vit", "model.size": "small", "model.position_grid": 2},
+)
+
+
+@st.composite
+def overrides(draw: Any, most: int = 4) -> dict[str, Any]:
+    """A network for images of any size, and some fields at random."""
+    chosen = dict(draw(st.sampled_from(_FAMILIES)))
+    side = st.one_of(st.sampled_from((1, 8, 16, 32)), st.integers(1, 33))
+    shape = draw(st.tuples(side, side, st.sampled_from((1, 3))))
+    chosen["data.image_shape"] = shape
+    chosen["model.num_classes"] = draw(st.sampled_from((1, 2, 10, 1000)))
+    # Shifts of one pixel in the config that everything starts from.
+    chosen["data.augment_cls"] = ""
+    for field in draw(st.lists(st.sampled_from(sorted(_FIELDS)), max_size=most)):
+        chosen[field] = draw(values(field, _FIELDS[field]))
+    return chosen
+
+
+def sources_for(chosen: dict[str, Any]) -> dict[str, data.Source]:
+    """Images in memory, of the shape that was drawn first, unless a source was."""
+    height, width, channels = chosen["data.image_shape"]
+    good = all(isinstance(n, int) and 0 < n < 50 for n in (height, width))
+    if not good or channels not in (1, 3):
+        height, width, channels = 8, 8, 1
+    classes = chosen["model.num_classes"]
+    images = np.zeros((_IMAGES, height, width, channels), np.uint8)
+    labels = np.arange(_IMAGES) % classes if 0 < classes < 2**20 else [0] * _IMAGES
+    source = data.ArraySource(images, labels, num_classes=max(classes, 1))
+    roles = ("train", "eval", "test")
+    return {role: source for role in roles if f"data.{role}" not in chosen}
+
+
+def accept(settings: Any, sources: Any, workdir: Any) -> None:
+    """Everything that a job checks before it writes, nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def claim(*arguments: Any) -> None:
+            raise Accepted
+
+        patch.setattr(job, "_claim", claim)
+        with pytest.raises(Accepted):
+            job.run(settings, workdir, sources=sources)
+
+
+def steps(settings: Any, num_train: int, mesh: Any) -> list[tuple[Any, Any, Any]]:
+    """(name, step, what makes its state of variables) of each stage."""
+    model = models.build(settings.model)
+    made = []
+    for name in config.stages_to_run(settings):
+        total = config.num_steps(settings[name], num_train)
+        made.append((name, *train.build_step(settings, name, model, total, mesh)))
+    return made
+
+
+def batch_of(settings: Any, name: str) -> dict[str, Any]:
+    """Shapes of a stage's batch with seeds from the step itself."""
+    size, shape = settings[name].batch_size, tuple(settings.data.image_shape)
+    batch = {}
+    for stream in ("cls",) if name == "stage1" else ("cls", "gen"):
+        batch[f"x_{stream}"] = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
+        batch[f"y_{stream}"] = jax.ShapeDtypeStruct((size,), jnp.int32)
+    return batch
+
+
+def refusal(chosen: dict[str, Any], settings: Any, workdir: Any) -> str | None:
+    """Why a config is refused, or None; any other error goes through."""
+    try:
+        accept(settings, sources_for(chosen), workdir)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def configured(chosen: dict[str, Any]) -> Any:
+    """The config with the values that were drawn, if its types allow them."""
+    settings = tiny.config()
+    for field, value in chosen.items():
+        group, _, leaf = field.rpartition(".")
+        block = config.lookup(settings, group) if group else settings
+        with block.ignore_type():
+            block[leaf] = value
+    return settings
+
+
+@budget(15)
+@given(overrides())
+def test_config_is_traced_or_refused_by_the_name_of_a_field(tmp_path_factory, chosen):
+    settings = configured(chosen)
+    message = refusal(chosen, settings, tmp_path_factory.mktemp("job") / "new")
+    if message is not None:
+        event("refused")
+        assert any(field.rpartition(".")[2] in message for field in chosen), message
+        assert message.count("\n") == 0
+        return
+    event("traced")
+    mesh = sharding.make_mesh(settings.mesh)
+    model = models.build(settings.model)
+    variables = jax.eval_shape(lambda: job._random_variables(model, settings))
+    for name, step, new_state in steps(settings, _IMAGES, mesh):
+        state = jax.eval_shape(new_state, variables)
+        after, metrics = jax.eval_shape(step, state, batch_of(settings, name))
+        like = jax.tree.map(lambda x: (x.shape, x.dtype), (state, after))
+        assert like[0] == like[1]
+        assert all(x.shape == () for x in metrics.values())
