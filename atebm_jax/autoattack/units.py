@@ -239,17 +239,19 @@ class Programs:
         return self._networks[shape]
 
     def _place(self, batch: Batch) -> Batch:
-        if self._sharding is None:
+        if self._sharding is None or self._everywhere is None:
             return jax.tree.map(jnp.asarray, batch)
+        # Host arrays, of which each process looks at its own parts only: those of one
+        # process cannot be put on devices of others.
         key = np.asarray(jax.random.key_data(batch.key))
-        shardings = (self._sharding,) * 3 + (self._everywhere,) * 2
-        # From host arrays, and each process looks at its own parts of them only.
-        host = jax.tree.map(np.asarray, batch._replace(key=key))
-        placed = Batch(
-            *(
-                jax.make_array_from_callback(x.shape, s, lambda part, x=x: x[part])
-                for x, s in zip(host, shardings, strict=True)
-            )
-        )
         kind = jax.random.key_impl(batch.key)
-        return placed._replace(key=jax.random.wrap_key_data(placed.key, impl=kind))
+        split, whole = self._sharding, self._everywhere
+        return Batch(
+            *(_global(np.asarray(x), split) for x in batch[:3]),
+            _global(np.asarray(batch.number), whole),
+            jax.random.wrap_key_data(_global(key, whole), impl=kind),
+        )
+
+
+def _global(array: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])

@@ -12,9 +12,9 @@ from atebm_jax.convert import files
 from atebm_jax.errors import UserError
 from atebm_jax.models import inception
 
-# The published file carries the first digits of its SHA-256 in its name.
+# The published file, which carries the first digits of its SHA-256 in its name.
 PUBLISHED = "pt_inception-2015-12-05-6726825d.pth"
-PUBLISHED_SHA256 = "6726825d"
+PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 _LEAVES = {
     ("conv", "kernel"): "conv.weight",

@@ -13,13 +13,6 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from atebm_jax.command_line import check_overrides, fail, flag_values, quiet_libraries
 from atebm_jax.errors import UserError
@@ -84,13 +77,22 @@ _TARGET = flags.DEFINE_string(
     flag_values=_FLAGS,
 )
 _NORM = flags.DEFINE_string(
-    "norm", None, "AutoAttack's: l2, linf; default the config's.", flag_values=_FLAGS
+    "norm",
+    None,
+    "AutoAttack's: l2, linf or l1; default the config's.",
+    flag_values=_FLAGS,
 )
 _EPSILON = flags.DEFINE_float(
     "epsilon", None, "AutoAttack's radius, with --norm.", flag_values=_FLAGS
 )
 _VERSION = flags.DEFINE_string(
-    "autoattack_version", "standard", "standard, plus or rand.", flag_values=_FLAGS
+    "autoattack_version",
+    "standard",
+    "standard, plus, rand or custom.",
+    flag_values=_FLAGS,
+)
+_ATTACKS = flags.DEFINE_list(
+    "attacks", [], "Of --autoattack_version=custom, in order.", flag_values=_FLAGS
 )
 _SAVE = flags.DEFINE_bool(
     "save_adversarial", False, "Keep AutoAttack's images.", flag_values=_FLAGS
@@ -109,6 +111,18 @@ _TEXTS: dict[str, Any] = {
         ("cache_dir", None, "Of statistics of data sets."),
     )
 }
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, for several processes outside TPU pods and Slurm.",
+    flag_values=_FLAGS,
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --coordinator.", flag_values=_FLAGS
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator.", flag_values=_FLAGS
+)
 _COUNTS: dict[str, Any] = {
     name: flags.DEFINE_integer(name, default, text, flag_values=_FLAGS)
     for name, default, text in (
@@ -123,28 +137,25 @@ _COUNTS: dict[str, Any] = {
 def main(argv: Sequence[str]) -> None:
     """Runs the evaluation that the flags describe."""
     del argv
+    # Imported late, so that --help and a misspelt flag answer at once.
+    import jax
+
     from atebm_jax.evaluate import suite, suite_report
+    from atebm_jax.evaluate.progress import progress
+    from atebm_jax.sharding import initialize_processes
 
     quiet_libraries()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    console = Console()
     path = _CHECKPOINT.value or _WORKDIR.value
     out = _OUT.value or f"{_WORKDIR.value}/evaluation"
     try:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            console=console,
-        ) as progress:
-            tasks: dict[str, TaskID] = {}
-
-            def show(name: str, done: int, total: int) -> None:
-                if name not in tasks:
-                    tasks[name] = progress.add_task(name, total=total)
-                progress.update(tasks[name], completed=done)
-
+        options = _options()
+        initialize_processes(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+        )
+        # One report from all processes.
+        console = Console(quiet=jax.process_index() != 0)
+        with progress(console) as show:
             report = suite.evaluate(
                 path,
                 out,
@@ -153,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
                 best_by=_BEST_BY.value,
                 data_dir=_DATA_DIR.value,
                 judge=_JUDGE.value,
-                options=_options(),
+                options=options,
                 show=show,
             )
     except UserError as error:
@@ -194,6 +205,7 @@ def _options() -> "Options":
         norm=_NORM.value,
         epsilon=_EPSILON.value,
         version=_VERSION.value,
+        attacks=tuple(_ATTACKS.value),
         save_adversarial=_SAVE.value,
         **{name: flag.value for name, flag in (_TEXTS | _COUNTS).items()},
     )

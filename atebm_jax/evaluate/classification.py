@@ -61,7 +61,11 @@ def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
         "proportion elsewhere",
         "interval": "Wilson",
     }
-    return {"protocol": protocol, "figures": values}
+    return {
+        "protocol": protocol,
+        "figures": values,
+        "plots": ["robust_accuracy.png"],
+    }
 
 
 def _attacked(

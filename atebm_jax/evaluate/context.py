@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atebm_jax import data, models, sharding
+from atebm_jax.errors import UserError
+from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Arrays, Store
 
 
@@ -23,65 +26,28 @@ class Network(NamedTuple):
     features: models.LogitsFn
 
 
+class Judge(NamedTuple):
+    """An independent classifier.
+
+    Attributes:
+      apply: (variables, images [B, H, W, C] float32 in [0, 1]) -> logits [B, K].
+      variables: its weights, on every device.
+      fingerprint: SHA-256 of them.
+    """
+
+    apply: Callable[[Any, jax.Array], jax.Array]
+    variables: Any
+    fingerprint: str
+
+
 # (network, images [B, H, W, C] float32 in [0, 1], labels [B]) -> arrays [B, ...].
 ImageFn = Callable[[Network, jax.Array, jax.Array], dict[str, jax.Array]]
 # The same with more arguments, or compiled.
 RowsFn = Callable[..., dict[str, jax.Array]]
+# Images that tell one data set from another at every start.
+_FINGERPRINT_IMAGES = 256
 # Shows the progress of a part: (name, batches done, batches in all).
 ShowFn = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line asks for beside the config.
-
-    Attributes:
-      num_examples: images of each data set; 0 for all.
-      num_samples: generated images.
-      seed: of noise, attacks and resampling.
-      epsilons: radii of the curve of robust accuracy; () for those around the config's.
-      ood: sources of out-of-distribution images, "noise" among them.
-      radii: of counterfactuals, L2 pixels.
-      target: of counterfactuals: "next", "runner_up" or a class number.
-      num_resamples: of each bootstrap interval.
-      norm, epsilon: threat of AutoAttack; None for that of config.evaluate.attack.
-      version: of AutoAttack.
-      save_adversarial: write AutoAttack's images.
-      feature_extractor: "inception", "model" or a checkpoint; "" for Inception where
-        its weights are given, else the model.
-      inception_weights: path of Inception's weights.
-      reference_statistics: an `.npz` with `mu` and `sigma` instead of `data.train`.
-      num_reference: images of data.train for the statistics; 0 for all.
-      num_pairs: images of each side where pairs are compared.
-      sweep: numbers of sampling steps to try below and above the config's; 0 for none.
-      sweep_samples: images for that.
-      quantise: a key of `drawing.QUANTISE`.
-      score_protocol: one of `metrics.SCORE_PROTOCOLS`.
-      cache_dir: of statistics of data sets; None for the user's cache.
-    """
-
-    num_examples: int = 1000
-    num_samples: int = 1000
-    seed: int = 0
-    epsilons: Sequence[float] = ()
-    ood: Sequence[str] = ("noise",)
-    radii: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
-    target: str = "next"
-    num_resamples: int = 200
-    norm: str | None = None
-    epsilon: float | None = None
-    version: str = "standard"
-    save_adversarial: bool = False
-    feature_extractor: str = ""
-    inception_weights: str | None = None
-    reference_statistics: str | None = None
-    num_reference: int = 0
-    num_pairs: int = 5000
-    sweep: int = 3
-    sweep_samples: int = 2560
-    quantise: str = "reference"
-    score_protocol: str = "reference"
-    cache_dir: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +61,11 @@ class Context:
       variables: its averaged weights, on every device.
       mesh: the devices.
       sources: "train", "eval", "test" and what `Options.ood` names.
+      fingerprints: of the same, as of `source_fingerprint`.
       store: finished units.
       options: of the command line.
       show: progress.
-      judge: an independent classifier (LogitsFn), or None.
+      judge: an independent classifier, or None.
     """
 
     config: ml_collections.ConfigDict
@@ -106,10 +73,11 @@ class Context:
     variables: Any
     mesh: Mesh
     sources: Mapping[str, data.Source]
+    fingerprints: Mapping[str, str]
     store: Store
     options: Options
     show: ShowFn = lambda name, done, total: None
-    judge: models.LogitsFn | None = None
+    judge: Judge | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -122,6 +90,7 @@ class Context:
         role: str,
         function: RowsFn,
         *rest: Any,
+        only_first: Mapping[str, int] = MappingProxyType({}),
         **settings: Any,
     ) -> Arrays:
         """Applies a function to the images of a source, batch by batch.
@@ -134,33 +103,66 @@ class Context:
           function: network, images and labels to arrays of one row an image;
             unlabelled images have the label -1.
           rest: what the function takes after the labels, weights of another network.
+          only_first: key -> number of rows that are kept, of arrays too large to be
+            kept for every image.
           settings: everything else that decides the result.
 
         Returns:
           The arrays over all images that could be decoded, with "labels" [N].
         """
-        source = self.sources[role]
-        preprocess = self.preprocess(role)
-        store = self.store.within(
-            part=name, role=role, source=source.spec, preprocess=preprocess, **settings
+        compiled = self.compiled(function)
+        return self._batch_by_batch(
+            name,
+            role,
+            self._store_of(name, role, only_first=dict(only_first), **settings),
+            lambda batch: self.rows(compiled, batch, *rest),
+            only_first,
         )
-        limit = min(self.options.num_examples or len(source), len(source))
+
+    def _store_of(self, name: str, role: str, **settings: Any) -> Store:
+        return self.store.within(
+            part=name,
+            role=role,
+            source=self.sources[role].spec,
+            content=self.fingerprints[role],
+            preprocess=self.preprocess(role),
+            **settings,
+        )
+
+    def _batch_by_batch(
+        self,
+        name: str,
+        role: str,
+        store: Store,
+        make: Callable[[Mapping[str, np.ndarray]], Arrays],
+        only_first: Mapping[str, int] = MappingProxyType({}),
+    ) -> Arrays:
+        """Units that are stored, then those that are made of the batches after."""
+        limit = self.limit(role)
         total = -(-limit // self.config.evaluate.batch_size)
         parts: list[Arrays] = []
-        while len(parts) < total:
-            unit = store.load(f"{len(parts):06d}")
-            if unit is None:
-                break
+        while len(parts) < total and (unit := store.load(f"{len(parts):06d}")):
             parts.append(unit)
         self.show(name, len(parts), total)
         if len(parts) < total:
-            compiled = self.compiled(function)
             for batch in self.batches(role, limit, len(parts)):
-                unit = self.rows(compiled, batch, *rest)
+                unit = make(batch)
+                before = sum(len(part["labels"]) for part in parts)
+                for key, number in only_first.items():
+                    unit[key] = unit[key][: max(number - before, 0)]
                 store.save(f"{len(parts):06d}", unit)
                 parts.append(unit)
                 self.show(name, len(parts), total)
+        if not any(len(part["labels"]) for part in parts):
+            raise UserError(
+                f"{self.sources[role].spec}: none of {limit} images can be decoded."
+            )
         return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+
+    def limit(self, role: str) -> int:
+        """How many images of a source are looked at."""
+        size = len(self.sources[role])
+        return min(self.options.num_examples or size, size)
 
     def compiled(self, function: RowsFn) -> RowsFn:
         """Compiles an `ImageFn`; what it takes beside the images comes after them."""
@@ -197,9 +199,7 @@ class Context:
 
     def preprocess(self, role: str) -> str:
         """How images of a source come to the network's size."""
-        settings = self.config.data
-        labelled = role in ("train", "eval", "test")
-        return settings.preprocess if labelled else settings.preprocess_seeds
+        return preprocess_of(self.config, role)
 
     def batches(self, role: str, limit: int, start: int) -> Iterator[dict[str, Any]]:
         """Batches of at most so many images spread over a source, from one on."""
@@ -218,26 +218,82 @@ class Context:
         ) as batches:
             yield from batches
 
-    def images(self, role: str) -> Arrays:
-        """Images of a source as the model sees them: "bytes" [N, H, W, C]; "labels"."""
-        return self.map_images("images", role, lambda network, x, y: {"bytes": _u8(x)})
+    def images(self, role: str) -> tuple[np.ndarray, np.ndarray]:
+        """Images of a source as the model sees them, in memory, and their labels.
+
+        Returns:
+          ([N, H, W, C] uint8, [N] int32), the same in every process.
+        """
+        return data.materialise(
+            self.sources[role],
+            self.preprocess(role),
+            self.image_shape,
+            self.limit(role),
+            self.config.data.max_bad_images,
+        )
+
+    def digests(self, role: str) -> Arrays:
+        """SHA-256 of every image, as the model sees it, with its label.
+
+        Returns:
+          {"digests" [N, 32] uint8, "labels" [N] int32}.
+        """
+        gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))
+
+        def digest(batch: Mapping[str, np.ndarray]) -> Arrays:
+            mine = {"digests": image_digests(batch["images"], batch["labels"])}
+            mine |= {key: batch[key] for key in ("labels", "mask")}
+            rows = gather(sharding.put_batch(mine, self.mesh))
+            host = {key: np.asarray(value) for key, value in rows.items()}
+            mask = host.pop("mask")
+            return {key: value[mask] for key, value in host.items()}
+
+        name = f"fingerprint of {role}"
+        return self._batch_by_batch(name, role, self._store_of(name, role), digest)
 
     def describe_data(self, role: str) -> dict[str, Any]:
         """Which images a part saw: source, count, size, preprocessing and SHA-256."""
-        rows = self.images(role)
-        digest = hashlib.sha256(rows["bytes"].tobytes())
-        digest.update(rows["labels"].astype(np.int32).tobytes())
+        rows = self.digests(role)
         return {
             "source": self.sources[role].spec,
             "num_images": len(rows["labels"]),
+            "num_in_source": len(self.sources[role]),
             "image_shape": list(self.image_shape),
             "preprocess": self.preprocess(role),
-            "sha256": digest.hexdigest(),
+            "sha256": hashlib.sha256(rows["digests"].tobytes()).hexdigest(),
         }
 
 
-def _u8(images: jax.Array) -> jax.Array:
-    return jnp.round(images * 255.0).astype(jnp.uint8)
+def preprocess_of(config: ml_collections.ConfigDict, role: str) -> str:
+    """The operations for labelled images, or those for all others."""
+    settings = config.data
+    labelled = role in ("train", "eval", "test")
+    return settings.preprocess if labelled else settings.preprocess_seeds
+
+
+def image_digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """SHA-256 of each image [B, H, W, C] uint8 and label [B]: [B, 32] uint8."""
+    hashes = [
+        hashlib.sha256(image.tobytes() + np.int32(label).tobytes()).digest()
+        for image, label in zip(images, labels, strict=True)
+    ]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), 32)
+
+
+def source_fingerprint(
+    source: data.Source, preprocess: str, image_shape: tuple, max_bad_images: int
+) -> str:
+    """SHA-256 of some images spread over a source, and of its length.
+
+    Quick enough for every start: it tells another folder or version of the same name,
+    not a single image that was replaced.
+    """
+    images, labels = data.materialise(
+        source, preprocess, image_shape, _FINGERPRINT_IMAGES, max_bad_images
+    )
+    digest = hashlib.sha256(str(len(source)).encode())
+    digest.update(image_digests(images, labels).tobytes())
+    return digest.hexdigest()
 
 
 def figure(

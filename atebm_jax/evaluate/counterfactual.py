@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from etils import epath
 
 from atebm_jax import attacks, energy, metrics, sampling
@@ -16,6 +17,18 @@ from atebm_jax.evaluate.extractors import Extractor
 # Classes with fewer counterfactuals or real images have no Frechet distance.
 _SMALLEST_CLASS = 10
 _STRIPS = 12
+
+# Names in the report, and the arrays they are made of.
+_MEANS = {
+    "target_confidence": "confidence",
+    "judge_target_confidence": "judge_confidence",
+    "l2_distance": "l2",
+    "l1_distance": "l1",
+}
+_SHARES = {
+    "classified_as_target": "agrees",
+    "judge_classifies_as_target": "judge_agrees",
+}
 
 
 def targets_of(
@@ -46,6 +59,19 @@ def targets_of(
     return jnp.full_like(labels, int(target))
 
 
+def check(context: Context) -> None:
+    """Refuses targets that are none, and features that are not there.
+
+    Raises:
+      UserError: says which.
+    """
+    number = context.config.model.num_classes
+    targets_of(
+        jnp.zeros((1, number)), jnp.zeros(1, int), context.options.target, number
+    )
+    extractors.of(context)
+
+
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Validity, distance and realism of counterfactuals at every radius."""
     settings = context.config.evaluate.samples
@@ -58,46 +84,57 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         extractor=extractor.fingerprint,
     )
     values: dict[str, Any] = {}
-    strips, rows = {}, {}
+    found = {}
     for radius in context.options.radii:
         step_size = float(sampling.counterfactual_step_size(settings.step_size, radius))
-        rows = context.map_images(
+        found[radius] = context.map_images(
             f"counterfactuals {radius:g}",
             "test",
             _explain(context, extractor, radius, step_size),
             extractor.variables,
+            context.judge.variables if context.judge else None,
+            only_first={"images": _STRIPS, "originals": _STRIPS},
             extractor=extractor.fingerprint,
             radius=radius,
             step_size=step_size,
             num_steps=settings.num_steps,
             target=context.options.target,
         )
-        strips[radius] = rows["images"][:_STRIPS]
-        values |= _figures(context, extractor, radius, rows, real)
-    originals = context.map_images(
-        "originals", "test", lambda network, x, y: {"images": x}
-    )
-    number = context.config.model.num_classes
-    names = context.sources["test"].class_names or [str(k) for k in range(number)]
-    figures.strips(
-        out / "counterfactuals.png",
-        {"original": originals["images"][:_STRIPS]}
-        | {f"radius {radius:g}": images for radius, images in strips.items()},
-        [
-            f"{names[a]} to {names[b]}"
-            for a, b in zip(rows["labels"][:_STRIPS], rows["targets"][:_STRIPS])
-        ],
-    )
+        values |= _figures(context, extractor, radius, found[radius], real)
+    _draw(context, out, found)
     protocol = {
         "target": context.options.target,
+        "judge": context.judge.fingerprint if context.judge else "none",
         "norm": "l2",
         "num_steps": settings.num_steps,
         "step_size": f"the smaller of {settings.step_size:g} and radius / 5",
-        "frechet_distance": f"per class in the features of {extractor.name}, mean "
-        f"over classes with {_SMALLEST_CLASS} images or more on both sides",
-        "interval": f"normal, error of {context.options.num_resamples} bootstraps",
+        "count": "images that are not asked to become their own class",
+        "extractor": extractor.description,
+        "frechet_distance": f"between a class's counterfactuals and test images in the "
+        f"features of {extractor.name}, for classes with {_SMALLEST_CLASS} or more of "
+        "both, and the mean over these classes; it grows as images become fewer",
+        "interval": "confidence and distances: normal, error of "
+        f"{context.options.num_resamples} bootstraps; shares: Wilson; mean Frechet "
+        "distance: Student's t over classes",
     }
-    return {"protocol": protocol, "figures": values}
+    return {"protocol": protocol, "figures": values, "plots": ["counterfactuals.png"]}
+
+
+def _draw(
+    context: Context, out: epath.Path, found: dict[float, dict[str, np.ndarray]]
+) -> None:
+    number = context.config.model.num_classes
+    names = context.sources["test"].class_names or [str(k) for k in range(number)]
+    first = next(iter(found.values()))
+    strips = {f"radius {radius:g}": rows["images"] for radius, rows in found.items()}
+    figures.strips(
+        out / "counterfactuals.png",
+        {"original": first["originals"]} | strips,
+        [
+            f"{names[a]} to {names[b]}"
+            for a, b in zip(first["labels"][:_STRIPS], first["targets"][:_STRIPS])
+        ],
+    )
 
 
 def _features(extractor: Extractor) -> RowsFn:
@@ -117,7 +154,11 @@ def _explain(
     num_classes = context.config.model.num_classes
 
     def explain(
-        network: Network, x: jax.Array, y: jax.Array, variables: Any
+        network: Network,
+        x: jax.Array,
+        y: jax.Array,
+        variables: Any,
+        judge_variables: Any,
     ) -> dict[str, jax.Array]:
         targets = targets_of(network.logits(x), y, context.options.target, num_classes)
         result = sampling.counterfactual(
@@ -128,18 +169,31 @@ def _explain(
             step_size=step_size,
             num_steps=num_steps,
         )
+        change = (result - x).reshape(x.shape[0], -1)
         rows = {
             "images": result,
+            "originals": x,
             "targets": targets,
-            "confidence": _confidence(network.logits(result), targets),
-            "distance": attacks.l2_norm(result - x)[:, 0, 0, 0],
+            "l2": jnp.linalg.norm(change, axis=-1),
+            "l1": jnp.abs(change).sum(axis=-1),
             "features": extractor.apply(variables, result)[0],
         }
+        rows |= _validity(network.logits(result), targets, "")
         if context.judge is not None:
-            rows["judge_confidence"] = _confidence(context.judge(result), targets)
+            logits = context.judge.apply(judge_variables, result)
+            rows |= _validity(logits, targets, "judge_")
         return rows
 
     return explain
+
+
+def _validity(
+    logits: jax.Array, targets: jax.Array, prefix: str
+) -> dict[str, jax.Array]:
+    return {
+        f"{prefix}confidence": _confidence(logits, targets),
+        f"{prefix}agrees": metrics.accuracy(logits, targets),
+    }
 
 
 def _confidence(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -156,16 +210,20 @@ def _figures(
 ) -> dict[str, Any]:
     # An image that is of its target class already explains nothing.
     asked = rows["targets"] != rows["labels"]
-    names = {
-        "target_confidence": "confidence",
-        "judge_target_confidence": "judge_confidence",
-        "l2_distance": "distance",
+    if not asked.any():
+        return {}
+    prefix = f"radius_{radius:g}"
+    values = {
+        f"{prefix}/{name}": _mean(context, rows[key][asked])
+        for name, key in _MEANS.items()
+        if key in rows
     }
-    values = {}
-    for name, key in names.items():
-        if key in rows and asked.any():
-            values[f"radius_{radius:g}/{name}"] = _mean(context, rows[key][asked])
-    distances = []
+    for name, key in _SHARES.items():
+        if key in rows:
+            hits, number = int(rows[key][asked].sum()), int(asked.sum())
+            interval = metrics.wilson_interval(hits, number)
+            values[f"{prefix}/{name}"] = figure(hits / number, interval, number)
+    distances = {}
     for label in range(context.config.model.num_classes):
         sets = [
             rows["features"][asked & (rows["targets"] == label)],
@@ -173,13 +231,21 @@ def _figures(
         ]
         if min(map(len, sets)) >= _SMALLEST_CLASS:
             a, b = (metrics.feature_statistics(features) for features in sets)
-            distances.append(metrics.frechet_distance(*a, *b))
+            distances[label] = metrics.frechet_distance(*a, *b), len(sets[0])
+    name = f"{prefix}/frechet_distance_{extractor.name}_features"
     if distances:
-        name = f"frechet_distance_{extractor.name}_features"
-        values[f"radius_{radius:g}/{name}"] = figure(
-            float(np.mean(distances)), None, len(distances)
-        )
+        values[name] = _mean_of_classes([value for value, _ in distances.values()])
+    for label, (value, number) in distances.items():
+        values[f"{name}/class_{label}"] = figure(value, None, number)
     return values
+
+
+def _mean_of_classes(distances: list[float]) -> dict[str, Any]:
+    mean, number = float(np.mean(distances)), len(distances)
+    if number < 2:
+        return figure(mean, None, number)
+    reach = scipy.stats.t.ppf(0.975, number - 1) * scipy.stats.sem(distances)
+    return figure(mean, (max(mean - reach, 0.0), mean + reach), number)
 
 
 def _mean(context: Context, values: np.ndarray) -> dict[str, Any]:

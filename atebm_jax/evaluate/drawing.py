@@ -53,6 +53,7 @@ def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays
     store = context.store.within(
         part="samples",
         seeds=context.config.data.seeds,
+        content=context.fingerprints.get("seeds", ""),
         extractor=extractor.fingerprint,
         step_size=settings.step_size,
         steps=list(plan.steps),
@@ -82,7 +83,9 @@ def _drawer(
     everywhere = sharding.replicated(context.mesh)
     sample = jax.jit(_sampler(context, extractor, plan.steps), out_shardings=everywhere)
     again = plan.score_protocol == "reference" and extractor.apply_inputs is not None
-    classify = jax.jit(extractor.apply_inputs) if extractor.apply_inputs else None
+    classify = extractor.apply_inputs and jax.jit(
+        extractor.apply_inputs, out_shardings=everywhere
+    )
 
     def draw(seeds: jax.Array, first: int) -> Arrays:
         made = sample(context.variables, extractor.variables, seeds, np.int32(first))
@@ -90,7 +93,7 @@ def _drawer(
         if again and classify is not None:
             inputs = _split(score_inputs(unit["bytes"]), context)
             logits = classify(extractor.variables, inputs)
-            unit["logits"] = np.asarray(jax.device_put(logits, everywhere))
+            unit["logits"] = np.asarray(logits)
         if not plan.score_protocol:
             del unit["logits"]
         unit["bytes"] = unit["bytes"][: max(plan.num_shown - first, 0)]

@@ -9,7 +9,8 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from atebm_jax import checkpoint, models
+from atebm_jax import checkpoint, models, sharding
+from atebm_jax import config as configuration
 from atebm_jax.convert import inception as weights_file
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context
@@ -40,11 +41,17 @@ class Extractor(NamedTuple):
 
 
 def of(context: Context) -> Extractor:
-    """The extractor that the options ask for.
+    """The extractor that the options ask for, its weights on every device.
 
     Raises:
       UserError: it is not there, or takes other images.
     """
+    extractor = _chosen(context)
+    placed = sharding.put_replicated(extractor.variables, context.mesh)
+    return extractor._replace(variables=placed)
+
+
+def _chosen(context: Context) -> Extractor:
     chosen, path = context.options.feature_extractor, context.options.inception_weights
     chosen = chosen or ("inception" if path else "model")
     if path and chosen != "inception":
@@ -62,7 +69,7 @@ def of(context: Context) -> Extractor:
     if chosen == "model":
         return from_model("model", context.model, context.variables)
     loaded, meta = checkpoint.load_weights(chosen)
-    config = ml_collections.ConfigDict(meta["config"])
+    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     if tuple(config.data.image_shape) != context.image_shape:
         raise UserError(
             f"--feature_extractor={chosen} takes images "
@@ -107,7 +114,7 @@ def from_inception(path: str) -> Extractor:
     def apply_inputs(variables: Any, inputs: jax.Array) -> jax.Array:
         return run(variables, inputs).unbiased_logits
 
-    published = sha256.startswith(weights_file.PUBLISHED_SHA256)
+    published = sha256 == weights_file.PUBLISHED_SHA256
     described = {
         "network": "Inception-v3 (2015-12-05)",
         "file_sha256": sha256,

@@ -114,6 +114,7 @@ def strips(
             )
             axis.set_axis_off()
         line[0].set_axis_on()
+        line[0].set_frame_on(False)
         line[0].set_xticks([])
         line[0].set_yticks([])
         line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")

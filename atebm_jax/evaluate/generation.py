@@ -47,9 +47,8 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     named by it: only those of Inception are called FID and KID.
 
     Raises:
-      UserError: too few samples, or network, statistics or protocol are not there.
+      UserError: as of `check`; features or statistics that are no numbers.
     """
-    _check(context)
     extractor = extractors.of(context)
     reference = references.load(context, extractor, _dimensions(context, extractor))
     names = _names(extractor)
@@ -63,10 +62,16 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     if jax.process_index() == 0:
         _write(context, out, seen, reference, curve, names, num_steps)
     protocol = _protocol(context, extractor, reference, curve, num_steps)
-    return {"protocol": protocol, "figures": values}
+    names_of_plots = ["sampling_steps.png"] * bool(curve) + ["samples.png"]
+    return {"protocol": protocol, "figures": values, "plots": names_of_plots}
 
 
-def _check(context: Context) -> None:
+def check(context: Context) -> None:
+    """Refuses what could not be scored, before anything is drawn.
+
+    Raises:
+      UserError: too few samples, an unknown choice, or a file that is not there.
+    """
     options = context.options
     if options.num_samples < _SMALLEST:
         raise UserError(
@@ -86,6 +91,9 @@ def _check(context: Context) -> None:
             raise UserError(
                 f"--{name} is {value!r}: choose one of {', '.join(allowed)}."
             )
+    extractor = extractors.of(context)
+    if options.reference_statistics:
+        references.read(options.reference_statistics, _dimensions(context, extractor))
 
 
 def _names(extractor: Extractor) -> dict[str, str]:
@@ -289,6 +297,11 @@ def _protocol(
         )
     if options.num_samples % config.model.num_classes:
         notes.append("the number of samples is no multiple of the number of classes")
+    if num_steps in (min(curve, default=None), max(curve, default=None)) and curve:
+        notes.append(
+            "the best number of steps lies at the edge of the sweep: a wider one "
+            "(--sweep) or another config.evaluate.samples.num_steps may find a better"
+        )
     if reference.features is None:
         notes.append(
             "no kernel distance, precision, recall: only statistics were given"

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import attacks, energy, metrics, models
+from atebm_jax.errors import UserError
 from atebm_jax.evaluate import figures
 from atebm_jax.evaluate.context import Context, Network, figure
 
@@ -97,6 +98,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     limits = budget(context.image_shape)
     inside = context.map_images("scores of test", "test", _clean_scores)
     values: dict[str, Any] = {}
+    plots: list[str] = []
     for role in context.options.ood:
         clean = context.map_images(f"scores of {role}", role, _clean_scores)
         attacked = context.map_images(
@@ -110,9 +112,9 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             for name in DETECTORS:
                 prefix = f"{role}/{name}/{moment}"
                 values |= _figures(context, prefix, inside[name], outside[name])
-        figures.detection(
-            out / f"ood_{_file_name(role)}.png", role, tuple(DETECTORS), inside, sets
-        )
+        name = f"ood_{_file_name(role)}.png"
+        plots.append(name if name not in plots else f"{len(plots)}_{name}")
+        figures.detection(out / plots[-1], role, tuple(DETECTORS), inside, sets)
     protocol = {
         "positive": "test images; higher scores mean in distribution",
         "sets": {role: context.describe_data(role) for role in context.options.ood},
@@ -121,9 +123,10 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             "norm": "l2",
             **limits._asdict(),
         },
-        "interval": f"normal, error of {context.options.num_resamples} bootstraps",
+        "interval": "auroc: Newcombe; others: normal, error of "
+        f"{context.options.num_resamples} bootstraps, or Wilson where that is wider",
     }
-    return {"protocol": protocol, "figures": values}
+    return {"protocol": protocol, "figures": values, "plots": plots}
 
 
 def _clean_scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
@@ -142,32 +145,37 @@ def _attacked_scores(limits: Budget) -> Callable[..., dict[str, jax.Array]]:
     return scores
 
 
-def _auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    return float(metrics.auroc(jnp.asarray(positive), jnp.asarray(negative)))
-
-
 def _figures(
     context: Context, prefix: str, inside: np.ndarray, outside: np.ndarray
 ) -> dict[str, Any]:
-    measures: dict[str, Callable[..., float]] = {
-        "auroc": jax.jit(metrics.auroc),
-        "aupr_in": metrics.average_precision,
-        "aupr_out": lambda a, b: metrics.average_precision(-b, -a),
-        "fpr95": metrics.fpr_at_tpr,
+    if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
+        raise UserError(
+            f"{prefix}: some scores are NaN or infinite: the network has diverged; "
+            "choose another checkpoint."
+        )
+    numbers = len(inside), len(outside)
+    area = float(metrics.auroc(jnp.asarray(inside), jnp.asarray(outside)))
+    interval = metrics.auroc_interval(min(max(area, 0.0), 1.0), *numbers)
+    result = {f"{prefix}/auroc": figure(area, interval, sum(numbers))}
+    measures: dict[str, tuple[Callable[..., float], int]] = {
+        "aupr_in": (metrics.average_precision, numbers[0]),
+        "aupr_out": (lambda a, b: metrics.average_precision(-b, -a), numbers[1]),
+        "fpr95": (metrics.fpr_at_tpr, numbers[1]),
     }
-    result = {}
-    for name, measure in measures.items():
-        interval = metrics.bootstrap_interval(
-            lambda a, b, measure=measure: float(measure(a, b)),
+    for name, (measure, number) in measures.items():
+        value = measure(inside, outside)
+        ends = metrics.bootstrap_interval(
+            measure,
             [inside, outside],
             paired=False,
             num_resamples=context.options.num_resamples,
             seed=context.options.seed,
+            bounds=(0.0, 1.0),
         )
-        count = len(inside) + len(outside)
-        result[f"{prefix}/{name}"] = figure(
-            float(measure(inside, outside)), interval, count
-        )
+        # Resampling cannot see beyond a perfect separation; Wilson's interval can.
+        share = metrics.wilson_interval(round(value * number), number)
+        widest = min(ends[0], share[0]), max(ends[1], share[1])
+        result[f"{prefix}/{name}"] = figure(value, widest, sum(numbers))
     return result
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
@@ -129,7 +130,9 @@ def _tile(
 
 
 def save(figure: Figure, path: epath.Path) -> None:
-    """Writes a figure as PNG."""
+    """Writes a figure as PNG; only the first process writes."""
+    if jax.process_index() != 0:
+        return
     figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, dpi=110, format="png")

@@ -17,8 +17,7 @@ from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.store import Arrays, Store
 from atebm_jax.metrics import Moments
 
-# Images that a data set's fingerprint is made of, and batches between two savings.
-_FINGERPRINT_IMAGES = 256
+# Batches between two savings.
 _SAVE_EVERY = 50
 
 
@@ -75,7 +74,20 @@ def read(path: str, dimensions: int) -> Reference:
         raise UserError(
             f"--reference_statistics={path} holds NaN or Inf: make it anew."
         )
-    return Reference(mean, covariance, None, {"file": str(path)})
+    if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
+        raise UserError(
+            f"--reference_statistics={path}: sigma is not symmetric, so that it is no "
+            "covariance; make it anew."
+        )
+    described = {"file": str(path), "sha256": _sha256(mean, covariance)}
+    return Reference(mean, covariance, None, described)
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def write(path: epath.Path, mean: np.ndarray, covariance: np.ndarray) -> None:
@@ -89,7 +101,7 @@ def _of_data(context: Context, extractor: Extractor, dimensions: int) -> Referen
     description = {
         "source": source.spec,
         "num_images": limit,
-        "images_sha256": _fingerprint(context),
+        "images_sha256": context.fingerprints["train"],
         "preprocess": context.preprocess("train"),
         "image_shape": list(context.image_shape),
     }
@@ -112,14 +124,6 @@ def _cache(context: Context) -> Store:
     given = context.options.cache_dir
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Store(checkpoint.absolute(given or f"{home}/atebm_jax/statistics"), {})
-
-
-def _fingerprint(context: Context) -> str:
-    """SHA-256 over images spread over the data set: another folder of that name."""
-    digest = hashlib.sha256()
-    for batch in context.batches("train", _FINGERPRINT_IMAGES, 0):
-        digest.update(np.ascontiguousarray(batch["images"]).tobytes())
-    return digest.hexdigest()
 
 
 def _compute(

@@ -1,6 +1,6 @@
 """Robust accuracy under AutoAttack (method: section 6), resumable."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,35 +8,54 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import autoattack, metrics, models, sharding
-from atebm_jax.errors import UserError
+from atebm_jax.autoattack import versions
 from atebm_jax.evaluate.context import Context, figure
 from atebm_jax.evaluate.store import Store
+
+
+def check(context: Context) -> None:
+    """Refuses what is no version, threat or attack of the ensemble.
+
+    Raises:
+      UserError: says which.
+    """
+    _plan(context)
+
+
+def _plan(context: Context) -> versions.Plan:
+    options, default = context.options, context.config.evaluate.attack
+    norm = default.norm if options.norm is None else options.norm
+    epsilon = default.epsilon if options.epsilon is None else options.epsilon
+    return versions.plan(
+        options.version,
+        (norm, float(epsilon)),
+        context.config.model.num_classes,
+        names=options.attacks or None,
+    )
 
 
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Robust accuracy after each attack of the ensemble, as the original counts it.
 
-    Every finished batch is stored; `autoattack.npz` holds the adversarial images where
-    they are asked for.
+    Batches are split over the devices of all processes. Every finished one is stored;
+    `autoattack.npz` holds the adversarial images where they are asked for.
 
     Raises:
-      UserError: several processes, or a threat or version that there is not.
+      UserError: a threat, version or attack that there is not.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            "autoattack runs in one process, on all its devices: start a single one, "
-            "or leave autoattack out of --metrics."
-        )
-    options, default = context.options, context.config.evaluate.attack
-    norm = default.norm if options.norm is None else options.norm
-    epsilon = float(default.epsilon if options.epsilon is None else options.epsilon)
-    rows = context.images("test")
+    options, plan = context.options, _plan(context)
+    norm, epsilon = plan.norm, plan.epsilon
+    images, labels = context.images("test")
     store = context.store.within(
         part="autoattack",
         source=context.sources["test"].spec,
+        content=context.fingerprints["test"],
+        preprocess=context.preprocess("test"),
         norm=norm,
         epsilon=epsilon,
         version=options.version,
+        attacks=list(options.attacks),
+        settings=plan.settings._asdict(),
     )
     units = list(_stored(store))
     position = len(units)
@@ -49,18 +68,19 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     result = autoattack.run(
         jax.random.key(options.seed),
         models.logits_fn(context.model, context.variables),
-        rows["bytes"].astype(np.float32) / np.float32(255),
-        rows["labels"],
+        images.astype(np.float32) / np.float32(255),
+        labels,
         threat=(norm, epsilon),
         version=options.version,
+        attacks=options.attacks or None,
         batch_size=context.config.evaluate.batch_size,
         sharding=sharding.batched(context.mesh),
         done=units,
         on_unit=save,
-        on_progress=lambda p: context.show(f"AutoAttack {p.attack}", p.done, p.of),
+        on_progress=_shower(context),
     )
-    if options.save_adversarial:
-        _save_images(out / "autoattack.npz", result, rows["labels"])
+    if options.save_adversarial and jax.process_index() == 0:
+        _save_images(out / "autoattack.npz", result, labels)
     total = len(result.clean)
     masks = {"clean": result.clean} | result.robust
     return {
@@ -68,6 +88,8 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             "attack": f"AutoAttack {options.version} (native)",
             "norm": norm,
             "epsilon": epsilon,
+            "attacks": list(dict.fromkeys(round_.attack for round_ in plan.rounds)),
+            "settings": plan.settings._asdict(),
             "count": "correct after this attack and all before it",
             "interval": "Wilson",
             "notes": list(result.notes),
@@ -79,6 +101,22 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             for name, mask in masks.items()
         },
     }
+
+
+def _shower(context: Context) -> Callable[[autoattack.Progress], None]:
+    """Shows the round that runs and, as if no more images fell, the whole."""
+    before = 0
+
+    def show(progress: autoattack.Progress) -> None:
+        nonlocal before
+        later = progress.num_rounds - progress.round_index - 1
+        left = progress.of - progress.done + later * progress.robust
+        done = before + progress.done
+        context.show("AutoAttack, images of all rounds", done, done + left)
+        context.show(f"AutoAttack {progress.attack}", progress.done, progress.of)
+        before = done if progress.done == progress.of else before
+
+    return show
 
 
 def _stored(store: Store) -> Iterator[autoattack.Unit]:
@@ -99,5 +137,11 @@ def _save_images(
 ) -> None:
     temporary = path.parent / f".{path.name}.tmp"
     with temporary.open("wb") as file:
-        np.savez_compressed(file, images=result.adversarial, labels=labels)
+        np.savez_compressed(
+            file,
+            images=result.adversarial,
+            labels=labels,
+            clean=result.clean,
+            robust=list(result.robust.values())[-1],
+        )
     temporary.replace(path)

@@ -6,6 +6,7 @@ their content (weights, data, settings); another protocol never meets them.
 """
 
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from atebm_jax.errors import UserError
 
@@ -55,7 +57,15 @@ class Store:
         return Store(self._base, self._settings | settings)
 
     def load(self, name: str) -> Arrays | None:
-        """A unit, or None if it is absent or damaged (it is then made anew)."""
+        """A unit, or None if it is absent or damaged (it is then made anew).
+
+        The first process reads it and tells the others, whose disks need not have it:
+        all go on with the same.
+        """
+        arrays = self._read(name) if jax.process_index() == 0 else None
+        return arrays if jax.process_count() == 1 else _from_first_process(arrays)
+
+    def _read(self, name: str) -> Arrays | None:
         path = self._folder / f"{name}.npz"
         if not path.exists():
             return None
@@ -84,3 +94,19 @@ class Store:
                 f"{self._folder} cannot be written: {error}. Make room or give another "
                 "--out; what is finished is kept."
             ) from error
+
+
+def _from_first_process(arrays: Arrays | None) -> Arrays | None:
+    """What the first process has, in every process; called by all together."""
+    file = io.BytesIO()
+    if arrays is not None:
+        np.savez(file, allow_pickle=False, **arrays)
+    content = np.frombuffer(file.getvalue(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    if not size:
+        return None
+    if jax.process_index() != 0:
+        content = np.zeros(size, np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    with np.load(io.BytesIO(told.tobytes())) as stored:
+        return {key: stored[key] for key in stored.files}

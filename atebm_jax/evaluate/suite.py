@@ -23,7 +23,14 @@ from atebm_jax.evaluate import (
     robustness,
     suite_report,
 )
-from atebm_jax.evaluate.context import Context, Options, ShowFn
+from atebm_jax.evaluate.context import (
+    Context,
+    Judge,
+    Options,
+    ShowFn,
+    preprocess_of,
+    source_fingerprint,
+)
 from atebm_jax.evaluate.store import Store, weights_fingerprint
 
 # What `--metrics` may name, in the order of the report.
@@ -36,6 +43,16 @@ METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
     "ood": ood.run,
     "counterfactual": counterfactual.run,
 }
+
+# What must hold before any of them begins: a mistake is told before hours of work.
+CHECKS: dict[str, Callable[[Context], None]] = {
+    "autoattack": robustness.check,
+    "generation": generation.check,
+    "counterfactual": counterfactual.check,
+}
+
+# Sources that a metric needs beside the test images.
+_NEEDS = {"generation": ("train", "seeds"), "calibration": ("eval",)}
 
 _NOISE_IMAGES = 10_000
 
@@ -82,20 +99,21 @@ def evaluate(
         )
     weights, meta = checkpoint.load_weights(path, best_by=best_by)
     settings = _settings(meta, config, data_dir)
-    needed = ("train", "seeds") if "generation" in metrics else ()
-    context = _context(
-        weights, settings, checkpoint.absolute(out), options, show, needed
-    )
+    wanted = tuple(name for name in METRICS if name in metrics)
+    folder = checkpoint.absolute(out)
+    context = _context(weights, settings, folder, options, show, wanted)
     if judge is not None:
         context = _with_judge(context, judge)
-    folder = checkpoint.absolute(out)
+    for name in wanted:
+        CHECKS.get(name, lambda context: None)(context)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
-    results = {
-        name: METRICS[name](context, folder) for name in METRICS if name in metrics
-    }
+    results = {}
+    for position, name in enumerate(wanted):
+        results[name] = METRICS[name](context, folder)
+        show("metrics", position + 1, len(wanted))
     report = {
         "checkpoint": {
             "path": str(path),
@@ -123,7 +141,7 @@ def _settings(
     data_dir: str | None,
 ) -> ml_collections.ConfigDict:
     """The checkpoint's config, with the caller's data and evaluation."""
-    settings = ml_collections.ConfigDict(meta["config"])
+    settings = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     if config is not None:
         _check_same_network(settings, config)
         settings.data = config.data
@@ -161,12 +179,13 @@ def _context(
     out: epath.Path,
     options: Options,
     show: ShowFn,
-    needed: Sequence[str],
+    wanted: Sequence[str],
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
         settings.evaluate.batch_size, mesh, "config.evaluate.batch_size"
     )
+    versions = _versions()
     store = Store(
         out / "units",
         {
@@ -176,14 +195,24 @@ def _context(
             "batch_size": settings.evaluate.batch_size,
             "num_examples": options.num_examples,
             "seed": options.seed,
+            # What other programs have made is not said to come from these.
+            "programs": [versions[name] for name in ("atebm_jax", "jax", "jaxlib")],
+            "platform": jax.default_backend(),
         },
     )
+    sources = _sources(settings, options, wanted)
+    shape = tuple(settings.data.image_shape)
+    bad = settings.data.max_bad_images
     return Context(
         config=settings,
         model=models.build(settings.model),
         variables=sharding.put_replicated(weights, mesh),
         mesh=mesh,
-        sources=_sources(settings, options, needed),
+        sources=sources,
+        fingerprints={
+            role: source_fingerprint(source, preprocess_of(settings, role), shape, bad)
+            for role, source in sources.items()
+        },
         store=store,
         options=options,
         show=show,
@@ -191,24 +220,22 @@ def _context(
 
 
 def _sources(
-    settings: ml_collections.ConfigDict, options: Options, needed: Sequence[str]
+    settings: ml_collections.ConfigDict, options: Options, wanted: Sequence[str]
 ) -> dict[str, data.Source]:
-    """The test images, those to fit on, and what a metric needs beside."""
+    """The test images, and what the metrics need beside."""
     sources: dict[str, data.Source] = {}
-    for role in needed:
-        if settings.data[role] != "noise":
-            spec = settings.data[role]
-            sources[role] = data.open_source(spec, settings.data.data_dir)
-    for role in ("test", "eval"):
-        sources[role] = data.open_source(settings.data[role], settings.data.data_dir)
+    for role in ("test", *(role for name in wanted for role in _NEEDS.get(name, ()))):
+        spec = settings.data[role]
+        if spec == "noise" and role == "seeds":
+            continue
+        sources[role] = data.open_source(spec, settings.data.data_dir)
         classes = sources[role].num_classes
-        if classes != settings.model.num_classes:
+        if role in ("test", "eval") and classes != settings.model.num_classes:
             raise UserError(
-                f"config.data.{role}={settings.data[role]} has {classes or 'no'} "
-                f"classes and the network {settings.model.num_classes}: they must be "
-                "the same."
+                f"config.data.{role}={spec} has {classes or 'no'} classes and the "
+                f"network {settings.model.num_classes}: they must be the same."
             )
-    for spec in options.ood:
+    for spec in options.ood if "ood" in wanted else ():
         if spec != "noise":
             sources[spec] = data.open_source(spec, settings.data.data_dir)
             continue
@@ -223,7 +250,7 @@ def _sources(
 
 def _with_judge(context: Context, path: str) -> Context:
     weights, meta = checkpoint.load_weights(path)
-    config = ml_collections.ConfigDict(meta["config"])
+    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     same = (
         tuple(config.data.image_shape) == context.image_shape
         and config.model.num_classes == context.config.model.num_classes
@@ -235,15 +262,29 @@ def _with_judge(context: Context, path: str) -> Context:
             f"{context.image_shape} of {context.config.model.num_classes}: an "
             "independent classifier must take the same."
         )
+    sha256 = weights_fingerprint(weights)
+    if sha256 == weights_fingerprint(context.variables):
+        raise UserError(
+            f"--judge={path} has the weights of the model itself: give a classifier "
+            "that was trained independently."
+        )
+    model = models.build(config.model)
+
+    def logits(variables: Any, images: jax.Array) -> jax.Array:
+        return models.logits_fn(model, variables)(images)
+
     placed = sharding.put_replicated(weights, context.mesh)
-    judge = models.logits_fn(models.build(config.model), placed)
-    store = context.store.within(judge=weights_fingerprint(weights))
-    return dataclasses.replace(context, judge=judge, store=store)
+    return dataclasses.replace(
+        context,
+        judge=Judge(logits, placed, sha256),
+        store=context.store.within(judge=sha256),
+    )
 
 
 def _versions() -> dict[str, str]:
-    names = ("atebm_jax", "jax", "flax", "numpy", "scipy", "scikit-learn", "pillow")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    ours = ("atebm_jax", "jax", "jaxlib", "flax")
+    theirs = ("numpy", "scipy", "scikit-learn", "pillow")
+    versions = {name: importlib.metadata.version(name) for name in ours + theirs}
     return {"python": platform.python_version()} | versions
 
 
@@ -252,8 +293,10 @@ def _notes(context: Context) -> list[str]:
         "Averaged weights; images as bytes / 255; normalisation inside the network."
     ]
     if context.options.num_examples:
+        size = len(context.sources["test"])
+        fewer = f"; the test set has {size}" * (size < context.options.num_examples)
         notes.append(
             f"At most {context.options.num_examples} images of each set, evenly spread "
-            "over it (--num_examples)."
+            f"over it (--num_examples{fewer})."
         )
     return notes

@@ -22,30 +22,44 @@ def write(folder: epath.Path, report: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(_finite(report), indent=2, allow_nan=False)
         replace_text(folder / "report.json", text + "\n")
-        replace_text(folder / "report.md", markdown(folder, report))
+        replace_text(folder / "report.md", markdown(report))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
 
 
-def markdown(folder: epath.Path, report: Mapping[str, Any]) -> str:
-    """The report as Markdown: table and protocol of each metric, and the plots."""
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: table, protocol and plots of each metric."""
     source, test = report["checkpoint"], report["data"]["test"]
-    weights = source["averaged_weights_sha256"][:16]
-    about = (
-        f"Checkpoint {source['path']}, {source['stage']} step {source['step']} "
-        f"(averaged weights, SHA-256 {weights}); {test['num_images']} images of "
-        f"{test['source']}; seed {report['seed']}; {report['device']}."
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    weights = (
+        f"{source['path']}, {source['stage']} step {source['step']}, averaged weights, "
+        f"SHA-256 {source['averaged_weights_sha256']}"
     )
-    lines = ["# Evaluation", "", about, ""]
-    lines += [f"- {note}" for note in report["notes"]]
+    lines = ["# Evaluation", ""]
+    lines += [
+        f"- Checkpoint {weights}.",
+        f"- Test images: {_data(test)}.",
+        f"- Seed {report['seed']}; {report['device']}; {versions}.",
+        *(f"- {note}" for note in report["notes"]),
+    ]
     for name, result in report["metrics"].items():
         lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
         lines += ["|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(row)} |" for row in _rows(result["figures"])]
         lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
-    plots = sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
-    lines += ["", *(f"![{name}]({name})" for name in plots)]
+        plots = result.get("plots", ())
+        lines += [""] * bool(plots) + [f"![{plot}]({plot})" for plot in plots]
     return "\n".join(lines) + "\n"
+
+
+def _data(described: Mapping[str, Any]) -> str:
+    shape = "x".join(map(str, described["image_shape"]))
+    return (
+        f"{described['num_images']} of {described['num_in_source']} of "
+        f"{described['source']}, {shape}, "
+        f"preprocessing {described['preprocess'] or 'none'}, SHA-256 "
+        f"{described['sha256']}"
+    )
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
@@ -73,7 +87,9 @@ def _rows(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{k} {_text(v)}" for k, v in value.items())
-    return str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    return str(value) or "none"
 
 
 def _finite(value: Any) -> Any:

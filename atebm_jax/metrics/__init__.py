@@ -8,6 +8,7 @@ from atebm_jax.metrics.calibration import (
     fit_temperature,
     negative_log_likelihood,
     reliability,
+    temperature_error,
 )
 from atebm_jax.metrics.fidelity import psnr
 from atebm_jax.metrics.generation import (
@@ -25,6 +26,7 @@ from atebm_jax.metrics.inception import (
 )
 from atebm_jax.metrics.inception import spread as score_spread
 from atebm_jax.metrics.intervals import (
+    auroc_interval,
     bootstrap_interval,
     jackknife_interval,
     wilson_interval,
@@ -45,6 +47,7 @@ __all__ = [
     "SplitSums",
     "accuracy",
     "auroc",
+    "auroc_interval",
     "average_precision",
     "bootstrap_interval",
     "brier_score",
@@ -63,5 +66,6 @@ __all__ = [
     "roc_curve",
     "score_spread",
     "split_of_images",
+    "temperature_error",
     "wilson_interval",
 ]

@@ -182,6 +182,35 @@ def fit_temperature(
     return float(np.exp(result.x))
 
 
+def temperature_error(
+    logits: np.ndarray, labels: np.ndarray, temperature: float
+) -> float:
+    """Standard error of a temperature fitted by likelihood (White, 1982).
+
+    The likelihood is concave in 1 / T. An image's score is f(x)[y] - E[f(x)[Y]], its
+    curvature Var[f(x)[Y]], with Y drawn from softmax(f(x) / T); the error of 1 / T is
+    the root mean square of the scores over the mean curvature and the root of N, the
+    model not being taken for true.
+
+    Args:
+      logits, labels: as of `fit_temperature`.
+      temperature: what it returned for them.
+
+    Returns:
+      The error, T's own unit; infinite where the data do not fix T.
+    """
+    logits, labels = _checked(logits, labels)
+    logits = logits.astype(np.float64)
+    share = scipy.special.softmax(logits / temperature, axis=1)
+    mean = (share * logits).sum(axis=1)
+    curvature = (share * np.square(logits - mean[:, None])).sum(axis=1).mean()
+    scores = logits[np.arange(len(labels)), labels] - mean
+    if curvature < 1e-12:
+        return float("inf")
+    error = np.sqrt(np.square(scores).mean() / len(labels)) / curvature
+    return float(error * temperature**2)
+
+
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:

@@ -35,8 +35,10 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Of features [N, D], N >= 1."""
+        """Of features [N, D]."""
         features = np.asarray(features, np.float64)
+        if not len(features):
+            return cls.empty(features.shape[1])
         mean = features.mean(axis=0)
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
@@ -100,7 +102,22 @@ def frechet_distance(
 
     Returns:
       The distance, >= 0 up to rounding; float64 throughout.
+
+    Raises:
+      ValueError: shapes that do not fit, NaN or infinite values.
     """
+    arrays = [np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)]
+    mean_a, cov_a, mean_b, cov_b = arrays
+    shapes = [array.shape for array in arrays]
+    if mean_a.ndim != 1 or shapes != [mean_a.shape, mean_a.shape * 2] * 2:
+        raise ValueError(
+            f"means and covariances have shapes {shapes}: expected [D], [D, D], [D] "
+            "and [D, D]."
+        )
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(
+            "some means or covariances are NaN or infinite: they have no distance."
+        )
     values, vectors = scipy.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     product = root_a @ cov_b @ root_a

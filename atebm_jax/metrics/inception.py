@@ -26,7 +26,13 @@ class SplitSums(NamedTuple):
         return cls(np.zeros(num_splits), np.zeros(shape), np.zeros(num_splits))
 
     def add(self, logits: np.ndarray, splits: np.ndarray) -> "SplitSums":
-        """With more images: logits [N, K] and the split [N] of each."""
+        """With more images: logits [N, K] and the split [N] of each.
+
+        Raises:
+          ValueError: logits that are NaN or infinite.
+        """
+        if not np.isfinite(logits).all():
+            raise ValueError("some logits are NaN or infinite: they have no score.")
         probabilities = scipy.special.softmax(np.asarray(logits, np.float64), axis=1)
         entropies = scipy.special.entr(probabilities).sum(axis=1)
         sums = [x.copy() for x in self]
@@ -95,7 +101,7 @@ def inception_score(
       (mean, standard deviation) over the splits.
 
     Raises:
-      ValueError: unknown protocol, too few images.
+      ValueError: unknown protocol, too few images, logits that are no numbers.
     """
     logits = np.asarray(logits)
     if logits.ndim != 2:

@@ -27,7 +27,15 @@ def auroc(positive: jax.Array, negative: jax.Array) -> jax.Array:
 
     Returns:
       [] float in [0, 1]; NaN if any score is NaN.
+
+    Raises:
+      ValueError: an empty set.
     """
+    if not positive.size or not negative.size:
+        raise ValueError(
+            f"there are {positive.size} positive and {negative.size} negative scores: "
+            "an area needs at least one of each."
+        )
     ranked = jnp.sort(negative)
     below = jnp.searchsorted(ranked, positive, side="left")
     not_above = jnp.searchsorted(ranked, positive, side="right")

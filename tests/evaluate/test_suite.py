@@ -170,7 +170,10 @@ def test_targets_are_other_classes(target, expected):
     [
         ({"metrics": ("fid",)}, "unknown metric 'fid': choose"),
         ({"metrics": ()}, "an empty one"),
-        ({"options": Options(ood=("folder:/nowhere",))}, "nowhere"),
+        (
+            {"metrics": ("ood",), "options": Options(ood=("folder:/nowhere",))},
+            "nowhere",
+        ),
         ({"options": Options(target="10")}, "from 0 to 9"),
         ({"judge": "nowhere"}, "no checkpoint at nowhere"),
     ],

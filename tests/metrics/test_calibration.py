@@ -109,3 +109,21 @@ def test_unknown_settings_are_refused():
         metrics.fit_temperature(logits, labels, "accuracy")
     with pytest.raises(ValueError, match="num_bins is 0"):
         metrics.reliability(logits, labels, 0)
+
+
+def test_error_of_a_temperature_is_that_of_fits_to_resampled_images():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(300, 5)) * 3
+    labels = np.array([rng.choice(5, p=p) for p in softmax(logits / 1.7, axis=1)])
+    fitted = metrics.fit_temperature(logits, labels)
+    others = []
+    for _ in range(60):
+        rows = rng.integers(0, 300, 300)
+        others.append(metrics.fit_temperature(logits[rows], labels[rows]))
+    error = metrics.temperature_error(logits, labels, fitted)
+    assert error == pytest.approx(np.std(others), rel=0.3)
+    assert abs(fitted - 1.7) < 3 * error
+
+
+def test_data_that_do_not_fix_a_temperature_leave_it_open():
+    assert metrics.temperature_error(np.ones((3, 1)), np.zeros(3, int), 1.0) == np.inf

@@ -1,0 +1,176 @@
+"""What stands behind the figures: data, units, held-out images, early refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from atebm_jax import UserError, data
+from atebm_jax.evaluate import ood, suite, suite_report
+from atebm_jax.evaluate.options import Options
+
+OPTIONS = Options(num_examples=80, num_resamples=10, radii=(2.0,))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "digits"
+    settings = {"stage1.num_steps": 4, "evaluate.attack.num_steps": 2}
+    tiny.run(tiny.config(stages="stage1", **settings), folder)
+    return folder
+
+
+def write_folder(folder, images, labels):
+    """Images as PNG files in a folder for each of ten classes."""
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        place = folder / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(place / f"{index:03d}.png")
+
+
+def digits(split, count):
+    return data.materialise(data.open_source(f"digits:{split}"), "", (8, 8, 1), count)
+
+
+def evaluate(workdir, out, metrics, options=OPTIONS, **settings):
+    config = tiny.config(**settings)
+    return suite.evaluate(workdir, out, metrics=metrics, options=options, config=config)
+
+
+def test_other_images_under_the_same_name_are_measured_anew(workdir, tmp_path):
+    images, labels = digits("test", 60)
+    folder, out = tmp_path / "images", tmp_path / "out"
+    write_folder(folder, images, labels)
+    settings = {"data.test": f"folder:{folder}"}
+    first = evaluate(workdir, out, ("accuracy",), **settings)
+    write_folder(folder, 255 - images, labels)
+    second = evaluate(workdir, out, ("accuracy",), **settings)
+    shares = [
+        r["metrics"]["accuracy"]["figures"]["clean_accuracy"]["value"]
+        for r in (first, second)
+    ]
+    assert shares[0] != shares[1]
+    assert first["data"]["test"]["sha256"] != second["data"]["test"]["sha256"]
+
+
+def test_temperature_is_never_fitted_on_reported_images(workdir, tmp_path):
+    """A held-out folder that holds 40 of the test images beside 40 others."""
+    test = digits("test", 60)
+    train = digits("train", 40)
+    mixed = [np.concatenate([a[:40], b]) for a, b in zip(test, train, strict=True)]
+    write_folder(tmp_path / "test", *test)
+    write_folder(tmp_path / "eval", *mixed)
+    settings = {
+        "data.test": f"folder:{tmp_path / 'test'}",
+        "data.eval": f"folder:{tmp_path / 'eval'}",
+    }
+    report = evaluate(workdir, tmp_path / "out", ("calibration",), **settings)
+    protocol = report["metrics"]["calibration"]["protocol"]
+    figures = report["metrics"]["calibration"]["figures"]
+    assert protocol["left_out_as_test_images"] == 40
+    assert figures["temperature"]["count"] == 40
+    assert figures["ece_before"]["count"] == 60
+    # Nothing else held out: half of the test images are given up for the fit.
+    settings["data.eval"] = f"folder:{tmp_path / 'test'}/../test"
+    report = evaluate(workdir, tmp_path / "out", ("calibration",), **settings)
+    metric = report["metrics"]["calibration"]
+    assert metric["protocol"]["fitted_on"] == "every second test image"
+    assert metric["figures"]["ece_before"]["count"] == 30
+
+
+def test_report_names_data_versions_and_its_own_plots_only(workdir, tmp_path):
+    evaluate(workdir, tmp_path, ("pgd",))
+    report = evaluate(workdir, tmp_path, ("calibration",))
+    assert (tmp_path / "robust_accuracy.png").exists()
+    text = (tmp_path / "report.md").read_text()
+    assert "![reliability.png]" in text and "robust_accuracy.png" not in text
+    for said in (
+        report["data"]["test"]["sha256"],
+        report["checkpoint"]["averaged_weights_sha256"],
+        "80 of 360 of digits:test, 8x8x1, preprocessing none",
+        f"jaxlib {report['versions']['jaxlib']}",
+    ):
+        assert said in text
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_what_cannot_be_measured_is_told_before_anything_is(workdir, tmp_path):
+    for change, message in (
+        ({"target": "10"}, "--target is '10'"),
+        ({"num_samples": 3}, "--num_samples is 3"),
+        ({"version": "best"}, "unknown version 'best'"),
+        ({"version": "custom"}, "needs a list"),
+        ({"version": "custom", "attacks": ("pgd",)}, "unknown attack 'pgd'"),
+        ({"attacks": ("square",)}, "use version 'custom'"),
+        ({"norm": "l3", "epsilon": 1.0}, "unknown threat norm 'l3'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            suite.evaluate(workdir, tmp_path, options=Options(**change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_no_judge_of_itself(workdir, tmp_path):
+    with pytest.raises(UserError, match="weights of the model itself"):
+        suite.evaluate(
+            workdir, tmp_path, metrics=("counterfactual",), judge=str(workdir)
+        )
+
+
+def test_judge_and_classes_stand_in_the_report(workdir, tmp_path):
+    other = tmp_path / "other"
+    tiny.run(tiny.config(stages="stage1", seed=5, **{"stage1.num_steps": 2}), other)
+    out = tmp_path / "out"
+    result = suite.evaluate(
+        workdir,
+        out,
+        metrics=("counterfactual",),
+        judge=str(other),
+        options=Options(num_examples=200, num_resamples=10, radii=(2.0,)),
+    )
+    figures = result["metrics"]["counterfactual"]["figures"]
+    for name in ("judge_target_confidence", "judge_classifies_as_target"):
+        assert 0 <= figures[f"radius_2/{name}"]["value"] <= 1
+    name = "radius_2/frechet_distance_model_features"
+    classes = [figures[f"{name}/class_{label}"]["value"] for label in range(10)]
+    assert figures[name]["value"] == pytest.approx(np.mean(classes))
+    # Of the images only the strips' are kept.
+    kept = 0
+    for path in out.rglob("units/*/*.npz"):
+        with np.load(path) as unit:
+            kept += len(unit["images"]) if "images" in unit.files else 0
+    assert kept == 12
+
+
+def test_custom_ensemble_runs_the_attacks_it_is_given(workdir, tmp_path):
+    options = Options(
+        num_examples=20, norm="l1", epsilon=2.0, version="custom", attacks=("apgd-ce",)
+    )
+    result = suite.evaluate(workdir, tmp_path, metrics=("autoattack",), options=options)
+    metric = result["metrics"]["autoattack"]
+    assert list(metric["figures"]) == ["accuracy_after_clean", "accuracy_after_apgd-ce"]
+    assert metric["protocol"]["attacks"] == ["apgd-ce"]
+    assert metric["protocol"]["settings"]["num_steps"] == 100
+
+
+@pytest.mark.parametrize("name", ["auroc", "aupr_in", "aupr_out", "fpr95"])
+@pytest.mark.parametrize("apart", [-10.0, 0.5, 10.0])
+def test_intervals_of_detection_are_no_points_and_stay_in_bounds(name, apart):
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(apart, size=30), rng.normal(size=50)
+    options = Options(num_resamples=20)
+
+    class Given:
+        pass
+
+    Given.options = options
+    figures = ood._figures(Given, "noise/score/clean", inside, outside)
+    figure = figures[f"noise/score/clean/{name}"]
+    low, high = figure["interval_95"]
+    assert 0 <= low <= figure["value"] <= high <= 1 and high - low > 0.005
+
+
+def test_texts_of_lists_and_of_nothing_are_readable():
+    assert suite_report._text(["a", "b"]) == "a, b"
+    assert suite_report._text([]) == suite_report._text("") == "none"
