@@ -46,7 +46,8 @@ myst_heading_anchors = 3
 # One file with its fonts inside, of the version that its hash names.
 mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-svg.js"
 mathjax_options = {
-    "integrity": "sha384-KKWa9jJ1MZvssLeOoXG6FiOAZfAgmzsIIfw8BXwI9+kYm0lPCbC6yTQPBC00F1/L",
+    "integrity": "sha384-KKWa9jJ1MZvssLeOoXG6FiOA"
+    "ZfAgmzsIIfw8BXwI9+kYm0lPCbC6yTQPBC00F1/L",
     "crossorigin": "anonymous",
 }
 
@@ -201,5 +202,5 @@ def _hide_flax_arguments(
 ) -> tuple[str, Any] | None:
     """Every Flax module takes `parent` and `name`: nothing to tell."""
     if what == "class" and signature and ", parent: " in signature:
-        return re.sub(r", parent: .*\)$", ")", signature, flags=re.S), result
+        return re.sub(r", parent: .*\)$", ")", signature, flags=re.DOTALL), result
     return None
