@@ -56,7 +56,12 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         loaded.model, loaded.variables, recipe, shape, missing, labels_of, seeds
     )
     for number, images in track(
-        drawn, "samples", total=len(missing), console=console, transient=True
+        drawn,
+        "samples",
+        total=len(missing),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ):
         for path, image in zip(paths[number * size :], to_bytes(images)):
             files.write_image(path, image)

@@ -94,11 +94,12 @@ def _write(
     names: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Pictures and records of one image's counterfactuals."""
-    strip = f"{item.picture.name}_strip.png"
     results, rows = [], []
     for number, (target, radius) in enumerate(asked):
         file = f"{item.picture.name}_target{target}_radius{radius:g}.png"
         files.write_image(out / file, files.as_bytes(edited.images[number]))
+        part = number // strips.ROWS
+        strip = f"{item.picture.name}_strip{f'_{part + 1}' if part else ''}.png"
         result = records.of_image(item, edited, number, names)
         results.append(
             result
@@ -111,7 +112,9 @@ def _write(
             }
         )
         rows.append(_row(edited, number, radius, norm, names))
-    strips.write(out / strip, item.picture.name, rows)
+    for first in range(0, len(rows), strips.ROWS):
+        strip = results[first]["files"]["strip"]
+        strips.write(out / strip, item.picture.name, rows[first : first + strips.ROWS])
     return results
 
 

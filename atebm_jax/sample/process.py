@@ -67,7 +67,13 @@ def run(
     """
     hashes = [
         inputs.fingerprint(picture.read(task.shape))
-        for picture in track(pictures, "reading", console=console, transient=True)
+        for picture in track(
+            pictures,
+            "reading",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
     ]
     clash = [key for key in task.protocol if key not in _FREE]
     content = files.claim(
@@ -117,6 +123,7 @@ def _edited(
         total=-(-number // chunks.CHUNK),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ):
         for row, index in enumerate(indices):
             one = jax.tree.map(lambda array: array[row], edited)  # noqa: B023

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from atebm_jax.evaluate.plots import plt
 from atebm_jax.sample import files
 
 _PANEL_INCHES = 1.9
 _CURVE_INCHES = 3.6
 _DPI = 130
+# Rows of one strip: more go into another, as pictures have a largest height.
+ROWS = 24
 
 
 class Row(NamedTuple):
@@ -36,17 +38,11 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Draws rows below each other; the scale of the differences is that of all."""
     panels = len(rows[0].pictures) + 1
     widths = [1.0] * panels + [_CURVE_INCHES / _PANEL_INCHES]
-    figure, axes = plt.subplots(
-        len(rows),
-        panels + 1,
-        squeeze=False,
-        layout="constrained",
-        width_ratios=widths,
-        figsize=(
-            _PANEL_INCHES * panels + _CURVE_INCHES + 0.6,
-            (_PANEL_INCHES + 0.35) * len(rows) + 0.35,
-        ),
-    )
+    width = _PANEL_INCHES * panels + _CURVE_INCHES + 0.6
+    height = (_PANEL_INCHES + 0.35) * len(rows) + 0.35
+    # Without pyplot, as in `evaluate.plots`.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(len(rows), panels + 1, squeeze=False, width_ratios=widths)
     figure.suptitle(title, fontsize=10)
     scale = max(float(np.abs(row.change).max()) for row in rows) or 1.0
     for line, row in zip(axes, rows, strict=True):
@@ -57,7 +53,6 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
         _difference(figure, line[panels - 1], row.change, scale)
         _way(line[panels], row.curves, row.energy)
     files.replace(path, lambda p: figure.savefig(p, dpi=_DPI, format="png"))
-    plt.close(figure)
 
 
 def _picture(axis: Any, image: np.ndarray, title: str) -> None:
