@@ -21,7 +21,7 @@ from etils import epath
 
 from atebm_jax import sharding
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import in_bucket
+from atebm_jax.reporting import in_bucket, replace_text
 
 try:
     import fcntl
@@ -35,6 +35,7 @@ FILE = ".lock"
 # Seconds between two signs of life, and without one until the holder counts as dead.
 _BEAT = 20.0
 _PATIENCE = 65.0
+_LOOK_EVERY = 1.0
 # Of two that take a free workdir at once the later writer has it: time for both.
 _SETTLE = 2.0
 
@@ -156,7 +157,7 @@ class Lock:
             )
         end = time.monotonic() + _PATIENCE
         while first is not None and time.monotonic() < end:
-            time.sleep(min(1.0, _PATIENCE))
+            time.sleep(_LOOK_EVERY)
             now = self._read()
             if now is not None and now != first:
                 raise _InUse(now)
@@ -184,7 +185,8 @@ class Lock:
                 continue
 
     def _renew(self, count: int) -> None:
-        self._path.write_text(json.dumps(self._owner | {"signs_of_life": count}))
+        # Whole at every moment: half a line would pass for nobody's.
+        replace_text(self._path, json.dumps(self._owner | {"signs_of_life": count}))
 
     def _is_ours(self) -> bool:
         return (self._read() or {}).get("job") == self._owner["job"]

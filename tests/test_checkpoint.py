@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-
 from etils import epath
 
 from atebm_jax import (

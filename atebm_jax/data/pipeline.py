@@ -10,6 +10,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import zlib
@@ -86,9 +87,7 @@ class Batches(Iterator[Batch]):
             raise
         except Exception as error:
             self.close()
-            raise UserError(
-                f"the data pipeline failed: {type(error).__name__}: {error}"
-            ) from error
+            raise UserError(_failure(error)) from error
         return batch
 
     @property
@@ -116,6 +115,19 @@ class Batches(Iterator[Batch]):
                 _log.warning("skipped an undecodable image: %s", bad[index])
         if len(bad) > self._max_bad_images:
             raise too_many_bad(list(bad.values()), self._max_bad_images)
+
+
+def _failure(error: Exception) -> str:
+    if "terminated unexpectedly" in str(error):
+        # Grain's words for a worker process that is gone, with its exit code.
+        code = "".join(re.findall(r"exit code (-?\d+)", str(error))[:1])
+        return (
+            f"a worker process that makes batches has ended (exit code {code or '?'}), "
+            "killed from outside, most often for lack of memory: give the same command "
+            "again, which goes on from the last checkpoint; fewer "
+            "config.data.num_workers need less memory."
+        )
+    return f"the data pipeline failed: {type(error).__name__}: {error}"
 
 
 def train_batches(

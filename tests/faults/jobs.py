@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -144,8 +145,16 @@ def broken_steps(workdir: Path) -> tuple[int, list[str]]:
 
 
 def _read(folder: epath.Path) -> dict:
+    """Every array of a step, on the host, however many devices have written it."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / "state")
+        tree = checkpointer.metadata(folder / "state").item_metadata.tree
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        return checkpointer.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                restore_args=jax.tree.map(lambda _: as_numpy, tree)
+            ),
+        )
 
 
 def arrays(workdir: Path, stage: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,166 @@
+"""One job at a time on a workdir, however the one before has ended."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from etils import epath
+
+from atebm_jax import UserError, workdir_lock
+from atebm_jax.workdir_lock import Lock
+
+ROOT = Path(__file__).parents[1]
+
+HOLDER = """
+import sys, time
+from etils import epath
+from atebm_jax.workdir_lock import Lock
+Lock(epath.Path(sys.argv[1])).acquire()
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def lock_of(tmp_path):
+    """Locks of other jobs on the same workdir, given back at the end."""
+    made = []
+
+    def make():
+        made.append(Lock(epath.Path(tmp_path)))
+        return made[-1]
+
+    yield make
+    for lock in made:
+        lock.release()
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that cannot lock files, in quick motion."""
+    monkeypatch.setattr(Lock, "_lock_file", lambda self: False)
+    monkeypatch.setattr(workdir_lock, "_BEAT", 0.05)
+    monkeypatch.setattr(workdir_lock, "_PATIENCE", 1.5)
+    monkeypatch.setattr(workdir_lock, "_LOOK_EVERY", 0.1)
+    monkeypatch.setattr(workdir_lock, "_SETTLE", 0.2)
+
+
+def test_second_job_is_refused_with_who_holds_it_and_nothing_is_written(
+    lock_of, tmp_path
+):
+    lock_of().acquire()
+    holder = f"process {os.getpid()} on {socket.gethostname()}, since 20"
+    with pytest.raises(
+        UserError, match=rf"in use by another job \({holder}.*--workdir"
+    ):
+        tiny.run(tiny.config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+
+
+def test_lock_is_free_again_after_its_release(lock_of):
+    first, second = lock_of(), lock_of()
+    first.acquire()
+    first.acquire()
+    first.check()
+    first.release()
+    second.acquire()
+    with pytest.raises(UserError, match="in use"):
+        first.acquire()
+
+
+def test_lock_of_a_killed_job_is_free(lock_of, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert holder.stdout.readline() == "holds\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on"):
+        lock_of().acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    lock_of().acquire()
+
+
+def test_workdir_that_is_not_there_is_not_made(tmp_path):
+    lock = Lock(epath.Path(tmp_path / "new"))
+    lock.acquire()
+    assert not (tmp_path / "new").exists()
+
+
+def test_failed_start_gives_the_lock_back(lock_of, tmp_path):
+    with pytest.raises(UserError, match="num_classes"):
+        tiny.run(tiny.config(**{"model.num_classes": 7}), tmp_path)
+    lock_of().acquire()
+
+
+# --- Without locks of the file system -------------------------------------------------
+
+
+def test_sign_of_life_holds_a_workdir_and_goes_with_its_job(
+    without_locks, lock_of, tmp_path
+):
+    first, second = lock_of(), lock_of()
+    first.acquire()
+    with pytest.raises(UserError, match="in use by another job"):
+        second.acquire()
+    first.check()
+    first.release()
+    assert not (tmp_path / workdir_lock.FILE).exists()
+    second.acquire()
+
+
+@pytest.mark.parametrize("content", ['{"job": "1", "pid": 7}', "{", ""])
+def test_owner_without_a_sign_of_life_is_void(
+    without_locks, lock_of, tmp_path, content
+):
+    (tmp_path / workdir_lock.FILE).write_text(content)
+    lock = lock_of()
+    began = time.monotonic()
+    lock.acquire()
+    # One that can be read is given its time; half a line is nobody's.
+    assert (time.monotonic() - began > workdir_lock._PATIENCE) == (len(content) > 1)
+    lock.check()
+
+
+def test_of_two_that_start_at_once_one_has_it(without_locks, lock_of):
+    refused = []
+
+    def start(lock):
+        try:
+            lock.acquire()
+        except UserError:
+            refused.append(lock)
+
+    locks = [lock_of(), lock_of()]
+    threads = [threading.Thread(target=start, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1
+
+
+def test_job_whose_lock_was_taken_for_void_is_told(without_locks, lock_of, tmp_path):
+    lock = lock_of()
+    lock.acquire()
+    other = {"job": "another", "pid": 7, "host": "elsewhere"}
+    (tmp_path / workdir_lock.FILE).write_text(json.dumps(other))
+    end = time.monotonic() + 20
+    while lock._taken_by is None and time.monotonic() < end:
+        time.sleep(0.02)
+    with pytest.raises(UserError, match="process 7 on elsewhere"):
+        lock.check()
+    lock.release()
+    # It is the other one's.
+    assert (tmp_path / workdir_lock.FILE).exists()
