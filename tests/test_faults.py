@@ -53,7 +53,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The workdir of a job that nothing has disturbed: steps 4 and 6, and 3 the best."""
+    """The workdir of a job that nothing has disturbed; 4 and 6 its last steps."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     tiny.run(settings(), workdir)
     return workdir
@@ -171,10 +171,11 @@ def test_newest_intact_step_is_chosen(finished, tmp_path):
     folder = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
     folder = checkpoint.stage_folder(folder, "stage1")
     assert intact.newest(folder) == (6, {})
+    shutil.copytree(folder / "4", folder / "5")
     flip(largest_file(Path(folder / "6")))
-    (largest_file(Path(folder / "4"))).unlink()
+    largest_file(Path(folder / "5")).unlink()
     step, damaged = intact.newest(folder)
-    assert step == 3 and list(damaged) == [6, 4] and "is missing" in damaged[4]
+    assert step == 4 and list(damaged) == [6, 5] and "is missing" in damaged[5]
 
 
 # --- The workdir ----------------------------------------------------------------------
@@ -186,7 +187,9 @@ def mounted(tmp_path):
     folder = tmp_path / "mounted"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command).returncode:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError):
         pytest.skip("file systems cannot be mounted here")
 
     def remount(option):

@@ -25,7 +25,7 @@ FLAGS = (
     "--config.stage1.num_steps=20",
     "--config.stage1.schedule=constant",
     "--config.stage1.learning_rate=0.01",
-    "--config.stage1.attack.num_steps=60",
+    "--config.stage1.adversary.num_steps=60",
     "--config.stage1.eval_every_steps=0",
 )
 
