@@ -84,6 +84,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         extractor=extractor.fingerprint,
     )
     values: dict[str, Any] = {}
+    per_class: dict[str, dict[str, Any]] = {}
     found = {}
     for radius in context.options.radii:
         step_size = float(sampling.counterfactual_step_size(settings.step_size, radius))
@@ -100,7 +101,12 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             num_steps=settings.num_steps,
             target=context.options.target,
         )
-        values |= _figures(context, extractor, radius, found[radius], real)
+        values |= _figures(context, radius, found[radius])
+        classes = _distances(context, found[radius], real)
+        if classes:
+            name = f"radius_{radius:g}/frechet_distance_{extractor.name}_features"
+            values[name] = _mean_of_classes([f["value"] for f in classes.values()])
+            per_class[f"radius_{radius:g}"] = classes
     _draw(context, out, found)
     protocol = {
         "target": context.options.target,
@@ -117,7 +123,12 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         f"{context.options.num_resamples} bootstraps; shares: Wilson; mean Frechet "
         "distance: Student's t over classes",
     }
-    return {"protocol": protocol, "figures": values, "plots": ["counterfactuals.png"]}
+    return {
+        "protocol": protocol,
+        "figures": values,
+        "per_class": per_class,
+        "plots": ["counterfactuals.png"],
+    }
 
 
 def _draw(
@@ -202,11 +213,7 @@ def _confidence(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _figures(
-    context: Context,
-    extractor: Extractor,
-    radius: float,
-    rows: dict[str, np.ndarray],
-    real: dict[str, np.ndarray],
+    context: Context, radius: float, rows: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     # An image that is of its target class already explains nothing.
     asked = rows["targets"] != rows["labels"]
@@ -223,6 +230,14 @@ def _figures(
             hits, number = int(rows[key][asked].sum()), int(asked.sum())
             interval = metrics.wilson_interval(hits, number)
             values[f"{prefix}/{name}"] = figure(hits / number, interval, number)
+    return values
+
+
+def _distances(
+    context: Context, rows: dict[str, np.ndarray], real: dict[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Frechet distance of each class that has enough images, by its number."""
+    asked = rows["targets"] != rows["labels"]
     distances = {}
     for label in range(context.config.model.num_classes):
         sets = [
@@ -231,13 +246,9 @@ def _figures(
         ]
         if min(map(len, sets)) >= _SMALLEST_CLASS:
             a, b = (metrics.feature_statistics(features) for features in sets)
-            distances[label] = metrics.frechet_distance(*a, *b), len(sets[0])
-    name = f"{prefix}/frechet_distance_{extractor.name}_features"
-    if distances:
-        values[name] = _mean_of_classes([value for value, _ in distances.values()])
-    for label, (value, number) in distances.items():
-        values[f"{name}/class_{label}"] = figure(value, None, number)
-    return values
+            distance = metrics.frechet_distance(*a, *b)
+            distances[str(label)] = figure(distance, None, len(sets[0]))
+    return distances
 
 
 def _mean_of_classes(distances: list[float]) -> dict[str, Any]:

@@ -23,9 +23,7 @@ def reliability(path: epath.Path, diagrams: Mapping[str, Reliability]) -> None:
         axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
         axis.plot(diagram.confidence, diagram.accuracy, "k.", markersize=4)
         share = axis.twinx()
-        share.step(
-            left, diagram.counts / diagram.counts.sum(), where="post", color="C1"
-        )
+        share.stairs(diagram.counts / diagram.counts.sum(), diagram.edges, color="C1")
         share.set_ylim(0, 1)
         share.set_ylabel("share of images", color="C1", fontsize=8)
         axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")

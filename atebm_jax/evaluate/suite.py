@@ -146,6 +146,12 @@ def _settings(
         _check_same_network(settings, config)
         settings.data = config.data
         settings.evaluate = config.evaluate
+    if not settings.data.test:
+        raise UserError(
+            "the checkpoint names no test images, as none does that was imported: give "
+            "--config, a config of the same network with its data, such as "
+            "configs/cifar10.py:small."
+        )
     if data_dir is not None:
         settings.data.data_dir = data_dir
     configuration.check(settings)

@@ -12,6 +12,8 @@ from rich.table import Table
 from atebm_jax.errors import UserError
 from atebm_jax.reporting import replace_text
 
+_CLASSES_SHOWN = 20
+
 
 def write(folder: epath.Path, report: Mapping[str, Any]) -> None:
     """Writes both files, each whole or not at all.
@@ -47,9 +49,23 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += ["|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(row)} |" for row in _rows(result["figures"])]
         lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
+        lines += [
+            f"- Frechet distance per class, {name}: {_classes(figures)}"
+            for name, figures in result.get("per_class", {}).items()
+        ]
         plots = result.get("plots", ())
         lines += [""] * bool(plots) + [f"![{plot}]({plot})" for plot in plots]
     return "\n".join(lines) + "\n"
+
+
+def _classes(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Class, distance and number of images; of many classes the first ones."""
+    shown = [
+        f"{name} {figure['value']:.4f} ({figure['count']})"
+        for name, figure in list(figures.items())[:_CLASSES_SHOWN]
+    ]
+    more = len(figures) - len(shown)
+    return ", ".join(shown) + (f"; {more} more in report.json" if more else "")
 
 
 def _data(described: Mapping[str, Any]) -> str:
