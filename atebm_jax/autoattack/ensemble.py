@@ -160,6 +160,8 @@ def run(
       batch_size: images at a time; rounded up to a multiple of the devices.
       stochastic: the network takes a key.
       sharding: how a batch's first axis is split over devices; default: one device.
+        Several processes may share them: each calls this with the same arguments and
+        receives the whole result.
       done: the units of an earlier run, in their order; they are not run again.
       on_unit: called with every new unit, before the next one begins. It may raise to
         stop.

@@ -247,11 +247,16 @@ class Programs:
         kind = jax.random.key_impl(batch.key)
         split, whole = self._sharding, self._everywhere
         return Batch(
-            *(_global(np.asarray(x), split) for x in batch[:3]),
-            _global(np.asarray(batch.number), whole),
-            jax.random.wrap_key_data(_global(key, whole), impl=kind),
+            images=_global(batch.images, split),
+            labels=_global(batch.labels, split),
+            indices=_global(batch.indices, split),
+            number=_global(batch.number, whole),
+            key=jax.random.wrap_key_data(_global(key, whole), impl=kind),
         )
 
 
-def _global(array: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _global(
+    values: np.ndarray | jax.Array, sharding: jax.sharding.NamedSharding
+) -> jax.Array:
+    array = np.asarray(values)
     return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])

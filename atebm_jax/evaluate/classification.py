@@ -8,14 +8,19 @@ from etils import epath
 
 from atebm_jax import attacks, losses, metrics
 from atebm_jax.evaluate import figures
-from atebm_jax.evaluate.context import Context, Network, figure
+from atebm_jax.evaluate.context import Context, Network, check_finite, figure
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, K] and labels [N] of a data set."""
+    """Logits [N, K] and labels [N] of a data set.
+
+    Raises:
+      UserError: some logits are no numbers.
+    """
     rows = context.map_images(
         f"logits of {role}", role, lambda network, x, y: {"logits": network.logits(x)}
     )
+    check_finite(f"logits of {role}", rows["logits"])
     return rows["logits"], rows["labels"]
 
 

@@ -296,6 +296,19 @@ def source_fingerprint(
     return digest.hexdigest()
 
 
+def check_finite(what: str, *arrays: np.ndarray) -> None:
+    """Refuses what no figure can be made of.
+
+    Raises:
+      UserError: some values are NaN or infinite.
+    """
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(
+            f"some {what} are NaN or infinite: the network has diverged; choose "
+            "another checkpoint."
+        )
+
+
 def figure(
     value: float, interval: tuple[float, float] | None = None, count: int | None = None
 ) -> dict[str, Any]:

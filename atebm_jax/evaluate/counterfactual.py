@@ -11,7 +11,7 @@ from etils import epath
 from atebm_jax import attacks, energy, metrics, sampling
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors, figures
-from atebm_jax.evaluate.context import Context, Network, RowsFn, figure
+from atebm_jax.evaluate.context import Context, Network, RowsFn, check_finite, figure
 from atebm_jax.evaluate.extractors import Extractor
 
 # Classes with fewer counterfactuals or real images have no Frechet distance.
@@ -101,6 +101,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             num_steps=settings.num_steps,
             target=context.options.target,
         )
+        check_finite("features", real["features"], found[radius]["features"])
         values |= _figures(context, radius, found[radius])
         classes = _distances(context, found[radius], real)
         if classes:

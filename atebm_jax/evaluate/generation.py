@@ -12,7 +12,7 @@ from etils import epath
 from atebm_jax import metrics
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing, extractors, figures, plots, references
-from atebm_jax.evaluate.context import Context, figure
+from atebm_jax.evaluate.context import Context, check_finite, figure
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.references import Reference
 from atebm_jax.metrics import Moments, SplitSums
@@ -161,6 +161,7 @@ def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
     first, kept, shown = 0, [], []
     for unit in drawing.units(context, extractor, plan):
         features, logits = unit["features"][:, 0], unit["logits"]
+        check_finite("features and logits of samples", features, logits)
         if seen is None:
             groups = [Moments.empty(features.shape[1]) for _ in range(_GROUPS)]
             splits = SplitSums.empty(split_of.max() + 1, logits.shape[1])
@@ -187,11 +188,7 @@ def _merged(groups: list[Moments]) -> Moments:
 
 def _distance(moments: Moments, reference: Reference) -> float:
     mean, covariance = moments.statistics()
-    if not np.isfinite(covariance).all():
-        raise UserError(
-            "some features of samples are NaN or infinite: the network has diverged, "
-            "or config.evaluate.samples.step_size is too large for it."
-        )
+    check_finite("features of samples", covariance)
     return metrics.frechet_distance(
         mean, covariance, reference.mean, reference.covariance
     )

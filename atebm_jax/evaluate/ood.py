@@ -13,9 +13,8 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import attacks, energy, metrics, models
-from atebm_jax.errors import UserError
 from atebm_jax.evaluate import figures
-from atebm_jax.evaluate.context import Context, Network, figure
+from atebm_jax.evaluate.context import Context, Network, check_finite, figure
 
 ScoreFn = Callable[[models.LogitsFn, jax.Array], jax.Array]
 
@@ -148,11 +147,7 @@ def _attacked_scores(limits: Budget) -> Callable[..., dict[str, jax.Array]]:
 def _figures(
     context: Context, prefix: str, inside: np.ndarray, outside: np.ndarray
 ) -> dict[str, Any]:
-    if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
-        raise UserError(
-            f"{prefix}: some scores are NaN or infinite: the network has diverged; "
-            "choose another checkpoint."
-        )
+    check_finite(f"scores of {prefix}", inside, outside)
     numbers = len(inside), len(outside)
     area = float(metrics.auroc(jnp.asarray(inside), jnp.asarray(outside)))
     interval = metrics.auroc_interval(min(max(area, 0.0), 1.0), *numbers)

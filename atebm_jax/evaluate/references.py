@@ -12,7 +12,7 @@ from etils import epath
 
 from atebm_jax import checkpoint
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Network
+from atebm_jax.evaluate.context import Context, Network, check_finite
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.store import Arrays, Store
 from atebm_jax.metrics import Moments
@@ -143,6 +143,7 @@ def _compute(
     for index, (features, first) in enumerate(
         _features(context, extractor, limit, done), start=done
     ):
+        check_finite("features of real images", features)
         moments = moments.merge(Moments.of(features))
         # Evenly over the set: the rows at which a share of what to keep fills up.
         rows = first + np.arange(len(features) + 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -143,7 +144,7 @@ def _settings(
     """The checkpoint's config, with the caller's data and evaluation."""
     settings = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     if config is not None:
-        _check_same_network(settings, config)
+        _check_same_network(settings, config, meta["stage"])
         settings.data = config.data
         settings.evaluate = config.evaluate
     if not settings.data.test:
@@ -159,24 +160,37 @@ def _settings(
 
 
 def _check_same_network(
-    trained: ml_collections.ConfigDict, given: ml_collections.ConfigDict
+    trained: ml_collections.ConfigDict, given: ml_collections.ConfigDict, stage: str
 ) -> None:
-    """Refuses a config whose figures would not be those of the trained network."""
+    """Refuses a config whose figures would not be those of the trained network.
+
+    The network is the checkpoint's in any case. Of one that was imported, for which no
+    config need exist, only what decides the images' size, normalisation and classes
+    is compared.
+    """
     old, new = checkpoint.as_json(trained), checkpoint.as_json(given)
-    pairs = {
-        f"model.{name}": (value, new["model"].get(name))
-        for name, value in old["model"].items()
-        if name not in ("conv_gradient", "remat", "dtype")
-    }
+    fields = [f for f in old["model"] if f not in ("conv_gradient", "remat", "dtype")]
+    if stage == checkpoint.IMPORTED:
+        fields = ["num_classes", "mean", "std"]
+    pairs = {f"model.{f}": (old["model"][f], new["model"].get(f)) for f in fields}
     pairs["data.image_shape"] = (old["data"]["image_shape"], new["data"]["image_shape"])
     for field, (before, now) in pairs.items():
-        if before != now:
+        if not _same(before, now):
             raise UserError(
                 f"config.{field} is {now} and the checkpoint was trained with "
                 f"{before}: "
                 "figures of another resolution, normalisation or network cannot be "
                 "compared; give the config it was trained with."
             )
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Equal, or equal as figures are published: a mean of 0.4914 is one of 0.49140."""
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_same, before, now))
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-3)
+    return before == now
 
 
 def _context(

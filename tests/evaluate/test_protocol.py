@@ -1,13 +1,15 @@
 """What stands behind the figures: data, units, held-out images, early refusals."""
 
 import json
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, data
+from atebm_jax import UserError, checkpoint, data
 from atebm_jax.evaluate import ood, suite, suite_report
 from atebm_jax.evaluate.options import Options
 
@@ -108,6 +110,19 @@ def test_what_cannot_be_measured_is_told_before_anything_is(workdir, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_network_of_an_imported_checkpoint_is_its_own():
+    trained, given = tiny.config(), tiny.config(**{"model.depth": 16})
+    suite._check_same_network(trained, given, "imported")
+    with pytest.raises(UserError, match="config.model.depth is 16"):
+        suite._check_same_network(trained, given, "stage1")
+    trained.model.mean, trained.model.std = (0.49139977,), (0.24703225,)
+    given.model.mean, given.model.std = (0.4914,), (0.247,)
+    suite._check_same_network(trained, given, "imported")
+    given.model.mean = (0.5,)
+    with pytest.raises(UserError, match="config.model.mean is"):
+        suite._check_same_network(trained, given, "imported")
+
+
 def test_the_model_is_no_judge_of_itself(workdir, tmp_path):
     with pytest.raises(UserError, match="weights of the model itself"):
         suite.evaluate(
@@ -154,6 +169,20 @@ def test_custom_ensemble_runs_the_attacks_it_is_given(workdir, tmp_path):
     assert list(metric["figures"]) == ["accuracy_after_clean", "accuracy_after_apgd-ce"]
     assert metric["protocol"]["attacks"] == ["apgd-ce"]
     assert metric["protocol"]["settings"]["num_steps"] == 100
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "generation", "ood", "counterfactual"])
+def test_diverged_network_is_told(workdir, tmp_path, monkeypatch, metric):
+    load = checkpoint.load_weights
+
+    def diverged(*arguments, **options):
+        weights, meta = load(*arguments, **options)
+        return jax.tree.map(lambda x: np.full_like(x, np.nan), weights), meta
+
+    monkeypatch.setattr(checkpoint, "load_weights", diverged)
+    options = replace(OPTIONS, cache_dir=str(tmp_path / "cache"), sweep=0)
+    with pytest.raises(UserError, match="the network has diverged"):
+        suite.evaluate(workdir, tmp_path / "out", metrics=(metric,), options=options)
 
 
 @pytest.mark.parametrize("name", ["auroc", "aupr_in", "aupr_out", "fpr95"])
