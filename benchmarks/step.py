@@ -21,7 +21,7 @@ from rich.table import Table
 from sides import MEASURED, Settings
 from workers import Worker, available_cpus
 
-from atebm_jax import models
+from atebm_jax import archs, models
 from atebm_jax.config import lookup
 from atebm_jax.errors import UserError
 
@@ -32,7 +32,13 @@ TITLES = {"loop": "contrastive loop", "step": "stage-2 step"}
 
 def parser() -> options.Parser:
     flags = options.Parser(description=__doc__.partition("\n")[0])
-    flags.add_argument("--model", default="", help="DEPTH/WIDTH of a WideResNet")
+    flags.add_argument(
+        "--model",
+        default="",
+        help="DEPTH/WIDTH of a WideResNet, or an architecture: resnet50, "
+        "convnext_tiny_cvst, ...",
+    )
+    flags.add_argument("--image_size", type=options.positive, help="pixels a side")
     flags.add_argument("--batch_size", type=options.positive, default=32)
     flags.add_argument("--steps", type=options.positive, default=10, help="T")
     flags.add_argument("--repeats", type=options.positive, default=10)
@@ -81,6 +87,7 @@ def main(argv: list[str]) -> None:
         "machine": options.machine(),
         "flags": vars(flags),
         "model": config.model.to_dict(),
+        "image_shape": list(config.data.image_shape),
         "stage2": config.stage2.to_dict(),
         **record,
     }
@@ -90,14 +97,10 @@ def main(argv: list[str]) -> None:
 
 def configure(config: ConfigDict, flags: Any) -> None:
     """Puts the flags into the config, and T where it stays."""
-    if flags.model:
-        depth, slash, width = flags.model.partition("/")
-        if not (slash and depth.isdecimal() and width.isdecimal()):
-            raise UserError(
-                f"--model={flags.model} is no DEPTH/WIDTH: write --model=16/2."
-            )
-        config.model.name = "wide_resnet"
-        config.model.depth, config.model.widen_factor = int(depth), int(width)
+    _choose_network(config, flags.model)
+    if flags.image_size:
+        channels = config.data.image_shape[2]
+        config.data.image_shape = (flags.image_size, flags.image_size, channels)
     if flags.dtype:
         config.model.dtype = flags.dtype
     if flags.conv_gradient:
@@ -109,6 +112,21 @@ def configure(config: ConfigDict, flags: Any) -> None:
         raise UserError(
             f"--threads={flags.threads} is more than the {available_cpus()} CPUs that "
             "this process may use."
+        )
+
+
+def _choose_network(config: ConfigDict, name: str) -> None:
+    if name in archs.ARCHS:
+        config.model.update(archs.arch(name))
+    elif name:
+        depth, slash, width = name.partition("/")
+        if not (slash and depth.isdecimal() and width.isdecimal()):
+            raise UserError(
+                f"--model={name} is neither DEPTH/WIDTH nor an architecture: write "
+                f"--model=16/2, or one of {', '.join(archs.ARCHS)}."
+            )
+        config.model.update(
+            name="wide_resnet", depth=int(depth), widen_factor=int(width)
         )
 
 
@@ -232,9 +250,9 @@ def show(record: dict[str, Any]) -> None:
         device = record["sides"][names[0]]["device"]
     console.print(f"{device}, {', '.join(dict.fromkeys(versions))}")
     console.print(
-        f"{_network(record['model'])}, {record['model']['dtype']}, batch "
-        f"{flags['batch_size']}, T {flags['steps']}, {flags['threads']} thread(s), "
-        f"{flags['repeats']} repeats"
+        f"{_network(record['model'])}, {record['image_shape'][0]} pixels, "
+        f"{record['model']['dtype']}, batch {flags['batch_size']}, T {flags['steps']}, "
+        f"{flags['threads']} thread(s), {flags['repeats']} repeats"
     )
     if "agreement" in record:
         console.print(agreement.describe(record["agreement"]))
@@ -246,7 +264,7 @@ def show(record: dict[str, Any]) -> None:
 def _network(model: dict[str, Any]) -> str:
     if model["name"] == "wide_resnet":
         return f"WRN-{model['depth']}-{model['widen_factor']}"
-    return str(model["name"])
+    return archs.describe(ConfigDict(model))
 
 
 def _table(record: dict[str, Any], names: list[str]) -> Table:

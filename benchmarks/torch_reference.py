@@ -3,7 +3,7 @@
 Written from the same description as `atebm_jax`, as one would write it in PyTorch: the
 network in evaluation mode (frozen batch normalisation), image gradients by
 `torch.autograd.grad` with the parameters' gradients switched off during the loops, one
-backward pass for the sum of the losses, fused optimiser where the device has one.
+backward pass for the sum of the losses, and the optimisers as PyTorch has them.
 Images are NCHW here.
 """
 
@@ -159,6 +159,14 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
     return 0.5 * (below + not_above).float().mean() / len(negative)
 
 
+def _optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        # Fused or not as PyTorch has it by default.
+        return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), **common)
+    return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **common)
+
+
 class Stage2:
     """Everything one stage-2 step needs and changes.
 
@@ -177,13 +185,7 @@ class Stage2:
         self.num_averages = 0
         self.num_steps = config.t_max
         self.window: list[Tensor] = []
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = _optimizer(model, config)
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update on uint8 images and int64 labels; returns scalar metrics."""

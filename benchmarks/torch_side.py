@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_imagenet
 import torch_reference
 from ml_collections import ConfigDict
 from sides import CHECKED_STEPS, Settings, batch, timed
@@ -28,15 +29,45 @@ def _wide_resnet(config: ConfigDict) -> Any:
     )
 
 
+def _resnet(config: ConfigDict) -> Any:
+    model = config.model
+    if model.depth not in torch_imagenet.STAGES or model.activation != "relu":
+        raise UserError(
+            f"the PyTorch side has ResNets of depth 50 and 101 with ReLU: not "
+            f"{model.depth} with {model.activation}; choose --compare=none."
+        )
+    return torch_imagenet.ResNet(
+        depth=model.depth,
+        base_width=model.base_width,
+        num_classes=model.num_classes,
+        channels=config.data.image_shape[2],
+        mean=tuple(model.mean),
+        std=tuple(model.std),
+    )
+
+
+def _convnext(config: ConfigDict) -> Any:
+    model = config.model
+    return torch_imagenet.ConvNeXt(
+        size=model.size,
+        stem=model.stem,
+        num_classes=model.num_classes,
+        channels=config.data.image_shape[2],
+        mean=tuple(model.mean),
+        std=tuple(model.std),
+    )
+
+
 # Networks with a PyTorch twin, by `config.model.name`: how it is built, and how its
 # state dict becomes our variables.
 TWINS: dict[str, tuple[Callable[[ConfigDict], Any], Callable[[Mapping], Any]]] = {
     "wide_resnet": (_wide_resnet, partial(convert.from_torch, "wide_resnet")),
+    "resnet": (_resnet, partial(convert.from_torch, "resnet")),
+    "convnext": (_convnext, partial(convert.from_torch, "convnext")),
 }
 
-# What the twin's step can do, by field of `config.stage2`: the paper's CIFAR rows.
+# What the twin's step can do, by field of `config.stage2`: the paper's rows.
 SUPPORTED = {
-    "optimizer": "sgd",
     "schedule": "constant",
     "warmup_steps": 0,
     "contrastive_objective": "conditional",

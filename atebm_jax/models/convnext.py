@@ -15,7 +15,13 @@ import ml_collections
 
 from atebm_jax.errors import UserError
 from atebm_jax.models.depthwise import DepthwiseConv
-from atebm_jax.models.layers import Conv, Normalize, at_least_float32, layer_norm
+from atebm_jax.models.layers import (
+    Conv,
+    Normalize,
+    at_least_float32,
+    gelu,
+    layer_norm,
+)
 from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
 
 # Blocks and channels of each of the four stages.
@@ -53,7 +59,7 @@ class Block(nn.Module):
         y = DepthwiseConv(7, self.dtype, self.conv_gradient, name="depthwise")(x)
         y = layer_norm(y, "norm")
         y = nn.Dense(4 * channels, name="fc1", **dense)(y)
-        y = nn.gelu(y, approximate=False)
+        y = gelu(y)
         y = nn.Dense(channels, name="fc2", **dense)(y)
         init = nn.initializers.constant(1e-6)
         gamma = self.param("gamma", init, (channels,), jnp.float32)
@@ -91,7 +97,7 @@ class ConvNeXt(nn.Module):
       stem: "patch" (4x4) or "conv" (`CONV_STEMS`).
       mean, std: input normalisation, one number a channel; empty for none.
       dtype: compute dtype of convolutions and dense layers.
-      conv_gradient: see `layers.conv_function` and `depthwise.depthwise_function`.
+      conv_gradient: see `layers.chosen_form`.
       remat: compute a block's activations again in the backward pass.
     """
 

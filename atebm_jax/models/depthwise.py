@@ -10,10 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from atebm_jax.errors import UserError
-from atebm_jax.models.layers import at_least_float32
+from atebm_jax.models.layers import at_least_float32, chosen_form, outside_loops
 
 
 def depthwise_xla(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -52,14 +52,38 @@ def depthwise_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
 def _sum_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
     side = len(kernel)
     height, width = images.shape[1:3]
-    weights = at_least_float32(kernel)[:, :, 0, None, None, None, :]
-    wide = at_least_float32(images)
-    padded, total = _padded(wide, side), jnp.zeros_like(wide)
-    for i in range(side):
-        for j in range(side):
-            seen = padded[:, i : i + height, j : j + width]
-            total = total + seen * weights[i, j]
-    return total.astype(images.dtype)
+    weights, wide = at_least_float32(kernel)[:, :, 0], at_least_float32(images)
+    if max(height, width) <= side // 2 + 1:
+        return _sum_pixels(wide, weights).astype(images.dtype)
+    padded = _padded(wide, side)
+    # Row by row: one long sum is compiled into a slower loop.
+    rows = [
+        sum(
+            padded[:, i : i + height, j : j + width] * weights[i, j]
+            for j in range(side)
+        )
+        for i in range(side)
+    ]
+    return jnp.asarray(sum(rows)).astype(images.dtype)
+
+
+def _sum_pixels(images: jax.Array, weights: jax.Array) -> jax.Array:
+    """The same for images so small that every pixel sees every other one.
+
+    Then there are fewer pixels than window elements, and none of them lies beyond the
+    border: y[p] = sum over q of x[q] w[q - p].
+    """
+    side = len(weights)
+    height, width = images.shape[1:3]
+    rows, columns = np.divmod(np.arange(height * width), width)
+    row_shift = rows[:, None] - rows[None, :] + side // 2
+    column_shift = columns[:, None] - columns[None, :] + side // 2
+    # For every pixel q what it adds to each p. A constant of PGD's loop: see
+    # `layers.outside_loops`.
+    table = outside_loops(weights[row_shift, column_shift])
+    pixels = images.reshape(len(images), height * width, -1)
+    total = sum(pixels[:, q, None, :] * table[None, q] for q in range(height * width))
+    return jnp.asarray(total).reshape(images.shape)
 
 
 def _padded(images: jax.Array, side: int) -> jax.Array:
@@ -112,20 +136,12 @@ def depthwise_function(
     """The depthwise convolution for a `conv_gradient` setting.
 
     Args:
-      conv_gradient: "xla", "forward" (shifted images), or "auto": "forward" on CPU,
-        "xla" elsewhere.
+      conv_gradient: as in `layers.chosen_form`; "forward" are shifted images.
 
     Raises:
-      UserError: any other value.
+      UserError: an unknown one.
     """
-    if conv_gradient == "auto":
-        conv_gradient = "forward" if jax.default_backend() == "cpu" else "xla"
-    if conv_gradient not in DEPTHWISE:
-        raise UserError(
-            f"unknown conv_gradient {conv_gradient!r}: choose one of auto, "
-            f"{', '.join(DEPTHWISE)}."
-        )
-    return DEPTHWISE[conv_gradient]
+    return DEPTHWISE[chosen_form(conv_gradient)]
 
 
 class DepthwiseConv(nn.Module):

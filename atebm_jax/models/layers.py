@@ -4,6 +4,7 @@ Compute dtype and parameter dtype are apart: parameters and normalisation are fl
 convolutions run in `dtype` (float32 or bfloat16).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from atebm_jax.errors import UserError
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from atebm_jax.models.products import (
+    Padding,
+    conv_patches,
+    conv_tiles,
+    max_pool_shifted,
+)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -54,7 +59,6 @@ def conv_xla(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def conv_forward_gradient(
     images: jax.Array,
     kernel: jax.Array,
@@ -62,13 +66,54 @@ def conv_forward_gradient(
     padding: Padding,
     groups: int = 1,
 ) -> jax.Array:
+    """`conv_xla` in the form whose gradients are fast on CPU.
+
+    Windows that do not overlap make a plain matrix product. So do patches, where the
+    window has more elements than the image: XLA would swap the two and convolve the
+    kernel with the images, hundreds of times slower. Every other convolution has an
+    image gradient that is itself a plain convolution. Same arguments as `conv_xla`;
+    reverse-mode derivatives only, of any order.
+    """
+    window = kernel.shape[:2]
+    apart = window[0] <= strides[0] and window[1] <= strides[1]
+    if groups == 1 and apart and padding == ((0, 0), (0, 0)):
+        return conv_tiles(images, kernel, strides)
+    if groups == 1 and math.prod(window) > _smallest(images, window, strides, padding):
+        return conv_patches(images, kernel, strides, padding)
+    return _conv(images, kernel, strides, padding, groups)
+
+
+def _smallest(
+    images: jax.Array,
+    window: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> int:
+    """Pixels of the images or of the result, whichever are fewer."""
+    sizes = images.shape[1:3]
+    made = [
+        (size + sum(edges) - side) // stride + 1
+        for size, edges, side, stride in zip(
+            sizes, padding, window, strides, strict=True
+        )
+    ]
+    return min(math.prod(sizes), math.prod(made))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+) -> jax.Array:
     """`conv_xla` whose image gradient is itself written as a plain convolution.
 
     XLA expresses the image gradient with permuted dimension numbers. On CPU such a
     convolution is slow inside a loop body, where it is not put into the canonical
     layout. Flipping and transposing the kernel ourselves gives the canonical layout
-    everywhere. The kernel gradient stays XLA's. Same arguments as `conv_xla`;
-    reverse-mode derivatives only, of any order.
+    everywhere. The kernel gradient stays XLA's.
     """
     return conv_xla(images, kernel, strides, padding, groups)
 
@@ -97,6 +142,7 @@ def _conv_bwd(
     flipped = flipped.reshape(height, width, per_group, groups, features // groups)
     flipped = flipped.transpose(0, 1, 4, 3, 2)
     flipped = flipped.reshape(height, width, features // groups, groups * per_group)
+    flipped = outside_loops(flipped)
     image_gradient = lax.conv_general_dilated(
         cotangent,
         flipped,
@@ -122,6 +168,15 @@ def _conv_bwd(
     return image_gradient, kernel_pullback(cotangent)[0]
 
 
+def outside_loops(x: jax.Array) -> jax.Array:
+    """The array itself; where it is a constant of a loop, XLA computes it before.
+
+    A mere transposition or selection of parameters it would do again in every step of
+    PGD.
+    """
+    return lax.optimization_barrier(x)
+
+
 def _transposed_padding(
     size: int, out_size: int, window: int, stride: int, padding: tuple[int, int]
 ) -> tuple[int, int]:
@@ -130,7 +185,7 @@ def _transposed_padding(
     return low, size - dilated + window - 1 - low
 
 
-conv_forward_gradient.defvjp(_conv_fwd, _conv_bwd)
+_conv.defvjp(_conv_fwd, _conv_bwd)
 
 CONV_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
     "xla": conv_xla,
@@ -138,12 +193,15 @@ CONV_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def conv_function(conv_gradient: str) -> Callable[..., jax.Array]:
-    """The convolution for a `conv_gradient` setting.
+def chosen_form(conv_gradient: str) -> str:
+    """The form of convolutions and pooling for a `conv_gradient` setting.
 
     Args:
       conv_gradient: "xla", "forward", or "auto": "forward" on CPU, where it was
         measured to be faster (`benchmarks/step.py`), "xla" elsewhere.
+
+    Returns:
+      "xla" or "forward".
 
     Raises:
       UserError: any other value.
@@ -155,7 +213,43 @@ def conv_function(conv_gradient: str) -> Callable[..., jax.Array]:
             f"unknown conv_gradient {conv_gradient!r}: choose one of auto, "
             f"{', '.join(CONV_GRADIENTS)}."
         )
-    return CONV_GRADIENTS[conv_gradient]
+    return conv_gradient
+
+
+def conv_function(conv_gradient: str) -> Callable[..., jax.Array]:
+    """The convolution for a setting as in `chosen_form`.
+
+    Raises:
+      UserError: an unknown one.
+    """
+    return CONV_GRADIENTS[chosen_form(conv_gradient)]
+
+
+def max_pool(
+    images: jax.Array, side: int, stride: int, padding: int, conv_gradient: str
+) -> jax.Array:
+    """Maxima of square windows [B, H, W, C] -> [B, H', W', C].
+
+    Args:
+      images: [B, H, W, C] float.
+      side, stride, padding: of the windows, the same in both directions.
+      conv_gradient: as in `chosen_form`. XLA's gradient is slow on CPU.
+    """
+    window, strides = (side, side), (stride, stride)
+    pad = ((padding, padding), (padding, padding))
+    if chosen_form(conv_gradient) == "forward":
+        return max_pool_shifted(images, window, strides, pad)
+    return nn.max_pool(images, window, strides, pad)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x Phi(x) (Hendrycks and Gimpel, 2016).
+
+    By erf, as PyTorch has it; JAX's own goes by erfc, which on CPU costs half as much
+    again.
+    """
+    wide = at_least_float32(x)
+    return (wide * (0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -169,7 +263,7 @@ class Conv(nn.Module):
       groups: channel groups.
       use_bias: adds a learned vector.
       dtype: compute dtype; the parameters are float32.
-      conv_gradient: see `conv_function`.
+      conv_gradient: see `chosen_form`.
     """
 
     features: int

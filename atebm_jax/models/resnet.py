@@ -20,6 +20,7 @@ from atebm_jax.models.layers import (
     Normalize,
     at_least_float32,
     batch_norm,
+    max_pool,
 )
 
 # Blocks of each of the four stages.
@@ -94,7 +95,7 @@ class ResNet(nn.Module):
       mean, std: input normalisation, one number a channel; empty for none.
       activation: "relu" or "swish".
       dtype: compute dtype of the convolutions.
-      conv_gradient: see `layers.conv_function`.
+      conv_gradient: see `layers.chosen_form`.
       remat: compute a block's activations again in the backward pass.
     """
 
@@ -127,7 +128,7 @@ class ResNet(nn.Module):
         x = Normalize(self.mean, self.std)(images) if self.mean else images
         x = Conv(64, 7, 2, 3, name="conv1", **conv)(x)
         x = activation(batch_norm("bn1", train)(at_least_float32(x)))
-        x = nn.max_pool(x.astype(self.dtype), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = max_pool(x.astype(self.dtype), 3, 2, 1, self.conv_gradient)
         for stage, num_blocks in enumerate(STAGES[self.depth]):
             planes = 64 * 2**stage
             for index in range(num_blocks):

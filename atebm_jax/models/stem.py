@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from atebm_jax.models.layers import Conv, layer_norm
+from atebm_jax.models.layers import Conv, gelu, layer_norm
 
 STEMS = ("patch", "conv")
 
@@ -69,5 +69,5 @@ class ConvStem(nn.Module):
         for index, (channels, stride) in enumerate(self.layers):
             x = Conv(channels, 3, stride, 1, name=f"conv{index}", **conv)(x)
             x = layer_norm(x, f"norm{index}").astype(self.dtype)
-            x = nn.gelu(x, approximate=False)
+            x = gelu(x)
         return Conv(self.features, 1, name="out", **conv)(x) if self.features else x

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError
-from atebm_jax.models.layers import Normalize, at_least_float32, layer_norm
+from atebm_jax.models.layers import Normalize, at_least_float32, gelu, layer_norm
 from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
 
 # Channels and attention heads.
@@ -47,7 +47,7 @@ class Block(nn.Module):
         y = nn.Dense(channels, name="proj", **dense)(y.reshape(x.shape))
         x = x + at_least_float32(y)
         y = nn.Dense(4 * channels, name="fc1", **dense)(layer_norm(x, "norm2"))
-        y = nn.gelu(y, approximate=False)
+        y = gelu(y)
         return x + at_least_float32(nn.Dense(channels, name="fc2", **dense)(y))
 
 
@@ -61,7 +61,7 @@ class ViT(nn.Module):
       position_grid: side of the grid that the position embedding is kept for.
       mean, std: input normalisation, one number a channel; empty for none.
       dtype: compute dtype of convolutions, dense layers and attention.
-      conv_gradient: see `layers.conv_function`.
+      conv_gradient: see `layers.chosen_form`.
       remat: compute a block's activations again in the backward pass.
     """
 

@@ -50,7 +50,7 @@ class WideResNet(nn.Module):
       mean, std: input normalisation, one number a channel; empty for none.
       activation: "relu" or "swish".
       dtype: compute dtype of the convolutions.
-      conv_gradient: see `layers.conv_function`.
+      conv_gradient: see `layers.chosen_form`.
       remat: compute a block's activations again in the backward pass.
     """
 

@@ -1,0 +1,174 @@
+"""Convolutions as matrix products, and max pooling as maxima of shifted images.
+
+XLA turns them into one fast loop or product on every backend; what it does on CPU with
+the general forms is slow (`benchmarks/README.md`). NHWC, reverse-mode derivatives of
+any order.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def conv_tiles(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int]
+) -> jax.Array:
+    """Convolution without padding whose windows do not overlap: one product.
+
+    Args:
+      images: [B, H, W, I].
+      kernel: [h, w, I, O], h and w at most the strides.
+      strides: (vertical, horizontal).
+
+    Returns:
+      [B, H', W', O].
+    """
+    (h, w, inputs, outputs), (down, right) = kernel.shape, strides
+    rows = (images.shape[1] - h) // down + 1
+    columns = (images.shape[2] - w) // right + 1
+    if (h, w) == (1, 1):
+        return images[:, ::down, ::right] @ kernel[0, 0]
+    fits = ((0, rows * down), (0, columns * right))
+    images = _cut_or_fill(images, fits)
+    tiles = images.reshape(-1, rows, down, columns, right, inputs)[:, :, :h, :, :w]
+    tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows, columns, h * w * inputs)
+    return tiles @ kernel.reshape(h * w * inputs, outputs)
+
+
+def _cut_or_fill(
+    images: jax.Array, spans: tuple[tuple[int, int], tuple[int, int]]
+) -> jax.Array:
+    """Rows and columns [start, end) of images, zeros where there are none."""
+    edges = [
+        (-start, end - size, 0)
+        for (start, end), size in zip(spans, images.shape[1:3], strict=True)
+    ]
+    zero = jnp.zeros((), images.dtype)
+    return lax.pad(images, zero, [(0, 0, 0), *edges, (0, 0, 0)])
+
+
+def conv_patches(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    """Convolution as the product of all patches, h w I numbers each, and the kernel.
+
+    Arguments and result as `layers.conv_xla`, one group.
+    """
+    h, w, inputs, outputs = kernel.shape
+    seen = _shifted(images, (h, w), strides, padding, jnp.zeros((), images.dtype))
+    patches = jnp.concatenate(seen, axis=-1)
+    return patches @ kernel.reshape(h * w * inputs, outputs)
+
+
+def _shifted(
+    images: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+    fill: jax.Array,
+) -> list[jax.Array]:
+    """What each position of the window sees: h w arrays [B, H', W', C], row by row."""
+    padded = lax.pad(
+        images, fill, [(0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)]
+    )
+    rows, columns = (
+        (size - side) // stride + 1
+        for size, side, stride in zip(padded.shape[1:3], window, strides, strict=True)
+    )
+    down, right = strides
+    return [
+        padded[:, i : i + rows * down : down, j : j + columns * right : right]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+
+
+def max_pool_shifted(
+    images: jax.Array, window: tuple[int, int], strides: tuple[int, int], pad: Padding
+) -> jax.Array:
+    """Max pooling [B, H, W, C] -> [B, H', W', C] as maxima of shifted images.
+
+    Of equal elements the first of a window, row by row, has the gradient; NaN wins.
+
+    Args:
+      images: [B, H, W, C] float.
+      window: (height, width).
+      strides: (vertical, horizontal).
+      pad: ((top, bottom), (left, right)) elements that never win.
+    """
+    return _max_pool(images, window, strides, pad)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(
+    images: jax.Array, window: tuple[int, int], strides: tuple[int, int], pad: Padding
+) -> jax.Array:
+    return _pool_fwd(images, window, strides, pad)[0]
+
+
+def _pool_fwd(
+    images: jax.Array, window: tuple[int, int], strides: tuple[int, int], pad: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    lowest = jnp.array(-jnp.inf, images.dtype)
+    best, *others = _shifted(images, window, strides, pad, lowest)
+    winner = jnp.zeros(best.shape, jnp.int8)
+    for position, seen in enumerate(others, start=1):
+        better = (seen > best) | jnp.isnan(seen)
+        best = jnp.where(better, seen, best)
+        winner = jnp.where(better, jnp.int8(position), winner)
+    # Of the images only the shape is used, and nothing of them kept.
+    return best, (winner, images)
+
+
+def _pool_bwd(
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    pad: Padding,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array]:
+    winner, images = residuals
+    down, right = strides
+    # How many windows before its own an element may lie in, in either direction.
+    before = [(side - 1) // stride for side, stride in zip(window, strides)]
+    rows, columns = (
+        size + extra for size, extra in zip(winner.shape[1:3], before, strict=True)
+    )
+    edges = [(0, 0), *((extra, extra) for extra in before), (0, 0)]
+    winner = jnp.pad(winner, edges, constant_values=-1)
+    cotangent = jnp.pad(cotangent, edges)
+
+    def at(i: int, j: int) -> jax.Array:
+        """Gradient of the elements that a window sees at its position (i, j)."""
+        top, left = before[0] - i // down, before[1] - j // right
+        here = (slice(None), slice(top, top + rows), slice(left, left + columns))
+        won = winner[here] == i * window[1] + j
+        return jnp.where(won, cotangent[here], 0)
+
+    phases = [
+        sum(
+            at(i, j)
+            for i in range(a, window[0], down)
+            for j in range(b, window[1], right)
+        )
+        + jnp.zeros((len(images), rows, columns, images.shape[3]), cotangent.dtype)
+        for a in range(down)
+        for b in range(right)
+    ]
+    whole = jnp.stack(phases, axis=3).reshape(
+        len(images), rows, columns, down, right, -1
+    )
+    whole = whole.transpose(0, 1, 3, 2, 4, 5).reshape(
+        len(images), rows * down, columns * right, -1
+    )
+    spans = [
+        (low, low + size) for (low, _), size in zip(pad, images.shape[1:3], strict=True)
+    ]
+    return (_cut_or_fill(whole, (spans[0], spans[1])),)
+
+
+_max_pool.defvjp(_pool_fwd, _pool_bwd)
