@@ -7,9 +7,9 @@ reference here. Formulas are drawn by MathJax, which the reader's browser fetche
 
 import importlib
 import os
+import pkgutil
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import atebm_jax
+
 logger = logging.getLogger(__name__)
 
 project = "atebm_jax"
 author = "The atebm_jax authors"
-release = metadata.version("atebm_jax")
+release = atebm_jax.__version__
 html_title = f"atebm_jax {release}"
 html_theme = "furo"
 html_show_copyright = False
@@ -66,6 +66,7 @@ napoleon_use_ivar = True
 
 
 def setup(app: Sphinx) -> None:
+    _prefer_modules()
     app.add_post_transform(LinkCode)
     app.connect("source-read", _list_other_pages)
     app.connect("doctree-read", _check_formulas)
@@ -74,6 +75,14 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", _describe_returns, priority=400)
     app.connect("autodoc-skip-member", _skip_tuple_fields)
     app.connect("autodoc-process-signature", _hide_flax_arguments)
+
+
+def _prefer_modules() -> None:
+    """Names a module where its package has a function of that name too."""
+    for module in pkgutil.walk_packages(atebm_jax.__path__, "atebm_jax."):
+        package, _, name = module.name.rpartition(".")
+        if module.name in sys.modules:
+            setattr(sys.modules[package], name, sys.modules[module.name])
 
 
 def _check_formulas(app: Sphinx, document: nodes.document) -> None:

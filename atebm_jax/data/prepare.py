@@ -1,4 +1,6 @@
-"""Makes a prepared data set: `python -m atebm_jax.data.prepare --from=... --to=DIR`.
+"""Makes a prepared data set.
+
+    python -m atebm_jax.data.prepare --from=folder:PATH --to=DIR
 
 Images are decoded once, their shorter side scaled down to `--size`, and stored as JPEG
 in shards of ArrayRecord. A stopped run goes on with its finished shards. Exit codes: 0
