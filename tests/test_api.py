@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 import atebm_jax
-from atebm_jax import UserError
+from atebm_jax import UserError, constraints
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,65 @@ def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsil
     assert (after[rows, labels] < before[rows, labels]).all()
 
 
+@pytest.mark.parametrize(("norm", "radius"), [("l2", 0.8), ("linf", 0.1)])
+def test_counterfactuals_stay_in_their_ball_and_raise_their_class(
+    model, images, norm, radius
+):
+    targets = (model.classify(images).argmax(1) + 1) % 10
+    made = model.counterfactual(images, targets, radius=radius, norm=norm, num_steps=8)
+    assert made.images.shape == images.shape and made.path.energy.shape == (6, 9)
+    assert made.images.min() >= 0 and made.images.max() <= 1
+    delta = (made.images - images).reshape(6, -1)
+    lengths = np.linalg.norm(delta, 2 if norm == "l2" else np.inf, axis=1)
+    assert (lengths <= radius * (1 + 1e-5)).all() and (lengths > radius / 2).all()
+    confidence = made.path.target_confidence
+    assert (confidence[:, -1] > confidence[:, 0]).all()
+    np.testing.assert_allclose(
+        confidence[:, -1], model.classify(made.images)[np.arange(6), targets], 1e-4
+    )
+    np.testing.assert_array_equal(made.start, images)
+    np.testing.assert_array_equal(made.targets, targets)
+
+
+def test_counterfactual_is_the_same_bits_alone_and_among_many(model, images):
+    """The 36th image lies in the second chunk, on another device."""
+    many = np.concatenate([images] * 6)
+    radii = np.linspace(0.1, 4.0, 36)
+    made = model.counterfactual(many, 3, radius=radii)
+    alone = model.counterfactual(many[35], 3, radius=radii[35])
+    np.testing.assert_array_equal(made.images[35:], alone.images)
+    for together, one in zip(made.path, alone.path, strict=True):
+        np.testing.assert_array_equal(together[35:], one)
+
+
+def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
+    mask = np.zeros((8, 8), bool)
+    mask[2:6, 2:6] = True
+    for labels in (None, "guess"):
+        made = model.edit(constraints.inpaint(images, mask), labels, num_steps=5)
+        np.testing.assert_array_equal(made.images[:, ~mask], images[:, ~mask])
+        assert (made.path.energy[:, -1] < made.path.energy[:, 0]).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m, x: m.counterfactual(x, 10), "expected 0 to 9"),
+        (lambda m, x: m.counterfactual(x, [1, 2]), "one int"),
+        (lambda m, x: m.counterfactual(x, 1, radius=0), "must be positive"),
+        (lambda m, x: m.counterfactual(x, 1, norm="linf"), "at most 1"),
+        (lambda m, x: m.counterfactual(x, 1, num_steps=-1), "num_steps is -1"),
+        (lambda m, x: m.counterfactual(x, 1, step_size=0), "positive"),
+        (lambda m, x: m.edit(x), "the constraint is a ndarray"),
+        (lambda m, x: m.edit(constraints.superres(x, 2)), r"takes \[N, 8, 8, 1\]"),
+        (lambda m, x: m.edit(constraints.ball(x), "cat"), "'guess' or None"),
+        (lambda m, x: m.edit(constraints.ball(x), sampler="hmc"), "unknown sampler"),
+        (
+            lambda m, x: m.edit(
+                constraints.together(constraints.ball(x), constraints.ball(x[:1]))
+            ),
+            "of different lengths",
+        ),
         (lambda m, x: m.logits(x[:, :7]), r"this model takes \[N, H, W, C\]"),
         (lambda m, x: m.logits(x[:0]), "N >= 1"),
         (lambda m, x: m.logits(x * 255), "without any normalisation"),

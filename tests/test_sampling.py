@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import energy, models, sampling
+from atebm_jax import attacks, constraints, energy, models, samplers, sampling
 
 SHAPE = (4, 4, 3)
 
@@ -77,6 +77,85 @@ def test_samples_of_a_linear_model_lower_their_own_energy():
     made = sampling.unconditional(linear_logits, seeds, **options)
     before, after = (energy.marginal(linear_logits(x)) for x in (seeds, made))
     assert (after < before).all()
+
+
+def edit(constraint, labels, num_steps=6, capacity=8, **options):
+    keys = jnp.broadcast_to(jax.random.key(0), constraint.start.shape[:1])
+    settings = {"sampler": samplers.sampler("pgd"), "step_size": 0.3} | options
+    return sampling.edit(
+        linear_logits,
+        constraint,
+        labels,
+        keys,
+        num_steps=num_steps,
+        capacity=capacity,
+        **settings,
+    )
+
+
+def test_edit_in_a_ball_is_the_counterfactual():
+    images = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    targets = sampling.cyclic_labels(6, 3)
+    for norm, sampler in (("l2", "pgd"), ("linf", "sign")):
+        made = edit(
+            constraints.ball(images, 0.4, norm),
+            targets,
+            sampler=samplers.sampler(sampler),
+        )
+        expected = sampling.counterfactual(
+            linear_logits,
+            images,
+            targets,
+            threat=attacks.threat(norm, 0.4),
+            step_size=0.3,
+            num_steps=6,
+        )
+        np.testing.assert_allclose(made.images, expected, rtol=0, atol=1e-6)
+
+
+def test_path_of_an_edit_reads_its_images():
+    images = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    labels = sampling.cyclic_labels(6, 3)
+    made = edit(constraints.ball(images, 1.0), labels)
+    for row, x in ((0, images), (6, made.images)):
+        logits = linear_logits(x)
+        np.testing.assert_allclose(made.path.energy[row], energy.joint(logits, labels))
+        np.testing.assert_array_equal(made.path.predicted[row], logits.argmax(1))
+        everything = energy.class_probabilities(logits)
+        for read, classes in (
+            (made.path.target_confidence, labels),
+            (made.path.original_confidence, made.originals),
+        ):
+            expected = everything[jnp.arange(6), classes]
+            np.testing.assert_allclose(read[row], expected, rtol=1e-5)
+    np.testing.assert_array_equal(made.originals, linear_logits(images).argmax(1))
+    # What was not reached stays empty.
+    assert made.path.energy.shape == (9, 6) and not made.path.energy[7:].any()
+
+
+def test_edit_without_a_class_or_with_a_guessed_one():
+    images = sampling.noise_seeds(jax.random.key(1), jnp.arange(3), SHAPE)
+    ball = constraints.ball(images, 1.0)
+    free = edit(ball, None)
+    marginal = energy.marginal(linear_logits(free.images))
+    np.testing.assert_allclose(free.path.energy[6], marginal)
+    guessed = edit(ball, jnp.full(3, sampling.GUESS))
+    np.testing.assert_array_equal(guessed.targets, guessed.originals)
+    told = edit(ball, guessed.originals)
+    np.testing.assert_array_equal(guessed.images, told.images)
+
+
+def test_growing_steps_of_an_edit_does_not_recompile():
+    ball = constraints.ball(np.zeros((1, *SHAPE), np.uint8), 1.0)
+    compiled = jax.jit(lambda n: edit(ball, None, n).path.energy)
+    few, many = compiled(jnp.int32(2)), compiled(jnp.int32(5))
+    np.testing.assert_array_equal(few[:3], many[:3])
+    assert compiled._cache_size() == 1
+
+
+def test_steps_of_a_counterfactual_shrink_with_its_ball():
+    sizes = sampling.counterfactual_step_size(0.3, np.array([0.5, 1.5, 4.0]))
+    np.testing.assert_allclose(sizes, [0.1, 0.3, 0.3])
 
 
 def test_no_steps_return_the_seeds():

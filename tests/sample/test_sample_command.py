@@ -9,18 +9,10 @@ import time
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from atebm_jax import UserError
 from atebm_jax.sample import __main__ as command
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
-    return folder
 
 
 def draw(workdir, out, *more):

@@ -83,6 +83,40 @@ def test_images_stop_one_by_one_at_the_target(name):
     assert not np.array_equal(stopped[~there], draw(name)[~there])
 
 
+def test_trace_reads_the_images_that_run_makes():
+    name = "sgld"
+    seeds, keys = seeds_and_keys()
+    options = {"step_size": 0.05, "target": -0.3}
+    images, scores = samplers.trace(
+        samplers.sampler(name),
+        lambda x: (score(x), score(x)),
+        seeds,
+        keys,
+        capacity=5,
+        num_steps=4,
+        **options,
+    )
+    assert scores.shape == (6, 6) and not scores[5].any()
+    np.testing.assert_array_equal(images, draw(name, num_steps=4, **options))
+    for steps in (0, 2, 4):
+        made = draw(name, num_steps=steps, **options)
+        np.testing.assert_allclose(scores[steps], score(made), rtol=1e-6)
+
+
+def test_signed_steps_move_every_pixel_by_the_step():
+    seeds, _ = seeds_and_keys()
+    moved = draw("sign", num_steps=1, step_size=0.001) - seeds
+    expected = 0.001 * np.sign(BEST - np.asarray(seeds))
+    np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_each_image_may_have_its_own_step_size():
+    sizes = jnp.linspace(0.01, 0.06, 6)
+    together = draw("momentum", num_steps=3, step_size=sizes[:, None, None, None])
+    alone = draw("momentum", num_steps=3, step_size=float(sizes[4]))
+    np.testing.assert_allclose(together[4], alone[4], rtol=1e-6)
+
+
 def test_schedules_fall_from_one():
     steps = jnp.arange(10, dtype=jnp.int32)
     for name, schedule in samplers.SCHEDULES.items():

@@ -1,0 +1,317 @@
+"""explain and edit: what they write, that results keep their identity, mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from atebm_jax import UserError, data
+from atebm_jax.sample import __main__ as command
+from atebm_jax.sample import draw, edits, strips
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The first digits as PNG files, and a mask of their lower half."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, _ = data.materialise(data.open_source("digits:test"), "", (8, 8, 1))
+    for number in range(6):
+        Image.fromarray(images[number, ..., 0]).save(folder / f"{number}.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[4:] = 255
+    (folder / "masks").mkdir()
+    Image.fromarray(mask).save(folder / "masks" / "lower.png")
+    Image.fromarray(mask * 0).save(folder / "masks" / "none.png")
+    return folder
+
+
+def run(name, workdir, out, *more):
+    command.main([name, *map(str, more), f"--workdir={workdir}", f"--out={out}"])
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_explain_writes_strip_results_and_json(workdir, digits, tmp_path):
+    report = run(
+        "explain", workdir, tmp_path, digits / "5.png", "--target=3,8", "--radius=0.5,1"
+    )
+    results = {f"5_target{k}_radius{r}.png" for k in (3, 8) for r in ("0.5", "1")}
+    assert {p.name for p in tmp_path.iterdir()} == results | {
+        "5_strip.png",
+        "explain.json",
+    }
+    assert report["num_steps"] == 3 and len(report["results"]) == 4
+    original = pixels(digits / "5.png") / 255
+    for result in report["results"]:
+        changed = pixels(tmp_path / result["files"]["result"]) / 255
+        length = np.linalg.norm(changed - original)
+        # Bytes are rounded: 64 pixels by at most half a level.
+        assert length == pytest.approx(result["distance"]["l2"], abs=8 / 510)
+        assert result["distance"]["l2"] <= result["radius"] * (1 + 1e-5)
+        path, target = result["path"], result["target"]["class"]
+        assert len(path["target_confidence"]) == len(path["energy"]) == 4
+        confidence = result["target_confidence"]
+        assert confidence["before"] == path["target_confidence"][0]
+        assert confidence["after"] == path["target_confidence"][-1]
+        assert result["reached"] == (path["predicted"][-1] == target)
+        assert result["original"]["class"] == path["predicted"][0]
+        assert result["energy"]["after"] < result["energy"]["before"]
+    width, height = Image.open(tmp_path / "5_strip.png").size
+    assert width > 1000 and height > 1000
+
+
+def test_explanation_of_an_image_does_not_depend_on_those_beside_it(
+    workdir, digits, tmp_path
+):
+    flags = ["--target=all", "--radius=1"]
+    run("explain", workdir, tmp_path / "many", digits, "--index=2:6", *flags)
+    run("explain", workdir, tmp_path / "one", digits / "5.png", *flags)
+    for path in (tmp_path / "one").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+    many, one = (
+        json.loads((tmp_path / name / "explain.json").read_text())["results"]
+        for name in ("many", "one")
+    )
+    assert len(many) == 40 and len(one) == 10 and many[30:] == one
+
+
+def test_data_sets_are_named_by_place_and_know_their_labels(workdir, digits, tmp_path):
+    flags = ["--target=3", "--radius=1"]
+    by_spec = run(
+        "explain", workdir, tmp_path / "a", "digits:test", "--index=5", *flags
+    )
+    by_file = run("explain", workdir, tmp_path / "b", digits / "5.png", *flags)
+    (first,), (second,) = by_spec["results"], by_file["results"]
+    assert first["image"] == "digits_test_000005" and first["label"]["class"] in range(
+        10
+    )
+    assert second["label"] is None
+    assert first["path"] == second["path"] and first["sha256"] == second["sha256"]
+
+
+def test_stopped_command_makes_only_what_is_missing(
+    workdir, digits, tmp_path, monkeypatch
+):
+    arguments = [digits, "--index=0:5", "--target=1", "--radius=0.5"]
+    expected = run("explain", workdir, tmp_path / "whole", *arguments)
+    out, written, write = tmp_path / "cut", [], strips.write
+
+    def stop_at_the_third(path, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(strips, "write", stop_at_the_third)
+        run("explain", workdir, out, *arguments)
+    assert json.loads((out / "explain.json").read_text()).get("results") is None
+    old = (out / written[0]).stat().st_mtime_ns
+    assert run("explain", workdir, out, *arguments) == expected
+    assert (out / written[0]).stat().st_mtime_ns == old
+    # Another image joins those that are there; a finished command computes nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr(edits, "edit_chunks", lambda *a: pytest.fail("computed again"))
+        assert run("explain", workdir, out, *arguments) == expected
+    more = run("explain", workdir, out, digits / "5.png", *arguments[2:])
+    assert more["results"][:5] == expected["results"] and len(more["results"]) == 6
+    (out / "3_strip.png").unlink()
+    again = run("explain", workdir, out, *arguments)
+    assert again == more and (out / "3_strip.png").exists()
+
+
+def test_image_that_changed_is_explained_again(workdir, digits, tmp_path):
+    image = tmp_path / "x.png"
+    for number in (1, 2):
+        Image.fromarray(pixels(digits / f"{number}.png")).save(image)
+        report = run(
+            "explain", workdir, tmp_path / "out", image, "--target=1", "--radius=0.5"
+        )
+    expected = run(
+        "explain",
+        workdir,
+        tmp_path / "b",
+        digits / "2.png",
+        "--target=1",
+        "--radius=0.5",
+    )
+    (result,), (other,) = report["results"], expected["results"]
+    assert result["path"] == other["path"]
+
+
+def test_other_settings_do_not_mix_in_one_folder(workdir, digits, tmp_path):
+    run("explain", workdir, tmp_path, digits / "0.png", "--target=1")
+    with pytest.raises(
+        UserError, match="holds results with num_steps 3 and now it is 2"
+    ):
+        arguments = [digits / "0.png", "--target=1", "--num_steps=2"]
+        run("explain", workdir, tmp_path, *arguments)
+
+
+def test_inpainting_keeps_what_lies_outside_of_the_hole(workdir, digits, tmp_path):
+    report = run(
+        "edit",
+        workdir,
+        tmp_path,
+        digits / "1.png",
+        "--task=inpaint",
+        f"--mask={digits}/masks/lower.png",
+        f"--reference={digits}/1.png",
+        "--target=guess",
+    )
+    made, true = pixels(tmp_path / "1.png"), pixels(digits / "1.png")
+    np.testing.assert_array_equal(made[:4], true[:4])
+    (result,) = report["results"]
+    assert result["energy"]["after"] < result["energy"]["before"]
+    # Half of the pixels have no error: as much again in the other half.
+    psnr = result["psnr"]
+    assert psnr["result"] - psnr["result_in_hole"] == pytest.approx(3.0103, abs=1e-3)
+    error = np.mean((made[4:] / 255 - true[4:] / 255) ** 2)
+    assert psnr["result_in_hole"] == pytest.approx(-10 * np.log10(error), abs=0.2)
+    assert {p.name for p in tmp_path.iterdir()} == {"1.png", "1_strip.png", "edit.json"}
+
+
+def test_translation_is_a_counterfactual(workdir, digits, tmp_path):
+    edited = run(
+        "edit",
+        workdir,
+        tmp_path / "a",
+        digits / "1.png",
+        "--task=translate",
+        "--target=3",
+        "--radius=1",
+    )
+    explained = run(
+        "explain", workdir, tmp_path / "b", digits / "1.png", "--target=3", "--radius=1"
+    )
+    assert edited["results"][0]["path"] == explained["results"][0]["path"]
+
+
+def test_super_resolution_keeps_the_averages(workdir, digits, tmp_path):
+    small = np.asarray(Image.open(digits / "2.png").reduce(2), np.float32)
+    Image.fromarray(small.astype(np.uint8)).save(tmp_path / "small.png")
+    run(
+        "edit",
+        workdir,
+        tmp_path / "out",
+        tmp_path / "small.png",
+        "--task=superres",
+        "--factor=2",
+    )
+    made = pixels(tmp_path / "out" / "small.png").astype(np.float32)
+    means = made.reshape(4, 2, 4, 2).mean((1, 3))
+    np.testing.assert_allclose(means, small, atol=0.5)
+
+
+def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path):
+    flags = ["--task=denoise", "--sigma=0.1", "--degrade"]
+    many = run("edit", workdir, tmp_path / "a", digits, "--index=0:3", *flags)
+    one = run("edit", workdir, tmp_path / "b", digits / "1.png", *flags)
+    # Its noise belongs to the image.
+    assert many["results"][1] == one["results"][0]
+    for result in many["results"]:
+        assert 15 < result["psnr"]["start"] < 27
+        assert result["distance"]["l2"] <= 0.5 * 0.1 * 8 * (1 + 1e-5)
+    small = run(
+        "edit",
+        workdir,
+        tmp_path / "c",
+        "digits:test",
+        "--index=0",
+        "--task=superres",
+        "--factor=2",
+        "--degrade",
+    )
+    assert (
+        "truth" not in small["results"][0] and small["results"][0]["psnr"]["start"] > 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "nowhere.png", "--target=1"], "no image 'nowhere.png'"),
+        (["explain", "{d}/0.png", "{d}/0.png", "--target=1"], "named twice"),
+        (["explain", "digits:test", "--target=1"], "choose some, --index=0,5,10:20"),
+        (["explain", "digits:test", "--index=400", "--target=1"], "from 0 to 358"),
+        (["explain", "digits:test", "--index=3:1", "--target=1"], "--index=3:1"),
+        (["explain", "digits:tset", "--index=1", "--target=1"], "no split 'tset'"),
+        (["explain", "{d}/0.png", "--target=10"], "--target=10: expected numbers from"),
+        (["explain", "{d}/0.png", "--target=cat"], "names of classes"),
+        (["explain", "{d}/0.png", "--target=1", "--radius=0"], "--radius=0: expected"),
+        (["explain", "{d}/0.png", "--target=1", "--radius=near"], "positive numbers"),
+        (["explain", "{d}/0.png", "--target=1", "--norm=l1"], "choose one of l2, linf"),
+        (["explain", "{d}/0.png", "--target=1", "--norm=linf"], "at most 1"),
+        (["explain", "{d}/0.png", "--target=1", "--step_size=0"], "positive"),
+        (["edit", "{d}/0.png", "--task=paint"], "--task is 'paint': choose one of"),
+        (["edit", "{d}/0.png", "--task=inpaint"], "needs --mask"),
+        (["edit", "{d}/0.png", "--task=inpaint", "--mask=m.png"], "no mask 'm.png'"),
+        (
+            ["edit", "{d}/0.png", "--task=inpaint", "--mask={d}/masks/none.png"],
+            "black everywhere",
+        ),
+        (["edit", "{d}/0.png", "--task=translate"], "needs --target"),
+        (["edit", "{d}/0.png", "--task=translate", "--target=any"], "needs a class"),
+        (["edit", "{d}/0.png", "--task=translate", "--target=1,2"], "one class"),
+        (["edit", "{d}/0.png", "--task=denoise"], "needs --sigma"),
+        (["edit", "{d}/0.png", "--task=denoise", "--sigma=-1"], "sigma is -1"),
+        (
+            ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--factor=2"],
+            "takes no",
+        ),
+        (["edit", "{d}/0.png", "--task=superres", "--factor=3"], "divides the sides"),
+        (["edit", "{d}/0.png", "--task=superres", "--factor=2"], "4 x 4 are needed"),
+        (
+            ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--reference=r.png"],
+            "no reference 'r.png'",
+        ),
+        (
+            ["edit", "{d}", "--task=denoise", "--sigma=1", "--reference={d}/0.png"],
+            "6 images and 1 --reference",
+        ),
+        (
+            ["edit", "{d}/0.png", "--task=translate", "--target=1", "--degrade"],
+            "no truth",
+        ),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(
+    workdir, digits, tmp_path, arguments, message
+):
+    given = [argument.format(d=digits) for argument in arguments]
+    with pytest.raises(UserError, match=message):
+        run(given[0], workdir, tmp_path / "out", *given[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_unknown_flags_exit_with_2(capsys):
+    for arguments in (["explain", "x.png", "--out=o"], ["edit", "--taks=inpaint"]):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(arguments)
+        assert stopped.value.code == 2
+        assert "--help" in capsys.readouterr().err
+
+
+def test_commands_are_found_by_their_first_word(monkeypatch):
+    called = []
+    monkeypatch.setattr(draw, "run", lambda given, console: called.append(given))
+    command.main(["--workdir=w", "--out=o", "--classes=explain"])
+    assert called[0].classes == "explain"
+
+
+def test_strips_show_colour_and_change_of_any_size(tmp_path):
+    image = np.random.default_rng(0).random((6, 9, 3), np.float32)
+    row = strips.Row(
+        {"original": image, "result": 1 - image},
+        1 - 2 * image,
+        {"p(cat)": np.linspace(0, 1, 4), "p(dog)": np.linspace(1, 0, 4)},
+        np.linspace(5, -3, 4),
+        hole=np.ones((6, 9), bool),
+    )
+    for rows in ([row], [row, row._replace(change=0 * image)]):
+        strips.write(tmp_path / "strip.png", "colour", rows)
+        assert Image.open(tmp_path / "strip.png").mode == "RGBA"

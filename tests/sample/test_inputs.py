@@ -1,0 +1,127 @@
+"""Images that users name: formats, sizes, names."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from atebm_jax import UserError
+from atebm_jax.sample import inputs
+
+CONFIG = tiny.config()
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
+
+
+def read(path, shape=(8, 8, 1), resize=False, config=CONFIG):
+    return inputs.read_file(Path(path), shape, config, resize)
+
+
+def saved(folder, image, name="x.png", **options):
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def test_grey_and_colour_become_each_other(tmp_path):
+    grey = saved(tmp_path, Image.fromarray(GREY))
+    np.testing.assert_array_equal(read(grey)[..., 0], GREY)
+    np.testing.assert_array_equal(read(grey, (8, 8, 3)), np.stack([GREY] * 3, -1))
+    colour = saved(tmp_path, Image.fromarray(COLOUR))
+    np.testing.assert_array_equal(read(colour, (8, 8, 3)), COLOUR)
+    luminance = COLOUR @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(read(colour)[..., 0], luminance, atol=1)
+
+
+def test_palettes_and_opaque_alpha_are_read_as_they_look(tmp_path):
+    palette = saved(tmp_path, Image.fromarray(GREY).convert("P"))
+    np.testing.assert_array_equal(read(palette)[..., 0], GREY)
+    opaque = saved(tmp_path, Image.fromarray(COLOUR).convert("RGBA"))
+    np.testing.assert_array_equal(read(opaque, (8, 8, 3)), COLOUR)
+    grey_alpha = saved(tmp_path, Image.fromarray(GREY).convert("LA"))
+    np.testing.assert_array_equal(read(grey_alpha)[..., 0], GREY)
+    black_and_white = saved(tmp_path, Image.fromarray(GREY > 100))
+    np.testing.assert_array_equal(read(black_and_white)[..., 0], 255 * (GREY > 100))
+
+
+def test_sixteen_bits_keep_their_upper_half(tmp_path):
+    wide = saved(tmp_path, Image.fromarray(GREY.astype(np.uint16) * 256 + 77))
+    np.testing.assert_array_equal(read(wide)[..., 0], GREY)
+
+
+def test_exif_turns_the_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    turned = saved(tmp_path, Image.fromarray(GREY), "x.png", exif=exif)
+    np.testing.assert_array_equal(read(turned)[..., 0], np.rot90(GREY, -1))
+
+
+def test_other_sizes_are_refused_or_cover_the_frame(tmp_path):
+    wide = np.full((16, 40), 90, np.uint8)
+    wide[:, 12:28] = 200
+    path = saved(tmp_path, Image.fromarray(wide))
+    with pytest.raises(
+        UserError, match="40 x 16 pixels and 8 x 8 are needed.*--resize"
+    ):
+        read(path)
+    # Its middle square, halved; the filter sees a little of what is cut off.
+    made = read(path, resize=True)
+    np.testing.assert_allclose(made[:, 1:-1], 200, atol=1)
+    np.testing.assert_allclose(made, 200, atol=10)
+
+
+def test_resizing_takes_the_preprocessing_of_the_config(tmp_path):
+    config = tiny.config(**{"data.preprocess": "center_crop(8)"})
+    large = np.arange(100, dtype=np.uint8).reshape(10, 10)
+    path = saved(tmp_path, Image.fromarray(large))
+    made = read(path, resize=True, config=config)
+    np.testing.assert_array_equal(made[..., 0], large[1:9, 1:9])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Image.new("RGBA", (8, 8), (9, 9, 9, 100)), "transparent pixels"),
+        (lambda: Image.fromarray(GREY.astype(np.float32)), "32 bits a value"),
+    ],
+)
+def test_images_without_a_plain_meaning_are_refused(tmp_path, make, message):
+    image = make()
+    path = saved(tmp_path, image, "x.tif")
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_animations_and_broken_files_are_refused(tmp_path):
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    path = saved(tmp_path, frames[0], "x.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="several frames"):
+        read(path)
+    whole = saved(tmp_path, Image.fromarray(COLOUR)).read_bytes()
+    for content in (whole[:60], b"no image", b""):
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as an image"):
+            read(tmp_path / "x.png")
+
+
+def test_names_of_files_tell_images_apart(tmp_path):
+    for name in ("a/cat.png", "b/cat.png", "b/dog.png", "b/dog.bmp"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(GREY).save(path)
+
+    def names(*paths):
+        chosen = [str(tmp_path / path) for path in paths]
+        return [p.name for p in inputs.pictures(chosen, None, CONFIG)]
+
+    assert names("a/cat.png", "b/dog.png") == ["cat", "dog"]
+    assert names("b/dog.png", "b/dog.bmp") == ["dog.png", "dog.bmp"]
+    assert names("a/cat.png", "b/cat.png") == ["a_cat.png", "b_cat.png"]
+    assert names("b") == ["cat.png", "dog.bmp", "dog.png"]
+
+
+def test_places_are_numbers_and_runs():
+    chosen = inputs.pictures(["digits:test"], "7,0:3,2", CONFIG)
+    numbers = [int(p.name.rpartition("_")[2]) for p in chosen]
+    assert numbers == [7, 0, 1, 2]
