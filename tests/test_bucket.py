@@ -17,7 +17,15 @@ import tiny
 from etils import epath
 from etils.epath import backend
 
-from atebm_jax import UserError, checkpoint, job, reporting
+from atebm_jax import (
+    UserError,
+    checkpoint,
+    checksums,
+    intact,
+    job,
+    reporting,
+    workdir_lock,
+)
 from atebm_jax.evaluate import plots, report
 from atebm_jax.evaluate.store import Store
 from atebm_jax.reporting import MetricWriter, read_metrics
@@ -38,6 +46,13 @@ class Events:
         pass
 
     def close(self):
+        pass
+
+
+class Unlocked:
+    """Stands in for a lock that is free."""
+
+    def acquire(self):
         pass
 
 
@@ -70,11 +85,12 @@ def workdir(monkeypatch):
 
 def test_config_is_claimed_and_another_one_refused(workdir):
     settings = tiny.config()
-    job._claim(workdir, settings, False)
-    job._claim(workdir, settings, False)
+    lock = Unlocked()
+    job._claim(workdir, settings, False, lock)
+    job._claim(workdir, settings, False, lock)
     assert json.loads((workdir / "config.json").read_text())["seed"] == 0
     with pytest.raises(UserError, match="seed: 0 before, 1 now"):
-        job._claim(workdir, tiny.config(seed=1), False)
+        job._claim(workdir, tiny.config(seed=1), False, lock)
 
 
 def test_metrics_are_there_at_every_checkpoint_and_at_the_end(workdir):
@@ -125,6 +141,58 @@ def test_pictures_reports_and_units_are_written(workdir):
     assert checkpoint.steps_in(checkpoint.stage_folder(workdir, "stage1")) == []
 
 
+def step_in(workdir, step, committed=True):
+    """A step's folder as Orbax leaves it in a bucket, of two small files."""
+    folder = checkpoint.stage_folder(workdir, "stage1") / str(step)
+    for name in ("state/d/0", "meta/metadata"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    checksums.write(folder)
+    if committed:
+        (folder / "commit_success.txt").write_text("yes")
+    return folder
+
+
+def test_step_counts_once_it_is_committed_and_half_ones_are_removed(workdir):
+    step_in(workdir, 2)
+    step_in(workdir, 4, committed=False)
+    folder = checkpoint.stage_folder(workdir, "stage1")
+    assert checkpoint.steps_in(folder) == [2]
+    checkpoint._remove_leftovers(folder)
+    assert [path.name for path in folder.iterdir()] == ["2"]
+
+
+def test_checksums_are_written_before_the_commit(workdir):
+    folder = step_in(workdir, 2, committed=False)
+    (folder / checksums.FILE).unlink()
+    checkpoint._write_checksums(folder.parent)
+    assert checksums.exist(folder) and checksums.damage(folder) is None
+
+
+def test_damaged_step_is_stepped_over_and_moved_away(workdir):
+    good, bad = step_in(workdir, 2), step_in(workdir, 4)
+    (bad / "state/d/0").write_text("")
+    step, damaged = intact.newest(good.parent)
+    assert (step, damaged) == (2, {4: "state/d/0 is empty"})
+    intact._move(bad, good.parent / "4.damaged")
+    assert checkpoint.steps_in(good.parent) == [2]
+    assert (good.parent / "4.damaged" / "state" / "d" / "0").exists()
+
+
+def test_workdir_is_held_by_a_sign_of_life(workdir, monkeypatch):
+    for name in ("_BEAT", "_SETTLE", "_LOOK_EVERY"):
+        monkeypatch.setattr(workdir_lock, name, 0.05)
+    (workdir / "config.json").write_text("{}")
+    first, second = (workdir_lock.Lock(workdir) for _ in range(2))
+    first.acquire()
+    with pytest.raises(UserError, match="in use by another job"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    assert not (workdir / workdir_lock.FILE).exists()
+
+
 def test_missing_packages_are_named(workdir, monkeypatch):
     monkeypatch.setattr(reporting, "_found", lambda module: module == "gcsfs")
     with pytest.raises(UserError, match="google-cloud-storage is not .*jax.gcs"):
@@ -138,7 +206,7 @@ def test_missing_packages_are_named(workdir, monkeypatch):
     "path",
     [
         *(PACKAGE / name for name in ("job.py", "train.py", "reporting.py")),
-        PACKAGE / "checkpoint.py",
+        *(PACKAGE / name for name in ("checkpoint.py", "checksums.py", "intact.py")),
         *sorted((PACKAGE / "evaluate").glob("*.py")),
     ],
     ids=lambda path: path.name,
