@@ -274,62 +274,6 @@ def steps_in(folder: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in numbered if not _is_partial(path))
 
 
-def check_weights(expected: Any, weights: Any, source: str) -> None:
-    """Refuses weights that are not those of a network.
-
-    Args:
-      expected: a network's variables (arrays or shapes).
-      weights: the loaded ones.
-      source: where they came from, for the message.
-
-    Raises:
-      UserError: names the first parameters that are missing, left over or misshapen.
-    """
-    want, have = _shapes(expected), _shapes(weights)
-    differences = [
-        f"{name} {have.get(name, 'missing')} instead of {want.get(name, 'nothing')}"
-        for name in sorted(want.keys() | have.keys())
-        if want.get(name) != have.get(name)
-    ]
-    if differences:
-        raise UserError(
-            f"the weights of {source} do not fit config.model, {len(differences)} "
-            f"arrays differ: {'; '.join(differences[:3])}. Give config.model the "
-            "values they were trained with."
-        )
-
-
-# What the function of a network depends on beside its weights.
-_FUNCTION = ("mean", "std", "activation")
-
-
-def check_function(
-    expected: ml_collections.ConfigDict, stored: Mapping[str, Any], source: str
-) -> None:
-    """Refuses weights that were trained for another input or activation.
-
-    Args:
-      expected: `config.model` that they shall be used with.
-      stored: `config.model` that they were trained with, as plain JSON.
-      source: where they came from, for the message.
-
-    Raises:
-      UserError: names the field, both values and the flag to give.
-    """
-    for field in _FUNCTION:
-        want, have = expected[field], stored.get(field, expected[field])
-        if field == "activation":
-            same = want == have
-        else:
-            want, have = tuple(want), tuple(have)
-            same = len(want) == len(have) and np.allclose(want, have, rtol=0, atol=1e-5)
-        if not same:
-            raise UserError(
-                f"config.model.{field} is {want!r} and the weights of {source} were "
-                f"trained with {have!r}: give --config.model.{field}={have!r}."
-            )
-
-
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """A config as plain JSON values (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
@@ -399,13 +343,6 @@ def _read_averages(folder: epath.Path) -> dict[str, Any]:
             ),
         )
     return {short: restored[name] for name, short in names.items()}
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): str(tuple(leaf.shape))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import archs, checkpoint, data, intact, models, sharding
+from atebm_jax import archs, checkpoint, data, fitting, intact, models, sharding
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import samples
@@ -305,9 +305,9 @@ def _origins(
     def loaded(source: str | epath.Path, together: bool = False) -> Any:
         weights, meta = checkpoint.load_weights(source, together=together)
         weights = {k: v for k, v in weights.items() if v or k in expected}
-        checkpoint.check_weights(expected, weights, str(source))
+        fitting.check_weights(expected, weights, str(source))
         stored = meta["config"]["model"]
-        checkpoint.check_function(config.model, stored, str(source))
+        fitting.check_function(config.model, stored, str(source))
         return weights
 
     folders = {s: checkpoint.stage_folder(workdir, s) for s in checkpoint.STAGE_ORDER}

@@ -15,6 +15,7 @@ from atebm_jax import (
     UserError,
     checkpoint,
     checksums,
+    fitting,
     models,
     optim,
     sharding,
@@ -203,4 +204,4 @@ def test_weights_of_another_shape_are_named():
     expected = {"params": {"fc": {"kernel": np.zeros((64, 10))}}}
     weights = {"params": {"fc": {"kernel": np.zeros((64, 7)), "bias": np.zeros(7)}}}
     with pytest.raises(UserError, match="2 arrays differ.*fc/bias.*fc/kernel"):
-        checkpoint.check_weights(expected, weights, "x")
+        fitting.check_weights(expected, weights, "x")
