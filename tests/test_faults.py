@@ -16,7 +16,7 @@ from etils import epath
 from PIL import Image
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, checksums, data, intact
+from atebm_jax import UserError, checkpoint, checksums, data, intact, reporting
 from atebm_jax.reporting import MetricWriter, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
@@ -219,30 +219,55 @@ def test_full_disk_is_told_in_one_line(mounted):
     assert process.wait() == 2
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_workdir_that_fails_in_the_middle_is_told_and_goes_on(
-    tmp_path, finished, monkeypatch, number
+    tmp_path, finished, monkeypatch
 ):
     """As on a full disk, where none can be mounted."""
     add = MetricWriter._add
 
     def fail(self, line):
         if '"step": 4' in line:
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         add(self, line)
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "_add", fail)
-        with pytest.raises(UserError, match=os.strerror(number)):
+        with pytest.raises(UserError, match="Disk quota exceeded"):
             tiny.run(settings(), tmp_path / "run")
-    if number == errno.ENOSPC:
-        tiny.run(settings(), tmp_path / "run")
-        assert_same_end(tmp_path / "run", finished)
+    tiny.run(settings(), tmp_path / "run")
+    assert_same_end(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EFBIG])
+def test_storage_that_cannot_be_written_is_told_whoever_tried(tmp_path, number):
+    own = OSError(number, os.strerror(number))
+    passed_on = ValueError("the library says no")
+    passed_on.__cause__ = own
+    # Tensorstore gives a text alone.
+    text = f"RESOURCE_EXHAUSTED: {os.strerror(number)} [os_error_code='{number}']"
+    message = f"{os.strerror(number)}.*the same command"
+    for error in (own, passed_on, ValueError(text)):
+        with (
+            pytest.raises(UserError, match=message),
+            reporting.told_plainly(epath.Path(tmp_path)),
+        ):
+            raise error
+
+
+def test_other_errors_are_left_as_they_are(tmp_path):
+    for error in (KeyError("x"), FileNotFoundError(2, "gone"), UserError("mine")):
+        with (
+            pytest.raises(type(error)) as raised,
+            reporting.told_plainly(epath.Path(tmp_path)),
+        ):
+            raise error
+        assert raised.value is error
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_read_only_workdir_is_refused(mounted, finished, begun):
     folder, remount = mounted
+    remount("size=30m")
     if begun:
         shutil.copytree(finished / "checkpoints", folder / "checkpoints")
         shutil.copy(finished / "config.json", folder)
@@ -271,22 +296,22 @@ def test_vanished_images_end_the_job_by_name_and_with_them_it_ends_alike(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
     source = data.open_source(f"folder:{tmp_path / 'images'}")
-    # Longer than what is read ahead.
-    longer = settings(**{"stage1.num_steps": 24, "stage1.eval_every_steps": 24})
+    # Otherwise all is read ahead.
+    monkeypatch.setitem(data.train_batches.__kwdefaults__, "prefetch", 1)
     write = MetricWriter.write
 
     def write_and_remove(self, stage, step, metrics):
         write(self, stage, step, metrics)
-        if step == 6 and (tmp_path / "images").exists():
+        if step == 2 and (tmp_path / "images").exists():
             (tmp_path / "images").rename(tmp_path / "elsewhere")
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "write", write_and_remove)
         with pytest.raises(UserError, match="images cannot be decoded.*png"):
-            tiny.run(longer, tmp_path / "run", sources={"train": source})
+            tiny.run(settings(), tmp_path / "run", sources={"train": source})
     (tmp_path / "elsewhere").rename(tmp_path / "images")
     for name in ("run", "undisturbed"):
-        tiny.run(longer, tmp_path / name, sources={"train": source})
+        tiny.run(settings(), tmp_path / name, sources={"train": source})
     weights = [
         checkpoint.load_weights(tmp_path / name)[0] for name in ("run", "undisturbed")
     ]

@@ -20,7 +20,8 @@ import kill
 def training(tmp_path):
     """A job with two worker processes, in the middle of stage 1, and its workdir."""
     workdir = tmp_path / "run"
-    process = jobs.start(workdir, "--config.data.num_workers=2")
+    longer = "--config.stage1.num_steps=60"
+    process = jobs.start(workdir, "--config.data.num_workers=2", longer)
     give_up = threading.Timer(120, process.kill)
     give_up.start()
     while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
@@ -56,6 +57,18 @@ def test_killed_job_leaves_no_worker_behind(training):
     process.kill()
     process.wait()
     assert alive(workers) == []
+
+
+def test_killed_data_worker_ends_the_job_with_one_clear_line(training):
+    process, log = training
+    children = psutil.Process(process.pid).children(recursive=True)
+    worker = next(c for c in children if "spawn_main" in " ".join(c.cmdline()))
+    worker.kill()
+    assert process.wait() == 2
+    last = log.read_text().splitlines()[-1]
+    assert "a worker process that makes batches has ended (exit code -9)" in last
+    assert "Traceback" not in log.read_text()
+    assert alive(children) == []
 
 
 def test_killed_runs_end_bit_identically(tmp_path):
