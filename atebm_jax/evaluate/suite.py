@@ -141,12 +141,13 @@ def _settings(
     config: ml_collections.ConfigDict | None,
     data_dir: str | None,
 ) -> ml_collections.ConfigDict:
-    """The checkpoint's config, with the caller's data and evaluation."""
+    """The checkpoint's config, or the caller's with the checkpoint's network."""
     settings = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     if config is not None:
         _check_same_network(settings, config, meta["stage"])
-        settings.data = config.data
-        settings.evaluate = config.evaluate
+        network = settings.model
+        settings = ml_collections.ConfigDict(config.to_dict())
+        settings.model = network
     if not settings.data.test:
         raise UserError(
             "the checkpoint names no test images, as none does that was imported: give "
