@@ -8,18 +8,13 @@ from functools import partial
 
 import jax
 
+from atebm_jax import autoattack, sharding
+from atebm_jax.evaluate import suite
+from atebm_jax.evaluate.options import Options
 
-def main() -> None:
-    port, count, rank, workdir, out, metrics = sys.argv[1:]
-    jax.config.update("jax_num_cpu_devices", 2)
-    from atebm_jax import autoattack, sharding
-    from atebm_jax.evaluate import suite
-    from atebm_jax.evaluate.options import Options
 
-    sharding.initialize_processes(f"localhost:{port}", int(count), int(rank))
-    assert jax.process_count() == int(count)
-    quick = {"num_steps": 3, "num_queries": 5, "targets": 2, "fab_targets": 2}
-    autoattack.run = partial(autoattack.run, settings=quick)
+def evaluate(workdir: str, out: str, metrics: list[str]) -> dict:
+    """A small evaluation; one process alone calls it too."""
     options = Options(
         num_examples=60,
         num_samples=40,
@@ -28,10 +23,25 @@ def main() -> None:
         radii=(2.0,),
         epsilons=(0.5,),
         sweep=1,
+        version="custom",
+        attacks=("apgd-ce", "square"),
         cache_dir=f"{out}/cache",
         save_adversarial=True,
     )
-    suite.evaluate(workdir, out, metrics=metrics.split(","), options=options)
+    whole = autoattack.run
+    autoattack.run = partial(whole, settings={"num_steps": 3, "num_queries": 5})
+    try:
+        return suite.evaluate(workdir, out, metrics=metrics, options=options)
+    finally:
+        autoattack.run = whole
+
+
+def main() -> None:
+    port, count, rank, workdir, out, metrics = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 2)
+    sharding.initialize_processes(f"localhost:{port}", int(count), int(rank))
+    assert jax.process_count() == int(count)
+    evaluate(workdir, out, metrics.split(","))
 
 
 if __name__ == "__main__":

@@ -210,6 +210,8 @@ def test_config_of_another_network_is_refused(workdir, tmp_path, field, value):
         (["--workdir=x", "--radii=0"], "expected positive numbers"),
         (["--workdir=x", "--seed=-1"], "must not be negative"),
         (["--workdir=x", "--norm=linf"], "go together"),
+        (["--workdir=x", "--process_id=0"], "--process_id go together"),
+        (["--workdir=x", "--metrics=fid"], "unknown metric 'fid'"),
         (["--workdir=x", "--metric=all"], "Unknown command line flag"),
     ],
 )
