@@ -36,8 +36,8 @@ def _vit(size: str, stem: str, **normalisation: Any) -> dict[str, Any]:
     return values | {"num_classes": 1000} | normalisation
 
 
-# Number of classes and input normalisation are those of the data set that the public
-# weights were trained on; give another where weights say otherwise.
+#: Number of classes and input normalisation are those of the data set that the public
+#: weights were trained on; give another where weights say otherwise.
 ARCHS: dict[str, dict[str, Any]] = {
     "wrn16_4": _wide_resnet(16, 4),
     "wrn28_10": _wide_resnet(28, 10),
@@ -101,7 +101,7 @@ def model_config(name: str, **overrides: Any) -> ml_collections.ConfigDict:
     return model
 
 
-# The fields of `config.model` that give a family's networks their size.
+#: The fields of `config.model` that give a family's networks their size.
 SIZED_BY: dict[str, tuple[str, ...]] = {
     "wide_resnet": ("depth", "widen_factor"),
     "resnet": ("depth", "base_width"),

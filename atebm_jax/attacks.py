@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from atebm_jax.errors import UserError
 
+#: Images [B, H, W, C] to scores [B], each of its own image only.
 ObjectiveFn = Callable[[jax.Array], jax.Array]
 
 # Fine numerics of the published results: the direction of a zero gradient is zero,
@@ -148,6 +149,7 @@ def unbounded() -> Threat:
     return Threat("unbounded", float("inf"), _l2_direction, project, random_start)
 
 
+#: Threat models by the name that `config` blocks give them, from the radius.
 THREATS: dict[str, Callable[[float], Threat]] = {
     "l2": l2,
     "linf": linf,

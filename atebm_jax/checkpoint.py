@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 1
 
-# Metrics by which a best checkpoint is kept, and whether more is better.
+#: Metrics by which a best checkpoint is kept, and whether more is better.
 BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
 STAGE_ORDER = ("stage1", "stage2")

@@ -14,7 +14,7 @@ import ml_collections
 
 from atebm_jax.errors import UserError
 
-# Fields that cannot change what is computed: a workdir may be continued with others.
+#: Fields that cannot change what is computed: a workdir may be continued with others.
 RUN_CONTROL = frozenset(
     {
         "stages",

@@ -50,9 +50,9 @@ class Ball:
     sets; the nearest such point it is where nothing is clipped.
     """
 
-    origin: Any  # [B, H, W, C] float32 in [0, 1]
-    radius: Any  # [B, 1, 1, 1] float32 > 0, pixels of the norm
-    norm: str = struct.field(pytree_node=False, default="l2")  # or "linf"
+    origin: Any  #: [B, H, W, C] float32 in [0, 1]
+    radius: Any  #: [B, 1, 1, 1] float32 > 0, pixels of the norm
+    norm: str = struct.field(pytree_node=False, default="l2")  #: or "linf"
 
     @property
     def start(self) -> Any:
@@ -66,8 +66,8 @@ class Ball:
 class Known:
     """Images with given pixels outside of a hole; the projection is the nearest one."""
 
-    image: Any  # [B, H, W, C] float32 in [0, 1]; its hole is where an edit begins
-    hole: Any  # [B, H, W, 1] bool, True where pixels may change
+    image: Any  #: [B, H, W, C] float32 in [0, 1]; its hole is where an edit begins
+    hole: Any  #: [B, H, W, 1] bool, True where pixels may change
 
     @property
     def start(self) -> Any:
@@ -85,8 +85,8 @@ class BoxMean:
     gives the mean, found by bisection. (Without the clip, c = mean - mean(x).)
     """
 
-    small: Any  # [B, H/F, W/F, C] float32 in [0, 1]
-    factor: int = struct.field(pytree_node=False)  # F, pixels along a side of a box
+    small: Any  #: [B, H/F, W/F, C] float32 in [0, 1]
+    factor: int = struct.field(pytree_node=False)  #: F, pixels along a side of a box
 
     @property
     def start(self) -> Any:
@@ -124,7 +124,7 @@ class All:
     and a ball around the same image, in this order, hold exactly after one round.
     """
 
-    parts: tuple  # of constraints
+    parts: tuple  #: of constraints
     rounds: int = struct.field(pytree_node=False, default=10)
 
     @property

@@ -16,9 +16,9 @@ from atebm_jax.errors import UserError
 class Curriculum:
     """State of the curriculum; everything a resumed run needs."""
 
-    num_steps: jax.Array  # [] int32, T
-    window: jax.Array  # [W] float32, the last AUCs as a ring buffer
-    count: jax.Array  # [] int32, AUCs written since the window was emptied
+    num_steps: jax.Array  #: [] int32, T
+    window: jax.Array  #: [W] float32, the last AUCs as a ring buffer
+    count: jax.Array  #: [] int32, AUCs written since the window was emptied
 
 
 def window_length(window_images: int, batch_size: int) -> int:

@@ -10,6 +10,7 @@ import optax
 
 from atebm_jax.errors import UserError
 
+#: Training step [] int32 to learning rate [] float32.
 Schedule = Callable[[jax.Array], jax.Array]
 
 
@@ -51,6 +52,7 @@ def adamw(
     )
 
 
+#: Optimisers by name.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": sgd,
     "adamw": adamw,
@@ -93,6 +95,7 @@ def apply(
     return params, optimizer_state
 
 
+#: Names of learning-rate schedules.
 SCHEDULES = ("constant", "cosine", "step")
 
 

@@ -123,6 +123,7 @@ def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     return Stage("stage1", ("cls",), adversaries, loss)
 
 
+#: What contrastive images may ascend: f(x)[y], or logsumexp f(x).
 CONTRASTIVE_OBJECTIVES = ("conditional", "marginal")
 
 
@@ -203,6 +204,7 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     return Stage("stage2", ("gen", "cls", "ood"), adversaries, loss, _with_aucs)
 
 
+#: The two stages by name, from network and config block.
 STAGES: dict[str, Callable[[nn.Module, ml_collections.ConfigDict], Stage]] = {
     "stage1": stage1,
     "stage2": stage2,

@@ -15,18 +15,18 @@ from atebm_jax.curriculum import Curriculum
 class TrainState:
     """State of one stage between two steps."""
 
-    step: jax.Array  # [] int32, steps taken, skipped ones included
-    data_offset: jax.Array  # [] int32, data position minus step; grows on rollback
-    params: Any  # float32 pytree
-    batch_stats: Any  # float32 pytree, running statistics; empty without BatchNorm
-    optimizer: Any  # optax state
-    average_params: Any  # as params: what evaluation and sampling use
-    average_batch_stats: Any  # as batch_stats
-    num_averages: jax.Array  # [] int32, averages so far
-    curriculum: Curriculum  # T and the AUC window
-    skipped: jax.Array  # [] int32, steps not applied because of NaN or Inf
-    skipped_in_row: jax.Array  # [] int32, of these the latest uninterrupted ones
-    rollbacks: jax.Array  # [] int32, returns to an earlier checkpoint
+    step: jax.Array  #: [] int32, steps taken, skipped ones included
+    data_offset: jax.Array  #: [] int32, data position minus step; grows on rollback
+    params: Any  #: float32 pytree
+    batch_stats: Any  #: float32 pytree, running statistics; empty without BatchNorm
+    optimizer: Any  #: optax state
+    average_params: Any  #: as params: what evaluation and sampling use
+    average_batch_stats: Any  #: as batch_stats
+    num_averages: jax.Array  #: [] int32, averages so far
+    curriculum: Curriculum  #: T and the AUC window
+    skipped: jax.Array  #: [] int32, steps not applied because of NaN or Inf
+    skipped_in_row: jax.Array  #: [] int32, of these the latest uninterrupted ones
+    rollbacks: jax.Array  #: [] int32, returns to an earlier checkpoint
 
 
 def create(

@@ -57,6 +57,7 @@ class Detector(NamedTuple):
     attacked: ScoreFn
 
 
+#: Scores by name.
 DETECTORS: dict[str, Detector] = {
     "max_softmax": Detector(max_softmax, away_from_uniform),
     "max_logit": Detector(max_logit, max_logit),

@@ -11,8 +11,10 @@ from atebm_jax.errors import UserError
 from atebm_jax.models import convnext, resnet, vit, wide_resnet
 from atebm_jax.models.layers import conv_function
 
+#: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
 
+#: Families of networks by `config.model.name`; add one for a network of your own.
 MODELS: dict[str, Callable[[ml_collections.ConfigDict], nn.Module]] = {
     "wide_resnet": wide_resnet.build,
     "resnet": resnet.build,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# images [B, H, W, C] -> images that are allowed, [B, H, W, C].
+#: images [B, H, W, C] -> images that are allowed, [B, H, W, C].
 ProjectFn = Callable[[jax.Array], jax.Array]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# (step, from 0; number of steps), [] int32 each -> factor of the step size, [].
+#: (step, from 0; number of steps), [] int32 each -> factor of the step size, [].
 ScheduleFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -13,7 +13,7 @@ def _progress(step: jax.Array, num_steps: jax.Array) -> jax.Array:
     return step.astype(jnp.float32) / jnp.maximum(num_steps, 1).astype(jnp.float32)
 
 
-# "linear" and "cosine" fall from 1 towards 0, which would be the step after the last.
+#: "linear" and "cosine" fall from 1 towards 0, which would be the step after the last.
 SCHEDULES: dict[str, ScheduleFn] = {
     "constant": lambda step, num_steps: jnp.float32(1.0),
     "linear": lambda step, num_steps: 1.0 - _progress(step, num_steps),

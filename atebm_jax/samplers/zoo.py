@@ -11,6 +11,7 @@ from atebm_jax.samplers.pgd import pgd
 from atebm_jax.samplers.sgld import sgld
 from atebm_jax.samplers.sign import sign
 
+#: Samplers by name.
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "pgd": pgd,
     "momentum": momentum,
