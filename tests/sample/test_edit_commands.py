@@ -1,5 +1,6 @@
 """explain and edit: what they write, that results keep their identity, mistakes."""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,22 +9,28 @@ from PIL import Image
 
 from atebm_jax import UserError, data
 from atebm_jax.sample import __main__ as command
-from atebm_jax.sample import draw, edits, strips
+from atebm_jax.sample import draw, edits, loading, strips
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """The first digits as PNG files, and a mask of their lower half."""
-    folder = tmp_path_factory.mktemp("digits")
+    masks = tmp_path_factory.mktemp("files")
+    folder = masks / "digits"
+    folder.mkdir()
     images, _ = data.materialise(data.open_source("digits:test"), "", (8, 8, 1))
     for number in range(6):
         Image.fromarray(images[number, ..., 0]).save(folder / f"{number}.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[4:] = 255
-    (folder / "masks").mkdir()
-    Image.fromarray(mask).save(folder / "masks" / "lower.png")
-    Image.fromarray(mask * 0).save(folder / "masks" / "none.png")
+    Image.fromarray(mask).save(masks / "lower.png")
+    Image.fromarray(mask * 0).save(masks / "none.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return loading.load(argparse.Namespace(workdir=workdir, best_by=None))
 
 
 def run(name, workdir, out, *more):
@@ -65,8 +72,10 @@ def test_explain_writes_strip_results_and_json(workdir, digits, tmp_path):
 
 
 def test_explanation_of_an_image_does_not_depend_on_those_beside_it(
-    workdir, digits, tmp_path
+    workdir, digits, tmp_path, monkeypatch
 ):
+    # Forty results do not fit into one chunk; their strips are not looked at.
+    monkeypatch.setattr(strips, "write", lambda path, *rest: path.touch())
     flags = ["--target=all", "--radius=1"]
     run("explain", workdir, tmp_path / "many", digits, "--index=2:6", *flags)
     run("explain", workdir, tmp_path / "one", digits / "5.png", *flags)
@@ -159,7 +168,7 @@ def test_inpainting_keeps_what_lies_outside_of_the_hole(workdir, digits, tmp_pat
         tmp_path,
         digits / "1.png",
         "--task=inpaint",
-        f"--mask={digits}/masks/lower.png",
+        f"--mask={digits}/../lower.png",
         f"--reference={digits}/1.png",
         "--target=guess",
     )
@@ -251,7 +260,7 @@ def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path)
         (["edit", "{d}/0.png", "--task=inpaint"], "needs --mask"),
         (["edit", "{d}/0.png", "--task=inpaint", "--mask=m.png"], "no mask 'm.png'"),
         (
-            ["edit", "{d}/0.png", "--task=inpaint", "--mask={d}/masks/none.png"],
+            ["edit", "{d}/0.png", "--task=inpaint", "--mask={d}/../none.png"],
             "black everywhere",
         ),
         (["edit", "{d}/0.png", "--task=translate"], "needs --target"),
@@ -280,8 +289,9 @@ def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path)
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(
-    workdir, digits, tmp_path, arguments, message
+    workdir, loaded, digits, tmp_path, monkeypatch, arguments, message
 ):
+    monkeypatch.setattr(loading, "load", lambda flags: loaded)
     given = [argument.format(d=digits) for argument in arguments]
     with pytest.raises(UserError, match=message):
         run(given[0], workdir, tmp_path / "out", *given[1:])
