@@ -22,7 +22,7 @@ def training(tmp_path):
     workdir = tmp_path / "run"
     longer = "--config.stage1.num_steps=60"
     process = jobs.start(workdir, "--config.data.num_workers=2", longer)
-    give_up = threading.Timer(120, process.kill)
+    give_up = threading.Timer(600, process.kill)
     give_up.start()
     while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)

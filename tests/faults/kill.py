@@ -25,6 +25,8 @@ import moments
 from rich.console import Console
 from rich.table import Table
 
+from atebm_jax.command_line import quiet_libraries
+
 # What a process whose partner was killed gets to end by itself.
 _GRACE = 5.0
 
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     chosen = parser.parse_args()
+    quiet_libraries()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         tally = compare(Path(folder), chosen.kills, chosen.seed, chosen.processes)
