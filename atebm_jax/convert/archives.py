@@ -30,6 +30,7 @@ from atebm_jax.convert.values import (
     storage_named,
     whole,
 )
+from atebm_jax.convert.values import key as plain_key
 
 ReadFn = Callable[[Tensor], np.ndarray]
 
@@ -126,7 +127,7 @@ def read_stream(file: BinaryIO) -> tuple[Any, ReadFn]:
         return first, no_tensor
     protocol, system = pickles.load(stream), pickles.load(stream)
     if protocol != _PROTOCOL:
-        raise Damaged(f"protocol {protocol} instead of {_PROTOCOL}")
+        raise Damaged(f"another protocol than {_PROTOCOL}")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("big-endian numbers")
     storages: dict[Any, Storage] = {}
@@ -150,7 +151,7 @@ def read_stream(file: BinaryIO) -> tuple[Any, ReadFn]:
 
 def _places(data: mmap.mmap, keys: Any, storages: dict[Any, Storage]) -> dict:
     """Where each storage's bytes lie behind the pickles."""
-    if not isinstance(keys, list) or set(keys) != set(storages):
+    if not isinstance(keys, list) or set(map(plain_key, keys)) != set(storages):
         raise Damaged("a list of other storages than the tensors use")
     places = {}
     for key in keys:
@@ -190,11 +191,13 @@ _MEMBERS = ("storages", "tensors", "pickle")
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     try:
-        member = archive.extractfile(name)
+        info = archive.getmember(name)
     except KeyError as error:
         kinds = ", ".join(archive.getnames()[:4])
         raise Damaged(f"a tar archive without {name!r} (it holds {kinds})") from error
-    if member is None:
+    # A sparse one claims zeros, as many as it likes.
+    member = archive.extractfile(info) if info.isreg() else None
+    if member is None or info.issparse():
         raise Damaged(f"a tar archive whose {name!r} is no file")
     return member.read()
 
@@ -210,11 +213,11 @@ def _tar_storages(file: BinaryIO) -> tuple[dict[Any, np.ndarray], dict[Any, Any]
         data = file.read(whole(count) * width)
         if len(data) != count * width:
             raise Damaged("storages that break off")
-        records[key] = np.frombuffer(data, np.uint8)
+        records[plain_key(key)] = np.frombuffer(data, np.uint8)
         objects[key] = Storage(key, dtype, count)
     for key, root, start, count in pickles.load(file):
-        whole_storage = objects[root]
-        objects[key] = Storage(
+        whole_storage = objects[plain_key(root)]
+        objects[plain_key(key)] = Storage(
             whole_storage.key, whole_storage.dtype, whole(count), whole(start)
         )
     return records, objects
@@ -231,8 +234,8 @@ def _tar_tensors(file: BinaryIO, objects: dict[Any, Any]) -> None:
         if not 0 <= axes <= 16:
             raise Damaged(f"a tensor with {axes} axes")
         numbers = struct.unpack(f"<{2 * axes + 1}q", file.read(16 * axes + 8))
-        storage = objects[storage_key]
-        objects[key] = make_tensor(
+        storage = objects[plain_key(storage_key)]
+        objects[plain_key(key)] = make_tensor(
             storage,
             numbers[-1],
             numbers[:axes],

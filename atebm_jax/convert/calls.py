@@ -98,15 +98,20 @@ def _plain_sequence(kind: Callable) -> Callable:
     return build
 
 
+def _shown(value: Any) -> str:
+    """A text as it is; of anything else, which may be endless, its type."""
+    return repr(value) if isinstance(value, str) else describe(value)
+
+
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "ascii", "utf-8"):
-        raise Refused(f"_codecs.encode with encoding {encoding!r}")
+        raise Refused(f"_codecs.encode with {_shown(encoding)}")
     return text.encode(encoding)
 
 
 def _array(kind: Any, *_: Any) -> NumpyArray:
     if kind != Named("numpy", "ndarray"):
-        raise Refused(f"an array of class {kind}")
+        raise Refused(f"an array of class {describe(kind)}")
     return NumpyArray()
 
 
@@ -115,7 +120,7 @@ _CODE = re.compile(r"[biuf](1|2|4|8)|c(8|16)|\?|V2|bfloat16")
 
 def _numpy_type(code: Any, *_: Any) -> NumpyType:
     if not isinstance(code, str) or not _CODE.fullmatch(code.lstrip("<>|=")):
-        raise Refused(f"numpy.dtype({code!r})")
+        raise Refused(f"numpy.dtype({_shown(code)})")
     return NumpyType("b1" if code == "?" else code.lstrip("<>|="))
 
 

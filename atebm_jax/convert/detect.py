@@ -42,7 +42,7 @@ def fields(family: str, shapes: Shapes) -> dict[str, Any]:
     known = {canonical(family, name): tuple(shape) for name, shape in shapes.items()}
     found = {"name": family} | _FIELDS[family](known)
     head = known.get(_HEADS[family], ())
-    if len(head) == 2:
+    if len(head) == 2 and head[0]:
         found["num_classes"] = head[0]
     return found
 
@@ -76,9 +76,14 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len({match[1] for match in matches if match})
 
 
+def _outputs(shapes: Shapes, name: str) -> int:
+    """First length of an array; 0 for a single number, which fits nothing."""
+    return (*shapes[name], 0)[0]
+
+
 def _wide_resnet(shapes: Shapes) -> dict[str, Any]:
     blocks = _count(shapes, r"block1\.layer\.(\d+)\.conv1\.weight")
-    width = shapes["block1.layer.0.conv1.weight"][0]
+    width = _outputs(shapes, "block1.layer.0.conv1.weight")
     return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
 
 
@@ -89,7 +94,7 @@ def _resnet(shapes: Shapes) -> dict[str, Any]:
     bottleneck = "layer1.0.conv3.weight" in shapes
     found: dict[str, Any] = {"base_width": 64}
     if bottleneck:
-        found["base_width"] = shapes["layer1.0.conv1.weight"][0]
+        found["base_width"] = _outputs(shapes, "layer1.0.conv1.weight")
     for depth, stages in resnet.STAGES.items():
         if stages == blocks and (depth >= 50) == bottleneck:
             found["depth"] = depth
@@ -101,7 +106,7 @@ def _convnext(shapes: Shapes) -> dict[str, Any]:
         _count(shapes, rf"stages\.{stage}\.blocks\.(\d+)\.conv_dw\.weight")
         for stage in range(4)
     )
-    width = shapes["stages.0.blocks.0.conv_dw.weight"][0]
+    width = _outputs(shapes, "stages.0.blocks.0.conv_dw.weight")
     found = {"stem": "conv" if "stem.stem.0.weight" in shapes else "patch"}
     for size, (counts, widths) in convnext.SIZES.items():
         if tuple(counts) == blocks and widths[0] == width:

@@ -1,7 +1,7 @@
 """What of a saved tree is weights: its entries, and which of them is meant."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from atebm_jax.convert.files import Source, is_array
@@ -23,15 +23,39 @@ AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "average"})
 _OTHERS = ("optim", "sched", "scaler", "amp", "grad", "loss")
 
 
-def collect(tree: Any, name: str, depth: int, found: dict[str, dict]) -> None:
-    """Adds the innermost mappings that hold a matrix or a kernel, by dotted name."""
+# More entries than any training state has: one mapping may hold another many times.
+_MOST_ENTRIES = 1_000_000
+
+
+def collect(source: Source, depth: int = 3) -> dict[str, dict]:
+    """The innermost mappings that hold a matrix or a kernel, by dotted name.
+
+    Raises:
+      UserError: there are more entries than any training state has.
+    """
+    found: dict[str, dict] = {}
+    try:
+        _collect(source.tree, "", depth, found, iter(range(_MOST_ENTRIES)))
+    except StopIteration as error:
+        raise UserError(
+            f"{source.path} is refused: it holds more than {_MOST_ENTRIES:,} entries; "
+            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
+        ) from error
+    return found
+
+
+def _collect(
+    tree: Any, name: str, depth: int, found: dict[str, dict], left: Iterator[int]
+) -> None:
     if not isinstance(tree, dict) or depth == 0:
         return
     before = len(found)
     for key, value in tree.items():
+        next(left)
         skipped = isinstance(key, str) and key.lower().startswith(_OTHERS)
         if isinstance(key, str) and not skipped:
-            collect(value, f"{name}.{key}" if name else key, depth - 1, found)
+            inner = f"{name}.{key}" if name else key
+            _collect(value, inner, depth - 1, found, left)
     shapes = [shape(v) for k, v in tree.items() if isinstance(k, str) and is_array(v)]
     if len(found) == before and any(len(shape) >= 2 for shape in shapes):
         found[name] = {k: v for k, v in tree.items() if isinstance(k, str)}

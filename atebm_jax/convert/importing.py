@@ -69,6 +69,11 @@ def read(
     if weights.mean is not None and weights.std is not None:
         in_file = weights.mean, weights.std
     channels = detect.channels(family, shapes)
+    if channels not in (1, 3):
+        raise UserError(
+            f"{source.path} is a network for images of {channels} channels: expected 1 "
+            "(grey) or 3 (colour)."
+        )
     model = configuration.default().model
     model.update(fields)
     usual = _usual(model)

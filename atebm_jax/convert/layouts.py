@@ -6,9 +6,12 @@ said in `Weights.steps`.
 """
 
 import json
+import math
+import os
 import re
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from atebm_jax.convert.entries import (
@@ -41,6 +44,9 @@ class Weights(NamedTuple):
     steps: list[str]
 
 
+_MOST_WRAPPERS = 32
+_MOST_COPIES = 16
+
 # First parts of names that belong to a network and not to a wrapper.
 _OWN = re.compile(
     r"conv1|bn1|fc|head|norm|stem|stages|blocks|features|classifier|encoder|"
@@ -65,8 +71,7 @@ def find(source: Source, entry: str | None = None) -> Weights:
       UserError: no weights, or several networks of which none is meant.
     """
     steps: list[str] = []
-    entries: dict[str, dict] = {}
-    collect(source.tree, "", 3, entries)
+    entries = collect(source)
     if not entries:
         raise UserError(nothing(source))
     name, inside = split(entry, entries)
@@ -97,7 +102,7 @@ def _unwrap(
     constants = _metadata(source)
     if constants:
         steps.append("took mean and std from the file's metadata")
-    while True:
+    for _ in range(_MOST_WRAPPERS):
         before = set(weights)
         if weights.pop("n_averaged", None) is not None:
             steps.append("weights of an AveragedModel ('n_averaged')")
@@ -106,6 +111,11 @@ def _unwrap(
         weights = _strip(source, weights, steps, chosen)
         if set(weights) == before:
             break
+    else:
+        raise UserError(
+            f"{source.path} is refused: its names have more than {_MOST_WRAPPERS} "
+            "wrappers."
+        )
     if len(constants) == 1:
         raise UserError(
             f"{source.path} has only the {next(iter(constants))} of an input "
@@ -122,7 +132,7 @@ def _take_normalizer(
 ) -> None:
     for name in list(weights):
         match = _NORMALIZER.fullmatch(name)
-        if not match or int(np.prod(shape(weights[name]))) > 4:
+        if not match or not 1 <= math.prod(shape(weights[name])) <= 4:
             continue
         kind = "mean" if match[1].startswith("m") else "std"
         array = source.read(weights.pop(name)).astype(np.float64).ravel()
@@ -146,8 +156,13 @@ def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
         try:
             values = json.loads(source.metadata.get(f"atebm_jax.{kind}", "null"))
             found[kind] = tuple(map(float, values or ()))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             return {}
+        if not all(math.isfinite(x) and (kind == "mean" or x > 0) for x in found[kind]):
+            raise UserError(
+                f"{source.path}: its metadata has {kind} {found[kind]}, with which no "
+                "image can be normalised."
+            )
     return found if "atebm_jax.mean" in source.metadata else {}
 
 
@@ -206,18 +221,38 @@ def _is_wrapper(name: str) -> bool:
     return usual or bool(AVERAGED & set(name.lower().split("_")))
 
 
+def _is_bfloat16(array: np.ndarray) -> bool:
+    return array.dtype == ml_dtypes.bfloat16
+
+
 def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
     """The weights as float32 arrays; notes go to `weights.steps`.
 
     Raises:
-      UserError: NaN, Inf, or values that float32 cannot hold, by name.
+      UserError: NaN, Inf, values that float32 cannot hold, or no numbers at all, by
+        name; many times the numbers that the file has.
     """
     arrays: dict[str, np.ndarray] = {}
     narrowed: dict[str, int] = {}
+    # Names may share numbers, which become copies here.
+    left = _MOST_COPIES * os.path.getsize(source.path)
     for name, value in weights.arrays.items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
         array = source.read(value)
+        left -= array.size
+        if left < 0:
+            raise UserError(
+                f"{source.path} is refused: its arrays share their numbers, and are "
+                f"{_MOST_COPIES} times the file."
+            )
+        if not array.size or not (array.dtype.kind in "fiub" or _is_bfloat16(array)):
+            raise UserError(
+                printable(
+                    f"{source.path}: {name} is {array.dtype}{list(array.shape)}: "
+                    "expected real numbers, one at least."
+                )
+            )
         if array.dtype != np.float32 and array.dtype.kind not in "iub":
             narrowed[str(array.dtype)] = narrowed.get(str(array.dtype), 0) + 1
             with np.errstate(over="ignore"):

@@ -5,7 +5,7 @@ containers; names stay names, and calls go to the short list in `calls.CALLS`.
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, BinaryIO
 
 from atebm_jax.convert.calls import call, fill_array, instance
@@ -45,8 +45,8 @@ def load(file: BinaryIO, persistent: PersistentFn | None = None) -> Any:
     """
     machine = _Machine(persistent)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count > _MOST_OPERATIONS:
+        for count, (opcode, argument, place) in enumerate(pickletools.genops(file)):
+            if count > _MOST_OPERATIONS or machine.copied > 64 * place + 2**24:
                 raise Damaged("more objects than any checkpoint has")
             machine.step(opcode.name, argument)
         return machine.result()
@@ -64,6 +64,9 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._persistent = persistent
+        # Elements given to calls, which copy them: a short file may ask for many
+        # copies of one long text.
+        self.copied = 0
 
     def result(self) -> Any:
         if len(self._stack) != 1 or self._stack[0] is _MARK:
@@ -155,7 +158,12 @@ class _Machine:
 
     def reduce(self, _: Any) -> None:
         arguments = self.pop()
-        self.push(call(self.pop(), arguments))
+        self.push(self._call(self.pop(), arguments))
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if isinstance(arguments, tuple):
+            self.copied += sum(len(x) for x in arguments if isinstance(x, Sized))
+        return call(function, arguments)
 
     def new_object(self, with_keywords: bool) -> None:
         keywords = self.pop() if with_keywords else {}
@@ -187,7 +195,7 @@ class _Machine:
         values = self.pop_to_mark()
         if function is None:
             function, *values = values
-        self.push(call(function, tuple(values)))
+        self.push(self._call(function, tuple(values)))
 
 
 def _named(argument: str) -> Named:

@@ -106,7 +106,7 @@ def dtype_named(value: Any) -> np.dtype:
     """The dtype that `torch.float32` and the like mean."""
     if isinstance(value, Named) and value.module == "torch" and value.name in DTYPES:
         return np.dtype(DTYPES[value.name])
-    raise Refused(f"a tensor of type {value}")
+    raise Refused(f"a tensor of type {describe(value)}")
 
 
 def storage_named(value: Any) -> np.dtype | None:
@@ -120,7 +120,7 @@ def storage_named(value: Any) -> np.dtype | None:
             return np.dtype(DTYPES[STORAGES[value.name]])
         if value.name == "UntypedStorage":
             return None
-    raise Refused(f"a storage of type {value}")
+    raise Refused(f"a storage of type {describe(value)}")
 
 
 def whole(value: Any) -> int:
@@ -162,7 +162,9 @@ def describe(value: Any) -> str:
         return str(value)
     if isinstance(value, Inert):
         names = [str(x) for x in value.arguments if isinstance(x, str | Named)]
-        names += [describe(x) for x in value.arguments if isinstance(x, Inert)][:1]
+        # The first alone: each may hold the next one twice, and so on.
+        inner = next((x for x in value.arguments if isinstance(x, Inert)), None)
+        names += [] if inner is None else [describe(inner)]
         return f"{value.kind}({', '.join(names)[:80]})"
     return f"a value of type {type(value).__name__}"
 

@@ -16,6 +16,10 @@ from atebm_jax.errors import UserError
 from atebm_jax.models.layers import ACTIVATIONS, Conv, Normalize, batch_norm
 
 
+# Beyond any that was ever trained; tracing more would seem to hang.
+_DEEPEST = 1000
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions after norm and activation, with a shortcut.
 
@@ -100,10 +104,10 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
     Raises:
       UserError: depth not 6n + 4, non-positive sizes, unknown activation.
     """
-    if config.depth < 10 or (config.depth - 4) % 6:
+    if not 10 <= config.depth <= _DEEPEST or (config.depth - 4) % 6:
         raise UserError(
             f"model.depth is {config.depth}: a WideResNet has depth 6n + 4, "
-            "10, 16, 22, 28 or 34, say."
+            f"10, 16, 22, 28 or 34, say, and at most {_DEEPEST}."
         )
     if config.widen_factor < 1 or config.num_classes < 1:
         raise UserError(
