@@ -72,7 +72,7 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-read", _check_formulas)
     app.connect("doctree-read", _link_files_outside)
     # Before napoleon, which has priority 500.
-    app.connect("autodoc-process-docstring", _describe_returns, priority=400)
+    app.connect("autodoc-process-docstring", _plain_text, priority=400)
     app.connect("autodoc-skip-member", _skip_tuple_fields)
     app.connect("autodoc-process-signature", _hide_flax_arguments)
 
@@ -181,14 +181,22 @@ def _link_files_outside(app: Sphinx, document: nodes.document) -> None:
             node.replace_self(link)
 
 
-def _describe_returns(
+def _plain_text(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """What a docstring says of a result is no type, also where it has a colon."""
+    """Docstrings are written for people: formulas, and results without a type."""
+    for index, line in enumerate(lines):
+        # Outside of backticks: 2 * B, ||g||, x_ mean themselves.
+        parts = line.split("`")
+        parts[::2] = [
+            re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]
+        ]
+        lines[index] = "`".join(parts)
     for index, line in enumerate(lines[:-1]):
         if line in ("Returns:", "Yields:"):
             text = lines[index + 1].lstrip()
             indent = len(lines[index + 1]) - len(text)
+            # What is before a colon would be taken for a type.
             lines[index + 1] = f"{' ' * indent}:{text}"
 
 
