@@ -279,7 +279,7 @@ class Model:
         )
         size = settings.step_size if step_size is None else step_size
         steps = settings.num_steps if num_steps is None else num_steps
-        _check_steps(size, steps)
+        chunks.check(chunks.Recipe(step_size=size, num_steps=steps))
         return self._run(
             attack,
             x,
@@ -343,20 +343,6 @@ class Model:
                 "positive and the same."
             )
         return next(iter(given.values()), 1)
-
-
-def _check_steps(step_size: Any, num_steps: Any) -> None:
-    number, whole = (int, float, np.number), (int, np.integer)
-    if not isinstance(step_size, number) or not isinstance(num_steps, whole):
-        raise UserError(
-            f"num_steps is {num_steps!r} and step_size {step_size!r}: expected a whole "
-            "number and a number."
-        )
-    if num_steps < 0 or not 0 < step_size < np.inf:
-        raise UserError(
-            f"num_steps is {num_steps} and step_size {step_size}: the steps must not "
-            "be negative, their size is positive."
-        )
 
 
 @lru_cache

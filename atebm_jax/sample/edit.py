@@ -31,6 +31,7 @@ class Problem(NamedTuple):
     """A task with its settings.
 
     Attributes:
+      task: its name.
       shape: (H, W, C) of the images that are given.
       degrade: those images [B, H, W, C] uint8 -> what the edit is given, float32 in
         [0, 1]; the same where the given ones are not the truth.
@@ -39,6 +40,7 @@ class Problem(NamedTuple):
       settings: for the protocol.
     """
 
+    task: str
     shape: tuple[int, int, int]
     degrade: Callable[[np.ndarray], np.ndarray]
     constraint: Callable[[np.ndarray], Any]
@@ -86,7 +88,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         variants=1,
         rows=lambda images, variants: prepare(images)[0],
         recipe=recipe,
-        write=partial(_write, out, problem, references, names),
+        write=partial(_write, out, problem, references, names, label is None),
         protocol=loaded.described
         | {"task": given.task, "target": given.target or "any"}
         | problem.settings
@@ -141,7 +143,8 @@ def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
         settings |= {"mask_sha256": inputs.fingerprint(hole), "fill": given.fill}
     if given.task == "denoise":
         settings["strength"] = given.strength
-    return Problem(shape, degrade, partial(_constraint, given, hole), hole, settings)
+    constraint = partial(_constraint, given, hole)
+    return Problem(given.task, shape, degrade, constraint, hole, settings)
 
 
 def _check_flags(given: argparse.Namespace) -> None:
@@ -240,16 +243,19 @@ def _write(
     problem: Problem,
     references: dict[str, np.ndarray],
     names: Sequence[str],
+    free: bool,
     item: Item,
     edited: sampling.Edited,
 ) -> list[dict[str, Any]]:
     """Pictures and record of one edit."""
     name = item.picture.name
-    file, strip = f"{name}.png", f"{name}_strip.png"
+    file, strip = f"{name}_{problem.task}.png", f"{name}_strip.png"
     result, start = edited.images[0], edited.start[0]
     files.write_image(out / file, files.as_bytes(result))
     record = records.of_image(item, edited, 0, names)
     record["files"] = {"result": file, "strip": strip}
+    if free:
+        record |= {"target": None, "target_confidence": None}
     truth = references.get(name, item.image if problem.settings["degrade"] else None)
     pictures = {"input": problem.degrade(item.image[None])[0]}
     if truth is None:

@@ -63,14 +63,20 @@ def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
             f"the constraint is a {type(constraint).__name__}: expected one of "
             "atebm_jax.constraints, say constraints.ball(images, radius=2.0)."
         )
-    shape = jax.eval_shape(lambda c: c.start, constraint).shape
-    if len(shape) != 4 or shape[1:] != image_shape:
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(constraint)}
+    if len(lengths) != 1:
+        raise UserError("the parts of the constraint are of different lengths.")
+    try:
+        shape = jax.eval_shape(lambda c: c.start, constraint).shape
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the parts of the constraint do not fit together: {error}."
+        ) from error
+    if len(shape) != 4 or shape[1:] != image_shape or shape[:1] not in lengths:
         raise UserError(
             f"the constraint is on images of shape {shape}: this model takes [N, "
             f"{', '.join(map(str, image_shape))}]."
         )
-    if {len(leaf) for leaf in jax.tree.leaves(constraint)} != {shape[0]}:
-        raise UserError("the parts of the constraint are of different lengths.")
     return shape[0]
 
 
@@ -170,7 +176,7 @@ def edit_chunks(
     while capacity < recipe.num_steps:
         capacity *= 2
     program = _program(model, recipe.sampler, recipe.schedule, capacity)
-    seed, steps = jnp.uint32(recipe.seed), jnp.int32(recipe.num_steps)
+    seed, steps = np.uint32(recipe.seed), np.int32(recipe.num_steps)
     size = chunks.CHUNK
     made = chunks.on_devices(
         program,

@@ -104,7 +104,6 @@ def _write(
         results.append(
             result
             | {
-                "target": loading.named(target, names),
                 "radius": radius,
                 "norm": norm,
                 "reached": result["predicted"]["class"] == target,

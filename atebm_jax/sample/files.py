@@ -46,7 +46,7 @@ def claim(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = json.loads(path.read_text())
+            before = _read_json(path)
             _check_same(folder, before, protocol, clash, what)
         elif any(folder.glob("*.png")):
             raise UserError(
@@ -55,13 +55,21 @@ def claim(
         kept = {key: before[key] for key in keep if before and key in before}
         content = {**protocol, **kept}
         write_json(path, content)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): it is not known what the images beside it "
-            "are; give an empty --out."
-        ) from error
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        content = error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is damaged ({content}): it is not known what the images beside it "
+            "are; give an empty --out."
+        )
     return content
 
 

@@ -106,6 +106,8 @@ def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
                     "it onto a background first."
                 )
             array = data.decode(_bytes(picture), shape[-1])
+    except UserError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}.") from error
     if array.shape[:2] != shape[:2] and resize:
@@ -175,7 +177,8 @@ def fingerprint(image: np.ndarray) -> str:
 
 
 def _check_readable(path: Path, opened: Image.Image) -> None:
-    if getattr(opened, "n_frames", 1) > 1:
+    # Telephones put a preview behind the image, as MPO.
+    if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
         raise UserError(f"{path} has several frames: give one of them as a file.")
     if opened.mode in _MODES_WITHOUT_RANGE:
         raise UserError(

@@ -102,11 +102,14 @@ def parse_radii(text: str) -> list[float]:
       UserError: anything else.
     """
     try:
-        radii = [float(word) for word in text.split(",")]
+        # Those that would have one name are one.
+        radii = list(
+            {f"{(r := float(word)):g}": r for word in text.split(",")}.values()
+        )
     except ValueError:
         radii = []
     if not radii or not all(0 < radius < np.inf for radius in radii):
         raise UserError(
             f"--radius={text}: expected positive numbers with commas, such as 1,2,4."
         )
-    return list(dict.fromkeys(radii))
+    return radii

@@ -1,6 +1,7 @@
 """How the commands that edit go through images: resumable, in chunks, with a bar."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,15 +92,29 @@ def run(
                 f"the energies of {item.picture.origin} are not finite: the network "
                 "has diverged, or --step_size is too large for it."
             )
-        records.write(out, item.picture.name, task.write(item, edited))
+        with _told(out):
+            records.write(out, item.picture.name, task.write(item, edited))
     wanted = {picture.name for picture in pictures}
-    results = records.gather(out, task.json, content)
+    with _told(out):
+        results = records.gather(out, task.json, content)
     return [result for result in results if result["image"] in wanted]
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Says in one sentence that a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error}. Make room or give another --out; the "
+            "same command goes on."
+        ) from error
 
 
 def _edited(
     loaded: Loaded, pending: Sequence[Picture], task: Task, console: Console
-) -> Any:
+) -> Iterator[tuple[Item, sampling.Edited]]:
     """(item, its results) of one picture after the other."""
     if not pending:
         return

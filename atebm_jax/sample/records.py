@@ -37,12 +37,12 @@ def finished(folder: Path, content: dict[str, Any]) -> dict[tuple, list[Any]]:
     for path in sorted((folder / _PARTS).glob("*.json")):
         try:
             part = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            done[_identity(part[0])] = part
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): delete it, and the same command makes "
                 "its images again."
             ) from error
-        done[_identity(part[0])] = part
     return {
         key: found
         for key, found in done.items()
@@ -56,19 +56,9 @@ def _identity(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def write(folder: Path, image: str, results: Sequence[Any]) -> None:
-    """Says that an image is done; its pictures are there.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    try:
-        (folder / _PARTS).mkdir(exist_ok=True)
-        files.write_json(folder / _PARTS / f"{image}.json", list(results))
-    except OSError as error:
-        raise UserError(
-            f"{folder / _PARTS} cannot be written: {error}. Make room or give another "
-            "--out; the same command goes on."
-        ) from error
+    """Says that an image is done; its pictures are there."""
+    (folder / _PARTS).mkdir(exist_ok=True)
+    files.write_json(folder / _PARTS / f"{image}.json", list(results))
 
 
 def gather(folder: Path, name: str, content: dict[str, Any]) -> list[Any]:
@@ -107,6 +97,7 @@ def of_image(
         "sha256": item.sha256,
         "label": None if label is None else named(label, names),
         "original": named(edited.originals[number], names),
+        "target": named(edited.targets[number], names),
         "predicted": named(path.predicted[-1], names),
         "original_confidence": _ends(path.original_confidence),
         "target_confidence": _ends(path.target_confidence),

@@ -172,7 +172,7 @@ def test_inpainting_keeps_what_lies_outside_of_the_hole(workdir, digits, tmp_pat
         f"--reference={digits}/1.png",
         "--target=guess",
     )
-    made, true = pixels(tmp_path / "1.png"), pixels(digits / "1.png")
+    made, true = pixels(tmp_path / "1_inpaint.png"), pixels(digits / "1.png")
     np.testing.assert_array_equal(made[:4], true[:4])
     (result,) = report["results"]
     assert result["energy"]["after"] < result["energy"]["before"]
@@ -181,7 +181,11 @@ def test_inpainting_keeps_what_lies_outside_of_the_hole(workdir, digits, tmp_pat
     assert psnr["result"] - psnr["result_in_hole"] == pytest.approx(3.0103, abs=1e-3)
     error = np.mean((made[4:] / 255 - true[4:] / 255) ** 2)
     assert psnr["result_in_hole"] == pytest.approx(-10 * np.log10(error), abs=0.2)
-    assert {p.name for p in tmp_path.iterdir()} == {"1.png", "1_strip.png", "edit.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "1_inpaint.png",
+        "1_strip.png",
+        "edit.json",
+    }
 
 
 def test_translation_is_a_counterfactual(workdir, digits, tmp_path):
@@ -211,7 +215,7 @@ def test_super_resolution_keeps_the_averages(workdir, digits, tmp_path):
         "--task=superres",
         "--factor=2",
     )
-    made = pixels(tmp_path / "out" / "small.png").astype(np.float32)
+    made = pixels(tmp_path / "out" / "small_superres.png").astype(np.float32)
     means = made.reshape(4, 2, 4, 2).mean((1, 3))
     np.testing.assert_allclose(means, small, atol=0.5)
 
