@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import reference
 from etils import epath
 
@@ -22,10 +23,11 @@ FLAGS = (
     "--config.stages=stage1",
     "--config.log_every_steps=1",
     "--config.model.activation=swish",
+    "--config.stage1.batch_size=16",
     "--config.stage1.num_steps=20",
     "--config.stage1.schedule=constant",
     "--config.stage1.learning_rate=0.01",
-    "--config.stage1.adversary.num_steps=60",
+    "--config.stage1.adversary.num_steps=100",
     "--config.stage1.eval_every_steps=0",
 )
 
@@ -58,24 +60,47 @@ def stop_one_of_two(workdir, rank):
     return step
 
 
-def test_sigterm_to_either_process_saves_and_one_process_goes_on_alike(tmp_path):
-    first = stop_one_of_two(tmp_path / "run", 1)
-    second = stop_one_of_two(tmp_path / "run", 0)
-    assert 0 < first < second < 20
-    for name in ("run", "alone"):
-        process = jobs.start(tmp_path / name, *FLAGS)
-        assert process.wait() == 0, jobs.log_of(tmp_path / name).read_text()
-    stopped, alone = records(tmp_path / "run"), records(tmp_path / "alone")
-    assert [r["step"] for r in stopped] == [r["step"] for r in alone]
-    # The same images in every step; only the order of sums differs.
-    for one, other in zip(stopped, alone, strict=True):
+def finish(workdir):
+    """Runs one process to the end."""
+    process = jobs.start(workdir, *FLAGS)
+    assert process.wait() == 0, jobs.log_of(workdir).read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of one process that nothing has disturbed."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(workdir)
+    return workdir
+
+
+def assert_alike(workdir, alone):
+    """The same images in every step; only the order of sums differs."""
+    stopped, undisturbed = records(workdir), records(alone)
+    assert [r["step"] for r in stopped] == [r["step"] for r in undisturbed]
+    for one, other in zip(stopped, undisturbed, strict=True):
         assert abs(one["loss"] - other["loss"]) < 1e-5
     weights = [
-        checkpoint.load_weights(tmp_path / name / "checkpoints" / "stage1")[0]
-        for name in ("run", "alone")
+        checkpoint.load_weights(folder / "checkpoints" / "stage1")[0]
+        for folder in (workdir, alone)
     ]
-    print(reference.max_difference(*weights))
+    # Measured 2.4e-7 on weights of about 0.1.
     assert reference.max_difference(*weights) < 3e-6
+
+
+def test_sigterm_to_one_process_saves_and_one_process_goes_on_alike(tmp_path, alone):
+    assert 0 < stop_one_of_two(tmp_path / "run", 1) < 20
+    finish(tmp_path / "run")
+    assert_alike(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_sigterm_again_to_the_other_process_of_a_job_that_went_on(tmp_path, alone):
+    first = stop_one_of_two(tmp_path / "run", 1)
+    # The steps go on from the first stop, the count of questions begins anew.
+    assert first < stop_one_of_two(tmp_path / "run", 0) < 20
+    finish(tmp_path / "run")
+    assert_alike(tmp_path / "run", alone)
 
 
 def test_second_job_ends_with_the_message_in_all_its_processes(tmp_path):

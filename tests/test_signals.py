@@ -59,6 +59,7 @@ def test_killed_job_leaves_no_worker_behind(training):
     assert alive(workers) == []
 
 
+@pytest.mark.slow
 def test_killed_data_worker_ends_the_job_with_one_clear_line(training):
     process, log = training
     children = psutil.Process(process.pid).children(recursive=True)

@@ -2,6 +2,7 @@ import itertools
 import logging
 
 import numpy as np
+import psutil
 import pytest
 
 from atebm_jax.data import (
@@ -191,6 +192,18 @@ def test_other_errors_reach_the_caller(num_workers):
     source = Unreadable(np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, spec="broken")
     with pytest.raises(UserError, match=r"broken\[\d\]: RuntimeError"):
         take(1, {"gen": Stream(source)}, num_workers=num_workers)
+
+
+def test_killed_worker_is_told_with_what_to_do():
+    streams = {"gen": Stream(numbered(9))}
+    settings = {"batch_size": 3, "image_shape": (8, 8, 3), "num_workers": 1}
+    with train_batches(streams, **settings) as batches:
+        next(batches)
+        children = psutil.Process().children(recursive=True)
+        next(c for c in children if "spawn_main" in " ".join(c.cmdline())).kill()
+        with pytest.raises(UserError, match=r"worker process .*exit code -9.*again"):
+            for _ in range(1000):
+                next(batches)
 
 
 def test_closed_iterator_is_exhausted():
