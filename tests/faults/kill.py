@@ -123,7 +123,9 @@ def kill_over_and_over(
         tally.checked += number
         tally.found += broken
         at = " ".join(f"{s} {jobs.steps(workdir, s)}" for s in jobs.STAGES)
-        print(f"{tally.kills:4} {moment}, {victims} killed: {state}; {at}", flush=True)
+        whole = f"{len(broken)} broken" if broken else "all whole"
+        hit = f"{tally.kills:4} {moment}, {victims} killed: {state}"
+        print(f"{hit}; {at}, {whole}", flush=True)
     finish(forked, workdir, count)
     tally.found += jobs.differences(alone, workdir)
     tally.passes += 1
