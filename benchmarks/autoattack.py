@@ -60,6 +60,11 @@ def parser() -> options.Parser:
         help="PyTorch's",
     )
     flags.add_argument("--repeats", type=options.positive, default=3)
+    flags.add_argument(
+        "--count",
+        action="store_true",
+        help="count passes through the network, ours in one more run",
+    )
     flags.add_argument("--only", choices=("ours", "torch"), help="one side only")
     flags.add_argument("--json", default="", metavar="PATH", help="write all repeats")
     return flags
@@ -81,7 +86,10 @@ def main(argv: list[str]) -> None:
         order = list(workers) if repeat % 2 == 0 else list(workers)[::-1]
         for name in order:
             runs[name].append(workers[name].call("run", repeat))
-    passes = {name: worker.call("count") for name, worker in workers.items()}
+    passes = {
+        name: worker.call("count") if flags.count else {}
+        for name, worker in workers.items()
+    }
     for worker in workers.values():
         worker.close()
     record = {

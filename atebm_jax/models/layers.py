@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atebm_jax.errors import UserError
+from atebm_jax.models.narrow import conv_narrow, widened, windows_at_once
 from atebm_jax.models.products import (
     Padding,
     conv_patches,
@@ -115,6 +116,22 @@ def _conv(
     layout. Flipping and transposing the kernel ourselves gives the canonical layout
     everywhere. The kernel gradient stays XLA's.
     """
+    return _value(images, kernel, strides, padding, groups)
+
+
+def _value(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+) -> jax.Array:
+    """`conv_xla`, several windows at once where there are few outputs."""
+    if strides == (1, 1):
+        count = windows_at_once(images, kernel, padding, groups)
+        if count > 1:
+            wide = outside_loops(widened(kernel, count))
+            return conv_narrow(images, wide, count, padding)
     return conv_xla(images, kernel, strides, padding, groups)
 
 
@@ -125,7 +142,7 @@ def _conv_fwd(
     padding: Padding,
     groups: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return conv_xla(images, kernel, strides, padding, groups), (images, kernel)
+    return _value(images, kernel, strides, padding, groups), (images, kernel)
 
 
 def _conv_bwd(
@@ -143,25 +160,31 @@ def _conv_bwd(
     flipped = flipped.transpose(0, 1, 4, 3, 2)
     flipped = flipped.reshape(height, width, features // groups, groups * per_group)
     flipped = outside_loops(flipped)
-    image_gradient = lax.conv_general_dilated(
-        cotangent,
-        flipped,
-        window_strides=(1, 1),
-        padding=[
-            _transposed_padding(*axis)
-            for axis in zip(
-                images.shape[1:3],
-                cotangent.shape[1:3],
-                (height, width),
-                strides,
-                padding,
-                strict=True,
-            )
-        ],
-        lhs_dilation=strides,
-        dimension_numbers=_DIMENSIONS,
-        feature_group_count=groups,
+    top_bottom, left_right = (
+        _transposed_padding(*axis)
+        for axis in zip(
+            images.shape[1:3],
+            cotangent.shape[1:3],
+            (height, width),
+            strides,
+            padding,
+            strict=True,
+        )
     )
+    if strides == (1, 1):
+        image_gradient = _value(
+            cotangent, flipped, strides, (top_bottom, left_right), groups
+        )
+    else:
+        image_gradient = lax.conv_general_dilated(
+            cotangent,
+            flipped,
+            window_strides=(1, 1),
+            padding=(top_bottom, left_right),
+            lhs_dilation=strides,
+            dimension_numbers=_DIMENSIONS,
+            feature_group_count=groups,
+        )
     _, kernel_pullback = jax.vjp(
         lambda k: conv_xla(images, k, strides, padding, groups), kernel
     )
