@@ -334,13 +334,13 @@ def _origins(
         if reached < wanted:
             raise UserError(
                 "stage2 starts from the weights of stage1, and that of "
-                f"{workdir} is at step {reached} of {wanted}{_but(damaged)}: run "
+                f"{workdir} is at step {reached} of {wanted}{_except(damaged)}: run "
                 "stage1 there to its end, or give --config.init_from=CHECKPOINT."
             )
     return origins
 
 
-def _but(damaged: Mapping[str, Mapping[int, str]]) -> str:
+def _except(damaged: Mapping[str, Mapping[int, str]]) -> str:
     """Which later steps of stage 1 do not count, and why."""
     steps = damaged.get("stage1", {}).items()
     return "".join(f" (step {step} is damaged: {fault})" for step, fault in steps)

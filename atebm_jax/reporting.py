@@ -157,6 +157,7 @@ _UNWRITABLE = {
     errno.ENOSPC: "No space left on device",
     errno.EDQUOT: "Disk quota exceeded",
     errno.EFBIG: "File too large",
+    # What Linux makes of a disk that fails.
     errno.EROFS: "Read-only file system",
 }
 
@@ -177,8 +178,8 @@ def told_plainly(workdir: epath.Path) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(
-            f"workdir {workdir} cannot be written any more ({reason}): make room there "
-            "and give the same command again; it goes on from the last checkpoint."
+            f"workdir {workdir} cannot be written any more ({reason}): once it can, "
+            "the same command goes on from the last checkpoint."
         ) from error
 
 
