@@ -154,10 +154,9 @@ def test_counterfactual_is_the_same_bits_alone_and_among_many(model, images):
 def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
     mask = np.zeros((8, 8), bool)
     mask[2:6, 2:6] = True
-    for labels in (None, "guess"):
-        made = model.edit(constraints.inpaint(images, mask), labels, num_steps=5)
-        np.testing.assert_array_equal(made.images[:, ~mask], images[:, ~mask])
-        assert (made.path.energy[:, -1] < made.path.energy[:, 0]).all()
+    made = model.edit(constraints.inpaint(images, mask), num_steps=5)
+    np.testing.assert_array_equal(made.images[:, ~mask], images[:, ~mask])
+    assert (made.path.energy[:, -1] < made.path.energy[:, 0]).all()
 
 
 @pytest.mark.parametrize(

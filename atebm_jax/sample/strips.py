@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from atebm_jax.sample import files
 
@@ -106,6 +107,7 @@ def _way(axis: Any, curves: Mapping[str, np.ndarray], energy: np.ndarray) -> Non
     for name, values in curves.items():
         axis.plot(values, label=name, linewidth=1.4)
     axis.set_ylim(-0.03, 1.03)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("step", fontsize=7)
     axis.set_ylabel("confidence", fontsize=7)
     axis.tick_params(labelsize=6)

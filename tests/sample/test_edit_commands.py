@@ -28,6 +28,12 @@ def digits(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Strips cost more than what they show, and are empty here."""
+    monkeypatch.setattr(strips, "write", lambda path, *rest: path.touch())
+
+
 @pytest.fixture(scope="module")
 def loaded(workdir):
     return loading.load(argparse.Namespace(workdir=workdir, best_by=None))
@@ -72,10 +78,9 @@ def test_explain_writes_strip_results_and_json(workdir, digits, tmp_path):
 
 
 def test_explanation_of_an_image_does_not_depend_on_those_beside_it(
-    workdir, digits, tmp_path, monkeypatch
+    workdir, digits, tmp_path, plain
 ):
-    # Forty results do not fit into one chunk; their strips are not looked at.
-    monkeypatch.setattr(strips, "write", lambda path, *rest: path.touch())
+    # Forty results do not fit into one chunk.
     flags = ["--target=all", "--radius=1"]
     run("explain", workdir, tmp_path / "many", digits, "--index=2:6", *flags)
     run("explain", workdir, tmp_path / "one", digits / "5.png", *flags)
@@ -88,7 +93,9 @@ def test_explanation_of_an_image_does_not_depend_on_those_beside_it(
     assert len(many) == 40 and len(one) == 10 and many[30:] == one
 
 
-def test_data_sets_are_named_by_place_and_know_their_labels(workdir, digits, tmp_path):
+def test_data_sets_are_named_by_place_and_know_their_labels(
+    workdir, digits, tmp_path, plain
+):
     flags = ["--target=3", "--radius=1"]
     by_spec = run(
         "explain", workdir, tmp_path / "a", "digits:test", "--index=5", *flags
@@ -103,7 +110,7 @@ def test_data_sets_are_named_by_place_and_know_their_labels(workdir, digits, tmp
 
 
 def test_stopped_command_makes_only_what_is_missing(
-    workdir, digits, tmp_path, monkeypatch
+    workdir, digits, tmp_path, plain, monkeypatch
 ):
     arguments = [digits, "--index=0:5", "--target=1", "--radius=0.5"]
     expected = run("explain", workdir, tmp_path / "whole", *arguments)
@@ -133,7 +140,7 @@ def test_stopped_command_makes_only_what_is_missing(
     assert again == more and (out / "3_strip.png").exists()
 
 
-def test_image_that_changed_is_explained_again(workdir, digits, tmp_path):
+def test_image_that_changed_is_explained_again(workdir, digits, tmp_path, plain):
     image = tmp_path / "x.png"
     for number in (1, 2):
         Image.fromarray(pixels(digits / f"{number}.png")).save(image)
@@ -152,7 +159,7 @@ def test_image_that_changed_is_explained_again(workdir, digits, tmp_path):
     assert result["path"] == other["path"]
 
 
-def test_other_settings_do_not_mix_in_one_folder(workdir, digits, tmp_path):
+def test_other_settings_do_not_mix_in_one_folder(workdir, digits, tmp_path, plain):
     run("explain", workdir, tmp_path, digits / "0.png", "--target=1")
     with pytest.raises(
         UserError, match="holds results with num_steps 3 and now it is 2"
@@ -188,7 +195,7 @@ def test_inpainting_keeps_what_lies_outside_of_the_hole(workdir, digits, tmp_pat
     }
 
 
-def test_translation_is_a_counterfactual(workdir, digits, tmp_path):
+def test_translation_is_a_counterfactual(workdir, digits, tmp_path, plain):
     edited = run(
         "edit",
         workdir,
@@ -204,7 +211,7 @@ def test_translation_is_a_counterfactual(workdir, digits, tmp_path):
     assert edited["results"][0]["path"] == explained["results"][0]["path"]
 
 
-def test_super_resolution_keeps_the_averages(workdir, digits, tmp_path):
+def test_super_resolution_keeps_the_averages(workdir, digits, tmp_path, plain):
     small = np.asarray(Image.open(digits / "2.png").reduce(2), np.float32)
     Image.fromarray(small.astype(np.uint8)).save(tmp_path / "small.png")
     run(
@@ -220,7 +227,7 @@ def test_super_resolution_keeps_the_averages(workdir, digits, tmp_path):
     np.testing.assert_allclose(means, small, atol=0.5)
 
 
-def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path):
+def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path, plain):
     flags = ["--task=denoise", "--sigma=0.1", "--degrade"]
     many = run("edit", workdir, tmp_path / "a", digits, "--index=0:3", *flags)
     one = run("edit", workdir, tmp_path / "b", digits / "1.png", *flags)
