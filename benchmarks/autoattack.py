@@ -8,8 +8,8 @@ WORKDIR holds a WideResNet trained here; its test images and the threat of
 state dict (CIFAR normalisation is added inside), IMAGES.npz `images` [N, H, W, C] float
 in [0, 1] and `labels` [N]; the threat is then Linf 8/255.
 
-Both sides run the standard ensemble of Croce and Hein (2020): 100 steps of APGD and FAB,
-9 targets, 5,000 queries of Square. torchattacks ships with 10 steps instead; --steps=10
+Both sides run the standard ensemble of Croce and Hein (2020): 100 steps of APGD and
+FAB, 9 targets, 5,000 queries of Square. torchattacks ships with 10 steps: --steps=10
 gives both sides those. Each side runs in a process of its own, in turns. Ours compiles
 anew in every repeat; both clocks of that are told apart from the run.
 """
@@ -47,7 +47,8 @@ def parser() -> options.Parser:
     flags.add_argument("--norm", choices=("linf", "l2"), help="default: the data's")
     flags.add_argument("--epsilon", type=float, help="default: the data's")
     flags.add_argument("--steps", type=options.positive, default=100)
-    flags.add_argument("--batch_size", type=options.positive, default=32)
+    flags.add_argument("--queries", type=options.positive, default=5000, help="Square")
+    flags.add_argument("--batch_size", type=options.positive, default=8)
     flags.add_argument("--torch_batch_size", type=options.positive, default=128)
     flags.add_argument("--threads", type=options.positive, default=1, help="CPUs")
     flags.add_argument(
@@ -74,11 +75,15 @@ def main(argv: list[str]) -> None:
     flags = parser().parse_args(argv)
     ours = load(flags)
     theirs = dataclasses.replace(ours, batch_size=flags.torch_batch_size)
-    sides: dict[str, tuple[Any, Task]] = {"ours": (Ours, ours), "torch": (Torch, theirs)}
+    sides: dict[str, tuple[Any, Task]] = {
+        "ours": (Ours, ours),
+        "torch": (Torch, theirs),
+    }
     if flags.only:
         sides = {flags.only: sides[flags.only]}
     workers = {
-        name: Worker(build, task, flags.threads) for name, (build, task) in sides.items()
+        name: Worker(build, task, flags.threads)
+        for name, (build, task) in sides.items()
     }
     versions = {name: worker.call("version") for name, worker in workers.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
@@ -128,6 +133,7 @@ def load(flags: Any) -> Task:
         flags.norm or threat[0],
         threat[1] if flags.epsilon is None else flags.epsilon,
         flags.steps,
+        flags.queries,
         flags.batch_size,
         flags.threads,
         flags.devices,
@@ -215,6 +221,7 @@ def show(record: dict[str, Any]) -> None:
     console.print(
         f"WRN-{network['depth']}-{network['widen_factor']}, {number} images of "
         f"{'x'.join(map(str, shape))}, {norm} {epsilon:.4g}, {flags['steps']} steps, "
+        f"{flags['queries']} queries, "
         f"{flags['threads']} thread(s), {flags['repeats']} repeats",
         soft_wrap=True,
     )

@@ -30,6 +30,7 @@ class Task:
       labels: [N] int.
       norm, epsilon: the threat.
       steps: of each search of APGD and FAB.
+      queries: of Square.
       batch_size: images at a time.
       threads: CPUs a side is pinned to.
       devices: ours: virtual devices that a batch is split over.
@@ -43,6 +44,7 @@ class Task:
     norm: str
     epsilon: float
     steps: int
+    queries: int
     batch_size: int
     threads: int
     devices: int
@@ -144,7 +146,7 @@ class Ours:
             task.images,
             task.labels,
             threat=(task.norm, task.epsilon),
-            settings={"num_steps": task.steps},
+            settings={"num_steps": task.steps, "num_queries": task.queries},
             batch_size=task.batch_size,
             sharding=split,
             on_progress=on_progress,
@@ -218,6 +220,8 @@ class Torch:
             if hasattr(member, "steps"):
                 # It ships with 10, the original has 100.
                 member.steps = task.steps
+            else:
+                member.n_queries = task.queries
             member.forward = partial(self._part, name, member.forward, parts, robust)
 
         def work() -> None:

@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import reference
+from reference import MEAN, STD
+
+from atebm_jax import convert
+from atebm_jax.models.wide_resnet import WideResNet
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -125,6 +131,45 @@ def test_two_convolution_gradients_agree(tmp_path):
     assert record["agreement"]["image_median"] < 1e-4
 
 
+@pytest.mark.slow
+def test_both_sides_of_autoattack_go_equally_often_through_the_network(tmp_path):
+    if importlib.util.find_spec("torchattacks") is None:
+        pytest.skip("torchattacks, the other side of the comparison, is not installed")
+    network = WideResNet(depth=10, widen_factor=1, num_classes=4, mean=MEAN, std=STD)
+    variables = reference.random_variables(network, (8, 8, 3))
+    images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    labels = network.apply(variables, images).argmax(axis=-1)
+    weights, arrays = tmp_path / "weights.npz", tmp_path / "images.npz"
+    np.savez(weights, **convert.to_torch("wide_resnet", variables))
+    np.savez(arrays, images=images, labels=labels)
+    path = tmp_path / "autoattack.json"
+    done = run(
+        "autoattack.py",
+        f"--weights={weights}",
+        f"--images={arrays}",
+        "--epsilon=1e-6",
+        "--steps=2",
+        "--queries=4",
+        "--repeats=1",
+        "--batch_size=4",
+        "--count",
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu seconds without compilation" in done.stdout
+    record = json.loads(path.read_text())
+    for side in ("ours", "torch"):
+        (made,) = record["runs"][side]
+        assert made["cpu"] > 0 and set(made["parts"]) == set(made["robust"])
+        assert set(made["robust"].values()) == {4}
+        seen = record["passes"][side]
+        # Three targets; APGD looks at its start too.
+        assert seen["apgd-t"]["backward"] == 3 * (2 + 1) * 4
+        assert seen["fab-t"]["backward"] == 3 * 2 * 4
+        assert 4 * (4 + 1) <= seen["square"]["forward"] <= 4 * (4 + 3)
+    assert record["runs"]["ours"][0]["compile_cpu"] > 0
+
+
 def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
     path = tmp_path / "data.json"
     done = run(
@@ -151,6 +196,9 @@ def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
         ("step.py", "--config.model.wideness=2", "wideness"),
         ("step.py", "--repeat", "--repeat"),
         ("data.py", "--workers=two", "--workers=two"),
+        ("autoattack.py", "--num=0", "positive integer"),
+        ("autoattack.py", "--repeats=1", "give either --workdir"),
+        ("autoattack.py", "--workdir=absent", "absent"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
