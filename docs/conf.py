@@ -186,12 +186,13 @@ def _plain_text(
 ) -> None:
     """Docstrings are written for people: formulas, and results without a type."""
     for index, line in enumerate(lines):
+        bullet = re.match(r"(\s*\* )?", line)[0]
         # Outside of backticks: 2 * B, ||g||, x_ mean themselves.
-        parts = line.split("`")
+        parts = line.removeprefix(bullet).split("`")
         parts[::2] = [
             re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]
         ]
-        lines[index] = "`".join(parts)
+        lines[index] = bullet + "`".join(parts)
     for index, line in enumerate(lines[:-1]):
         if line in ("Returns:", "Yields:"):
             text = lines[index + 1].lstrip()
