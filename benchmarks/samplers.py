@@ -103,7 +103,11 @@ def main(argv: Sequence[str]) -> None:
     judges, real = _judges(loaded, flags.num)
     scores: dict[str, dict[int, list[dict[str, float]]]] = {}
     for (setting, count, seed), recipe in track(
-        recipes.items(), "samplers", console=console, transient=True
+        recipes.items(),
+        "samplers",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ):
         made = _draw(loaded, recipe, flags.num)
         row = scores.setdefault(setting.name, {}).setdefault(count, [])
@@ -243,13 +247,16 @@ def _table(
     counts: Sequence[int],
     real: float,
 ) -> Table:
-    table = Table(title=f"{title} ({real:.3g} of real test images)")
-    table.add_column("setting")
+    spread = max(row[count][quality][1] for row in summary.values() for count in counts)
+    table = Table(
+        title=f"{title} ({real:.3g} of real test images)",
+        caption=f"means over seeds; standard deviations at most {spread:.2g}",
+    )
+    table.add_column("setting / evaluations", no_wrap=True)
     for count in counts:
-        table.add_column(f"{count}", justify="right")
+        table.add_column(f"{count}", justify="right", no_wrap=True)
     for name, row in summary.items():
-        cells = ("{:.3f} ± {:.3f}".format(*row[count][quality]) for count in counts)
-        table.add_row(name, *cells)
+        table.add_row(name, *(f"{row[count][quality][0]:.3f}" for count in counts))
     return table
 
 
