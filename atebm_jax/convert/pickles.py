@@ -46,7 +46,7 @@ def load(file: BinaryIO, persistent: PersistentFn | None = None) -> Any:
     machine = _Machine(persistent)
     try:
         for count, (opcode, argument, place) in enumerate(pickletools.genops(file)):
-            if count > _MOST_OPERATIONS or machine.copied > 64 * place + 2**24:
+            if count > _MOST_OPERATIONS or machine.copied > 64 * (place or 0) + 2**24:
                 raise Damaged("more objects than any checkpoint has")
             machine.step(opcode.name, argument)
         return machine.result()

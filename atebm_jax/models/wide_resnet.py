@@ -15,7 +15,6 @@ import ml_collections
 from atebm_jax.errors import UserError
 from atebm_jax.models.layers import ACTIVATIONS, Conv, Normalize, batch_norm
 
-
 # Beyond any that was ever trained; tracing more would seem to hang.
 _DEEPEST = 1000
 
