@@ -18,6 +18,10 @@ GEOMETRIES = {
     "3x3_stride2_odd": ((7, 9), (3, 3), (2, 2), ((1, 1), (1, 1)), 1),
     "1x1": ((5, 5), (1, 1), (1, 1), ((0, 0), (0, 0)), 1),
     "1x1_stride2": ((8, 7), (1, 1), (2, 2), ((0, 0), (0, 0)), 1),
+    "1x1_on_one_pixel": ((1, 1), (1, 1), (2, 2), ((0, 0), (0, 0)), 1),
+    "1x2_in_2x3_steps": ((5, 8), (1, 2), (2, 3), ((0, 0), (0, 0)), 1),
+    "3x3_on_2x2": ((2, 2), (3, 3), (1, 1), ((1, 1), (1, 1)), 1),
+    "3x3_stride2_on_4x4": ((4, 4), (3, 3), (2, 2), ((1, 1), (1, 1)), 1),
     "1x1_stride3_unused_border": ((9, 9), (1, 1), (3, 3), ((0, 0), (0, 0)), 1),
     "2x2_stride3": ((7, 8), (2, 2), (3, 3), ((0, 0), (0, 0)), 1),
     "2x2_asymmetric": ((6, 6), (2, 2), (1, 1), ((0, 1), (1, 0)), 1),
@@ -59,14 +63,19 @@ def value_and_gradients(conv, arguments):
 
 def test_output_and_gradients_equal_those_of_xla(geometry):
     images, kernel, arguments = geometry
-    ours, theirs = (
-        value_and_gradients(conv, arguments)(images, kernel) for conv in (FORWARD, XLA)
-    )
+    # In double precision: the forms sum in different orders.
+    with jax.enable_x64(True):
+        images, kernel = (jnp.asarray(np.float64(x)) for x in (images, kernel))
+        ours, theirs = (
+            value_and_gradients(conv, arguments)(images, kernel)
+            for conv in (FORWARD, XLA)
+        )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
         ours,
         theirs,
     )
+    assert ours[1][0].dtype == np.float64
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def depthwise_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
 def _sum_shifted(images: jax.Array, kernel: jax.Array) -> jax.Array:
     side = len(kernel)
     height, width = images.shape[1:3]
-    weights, wide = at_least_float32(kernel)[:, :, 0], at_least_float32(images)
+    wide = at_least_float32(images)
+    weights = at_least_float32(kernel)[:, :, 0, None, None, :]
     if max(height, width) <= side // 2 + 1:
         return _sum_pixels(wide, weights).astype(images.dtype)
     padded = _padded(wide, side)
@@ -85,9 +86,8 @@ def _sum_pixels(images: jax.Array, weights: jax.Array) -> jax.Array:
     rows, columns = np.divmod(np.arange(height * width), width)
     row_shift = rows[:, None] - rows[None, :] + side // 2
     column_shift = columns[:, None] - columns[None, :] + side // 2
-    # For every pixel q what it adds to each p. A constant of PGD's loop: see
-    # `layers.outside_loops`.
-    table = outside_loops(weights[row_shift, column_shift])
+    # For every pixel q what it adds to each p: [q, p, C].
+    table = outside_loops(weights[row_shift, column_shift, 0, 0])
     pixels = images.reshape(len(images), height * width, -1)
     total = sum(pixels[:, q, None, :] * table[None, q] for q in range(height * width))
     return jnp.asarray(total).reshape(images.shape)

@@ -1,0 +1,90 @@
+"""Max pooling as maxima of shifted images: XLA's values and gradients, and GELU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atebm_jax import UserError
+from atebm_jax.models import layers
+from atebm_jax.models.products import max_pool_shifted
+
+# Image size, window, strides, padding.
+POOLS = {
+    "resnet": ((6, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "odd": ((7, 5), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "overlapping": ((5, 6), (3, 2), (1, 1), ((1, 0), (0, 1))),
+    "gaps": ((7, 7), (2, 2), (3, 3), ((0, 0), (0, 0))),
+    "uneven": ((9, 8), (5, 3), (2, 3), ((2, 1), (0, 2))),
+    "whole_image": ((4, 3), (4, 3), (4, 3), ((0, 0), (0, 0))),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_values_and_gradients_are_xlas_also_where_elements_tie(name):
+    size, *arguments = POOLS[name]
+    rng = np.random.default_rng(0)
+    # Few values, so that most windows have several largest elements.
+    images = jnp.asarray(rng.integers(0, 3, (2, *size, 3)), jnp.float32)
+
+    def loss(pool, x):
+        made = pool(x, *arguments)
+        return (made * jnp.cos(jnp.arange(made.size)).reshape(made.shape)).sum(), made
+
+    ours, theirs = (
+        jax.jit(jax.grad(lambda x, f=f: loss(f, x), has_aux=True))(images)
+        for f in (max_pool_shifted, nn.max_pool)
+    )
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-6)
+
+
+def test_the_first_of_equal_elements_has_the_gradient():
+    images = jnp.array([[1.0, 2.0, 2.0], [2.0, 0.0, 5.0]])[None, :, :, None]
+    gradient = jax.grad(
+        lambda x: max_pool_shifted(x, (2, 2), (1, 1), ((0, 0), (0, 0))).sum()
+    )(images)
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[0, 1, 0], [0, 0, 1]])
+
+
+def test_nan_and_infinity_are_seen_and_padding_never_wins():
+    images = jnp.full((1, 2, 2, 1), -jnp.inf).at[0, 0, 0, 0].set(jnp.nan)
+    window = ((3, 3), (2, 2), ((1, 1), (1, 1)))
+    assert jnp.isnan(max_pool_shifted(images, *window)).all()
+    lowest = jnp.full((1, 2, 2, 1), -jnp.inf)
+    assert (max_pool_shifted(lowest, *window) == -jnp.inf).all()
+
+
+def test_gradient_of_the_gradient_reaches_the_cotangent():
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 4, 2)), "float32")
+
+    def penalty(pool, scale):
+        inner = jax.grad(lambda x: (scale * pool(x)).sum())(images)
+        return (inner**2).sum()
+
+    window = ((3, 3), (2, 2), ((1, 1), (1, 1)))
+    ours, theirs = (
+        jax.grad(lambda s, f=f: penalty(lambda x: f(x, *window), s))(jnp.float32(3.0))
+        for f in (max_pool_shifted, nn.max_pool)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_setting_picks_the_pooling_and_an_unknown_one_is_named():
+    images = jnp.asarray(np.arange(32.0).reshape(1, 4, 4, 2), jnp.float32)
+    made = [layers.max_pool(images, 3, 2, 1, form) for form in ("auto", "xla")]
+    np.testing.assert_array_equal(*made)
+    with pytest.raises(UserError, match="'fast'"):
+        layers.max_pool(images, 3, 2, 1, "fast")
+
+
+def test_gelu_is_jaxs_and_keeps_the_dtype():
+    x = jnp.linspace(-8.0, 8.0, 101)
+    np.testing.assert_allclose(
+        layers.gelu(x), nn.gelu(x, approximate=False), rtol=1e-6, atol=1e-6
+    )
+    half = layers.gelu(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    # 1 Phi(1), from a table of the normal distribution.
+    np.testing.assert_allclose(layers.gelu(jnp.float32(1.0)), 0.8413447, rtol=1e-6)
