@@ -42,7 +42,13 @@ IMPORTED = "imported"
 def absolute(path: str | epath.Path) -> epath.Path:
     """A path as Orbax wants it: absolute, or of a cloud (gs://...); ~ is the home."""
     if "://" in str(path):
-        return epath.Path(path)
+        try:
+            return epath.Path(path)
+        except KeyError as error:
+            raise UserError(
+                f"{path} is of no kind of storage that is known here: give a folder, "
+                "or one in a bucket, gs://BUCKET/FOLDER."
+            ) from error
     return epath.Path(path).expanduser().absolute()
 
 

@@ -246,7 +246,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for field, value in flatten(config):
         _check_number(field, value)
     shape = tuple(config.data.image_shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise UserError(
             f"config.data.image_shape is {shape}: give (height, width, channels)."
         )
@@ -258,8 +258,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"{tuple(config.model.std)}: give both with one number a channel, the "
             "second positive, or neither."
         )
-    if config.seed >= 2**31:
-        raise UserError(f"config.seed is {config.seed}: it must be below 2**31.")
     for field, smallest in _SMALLEST.items():
         value = lookup(config, field)
         if value < smallest:
@@ -281,13 +279,23 @@ def _check_number(field: str, value: Any) -> None:
     numbers = value if isinstance(value, tuple | list) else [value]
     if numbers is value and not all(isinstance(n, int | float) for n in value):
         raise UserError(f"config.{field} is {value!r}: its elements must be numbers.")
-    finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+    finite = all(abs(n) <= _LARGEST for n in numbers if isinstance(n, float))
     unbounded = field.endswith("epsilon") and value == math.inf
     if not finite and not unbounded:
-        raise UserError(f"config.{field} is {value}: it must be a finite number.")
+        raise UserError(
+            f"config.{field} is {value}: it must be a finite number, in float32 too."
+        )
+    if any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers):
+        raise UserError(
+            f"config.{field} is {value}: a whole number must be below 2**31, as it is "
+            "counted in 32 bits."
+        )
     if field.endswith("step_size") and not value > 0:
         raise UserError(f"config.{field} is {value}: it must be positive.")
 
+
+# Of float32, in which everything is computed; a comparison with NaN is False.
+_LARGEST = 3.4e38
 
 _SMALLEST: dict[str, float] = {
     "seed": 0,

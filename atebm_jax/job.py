@@ -210,10 +210,10 @@ def _check_images(
     for role, fields in _OPERATIONS.items():
         for field in fields:
             operations = config.data[field]
-            data.parse(operations)
-            if role not in sources:
-                continue
             try:
+                data.parse(operations)
+                if role not in sources:
+                    continue
                 data.materialise(
                     sources[role],
                     operations,
@@ -310,6 +310,13 @@ def _origins(
         fitting.check_function(config.model, stored, str(source))
         return weights
 
+    def given() -> Any:
+        try:
+            check_bucket(checkpoint.absolute(config.init_from))
+            return loaded(config.init_from)
+        except UserError as error:
+            raise UserError(f"config.init_from: {error}") from error
+
     folders = {s: checkpoint.stage_folder(workdir, s) for s in checkpoint.STAGE_ORDER}
     # Damaged steps are stepped over here, and out of the way once the stage goes on.
     begun, damaged = {}, {}
@@ -326,8 +333,8 @@ def _origins(
     if config.init_from:
         # Once the stage has begun, its source is needed no more.
         if first not in begun:
-            loaded(config.init_from)
-        origins[first] = lambda: loaded(config.init_from)
+            given()
+        origins[first] = given
     elif first == "stage2" and first not in begun:
         reached = begun.get("stage1", 0)
         wanted = configuration.num_steps(config.stage1, num_train)

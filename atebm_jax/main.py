@@ -22,6 +22,13 @@ _WORKDIR = flags.DEFINE_string(
 _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a workdir made by another config."
 )
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "workdir",
+    "Folder of compiled programs, which a restart loads: 'workdir' for one in the "
+    "workdir, 'off', or a path that all hosts see. $JAX_COMPILATION_CACHE_DIR goes "
+    "before 'workdir'.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -50,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     # Imported late, so that --help and a misspelt flag answer at once.
     from atebm_jax import job, preemption
+    from atebm_jax.compilation import use_cache
     from atebm_jax.sharding import initialize_processes
 
     quiet_libraries()
@@ -59,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         initialize_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
+        use_cache(_CACHE.value, _WORKDIR.value)
         job.run(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CHANGE.value)
     except UserError as error:
         fail(error)

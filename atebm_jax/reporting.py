@@ -128,18 +128,18 @@ def in_bucket(path: epath.Path) -> bool:
 _FOR_BUCKETS = {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"}
 
 
-def check_bucket(workdir: epath.Path) -> None:
-    """Refuses gs:// where the packages that write there are not installed.
+def check_bucket(path: epath.Path) -> None:
+    """Refuses gs:// where the packages that reach it are not installed.
 
     Raises:
       UserError: names them and the extra that has them.
     """
-    if not os.fspath(workdir).startswith("gs://"):
+    if not os.fspath(path).startswith("gs://"):
         return
     missing = [name for module, name in _FOR_BUCKETS.items() if not _found(module)]
     if missing:
         raise UserError(
-            f"workdir {workdir} is in a bucket and {' and '.join(missing)} "
+            f"{path} is in a bucket and {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed: "
             "pip install 'atebm_jax[gcs]'."
         )

@@ -28,6 +28,8 @@ class Program:
 
     def __init__(self, text: str):
         self._lines: dict[str, list[str]] = {}
+        # Inputs whose memory an output takes over.
+        self.num_aliases = text.partition("\n")[0].count("-alias)")
         name = ""
         for line in text.splitlines():
             header = _HEADER.match(line)

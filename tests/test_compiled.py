@@ -1,6 +1,7 @@
 """What a compiled update of stage 2 does, and what it never does."""
 
 from dataclasses import replace
+from functools import partial
 
 import hlo
 import jax
@@ -17,6 +18,7 @@ from atebm_jax import (
     optim,
     sharding,
     stages,
+    train,
     train_state,
     train_step,
 )
@@ -32,7 +34,15 @@ def mesh_of(count):
     )
 
 
-def update_of(network, stage="stage2", threshold=0.0, parts=1, **settings):
+def update_of(
+    network,
+    stage="stage2",
+    threshold=0.0,
+    parts=1,
+    gather=None,
+    scatter=None,
+    **settings,
+):
     """The update and a fresh state on random weights."""
     optimizer = optim.optimizer("sgd", weight_decay=5e-4)
     step = train_step.make(
@@ -42,6 +52,7 @@ def update_of(network, stage="stage2", threshold=0.0, parts=1, **settings):
         auc_threshold=threshold,
         max_contrastive_steps=50,
         num_micro_batches=parts,
+        **({} if gather is None else {"gather": gather, "scatter": scatter}),
     )
     weights = reference.random_variables(network, SHAPE)
     return step, train_state.create(weights, optimizer, window_length=2)
@@ -126,6 +137,50 @@ def test_communication_is_of_gradients_and_scores_but_never_of_images(program):
     reduced = [c.elements for c in found if c.kind == "all-reduce"]
     assert max(reduced) == largest_kernel
     assert len([n for n in reduced if n >= BATCH_SIZE]) == 1
+
+
+def test_stage1_communicates_statistics_and_gradients_outside_its_loop():
+    """Batch statistics of two layers, forward and backward, and one gradient."""
+    mesh = mesh_of(8)
+    step, state = update_of(reference.TwoLayers(), "stage1")
+    lowered = jitted(step, mesh).lower(*placed(state, mesh))
+    program = hlo.Program(lowered.compile().as_text())
+    (body,) = pgd_bodies(program)
+    assert hlo.collectives(body) == []
+    found = hlo.collectives(program.outside_loops())
+    assert {c.kind for c in found} == {"all-reduce"}
+    channels, kernel = 8, 3 * 3 * 8 * 8
+    large = [c.elements for c in found if c.elements > channels]
+    assert large == [kernel]
+
+
+def test_bfloat16_split_state_and_parts_leave_the_loops_quiet():
+    """All three at once: parameters are gathered once, for all parts and all loops."""
+    mesh = sharding.make_mesh("data:-1,fsdp:4")
+    # Flax itself mixes float32 with bfloat16.
+    with jax.numpy_dtype_promotion("standard"):
+        step, state = update_of(
+            reference.network(dtype=jnp.bfloat16),
+            parts=2,
+            gather=partial(sharding.gather, mesh=mesh),
+            scatter=partial(sharding.scatter, mesh=mesh),
+        )
+        state = sharding.put_state(state, mesh)
+        placement = sharding.state_shardings(state, mesh)
+        compiled = train.jit_step(step, placement, mesh)
+        lowered = compiled.lower(state, placed((), mesh)[1])
+    program = hlo.Program(lowered.compile().as_text())
+    inner = [b for b in pgd_bodies(program) if not any(" while(" in x for x in b)]
+    assert len(inner) == 2
+    for body in inner:
+        assert hlo.collectives(body) == []
+    shapes = {x.size for x in jax.tree.leaves(state.params)}
+    large = {n for n in shapes if n >= sharding.SMALLEST_SHARDED}
+    everywhere = hlo.collectives(program.everything())
+    outside = hlo.collectives(program.outside_loops())
+    gathered = [c for c in everywhere if c.kind == "all-gather" and c.elements in large]
+    assert gathered and all(c in outside for c in gathered)
+    assert program.num_aliases == len(jax.tree.leaves(state))
 
 
 def test_loop_that_communicates_would_be_seen():

@@ -139,6 +139,12 @@ def test_parameters_are_gathered_once_and_gradients_reduced_once(runs, spec):
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
+@pytest.mark.parametrize("spec", MESHES)
+def test_every_buffer_of_the_state_is_taken_over(runs, spec):
+    program, _, state, _ = runs[spec]
+    assert program.num_aliases == len(jax.tree.leaves(state))
+
+
 def test_one_reduction_of_all_gradients_is_all_that_data_parallel_sends(runs):
     found = hlo.collectives(runs["data:-1"][0].outside_loops())
     assert len([c for c in found if c.elements > BATCH_SIZE]) == 1

@@ -156,6 +156,10 @@ OPS: dict[str, Op] = {
     "center_crop": Op(center_crop, "center_crop(256)", "size"),
 }
 
+# Pixels; what asks for more is a slip, and would take gigabytes an image.
+_LARGEST = 8192
+_SIZE = re.compile(r"[1-9][0-9]{0,4}")
+
 _CALL = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*")
 
 
@@ -198,7 +202,7 @@ def _parse_call(call: str, spec: str) -> Augmentation:
         raise UserError(
             f"wrong arguments of the augmentation {call.strip()!r} in {spec!r}: write "
             f"{op.example}"
-            + (", with a whole number of pixels above 0" if op.size_name else "")
+            + (f", with a whole number of pixels, 1 to {_LARGEST}" * bool(op.size_name))
         )
     return functools.partial(op.function, **keywords)
 
@@ -207,7 +211,7 @@ def _keywords(op: Op, words: list[str]) -> dict[str, int | str] | None:
     """The parameters that `words` set, or None if they are wrong."""
     keywords: dict[str, int | str] = {}
     if op.size_name:
-        if not words or not words[0].isdecimal() or int(words[0]) == 0:
+        if not words or not _SIZE.fullmatch(words[0]) or int(words[0]) > _LARGEST:
             return None
         keywords[op.size_name] = int(words.pop(0))
     if words and words[0] in op.interpolations:

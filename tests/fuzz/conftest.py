@@ -1,6 +1,6 @@
 """How many examples the fuzzing takes: few and always the same ones, or many.
 
-    python -m pytest tests/fuzz -n 0 --hypothesis-profile=long --hypothesis-show-statistics
+    python -m pytest tests/fuzz -n 0 --hypothesis-profile=long
 
 A test that says `budget(10)` takes ten examples by default, as in CI, and a hundred
 times as many in the long profile, where each run draws others.

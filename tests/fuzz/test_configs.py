@@ -106,9 +106,9 @@ def overrides(draw: Any, most: int = 4) -> dict[str, Any]:
 
 def sources_for(chosen: dict[str, Any]) -> dict[str, data.Source]:
     """Images in memory, of the shape that was drawn first, unless a source was."""
-    height, width, channels = chosen["data.image_shape"]
-    good = all(isinstance(n, int) and 0 < n < 50 for n in (height, width))
-    if not good or channels not in (1, 3):
+    height, width, channels = (*chosen["data.image_shape"], 0, 0, 0)[:3]
+    good = all(type(n) is int and 0 < n < 50 for n in (height, width))
+    if not good or type(channels) is not int or channels not in (1, 3):
         height, width, channels = 8, 8, 1
     classes = chosen["model.num_classes"]
     images = np.zeros((_IMAGES, height, width, channels), np.uint8)
@@ -190,3 +190,30 @@ def test_config_is_traced_or_refused_by_the_name_of_a_field(tmp_path_factory, ch
         like = jax.tree.map(lambda x: (x.shape, x.dtype), (state, after))
         assert like[0] == like[1]
         assert all(x.shape == () for x in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        # Tracing so many blocks never ended.
+        ("model.depth", 6 * 10**8 + 4, r"model\.depth .*at most 1000"),
+        # Overflowed a counter of 32 bits, or became infinite in float32.
+        ("stage2.t_max", 2**31, r"config\.stage2\.t_max .*below 2\*\*31"),
+        ("stage1.adversary.num_steps", 2**40, r"adversary\.num_steps .*below"),
+        ("stage1.learning_rate", 1e39, r"config\.stage1\.learning_rate .*float32"),
+        ("data.augment_cls", "resize(99999999)", "augment_cls.*1 to 8192"),
+        # Were told without the name of the field.
+        ("data.augment_cls", "flip(1)", r"config\.data\.augment_cls.*wrong arguments"),
+        ("data.train", "digits:", r"config\.data\.train: digits has no split"),
+        ("init_from", "nowhere", r"config\.init_from: there is no checkpoint"),
+        ("model.name", "convnext", r"image_shape .*\(8, 8\): a ConvNeXt"),
+        # Ended in a traceback.
+        ("init_from", "file://x", r"config\.init_from: .*no kind of storage"),
+        ("data.image_shape", (True, 8, 1), "image_shape"),
+    ],
+)
+def test_what_once_broke_a_job_is_refused_by_name(tmp_path, field, value, message):
+    settings = configured({"data.augment_cls": "", field: value})
+    with pytest.raises(UserError, match=message):
+        job.run(settings, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
