@@ -97,6 +97,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """AUROC, AUPR and FPR at 95 % TPR of every score against every set."""
     limits = budget(context.image_shape)
     inside = context.map_images("scores of test", "test", _clean_scores)
+    check_finite("scores of test", *inside.values())
     values: dict[str, Any] = {}
     plots: list[str] = []
     for role in context.options.ood:
@@ -151,7 +152,7 @@ def _figures(
     check_finite(f"scores of {prefix}", inside, outside)
     numbers = len(inside), len(outside)
     area = float(metrics.auroc(jnp.asarray(inside), jnp.asarray(outside)))
-    interval = metrics.auroc_interval(min(max(area, 0.0), 1.0), *numbers)
+    interval = metrics.auroc_interval(area, *numbers)
     result = {f"{prefix}/auroc": figure(area, interval, sum(numbers))}
     measures: dict[str, tuple[Callable[..., float], int]] = {
         "aupr_in": (metrics.average_precision, numbers[0]),

@@ -40,7 +40,8 @@ def auroc(positive: jax.Array, negative: jax.Array) -> jax.Array:
     below = jnp.searchsorted(ranked, positive, side="left")
     not_above = jnp.searchsorted(ranked, positive, side="right")
     wins = 0.5 * (below + not_above).astype(positive.dtype)
-    area = wins.mean() / negative.shape[0]
+    # Compiled means multiply by a rounded 1 / P, which can end beyond 1.
+    area = jnp.clip(wins.mean() / negative.shape[0], 0.0, 1.0)
     broken = jnp.isnan(positive).any() | jnp.isnan(negative).any()
     return jnp.where(broken, jnp.nan, area)
 

@@ -80,7 +80,7 @@ def test_temperature_is_never_fitted_on_reported_images(workdir, tmp_path):
 
 
 def test_report_names_data_versions_and_its_own_plots_only(workdir, tmp_path):
-    evaluate(workdir, tmp_path, ("pgd",))
+    evaluate(workdir, tmp_path, ("pgd",), replace(OPTIONS, epsilons=(0.5,)))
     report = evaluate(workdir, tmp_path, ("calibration",))
     assert (tmp_path / "robust_accuracy.png").exists()
     text = (tmp_path / "report.md").read_text()
@@ -130,16 +130,22 @@ def test_the_model_is_no_judge_of_itself(workdir, tmp_path):
         )
 
 
-def test_judge_and_classes_stand_in_the_report(workdir, tmp_path):
-    other = tmp_path / "other"
-    tiny.run(tiny.config(stages="stage1", seed=5, **{"stage1.num_steps": 2}), other)
+def test_judge_and_classes_stand_in_the_report(workdir, tmp_path, monkeypatch):
+    load = checkpoint.load_weights
+
+    def load_another(path, **options):
+        weights, meta = load(workdir, **options)
+        other = jax.tree.map(lambda x: x * np.float32(1.1), weights)
+        return (other if path == "judge" else weights), meta
+
+    monkeypatch.setattr(checkpoint, "load_weights", load_another)
     out = tmp_path / "out"
     result = suite.evaluate(
         workdir,
         out,
         metrics=("counterfactual",),
-        judge=str(other),
-        options=Options(num_examples=200, num_resamples=10, radii=(2.0,)),
+        judge="judge",
+        options=replace(OPTIONS, num_examples=150),
     )
     figures = result["metrics"]["counterfactual"]["figures"]
     for name in ("judge_target_confidence", "judge_classifies_as_target"):
@@ -162,7 +168,7 @@ def test_judge_and_classes_stand_in_the_report(workdir, tmp_path):
 
 def test_custom_ensemble_runs_the_attacks_it_is_given(workdir, tmp_path):
     options = Options(
-        num_examples=20, norm="l1", epsilon=2.0, version="custom", attacks=("apgd-ce",)
+        num_examples=8, norm="l1", epsilon=2.0, version="custom", attacks=("apgd-ce",)
     )
     result = suite.evaluate(workdir, tmp_path, metrics=("autoattack",), options=options)
     metric = result["metrics"]["autoattack"]

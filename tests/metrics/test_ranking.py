@@ -54,6 +54,12 @@ def test_infinite_scores_have_an_order():
     assert area([np.inf, 0.0], [-np.inf, np.inf]) == pytest.approx(2.5 / 4)
 
 
+def test_perfect_area_is_exactly_one_whatever_the_numbers():
+    for number in (1, 3, 30, 49, 77):
+        area = metrics.auroc(jnp.ones(number), jnp.zeros(50))
+        assert float(area) == 1.0
+
+
 def test_auroc_equals_the_reference(golden):
     stored = golden("detection_metrics")
     for name in sorted({key.partition("/")[0] for key in stored}):
