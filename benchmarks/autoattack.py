@@ -247,22 +247,23 @@ def _totals(runs: dict[str, list[dict[str, Any]]]) -> Table:
 def _parts(
     runs: dict[str, list[dict[str, Any]]], passes: dict[str, dict[str, dict[str, int]]]
 ) -> Table:
-    """CPU seconds, images forward and back through the network, and who is left."""
+    """CPU seconds, who is left, and images through the network where counted."""
     table = Table("")
     for name in runs:
-        for title in ("CPU s", "forward", "backward", "robust"):
+        counted = ("forward", "backward") if passes[name] else ()
+        for title in ("CPU s", "robust", *counted):
             table.add_column(f"{name} {title}", justify="right")
     for attack in ATTACKS:
         row = []
         for name, repeats in runs.items():
             robust = sorted({run["robust"].get(attack, 0) for run in repeats})
-            seen = passes[name].get(attack, {})
             row += [
                 f"{statistics.median(run['parts'][attack] for run in repeats):.1f}",
-                f"{seen.get('forward', 0):,}",
-                f"{seen.get('backward', 0):,}",
                 ", ".join(map(str, robust)),
             ]
+            if passes[name]:
+                seen = passes[name][attack]
+                row += [f"{seen.get(k, 0):,}" for k in ("forward", "backward")]
         table.add_row(attack, *row)
     return table
 

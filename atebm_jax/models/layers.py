@@ -20,6 +20,7 @@ from atebm_jax.models.products import (
     Padding,
     conv_patches,
     conv_tiles,
+    conv_whole,
     max_pool_shifted,
 )
 
@@ -28,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.swish,
 }
 
+# Numbers of a matrix that stays in a core's cache.
+_SMALL_MATRIX = 2**18
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -71,15 +74,21 @@ def conv_forward_gradient(
 
     Windows that do not overlap make a plain matrix product. So do patches, where the
     window has more elements than the image: XLA would swap the two and convolve the
-    kernel with the images, hundreds of times slower. Every other convolution has an
-    image gradient that is itself a plain convolution. Same arguments as `conv_xla`;
-    reverse-mode derivatives only, of any order.
+    kernel with the images, hundreds of times slower. Where the image has no more
+    pixels than the window, and few channels, a matrix for the whole of it is less work
+    still. Every other convolution has an image gradient that is itself a plain
+    convolution. Same arguments as `conv_xla`; reverse-mode derivatives only, of any
+    order.
     """
     window = kernel.shape[:2]
     apart = window[0] <= strides[0] and window[1] <= strides[1]
     if groups == 1 and apart and padding == ((0, 0), (0, 0)):
         return conv_tiles(images, kernel, strides)
     if groups == 1 and math.prod(window) > _smallest(images, window, strides, padding):
+        pixels = math.prod(images.shape[1:3])
+        numbers = pixels**2 * kernel.shape[2] * kernel.shape[3]
+        if pixels <= math.prod(window) and numbers <= _SMALL_MATRIX:
+            return conv_whole(images, kernel, strides, padding)
         return conv_patches(images, kernel, strides, padding)
     return _conv(images, kernel, strides, padding, groups)
 

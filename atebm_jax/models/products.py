@@ -5,10 +5,12 @@ the general forms is slow (`benchmarks/README.md`). NHWC, reverse-mode derivativ
 any order.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -62,6 +64,43 @@ def conv_patches(
     seen = _shifted(images, (h, w), strides, padding, jnp.zeros((), images.dtype))
     patches = jnp.concatenate(seen, axis=-1)
     return patches @ kernel.reshape(h * w * inputs, outputs)
+
+
+def conv_whole(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    """Convolution as one product of whole images and a matrix made of the kernel.
+
+    For images of no more pixels than the window, most of which sees padding only.
+    Arguments and result as `layers.conv_xla`, one group.
+    """
+    rows, columns = (
+        _places(*axis)
+        for axis in zip(
+            images.shape[1:3], kernel.shape[:2], strides, padding, strict=True
+        )
+    )
+    # One more row and column of zeros, where `_places` points outside the window.
+    padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    # [H, H', W, W', I, O] -> [H W I, H' W' O].
+    matrix = padded[rows[:, :, None, None], columns[None, None]]
+    size, made = images[0].size, (rows.shape[1], columns.shape[1], kernel.shape[3])
+    matrix = matrix.transpose(0, 2, 4, 1, 3, 5).reshape(size, math.prod(made))
+    # Made before a loop, not in each of its steps.
+    product = images.reshape(-1, size) @ lax.optimization_barrier(matrix)
+    return product.reshape(-1, *made)
+
+
+def _places(
+    size: int, window: int, stride: int, padding: tuple[int, int]
+) -> np.ndarray:
+    """Which row of the window sees input row y for output row r: [y, r].
+
+    `window` where none does.
+    """
+    made = (size + sum(padding) - window) // stride + 1
+    place = np.arange(size)[:, None] + padding[0] - stride * np.arange(made)[None]
+    return np.where((place >= 0) & (place < window), place, window)
 
 
 def _shifted(
