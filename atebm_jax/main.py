@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         initialize_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
-        use_cache(_CACHE.value or "off", _WORKDIR.value)
+        use_cache(_CACHE.value or "off", str(_WORKDIR.value))
         job.run(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CHANGE.value)
     except UserError as error:
         fail(error)

@@ -30,7 +30,12 @@ ORDER = (
     "command_line",
     "preemption",
     "reporting",
+    "checksums",
+    "workdir_lock",
     "checkpoint",
+    "compilation",
+    "fitting",
+    "intact",
     "archs",
     "convert",
     "presets",
@@ -48,6 +53,7 @@ ORDER = (
 FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
 FREE += ("samplers",)
 FREE += ("data", "sharding", "config", "preemption", "reporting")
+FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
@@ -55,7 +61,10 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "constraints": {"attacks"},
     "sampling": {"energy", "attacks", "samplers", "constraints"},
     "autoattack": {"energy", "losses", "attacks"},
-    "convert": {"models", "archs", "checkpoint", "command_line", "config"},
+    "workdir_lock": {"sharding", "reporting"},
+    "intact": {"checkpoint", "train_state"},
+    "compilation": {"checkpoint", "reporting"},
+    "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.
