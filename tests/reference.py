@@ -162,11 +162,13 @@ class TwoLayers(nn.Module):
     """Two convolutions with batch normalisation: what compiles fast."""
 
     num_classes: int = 4
+    conv_gradient: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        conv = {"conv_gradient": self.conv_gradient}
         for index, stride in enumerate((1, 2)):
-            x = layers.Conv(8, 3, stride, 1, name=f"conv{index}")(x)
+            x = layers.Conv(8, 3, stride, 1, name=f"conv{index}", **conv)(x)
             x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
         return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
 

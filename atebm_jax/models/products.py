@@ -66,14 +66,25 @@ def conv_patches(
     return patches @ kernel.reshape(h * w * inputs, outputs)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv_whole(
     images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
 ) -> jax.Array:
     """Convolution as one product of whole images and a matrix made of the kernel.
 
-    For images of no more pixels than the window, most of which sees padding only.
-    Arguments and result as `layers.conv_xla`, one group.
+    For images of no more pixels than the window, most of which sees padding only. The
+    kernel gradient is that of `conv_patches`: the matrix has more numbers, which
+    devices would have to send each other. Arguments and result as `layers.conv_xla`,
+    one group.
     """
+    matrix, made = _matrix(images, kernel, strides, padding)
+    return (images.reshape(-1, len(matrix)) @ matrix).reshape(-1, *made)
+
+
+def _matrix(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> tuple[jax.Array, tuple[int, int, int]]:
+    """[H W I, H' W' O], and (H', W', O)."""
     rows, columns = (
         _places(*axis)
         for axis in zip(
@@ -82,13 +93,36 @@ def conv_whole(
     )
     # One more row and column of zeros, where `_places` points outside the window.
     padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
-    # [H, H', W, W', I, O] -> [H W I, H' W' O].
+    # [H, H', W, W', I, O] -> [H, W, I, H', W', O].
     matrix = padded[rows[:, :, None, None], columns[None, None]]
-    size, made = images[0].size, (rows.shape[1], columns.shape[1], kernel.shape[3])
-    matrix = matrix.transpose(0, 2, 4, 1, 3, 5).reshape(size, math.prod(made))
+    matrix = matrix.transpose(0, 2, 4, 1, 3, 5)
+    made = (rows.shape[1], columns.shape[1], kernel.shape[3])
     # Made before a loop, not in each of its steps.
-    product = images.reshape(-1, size) @ lax.optimization_barrier(matrix)
-    return product.reshape(-1, *made)
+    return lax.optimization_barrier(matrix.reshape(-1, math.prod(made))), made
+
+
+def _whole_fwd(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return conv_whole(images, kernel, strides, padding), (images, kernel)
+
+
+def _whole_bwd(
+    strides: tuple[int, int],
+    padding: Padding,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    images, kernel = residuals
+    matrix, made = _matrix(images, kernel, strides, padding)
+    image_gradient = cotangent.reshape(-1, math.prod(made)) @ matrix.T
+    _, kernel_pullback = jax.vjp(
+        lambda k: conv_patches(images, k, strides, padding), kernel
+    )
+    return image_gradient.reshape(images.shape), kernel_pullback(cotangent)[0]
+
+
+conv_whole.defvjp(_whole_fwd, _whole_bwd)
 
 
 def _places(

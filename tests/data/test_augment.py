@@ -170,7 +170,7 @@ def test_center_crop_takes_the_middle_and_leaves_short_sides():
         ("flip|", "unknown augmentation ''"),
         ("cutout", "cutout\\(16\\)"),
         ("cutout(-3)", "cutout\\(16\\)"),
-        ("cutout(0)", "above 0"),
+        ("cutout(0)", "1 to 8192"),
         ("flip(3)", "write flip"),
         ("resize(8,lanczos)", "bicubic"),
         ("pad_crop(4,4)", "pad_crop\\(4\\)"),
