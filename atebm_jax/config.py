@@ -133,7 +133,7 @@ def _model() -> ml_collections.ConfigDict:
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"
-    # Image gradient of convolutions: "auto", "xla" or "forward".
+    # Image gradient of convolutions: "auto", "xla", "forward" or "joined".
     model.conv_gradient = "auto"
     # Keep only the blocks' inputs and compute a block again in the backward pass: less
     # memory for activations, about a third more computation.

@@ -65,7 +65,9 @@ class Ours:
             jax.numpy.asarray, convert.from_torch("wide_resnet", task.weights)
         )
         arguments = {k: v for k, v in task.network.items() if k != "channels"}
-        self.logits_fn = models.logits_fn(WideResNet(**arguments), variables)
+        self.logits_fn = models.logits_fn(
+            WideResNet(**arguments, conv_gradient="joined"), variables
+        )
         self.task = task
 
     def version(self) -> str:

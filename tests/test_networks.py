@@ -81,7 +81,7 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"image_shape .*\(72, 64\).*multiples of 16"):
         shapes_of(network, (72, 64))
     network = models.build(archs.model_config("convnext_tiny"))
-    with pytest.raises(UserError, match="28 x 64 pixels.*at least 32"):
+    with pytest.raises(UserError, match=r"\(28, 64\).*at least 32"):
         shapes_of(network, (28, 64))
 
 

@@ -134,6 +134,7 @@ depthwise_shifted.defvjp(_fwd, _bwd)
 DEPTHWISE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "xla": depthwise_xla,
     "forward": depthwise_shifted,
+    "joined": depthwise_shifted,
 }
 
 

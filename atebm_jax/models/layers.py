@@ -69,6 +69,7 @@ def conv_forward_gradient(
     strides: tuple[int, int],
     padding: Padding,
     groups: int = 1,
+    joined: bool = False,
 ) -> jax.Array:
     """`conv_xla` in the form whose gradients are fast on CPU.
 
@@ -77,7 +78,8 @@ def conv_forward_gradient(
     kernel with the images, hundreds of times slower. Where the image has no more
     pixels than the window, and few channels, a matrix for the whole of it is less work
     still. Every other convolution has an image gradient that is itself a plain
-    convolution. Same arguments as `conv_xla`; reverse-mode derivatives only, of any
+    convolution. With `joined`, several windows at once where there are few
+    outputs. Arguments otherwise as `conv_xla`; reverse-mode derivatives only, of any
     order.
     """
     window = kernel.shape[:2]
@@ -90,7 +92,7 @@ def conv_forward_gradient(
         if pixels <= math.prod(window) and numbers <= _SMALL_MATRIX:
             return conv_whole(images, kernel, strides, padding)
         return conv_patches(images, kernel, strides, padding)
-    return _conv(images, kernel, strides, padding, groups)
+    return _conv(images, kernel, strides, padding, groups, joined)
 
 
 def _smallest(
@@ -110,13 +112,14 @@ def _smallest(
     return min(math.prod(sizes), math.prod(made))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _conv(
     images: jax.Array,
     kernel: jax.Array,
     strides: tuple[int, int],
     padding: Padding,
     groups: int,
+    joined: bool,
 ) -> jax.Array:
     """`conv_xla` whose image gradient is itself written as a plain convolution.
 
@@ -125,7 +128,7 @@ def _conv(
     layout. Flipping and transposing the kernel ourselves gives the canonical layout
     everywhere. The kernel gradient stays XLA's.
     """
-    return _value(images, kernel, strides, padding, groups)
+    return _value(images, kernel, strides, padding, groups, joined)
 
 
 def _value(
@@ -134,9 +137,10 @@ def _value(
     strides: tuple[int, int],
     padding: Padding,
     groups: int,
+    joined: bool,
 ) -> jax.Array:
-    """`conv_xla`, several windows at once where there are few outputs."""
-    if strides == (1, 1):
+    """`conv_xla`; joined, several windows at once where there are few outputs."""
+    if joined and strides == (1, 1):
         count = windows_at_once(images, kernel, padding, groups)
         if count > 1:
             wide = outside_loops(widened(kernel, count))
@@ -150,14 +154,16 @@ def _conv_fwd(
     strides: tuple[int, int],
     padding: Padding,
     groups: int,
+    joined: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _value(images, kernel, strides, padding, groups), (images, kernel)
+    return _value(images, kernel, strides, padding, groups, joined), (images, kernel)
 
 
 def _conv_bwd(
     strides: tuple[int, int],
     padding: Padding,
     groups: int,
+    joined: bool,
     residuals: tuple[jax.Array, jax.Array],
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -182,7 +188,7 @@ def _conv_bwd(
     )
     if strides == (1, 1):
         image_gradient = _value(
-            cotangent, flipped, strides, (top_bottom, left_right), groups
+            cotangent, flipped, strides, (top_bottom, left_right), groups, joined
         )
     else:
         image_gradient = lax.conv_general_dilated(
@@ -222,6 +228,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 CONV_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
     "xla": conv_xla,
     "forward": conv_forward_gradient,
+    "joined": partial(conv_forward_gradient, joined=True),
 }
 
 
@@ -230,10 +237,12 @@ def chosen_form(conv_gradient: str) -> str:
 
     Args:
       conv_gradient: "xla", "forward", or "auto": "forward" on CPU, where it was
-        measured to be faster (`benchmarks/step.py`), "xla" elsewhere.
+        measured to be faster (`benchmarks/step.py`), "xla" elsewhere. "joined" is
+        "forward" with neighbouring windows of few outputs at once (`models.narrow`):
+        faster still for narrow networks on CPU, sums in another order.
 
     Returns:
-      "xla" or "forward".
+      A key of `CONV_GRADIENTS`.
 
     Raises:
       UserError: any other value.
@@ -269,7 +278,7 @@ def max_pool(
     """
     window, strides = (side, side), (stride, stride)
     pad = ((padding, padding), (padding, padding))
-    if chosen_form(conv_gradient) == "forward":
+    if chosen_form(conv_gradient) != "xla":
         return max_pool_shifted(images, window, strides, pad)
     return nn.max_pool(images, window, strides, pad)
 
