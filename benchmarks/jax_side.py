@@ -134,6 +134,23 @@ class JaxSide:
             return timed(lambda: self._loop(*self._loop_arguments).block_until_ready())
         return timed(self._advance)
 
+    def peak(self) -> float:
+        """FLOP/s of large square matrix products in the compute dtype, best of five."""
+        side = 512 if jax.default_backend() == "cpu" else 8192
+        repeats = 8
+        key = jax.random.key(0)
+        a = jax.random.normal(key, (side, side), self.config.model.dtype) / side**0.5
+
+        def chain(x: jax.Array, y: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, repeats, lambda _, z: z @ y, x)
+
+        product = jax.jit(chain).lower(a, a).compile()
+        product(a, a).block_until_ready()
+        seconds = [
+            timed(lambda: product(a, a).block_until_ready())[0] for _ in range(5)
+        ]
+        return 2.0 * side**3 * repeats / min(seconds)
+
 
 def _to_numpy(tree: Any) -> Any:
     return jax.tree.map(np.array, tree)

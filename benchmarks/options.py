@@ -116,6 +116,9 @@ def write_json(path: str, record: dict[str, Any]) -> None:
     if not path:
         return
     try:
-        Path(path).write_text(json.dumps(record, indent=2) + "\n")
+        # Under another name first: a run cut off leaves no half record.
+        unfinished = Path(f"{path}.unfinished")
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        unfinished.replace(path)
     except OSError as error:
         raise UserError(f"cannot write --json={path}: {error.strerror}.") from error

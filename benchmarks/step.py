@@ -21,7 +21,7 @@ from rich.table import Table
 from sides import MEASURED, Settings
 from workers import Worker, available_cpus
 
-from atebm_jax import archs, models
+from atebm_jax import archs, dry_run, models
 from atebm_jax.config import lookup
 from atebm_jax.errors import UserError
 
@@ -65,6 +65,11 @@ def parser() -> options.Parser:
     flags.add_argument(
         "--torch_compile", action="store_true", help="run PyTorch's network compiled"
     )
+    flags.add_argument(
+        "--peak",
+        action="store_true",
+        help="measure the device's matrix products too, and ours as a share of them",
+    )
     flags.add_argument("--json", default="", metavar="PATH", help="write all repeats")
     return flags
 
@@ -79,6 +84,8 @@ def main(argv: list[str]) -> None:
     }
     try:
         record = measure(workers, config, flags.repeats)
+        if flags.peak:
+            record["peak"] = measure_peak(workers, config, record)
     finally:
         for worker in workers.values():
             worker.close()
@@ -215,6 +222,25 @@ def measure(
     return record
 
 
+def measure_peak(
+    workers: dict[str, Worker], config: ConfigDict, record: dict[str, Any]
+) -> dict[str, float]:
+    """TFLOP/s of large matrix products and of our loop, and the share in between.
+
+    A loop's FLOPs are XLA's count of one image gradient, a multiply-add being two.
+    """
+    name, worker = next(iter(workers.items()))
+    flops = dry_run.measure(config, "stage2").flops["contrastive step"]
+    flops *= config.stage2.batch_size * config.stage2.t_max
+    peak = worker.call("peak")
+    reached = flops / record["summary"]["loop"][name]["wall_s"]["median"]
+    return {
+        "matrix_product_tflops": peak / 1e12,
+        "loop_tflops": reached / 1e12,
+        "share": reached / peak,
+    }
+
+
 def _summary(times: dict[str, Any], what: str) -> dict[str, Any]:
     """Quartiles of each side's times and of the other's over ours."""
     names = list(times)
@@ -259,6 +285,19 @@ def show(record: dict[str, Any]) -> None:
     console.print(_table(record, names))
     if len(names) > 1:
         console.print(f"ratio: {names[1]} / {names[0]}, median [quartiles]")
+    for what in MEASURED:
+        speeds = [
+            f"{name} {flags['batch_size'] / times['wall_s']['median']:,.4g}"
+            for name, times in record["summary"][what].items()
+            if name != "ratio"
+        ]
+        console.print(f"images a second, {TITLES[what]}: {', '.join(speeds)}")
+    if "peak" in record:
+        peak = record["peak"]
+        console.print(
+            f"matrix products {peak['matrix_product_tflops']:.3g} TFLOP/s, contrastive "
+            f"loop {peak['loop_tflops']:.3g}: {100 * peak['share']:.0f} %"
+        )
 
 
 def _network(model: dict[str, Any]) -> str:

@@ -64,6 +64,45 @@ def test_both_sides_agree_and_the_record_is_complete(tmp_path):
     assert record["summary"]["step"]["ratio"]["cpu_s"]["median"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["resnet50_t30", "convnext_tiny"])
+def test_imagenet_networks_agree_with_their_twins(row, tmp_path):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch, the other side of the comparison, is not installed")
+    path = tmp_path / "step.json"
+    done = run(
+        "step.py",
+        f"--config=configs/imagenet256.py:{row}",
+        "--image_size=32",
+        "--batch_size=2",
+        "--steps=2",
+        "--repeats=1",
+        "--dtype=float32",
+        "--config.stage2.adversary.num_steps=1",
+        "--peak",
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert record["agreement"]["logits"] < 1e-5
+    assert 0 < record["peak"]["share"] < 1
+
+
+def test_rows_with_a_record_are_not_run_again(tmp_path):
+    times = {side: {"wall_s": {"median": 2.0}} for side in ("ours", "torch", "ratio")}
+    record = {
+        "flags": {"batch_size": 16},
+        "summary": {"loop": times, "step": times},
+        "peak": {"share": 0.5},
+    }
+    for row in ("wrn34_10", "resnet50"):
+        (tmp_path / f"{row}.json").write_text(json.dumps(record))
+    done = run("gpu.py", f"--out={tmp_path}", "--rows=wrn34_10,resnet50")
+    assert done.returncode == 0, done.stderr
+    assert "step.py" not in done.stdout
+    assert "resnet50, loop" in done.stdout and "50 %" in done.stdout
+
+
 FLOAT64 = """
 import sys
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, torch
@@ -195,6 +234,7 @@ def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
         ("step.py", "--config=absent.py", "absent.py"),
         ("step.py", "--config.model.wideness=2", "wideness"),
         ("step.py", "--repeat", "--repeat"),
+        ("gpu.py", "--rows=wrn", "--out"),
         ("data.py", "--workers=two", "--workers=two"),
         ("autoattack.py", "--num=0", "positive integer"),
         ("autoattack.py", "--repeats=1", "give either --workdir"),
