@@ -27,9 +27,9 @@ SHAPE, BATCH_SIZE = (8, 8, 3), 16
 MESHES = ("data:-1", "data:-1,fsdp:4", "fsdp:-1")
 
 
-def update_on(mesh, optimizer="adamw", rate=1e-3):
+def update_on(mesh, optimizer="adamw", rate=1e-3, activation="relu"):
     """The jitted update of a WideResNet on a mesh, with its fresh state, placed."""
-    network = reference.network()
+    network = reference.network(activation=activation)
     optimizer = optim.optimizer(optimizer, weight_decay=0.05)
     step = train_step.make(
         stages.STAGES["stage2"](network, reference.stage_config("stage2")),
