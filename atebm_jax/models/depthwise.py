@@ -117,15 +117,42 @@ def _kernel_gradient(
     images: jax.Array, kernel: jax.Array, cotangent: jax.Array
 ) -> jax.Array:
     side = len(kernel)
-    height, width = images.shape[1:3]
+    count, height, width, channels = images.shape
     padded = _padded(at_least_float32(images), side)
     wide = at_least_float32(cotangent)
-    sums = [
-        (padded[:, i : i + height, j : j + width] * wide).sum(axis=(0, 1, 2))
-        for i in range(side)
-        for j in range(side)
-    ]
-    return jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    together = _rows_together(height, width)
+
+    def add_rows(
+        turn: jax.Array, totals: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        top = turn * together
+        seen = lax.dynamic_slice_in_dim(padded, top, side + together - 1, axis=1)
+        rows = lax.dynamic_slice_in_dim(wide, top, together, axis=1)
+        return tuple(
+            total
+            + sum(
+                seen[:, i + r, w : w + side] * rows[:, r, w : w + 1]
+                for r in range(together)
+                for w in range(width)
+            )
+            for i, total in enumerate(totals)
+        )
+
+    # A sum an image, one array a row of the window: vectors run along the channels, and
+    # devices that share a batch have one sum to exchange, after the loop.
+    nothing = tuple(jnp.zeros((count, side, channels), wide.dtype) for _ in range(side))
+    totals = lax.fori_loop(0, height // together, add_rows, nothing)
+    made = jnp.stack([total.sum(axis=0) for total in totals])
+    return made.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _rows_together(height: int, width: int) -> int:
+    """Rows of a turn of the loop: about 16 pixels; longer sums compile to slow code."""
+    return max(
+        rows
+        for rows in range(1, height + 1)
+        if not height % rows and (rows == 1 or rows * width <= 16)
+    )
 
 
 depthwise_shifted.defvjp(_fwd, _bwd)
