@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tiny
 
-from atebm_jax import checkpoint, sharding, train
+from atebm_jax import checkpoint, compilation, sharding, train
+from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.reporting import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -43,15 +44,19 @@ class Late:
         return int(np.asarray(self))
 
 
-@pytest.fixture
-def events(monkeypatch):
-    """("put", n), ("dispatch", n) and ("fetch", n) in the order of the loop."""
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """A stage of six steps under a transfer guard: its workdir, and what it did when.
+
+    ("put", n), ("dispatch", n) and ("fetch", n) in the order of the loop.
+    """
     noted = []
-    put, jit_step = sharding.put_batch, train.jit_step
+    put, jit_step, advance = sharding.put_batch, train.jit_step, train._advance
 
     def put_noted(batch, mesh):
         noted.append(("put", 1 + sum(kind == "put" for kind, _ in noted)))
-        return put(batch, mesh)
+        with jax.transfer_guard("allow"):
+            return put(batch, mesh)
 
     def jit_noted(*arguments):
         step = jit_step(*arguments)
@@ -68,40 +73,41 @@ def events(monkeypatch):
 
         return dispatch
 
-    monkeypatch.setattr(sharding, "put_batch", put_noted)
-    monkeypatch.setattr(train, "jit_step", jit_noted)
-    # Batches of the evaluation are no concern of these tests.
-    monkeypatch.setattr(train, "_evaluate", lambda *_: None)
-    return noted
+    def guarded(*arguments):
+        with (
+            jax.transfer_guard_host_to_device("disallow_explicit"),
+            jax.transfer_guard_device_to_host("disallow"),
+        ):
+            return advance(*arguments)
+
+    workdir = tmp_path_factory.mktemp("loop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "put_batch", put_noted)
+        patch.setattr(train, "jit_step", jit_noted)
+        patch.setattr(train, "_advance", guarded)
+        only_the_loop(patch)
+        tiny.run(settings(), workdir)
+    return workdir, list(dict.fromkeys(noted))
 
 
-@pytest.fixture
-def only_the_loop(monkeypatch):
-    """Ends a job after its loop, without the report."""
-    from atebm_jax.evaluate.evaluation import Evaluation
-
-    monkeypatch.setattr(Evaluation, "final", lambda *_: {})
+def only_the_loop(patch):
+    """Leaves evaluation and report out of a job."""
+    patch.setattr(train, "_evaluate", lambda *_: None)
+    patch.setattr(Evaluation, "final", lambda *_: {})
 
 
-def test_metrics_of_a_step_are_fetched_while_the_next_one_runs(
-    events, only_the_loop, tmp_path
-):
-    tiny.run(settings(), tmp_path)
-    order = list(dict.fromkeys(events))
-    last = max(number for _, number in events)
-    for number in range(1, last):
+def test_metrics_of_a_step_are_fetched_while_the_next_one_runs(loop):
+    workdir, order = loop
+    for number in range(1, 6):
         fetched = order.index(("fetch", number))
         assert order.index(("dispatch", number + 1)) < fetched
-    assert ("fetch", last) in order
-    steps = [r["step"] for r in read_metrics(tmp_path) if "loss" in r]
-    assert steps == list(range(1, last + 1))
+    assert ("fetch", 6) in order
+    steps = [r["step"] for r in read_metrics(workdir) if "loss" in r]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_next_batch_is_on_the_devices_before_a_step_begins(
-    events, only_the_loop, tmp_path
-):
-    tiny.run(settings(), tmp_path)
-    order = list(dict.fromkeys(events))
+def test_next_batch_is_on_the_devices_before_a_step_begins(loop):
+    _, order = loop
     for number in range(1, 6):
         put = order.index(("put", number + 1))
         assert put < order.index(("dispatch", number))
@@ -111,36 +117,24 @@ def test_next_batch_is_on_the_devices_before_a_step_begins(
     assert ("put", 7) not in order
 
 
+def test_loop_transfers_nothing_but_its_batches(loop):
+    """The guard would have ended the job; here it is shown to be one."""
+    assert ("dispatch", 6) in loop[1]
+    add = jax.jit(lambda x: x + 1)
+    for slipped in (lambda: add(np.ones(8)), lambda: jax.device_put(np.ones(8))):
+        with (
+            jax.transfer_guard_host_to_device("disallow_explicit"),
+            pytest.raises(Exception, match="Disallowed host-to-device transfer"),
+        ):
+            slipped()
+
+
 def test_prefetched_batches_are_those_of_the_iterator():
     mesh = sharding.make_mesh()
     batches = [{"y": np.full(8, n, np.int32)} for n in range(5)]
     for depth in (1, 2, 9):
         placed = list(sharding.prefetch(iter(batches), mesh, depth))
         assert [int(batch["y"][0]) for batch in placed] == [0, 1, 2, 3, 4]
-
-
-def test_loop_transfers_nothing_but_its_batches(monkeypatch, only_the_loop, tmp_path):
-    put, advance = sharding.put_batch, train._advance
-
-    def put_allowed(*arguments):
-        with jax.transfer_guard("allow"):
-            return put(*arguments)
-
-    def guarded(*arguments):
-        with (
-            jax.transfer_guard_host_to_device("disallow_explicit"),
-            jax.transfer_guard_device_to_host("disallow"),
-        ):
-            return advance(*arguments)
-
-    monkeypatch.setattr(sharding, "put_batch", put_allowed)
-    monkeypatch.setattr(train, "_advance", guarded)
-    monkeypatch.setattr(train, "_evaluate", lambda *_: None)
-    tiny.run(settings(), tmp_path)
-    # The guard is on: a number that slips into the loop is seen.
-    monkeypatch.setattr(train, "_due", lambda *_: bool(jax.numpy.add(1, np.ones(8))[0]))
-    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        tiny.run(settings(), tmp_path / "more")
 
 
 @contextlib.contextmanager
@@ -159,13 +153,12 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_whole_curriculum_is_one_program(monkeypatch, only_the_loop, tmp_path):
+def test_whole_curriculum_is_one_program(loop, monkeypatch, tmp_path):
     """T = 0 to 20, raised by the loop itself; nothing compiles after the first step."""
     curriculum = {"stages": "stage2", "stage2.num_steps": 22, "stage2.t_max": 20}
     curriculum |= {"stage2.auc_threshold": 0.0, "stage2.auc_window_images": 16}
     curriculum |= {"stage2.eval_every_steps": 0, "stage2.checkpoint_every_steps": 5}
-    tiny.run(settings(**{"stage1.num_steps": 1}), tmp_path)
-    monkeypatch.setattr(train, "_evaluate", lambda *_: None)
+    only_the_loop(monkeypatch)
     counts, jit_step = [], train.jit_step
 
     def jit_counted(*arguments):
@@ -178,9 +171,8 @@ def test_whole_curriculum_is_one_program(monkeypatch, only_the_loop, tmp_path):
         return dispatch
 
     monkeypatch.setattr(train, "jit_step", jit_counted)
-    chosen = settings(**curriculum, **{"stage1.num_steps": 1})
     with compilations() as seen:
-        tiny.run(chosen, tmp_path, allow_config_change=True)
+        tiny.run(settings(**curriculum, init_from=str(loop[0])), tmp_path)
     records = [r for r in read_metrics(tmp_path) if "T" in r]
     assert [r["T"] for r in records] == [*range(21), 20]
     # One for the step; saving may bring one of its own, at the first time.
@@ -247,8 +239,6 @@ def test_second_start_compiles_nothing(tmp_path):
 def test_cache_is_where_it_was_asked_for(
     choice, variable, folder, monkeypatch, tmp_path
 ):
-    from atebm_jax import compilation
-
     set_ = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.config, "update", set_.__setitem__)
