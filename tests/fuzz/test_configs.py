@@ -1,5 +1,6 @@
 """Any config either runs a step or is refused by the name of a field."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -190,6 +191,70 @@ def test_config_is_traced_or_refused_by_the_name_of_a_field(tmp_path_factory, ch
         like = jax.tree.map(lambda x: (x.shape, x.dtype), (state, after))
         assert like[0] == like[1]
         assert all(x.shape == () for x in metrics.values())
+
+
+# What the update itself depends on, and no name of a file.
+_OF_STEPS = sorted(
+    field
+    for field in _FIELDS
+    if field.startswith(("stage1.", "stage2.", "model.")) or field == "mesh"
+)
+
+
+@st.composite
+def small_jobs(draw: Any) -> dict[str, Any]:
+    """A network that compiles fast, and fields of its updates at random."""
+    chosen = dict(_FAMILIES[0])
+    side = st.integers(1, 9)
+    chosen["data.image_shape"] = draw(st.tuples(side, side, st.sampled_from((1, 3))))
+    chosen["model.num_classes"] = draw(st.sampled_from((1, 2, 10)))
+    chosen["data.augment_cls"] = ""
+    for field in draw(st.lists(st.sampled_from(_OF_STEPS), min_size=2, max_size=6)):
+        chosen[field] = draw(values(field, _FIELDS[field]))
+    return chosen
+
+
+@budget(3)
+@given(small_jobs(), st.sampled_from(("stage1", "stage2")), st.integers(0, 3))
+def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turns):
+    settings = configured(chosen)
+    if stage not in config.stages_to_run(settings):
+        return
+    if refusal(chosen, settings, tmp_path_factory.mktemp("job") / "new") is not None:
+        event("refused")
+        return
+    # What would only take long, or much memory.
+    sizes = (settings[stage].batch_size, settings.model.widen_factor)
+    long = settings[stage].adversary.num_steps > 50 or settings.model.depth > 16
+    if max(sizes) > 64 or long:
+        event("too large to run here")
+        return
+    event("ran")
+    mesh = sharding.make_mesh(settings.mesh)
+    model = models.build(settings.model)
+    made = {name: rest for name, *rest in steps(settings, _IMAGES, mesh)}
+    step, new_state = made[stage]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        state = new_state(job._random_variables(model, settings))
+        num_steps = jnp.asarray(min(turns, settings.stage2.t_max), jnp.int32)
+        grown = dataclasses.replace(state.curriculum, num_steps=num_steps)
+        state = dataclasses.replace(state, curriculum=grown)
+        placed = sharding.put_state(state, mesh)
+        rng = np.random.default_rng(0)
+        batch = {
+            name: rng.integers(0, 2 if name[0] == "y" else 256, x.shape).astype(x.dtype)
+            for name, x in batch_of(settings, stage).items()
+        }
+        for name in batch:
+            if name.startswith("y_"):
+                batch[name] %= settings.model.num_classes
+        placement = sharding.state_shardings(placed, mesh)
+        compiled = train.jit_step(step, placement, mesh)
+        after, metrics = compiled(placed, sharding.put_batch(batch, mesh))
+    assert int(after.step) == 1
+    # Applied, or counted as broken: never half of it.
+    finite = np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all()
+    assert int(after.skipped) == (0 if finite else 1)
 
 
 @pytest.mark.parametrize(
