@@ -291,7 +291,9 @@ def check_batch_size(
     unit = mesh.size * num_micro_batches
     if batch_size < 1 or batch_size % unit:
         nearest = max(round(batch_size / unit), 1) * unit
-        parts = f" in {num_micro_batches} micro-batches" * (num_micro_batches > 1)
+        parts = f" times num_micro_batches={num_micro_batches}" * (
+            num_micro_batches > 1
+        )
         raise UserError(
             f"{field} is {batch_size}, which does not split evenly over "
             f"{mesh.size} devices{parts}: use a positive multiple of {unit}, {nearest} "

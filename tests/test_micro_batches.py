@@ -135,7 +135,7 @@ def test_batch_that_does_not_split_is_refused():
 
 def test_batch_of_a_job_splits_over_devices_and_parts(tmp_path):
     """Eight devices here, so 16 images make two parts and no more."""
-    with pytest.raises(UserError, match="8 devices in 4 micro-batches.*32"):
+    with pytest.raises(UserError, match="8 devices times num_micro_batches=4.*32"):
         tiny.run(tiny.config(**{"stage2.num_micro_batches": 4}), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
 

@@ -109,8 +109,8 @@ def _augment(
         raise UserError(
             f"the image {source.describe(index)} has the shape {list(image.shape)} "
             f"after preprocessing, wanted {list(image_shape)} ([height, width, "
-            f"channels]): add an augmentation such as {remedy}, or change the image "
-            "size"
+            f"channels]): add an augmentation such as {remedy}, or change "
+            "image_shape"
         )
     return image
 
