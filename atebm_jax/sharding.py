@@ -291,9 +291,8 @@ def check_batch_size(
     unit = mesh.size * num_micro_batches
     if batch_size < 1 or batch_size % unit:
         nearest = max(round(batch_size / unit), 1) * unit
-        parts = f" times num_micro_batches={num_micro_batches}" * (
-            num_micro_batches > 1
-        )
+        times = f" times num_micro_batches={num_micro_batches}"
+        parts = times if num_micro_batches > 1 else ""
         raise UserError(
             f"{field} is {batch_size}, which does not split evenly over "
             f"{mesh.size} devices{parts}: use a positive multiple of {unit}, {nearest} "
