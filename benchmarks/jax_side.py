@@ -14,7 +14,7 @@ from atebm_jax import attacks, energy, models, sharding, train
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 
-# Of the compute dtype, in the seeds: what many layers add up to.
+# Of the compute dtype, in seeds and weights: what many layers add up to.
 ROUNDINGS = 10.0
 
 
@@ -86,12 +86,17 @@ class JaxSide:
     def _compile_step(self, variables: Any, mesh: Any) -> None:
         total = configuration.num_steps(self.config.stage2, 50_000)
         step, new_state = train.build_step(self.config, "stage2", self.model, total)
-        state = new_state(jax.tree.map(jnp.asarray, variables))
-        # T starts at T_max, so that it stays where it is.
-        num_steps = jnp.int32(self.config.stage2.t_max)
-        curriculum = dataclasses.replace(state.curriculum, num_steps=num_steps)
-        state = dataclasses.replace(state, curriculum=curriculum)
-        self._state = sharding.put_replicated(state, mesh)
+
+        def fresh(variables: Any) -> Any:
+            # Copies, as the step takes over its buffers.
+            state = new_state(jax.tree.map(jnp.array, variables))
+            # T starts at T_max, so that it stays where it is.
+            num_steps = jnp.int32(self.config.stage2.t_max)
+            curriculum = dataclasses.replace(state.curriculum, num_steps=num_steps)
+            state = dataclasses.replace(state, curriculum=curriculum)
+            return sharding.put_replicated(state, mesh)
+
+        self._fresh, self._state = fresh, fresh(variables)
         everywhere = sharding.replicated(mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
         self._step = jitted.lower(self._state, self.batch).compile()
@@ -104,29 +109,40 @@ class JaxSide:
     def check(self) -> dict[str, Any]:
         """Logits, contrastive images, metrics of two steps, and the state after them.
 
-        "nearby" are the contrastive images of seeds that differ by as much
-        as rounding adds up to over the layers.
+        "nearby" and "nearby_metrics" are images and metrics from seeds and weights that
+        differ by as much as rounding adds up to over the layers.
         """
         variables, seeds, *rest = self._loop_arguments
         logits = jax.jit(models.logits_fn(self.model, variables))(seeds)
         images = np.asarray(self._loop(variables, seeds, *rest))
-        signs = np.random.default_rng(1).choice((-1.0, 1.0), seeds.shape)
-        rounding = ROUNDINGS * float(jnp.finfo(self.config.model.dtype).eps) * signs
-        shifted = jax.device_put(
-            (np.asarray(seeds) * (1.0 + rounding)).astype(np.float32), seeds.sharding
-        )
+        shifted = jax.device_put(self._nudged(seeds), seeds.sharding)
         nearby = np.asarray(self._loop(variables, shifted, *rest))
-        metrics = [self._advance() for _ in range(CHECKED_STEPS)]
+        params = jax.tree.map(self._nudged, variables["params"])
+        self._state = self._fresh({**variables, "params": params})
+        nearby_metrics = self._checked_steps()
+        self._state = self._fresh(variables)
         return {
             "logits": np.asarray(logits),
             "images": images,
             "nearby": nearby,
-            "metrics": [
-                {name: float(value) for name, value in step.items()} for step in metrics
-            ],
+            "nearby_metrics": nearby_metrics,
+            "metrics": self._checked_steps(),
             "params": _to_numpy(self._state.params),
             "average_params": _to_numpy(self._state.average_params),
         }
+
+    def _nudged(self, array: Any) -> np.ndarray:
+        """The array but for some roundings of either sign, float32."""
+        array = np.asarray(array)
+        signs = np.random.default_rng(1).choice((-1.0, 1.0), array.shape)
+        rounding = ROUNDINGS * float(jnp.finfo(self.config.model.dtype).eps) * signs
+        return (array * (1.0 + rounding)).astype(np.float32)
+
+    def _checked_steps(self) -> list[dict[str, float]]:
+        metrics = [self._advance() for _ in range(CHECKED_STEPS)]
+        return [
+            {name: float(value) for name, value in step.items()} for step in metrics
+        ]
 
     def run(self, what: str) -> tuple[float, float]:
         """One repeat of "loop" or "step": (wall seconds, CPU seconds)."""

@@ -99,13 +99,7 @@ class Watch:
 
     def _loads_data(self) -> bool:
         """A worker process is there, and no step was logged since the start."""
-        children = [
-            child
-            for pid in self._pids
-            for child in psutil.Process(pid).children(recursive=True)
-            if "spawn_main" in " ".join(child.cmdline())
-        ]
-        return bool(children) and self._size() <= self._metrics
+        return any(map(_has_workers, self._pids)) and self._size() <= self._metrics
 
     def _steps_on(self) -> bool:
         before, self._metrics = self._metrics, self._size()
@@ -158,3 +152,12 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _has_workers(pid: int) -> bool:
+    """Whether a process has worker processes; none where it has just ended."""
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+        return any("spawn_main" in " ".join(child.cmdline()) for child in children)
+    except psutil.NoSuchProcess:
+        return False
