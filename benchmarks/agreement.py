@@ -3,9 +3,9 @@
 Logits are continuous in rounding and held to a tight bound. Image gradients of a ReLU
 network are not: rounding puts a few units on the other side of zero, the more the
 larger the network, and from there an image's path goes its own way. What that amounts
-to is measured: our loop and our step are run again from seeds and weights that differ by
-some roundings, and the two sides may be a few times as far apart as that. In float64 they agree to 1e-14
-(`tests/test_benchmarks.py`).
+to is measured: our loop and our step are run again from seeds and weights that differ
+by some roundings, and the two sides may be a few times as far apart as that. In
+float64 they agree to 1e-14 (`tests/test_benchmarks.py`).
 """
 
 from collections.abc import Iterator
