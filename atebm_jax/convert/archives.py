@@ -44,6 +44,7 @@ _LARGEST_PICKLE = 2**30
 def read_zip(file: BinaryIO) -> tuple[Any, ReadFn]:
     """Reads a zip archive; its records are read when a tensor is."""
     archive = zipfile.ZipFile(file)
+    size = file.seek(0, io.SEEK_END)
     names = set(archive.namelist())
     pickled = [n for n in names if n.count("/") <= 1 and n.endswith("data.pkl")]
     if len(pickled) != 1:
@@ -55,18 +56,17 @@ def read_zip(file: BinaryIO) -> tuple[Any, ReadFn]:
     order = f"{prefix}byteorder"
     if order in names and _record(archive, order, 16) != b"little":
         raise Refused("big-endian numbers")
-    tree = pickles.load(
-        io.BytesIO(_record(archive, pickled[0], _LARGEST_PICKLE)), _storage_of
-    )
+    pickle = _record(archive, pickled[0], min(size, _LARGEST_PICKLE))
+    tree = pickles.load(io.BytesIO(pickle), _storage_of)
 
     def read(tensor: Tensor) -> np.ndarray:
-        data = _record(archive, f"{prefix}data/{tensor.storage.key}", None)
+        data = _record(archive, f"{prefix}data/{tensor.storage.key}", size)
         return view(np.frombuffer(data, np.uint8), tensor)
 
     return tree, read
 
 
-def _record(archive: zipfile.ZipFile, name: str, limit: int | None) -> bytes:
+def _record(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     try:
         info = archive.getinfo(name)
     except KeyError as error:
@@ -74,8 +74,8 @@ def _record(archive: zipfile.ZipFile, name: str, limit: int | None) -> bytes:
     # PyTorch never compresses: what unpacks to more than it is was made to.
     if info.compress_type != zipfile.ZIP_STORED:
         raise Refused(f"a compressed record {name!r}")
-    if limit is not None and info.file_size > limit:
-        raise Damaged(f"a record {name!r} of {info.file_size} bytes")
+    if (size := max(info.file_size, info.compress_size)) > limit:
+        raise Damaged(f"a record {name!r} of {size} bytes")
     return archive.read(info)
 
 

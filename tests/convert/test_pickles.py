@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -255,6 +256,25 @@ def test_record_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
     assert path.stat().st_size < 2**18
     with pytest.raises(UserError, match="compressed record"):
         files.open_source(path)
+
+
+@pytest.mark.parametrize("place", [20, 24])
+def test_record_larger_than_its_file_is_not_read(place, tmp_path):
+    """Sizes, packed and unpacked, of the pickle in the archive's directory."""
+    weights = written.mapping({"w": written.tensor("0", 6, (2, 3), (3, 1))})
+    path = written.zip_file(
+        tmp_path / "w.pt", written.program(weights), {"0": written.floats(6)}
+    )
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\x01\x02") + place
+    content[start : start + 4] = (900_000_000).to_bytes(4, "little")
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="data.pkl' of 900000000 bytes"):
+        files.open_source(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 @pytest.mark.parametrize(
