@@ -1,6 +1,9 @@
 """Set-up of every test: eight virtual devices, no implicit promotion, golden files."""
 
 import functools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,20 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs are compiled once for all tests, their workers and their processes."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="atebm_jax_tests_")
+        config.add_cleanup(functools.partial(shutil.rmtree, folder, True))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    jax.config.update("jax_compilation_cache_dir", folder)
+    seconds = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def _lenient(function: Callable) -> Callable:
