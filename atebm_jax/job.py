@@ -129,9 +129,10 @@ def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None
     first = configuration.stages_to_run(config)[0]
     if first == "stage2" and not config.init_from and not begun:
         raise UserError(
-            "stage2 alone needs weights to start from: give --config.init_from="
-            "CHECKPOINT, a workdir or what atebm_jax.convert made of a PyTorch file, "
-            f"or run stage1 in {workdir} first."
+            f"config.stages is {config.stages!r}: stage2 alone needs weights to start "
+            "from: give --config.init_from=CHECKPOINT, a workdir or what "
+            "atebm_jax.convert made of a PyTorch file, or run stage1 in "
+            f"{workdir} first."
         )
 
 

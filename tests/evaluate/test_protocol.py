@@ -175,6 +175,7 @@ def test_custom_ensemble_runs_the_attacks_it_is_given(workdir, tmp_path):
     assert list(metric["figures"]) == ["accuracy_after_clean", "accuracy_after_apgd-ce"]
     assert metric["protocol"]["attacks"] == ["apgd-ce"]
     assert metric["protocol"]["settings"]["num_steps"] == 100
+    assert metric["protocol"]["conv_gradient"] == "joined"
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "generation", "ood", "counterfactual"])
