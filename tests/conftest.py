@@ -19,14 +19,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     """Programs are compiled once for all tests, their workers and their processes."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.mkdtemp(prefix="atebm_jax_tests_")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, True))
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     jax.config.update("jax_compilation_cache_dir", folder)
     seconds = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])

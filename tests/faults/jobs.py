@@ -59,12 +59,12 @@ def log_of(workdir: Path) -> Path:
 
 
 def environment(workdir: Path) -> dict[str, str]:
-    """With a compilation cache beside the workdir."""
+    """With a compilation cache beside the workdir, where none is set."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
-    return os.environ | {"JAX_PLATFORMS": "cpu"} | cache
+    return cache | os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 def start(workdir: Path, *flags: str) -> subprocess.Popen:
