@@ -8,7 +8,7 @@ from PIL import Image
 from atebm_jax.errors import UserError
 
 # No others: Pillow would hand some, such as PostScript, to programs of the system.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _MOST_PIXELS = 2**26
 
@@ -45,12 +45,20 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
 
 
 def _open(encoded: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-    # Claimed, not yet there: a file of a few bytes may ask for gigabytes.
-    if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"it claims {image.width} x {image.height} pixels")
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    check_size(image)
     image.load()
     return image
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuses an opened image by its header: a few bytes may ask for gigabytes.
+
+    Raises:
+      ValueError: it claims more than 2**26 pixels.
+    """
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"it claims {image.width} x {image.height} pixels")
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -59,16 +67,25 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    sixteen_bits = image.mode.startswith("I;16")
-    if sixteen_bits or (image.mode == "I" and image.format == "PPM"):
-        # Pillow would clip at 255, not scale.
-        high_byte = np.asarray(image).astype(np.uint16) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
+    if has_16_bits(image):
+        image = Image.fromarray(high_bytes(image))
     if image.mode in ("I", "F"):
         raise ValueError("its numbers of 32 bits have no known black and white")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether an opened image holds numbers of 16 bits; a copy of it may not tell."""
+    return image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PPM"
+    )
+
+
+def high_bytes(image: Image.Image) -> np.ndarray:
+    """[H, W] uint8 of an image of 16 bits: Pillow would clip at 255, not scale."""
+    return (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:

@@ -7,6 +7,7 @@ shows them: turned as their EXIF entry says. Data sets pass through the config's
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from atebm_jax import data
+from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
 
 _SOURCES = ("digits:", "tfds:", "folder:", "prepared:")
@@ -96,8 +98,13 @@ def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
       UserError: no image, transparent, animated, or of another size without `resize`.
     """
     try:
-        with Image.open(path) as opened:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(path, formats=decoding.FORMATS) as opened,
+        ):
+            decoding.check_size(opened)
             _check_readable(path, opened)
+            deep = decoding.has_16_bits(opened)
             picture = ImageOps.exif_transpose(opened)
             alpha = "A" in picture.getbands() or "transparency" in picture.info
             if alpha and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
@@ -105,10 +112,10 @@ def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
                     f"{path} has transparent pixels: the network knows none, flatten "
                     "it onto a background first."
                 )
-            array = data.decode(_bytes(picture), shape[-1])
-    except UserError:
+            array = data.decode(_bytes(picture, deep), shape[-1])
+    except (UserError, MemoryError):
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # broken files raise nearly anything in Pillow
         raise UserError(f"{path} cannot be read as an image: {error}.") from error
     if array.shape[:2] != shape[:2] and resize:
         array = _resized(array, shape, config)
@@ -180,20 +187,20 @@ def _check_readable(path: Path, opened: Image.Image) -> None:
     # Telephones put a preview behind the image, as MPO.
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
         raise UserError(f"{path} has several frames: give one of them as a file.")
-    if opened.mode in _MODES_WITHOUT_RANGE:
+    if opened.mode in _MODES_WITHOUT_RANGE and not decoding.has_16_bits(opened):
         raise UserError(
             f"{path} has 32 bits a value (mode {opened.mode}), whose range is not "
             "known: save it with 8 or 16 bits."
         )
 
 
-def _bytes(picture: Image.Image) -> Any:
+def _bytes(picture: Image.Image, deep: bool) -> Any:
     """What `data.decode` takes, without a detour where nothing is to be converted."""
     if picture.mode in ("L", "RGB"):
         array = np.asarray(picture)
         return array[..., None] if array.ndim == 2 else array
-    if picture.mode.startswith("I;16"):
-        return (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
+    if deep:
+        return decoding.high_bytes(picture)
     return np.asarray(picture.convert("RGB"))
 
 

@@ -48,6 +48,10 @@ def test_palettes_and_opaque_alpha_are_read_as_they_look(tmp_path):
 def test_sixteen_bits_keep_their_upper_half(tmp_path):
     wide = saved(tmp_path, Image.fromarray(GREY.astype(np.uint16) * 256 + 77))
     np.testing.assert_array_equal(read(wide)[..., 0], GREY)
+    portable = tmp_path / "x.pgm"  # 32 bits a value in Pillow, 16 in the file
+    values = (GREY.astype(">u2") * 256 + 77).astype(">u2")
+    portable.write_bytes(b"P5 8 8 65535\n" + values.tobytes())
+    np.testing.assert_array_equal(read(portable)[..., 0], GREY)
 
 
 def test_exif_turns_the_image(tmp_path):
@@ -103,6 +107,26 @@ def test_animations_and_broken_files_are_refused(tmp_path):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as an image"):
             read(tmp_path / "x.png")
+    # PostScript would be run, by a program of the system.
+    postscript = saved(tmp_path, Image.fromarray(COLOUR), "x.eps")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read(postscript)
+
+
+def test_broken_files_of_every_format_are_told_in_one_sentence(tmp_path):
+    generator = np.random.default_rng(0)
+    for ending in ("png", "jpg", "gif", "bmp", "tif", "webp", "ppm"):
+        whole = saved(tmp_path, Image.fromarray(COLOUR), f"x.{ending}").read_bytes()
+        path = tmp_path / f"y.{ending}"
+        for _ in range(60):
+            broken = np.frombuffer(whole, np.uint8)[: generator.integers(len(whole))]
+            broken = broken.copy()
+            broken[generator.integers(len(broken) or 1) :][:1] ^= 255
+            path.write_bytes(broken.tobytes())
+            try:
+                read(path, (8, 8, 3))
+            except UserError as error:
+                assert str(path) in str(error)
 
 
 def test_names_of_files_tell_images_apart(tmp_path):
