@@ -69,10 +69,10 @@ def check(recipe: Recipe) -> None:
             f"num_steps is {steps!r} and step_size {size!r}: expected a whole "
             "number and a number."
         )
-    if steps < 0 or not 0 < size < np.inf:
+    if steps < 0 or not 0 < size <= np.finfo(np.float32).max:
         raise UserError(
             f"num_steps is {steps} and step_size {size}: the steps must not "
-            "be negative, their size is positive."
+            "be negative, their size is positive and finite in float32."
         )
     if steps >= 2**31:
         raise UserError(f"num_steps is {steps}: it must be below 2**31.")

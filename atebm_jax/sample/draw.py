@@ -14,6 +14,9 @@ from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
 
+# Names have six digits, and one entry each in memory.
+_MOST_IMAGES = 10**6
+
 
 def run(flags: argparse.Namespace, console: Console) -> None:
     """Draws the samples that the flags describe.
@@ -25,8 +28,11 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     config, shape = loaded.config, loaded.image_shape
     recipe = _recipe(flags, config)
     classes = _classes(flags, config)
-    if flags.count < 1:
-        raise UserError(f"--count is {flags.count}: it must be positive.")
+    if not 1 <= flags.count <= _MOST_IMAGES:
+        raise UserError(
+            f"--count is {flags.count}: expected 1 to {_MOST_IMAGES} images in one "
+            "folder; for more give another --seed and --out."
+        )
     to_bytes = _rounding(flags.quantise)
     seeds, spec = _seeds(flags, config)
     out = Path(flags.out).expanduser()
@@ -63,12 +69,16 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         transient=True,
         disable=not console.is_terminal,
     ):
+        if not np.isfinite(images).all():
+            raise UserError(
+                f"samples {number * size} and on are not finite numbers: the network "
+                "has diverged; give another checkpoint as --workdir."
+            )
         for path, image in zip(paths[number * size :], to_bytes(images)):
             files.write_image(path, image)
     files.finish(out, paths, labels if recipe.conditional else None, shape)
-    console.print(
-        f"{flags.count} samples are in {out}", highlight=False, soft_wrap=True
-    )
+    said = "1 sample is" if flags.count == 1 else f"{flags.count} samples are"
+    console.print(f"{said} in {out}", highlight=False, soft_wrap=True)
 
 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
@@ -129,4 +139,5 @@ def _seeds(
     def seeds_of(indices: np.ndarray) -> np.ndarray:
         return np.stack([seed_of(int(index)) for index in indices])
 
+    seed_of(0)  # Seeds that do not fit are told before a folder is made.
     return seeds_of, spec

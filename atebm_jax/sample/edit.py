@@ -20,11 +20,12 @@ from atebm_jax.sample.process import Item
 _JSON = "edit.json"
 # Which flags a task takes, beside those of all; those that it needs come first.
 _TASKS: dict[str, tuple[str, ...]] = {
-    "inpaint": ("mask", "radius"),
+    "inpaint": ("mask", "radius", "fill"),
     "translate": ("target", "radius", "mask"),
-    "denoise": ("sigma", "mask"),
+    "denoise": ("sigma", "mask", "strength"),
     "superres": ("factor",),
 }
+_DEFAULTS = {"fill": "mean", "strength": 0.5}
 
 
 class Problem(NamedTuple):
@@ -54,6 +55,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     Raises:
       UserError: a flag, the checkpoint, an image or the folder cannot be used.
     """
+    given = _checked(given)
     loaded = loading.load(given)
     names = loading.class_names(loaded.config, given.data_dir)
     problem = _problem(given, loaded)
@@ -114,7 +116,6 @@ def run(given: argparse.Namespace, console: Console) -> None:
 
 
 def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
-    _check_flags(given)
     height, width, channels = shape = loaded.image_shape
     hole = None
     if given.mask is not None:
@@ -140,28 +141,34 @@ def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
     settings = {k: v for k, v in wanted.items() if k not in ("mask", "target")}
     settings |= {"norm": given.norm, "degrade": given.degrade}
     if hole is not None:
-        settings |= {"mask_sha256": inputs.fingerprint(hole), "fill": given.fill}
-    if given.task == "denoise":
-        settings["strength"] = given.strength
+        settings |= {"mask_sha256": inputs.fingerprint(hole)}
     constraint = partial(_constraint, given, hole)
     return Problem(given.task, shape, degrade, constraint, hole, settings)
 
 
-def _check_flags(given: argparse.Namespace) -> None:
+def _checked(given: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the task's defaults; refuses those that it would not heed."""
     if given.task not in _TASKS:
         raise UserError(f"--task is {given.task!r}: choose one of {', '.join(_TASKS)}.")
     needed, *_ = taken = _TASKS[given.task]
     if getattr(given, needed) is None:
         raise UserError(f"--task={given.task} needs --{needed}; see docs/edit.md.")
-    for name in ("mask", "radius", "sigma", "factor"):
+    for name in ("mask", "radius", "sigma", "strength", "factor", "fill"):
         if name not in taken and getattr(given, name) is not None:
             raise UserError(f"--task={given.task} takes no --{name}: leave it out.")
+    if given.norm != "l2" and given.task != "translate" and given.radius is None:
+        raise UserError(
+            f"--norm={given.norm} is of the ball of --task=translate, or of "
+            "--task=inpaint with --radius: leave it out, or give --radius."
+        )
     if given.degrade and given.task == "translate":
         raise UserError("--task=translate has no truth: leave out --degrade.")
     if given.degrade and given.reference:
         raise UserError(
             "with --degrade the images are the truth: leave out --reference."
         )
+    missing = {k: v for k, v in _DEFAULTS.items() if getattr(given, k) is None}
+    return argparse.Namespace(**vars(given) | missing)
 
 
 def _constraint(

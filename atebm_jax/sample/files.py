@@ -1,8 +1,9 @@
 """A folder of samples: numbered PNG files, a grid, an `.npz`, the protocol."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,14 @@ def claim(
     before = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        # A protocol alone is of a command that ended before its first image.
+        if any(folder.glob("*.png")) or any(folder.glob("*.npz")):
+            if not path.exists():
+                raise UserError(
+                    f"{folder} holds images of something else: give an empty --out."
+                )
             before = _read_json(path)
             _check_same(folder, before, protocol, clash, what)
-        elif any(folder.glob("*.png")):
-            raise UserError(
-                f"{folder} holds PNG files of something else: give an empty --out."
-            )
         kept = {key: before[key] for key in keep if before and key in before}
         content = {**protocol, **kept}
         write_json(path, content)
@@ -96,6 +98,18 @@ def write_json(path: Path, content: Any) -> None:
     replace(path, lambda p: p.write_text(text))
 
 
+@contextlib.contextmanager
+def told(out: Path) -> Iterator[None]:
+    """Says in one sentence that something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error}. Make room or give another --out; the "
+            "same command goes on."
+        ) from error
+
+
 def as_bytes(images: np.ndarray) -> np.ndarray:
     """Images in [0, 1] to the nearest of 256 levels, uint8."""
     return np.round(images * np.float32(255)).astype(np.uint8)
@@ -114,14 +128,9 @@ def write_image(path: Path, image: np.ndarray) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    try:
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    with told(path):
         replace(path, lambda p: picture.save(p, format="PNG"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error}. Make room or give another --out; the "
-            "same command goes on."
-        ) from error
 
 
 def read_image(path: Path, image_shape: Sequence[int]) -> np.ndarray:
@@ -148,21 +157,30 @@ def finish(
     labels: Sequence[int] | None,
     shape: Sequence[int],
 ) -> None:
-    """Writes `grid.png` and `samples.npz` (arr_0 images, arr_1 classes)."""
-    stacked = folder / ".samples.npy"
-    images = np.lib.format.open_memmap(stacked, "w+", np.uint8, (len(paths), *shape))
-    for position, path in enumerate(paths):
-        images[position] = read_image(path, shape)
-    arrays = [images] if labels is None else [images, np.asarray(labels, np.int64)]
+    """Writes `grid.png` and `samples.npz` (arr_0 images, arr_1 classes).
 
-    def save(path: Path) -> None:
+    Raises:
+      UserError: an image is damaged, or the folder cannot be written.
+    """
+    stacked = folder / ".samples.npy"
+    whole = (len(paths), *shape)
+
+    def save(path: Path, arrays: Sequence[np.ndarray]) -> None:
         with path.open("wb") as file:
             np.savez(file, *arrays)
 
-    replace(folder / "samples.npz", save)
-    picture = _grid(np.asarray(images[:_GRID_IMAGES]))
-    replace(folder / "grid.png", lambda p: picture.save(p, format="PNG"))
-    stacked.unlink()
+    with told(folder):
+        try:
+            # On disk: all images need not fit into memory.
+            images = np.lib.format.open_memmap(stacked, "w+", np.uint8, whole)
+            for position, path in enumerate(paths):
+                images[position] = read_image(path, shape)
+            classes = [] if labels is None else [np.asarray(labels, np.int64)]
+            replace(folder / "samples.npz", lambda p: save(p, [images, *classes]))
+            picture = _grid(np.asarray(images[:_GRID_IMAGES]))
+            replace(folder / "grid.png", lambda p: picture.save(p, format="PNG"))
+        finally:
+            stacked.unlink(missing_ok=True)
 
 
 def _grid(images: np.ndarray) -> Image.Image:

@@ -80,7 +80,7 @@ def of_edit() -> Parser:
         "image for; any (default, but not of translate): no class, by E(x)",
     )
     add("--mask", help="image file, white where pixels may change")
-    add("--fill", default="mean", help="of a hole at first: mean, noise or image")
+    add("--fill", help="inpaint: of the hole at first: mean (default), noise or image")
     add(
         "--radius",
         type=float,
@@ -94,8 +94,7 @@ def of_edit() -> Parser:
     add(
         "--strength",
         type=float,
-        default=0.5,
-        help="denoise: radius as a share of the noise's length",
+        help="denoise: radius as a share of the noise's length, default 0.5",
     )
     add("--factor", type=int, help="superres: result is so many times as wide")
     add(

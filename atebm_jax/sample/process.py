@@ -1,6 +1,5 @@
 """How the commands that edit go through images: resumable, in chunks, with a bar."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,24 +91,12 @@ def run(
                 f"the energies of {item.picture.origin} are not finite: the network "
                 "has diverged, or --step_size is too large for it."
             )
-        with _told(out):
+        with files.told(out):
             records.write(out, item.picture.name, task.write(item, edited))
     wanted = {picture.name for picture in pictures}
-    with _told(out):
+    with files.told(out):
         results = records.gather(out, task.json, content)
     return [result for result in results if result["image"] in wanted]
-
-
-@contextlib.contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Says in one sentence that a file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error}. Make room or give another --out; the "
-            "same command goes on."
-        ) from error
 
 
 def _edited(

@@ -1,5 +1,6 @@
 """Strips: an image, what became of it, the difference, and the way there, as PNG."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,8 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
     # Without pyplot, as in `evaluate.plots`.
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(rows), panels + 1, squeeze=False, width_ratios=widths)
-    figure.suptitle(title, fontsize=10)
+    # Names of files and classes are no formulas: "$" is a dollar.
+    figure.suptitle(title, fontsize=10, parse_math=False)
     scale = max(float(np.abs(row.change).max()) for row in rows) or 1.0
     for line, row in zip(axes, rows, strict=True):
         for axis, (name, image) in zip(line, row.pictures.items()):
@@ -53,7 +55,10 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
             _shade(line[0], row.hole)
         _difference(figure, line[panels - 1], row.change, scale)
         _way(line[panels], row.curves, row.energy)
-    files.replace(path, lambda p: figure.savefig(p, dpi=_DPI, format="png"))
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes; the file's name has them.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        files.replace(path, lambda p: figure.savefig(p, dpi=_DPI, format="png"))
 
 
 def _picture(axis: Any, image: np.ndarray, title: str) -> None:
@@ -65,7 +70,7 @@ def _picture(axis: Any, image: np.ndarray, title: str) -> None:
         vmax=1,
         interpolation="nearest",
     )
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=8, parse_math=False)
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -117,4 +122,6 @@ def _way(axis: Any, curves: Mapping[str, np.ndarray], energy: np.ndarray) -> Non
     handles = axis.get_legend_handles_labels()
     handles = [a + b for a, b in zip(handles, right.get_legend_handles_labels())]
     above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    axis.legend(*handles, fontsize=7, ncols=len(handles[0]), **above)
+    legend = axis.legend(*handles, fontsize=7, ncols=len(handles[0]), **above)
+    for text in legend.get_texts():
+        text.set_parse_math(False)

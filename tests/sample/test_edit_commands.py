@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -283,6 +284,18 @@ def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path,
             ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--factor=2"],
             "takes no",
         ),
+        (
+            ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--norm=linf"],
+            "--norm=linf is of the ball",
+        ),
+        (
+            ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--fill=noise"],
+            "takes no --fill",
+        ),
+        (
+            ["edit", "{d}/0.png", "--task=superres", "--factor=2", "--strength=1"],
+            "takes no --strength",
+        ),
         (["edit", "{d}/0.png", "--task=superres", "--factor=3"], "divides the sides"),
         (["edit", "{d}/0.png", "--task=superres", "--factor=2"], "4 x 4 are needed"),
         (
@@ -336,3 +349,10 @@ def test_strips_show_colour_and_change_of_any_size(tmp_path):
     for rows in ([row], [row, row._replace(change=0 * image)]):
         strips.write(tmp_path / "strip.png", "colour", rows)
         assert Image.open(tmp_path / "strip.png").mode == "RGBA"
+
+
+def test_names_in_a_strip_are_no_formulas(tmp_path):
+    image, name = np.zeros((2, 2, 1), np.float32), r"a$x_$ 猫"
+    row = strips.Row({name: image}, image, {name: np.ones(2)}, np.ones(2))
+    with warnings.catch_warnings(action="error"):
+        strips.write(tmp_path / "strip.png", name, [row])

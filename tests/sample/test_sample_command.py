@@ -13,6 +13,7 @@ from PIL import Image
 
 from atebm_jax import UserError
 from atebm_jax.sample import __main__ as command
+from atebm_jax.sample import chunks
 
 
 def draw(workdir, out, *more):
@@ -135,6 +136,45 @@ def test_other_settings_do_not_mix_in_one_folder(workdir, tmp_path):
         draw(workdir, tmp_path, "--count=2", "--num_steps=4")
 
 
+def test_protocol_without_images_is_no_obstacle(workdir, tmp_path):
+    def none(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chunks, "draw", none)
+        draw(workdir, tmp_path, "--count=2", "--num_steps=4")
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+    assert len(draw(workdir, tmp_path, "--count=2")["arr_0"]) == 2
+
+
+def test_samples_that_are_no_numbers_are_not_drawn(workdir, tmp_path, monkeypatch):
+    broken = [(0, np.full((32, 8, 8, 1), np.nan, np.float32))]
+    monkeypatch.setattr(chunks, "draw", lambda *arguments: iter(broken))
+    with pytest.raises(UserError, match="not finite numbers: the network has diverged"):
+        draw(workdir, tmp_path, "--count=2")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_full_disk_at_the_end_is_told(workdir, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match="No space left.*the same command goes on"):
+        draw(workdir, tmp_path, "--count=2")
+    monkeypatch.undo()
+    assert len(draw(workdir, tmp_path, "--count=2")["arr_0"]) == 2
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".npy")]
+
+
+def test_seeds_of_another_size_leave_nothing_behind(workdir, tmp_path):
+    (tmp_path / "seeds").mkdir()
+    Image.new("L", (3, 5)).save(tmp_path / "seeds" / "x.png")
+    with pytest.raises(UserError, match="has the shape"):
+        draw(workdir, tmp_path / "out", f"--seeds=folder:{tmp_path / 'seeds'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -142,6 +182,8 @@ def test_other_settings_do_not_mix_in_one_folder(workdir, tmp_path):
         (["--classes=cat"], "from 0 to 9"),
         (["--classes=1", "--unconditional"], "exclude each other"),
         (["--count=0"], "--count is 0"),
+        (["--count=1000000000000"], "expected 1 to 1000000 images"),
+        (["--step_size=1e39"], "positive"),
         (["--sampler=hmc"], "unknown sampler 'hmc'"),
         (["--schedule=step"], "unknown schedule 'step'"),
         (["--step_size=0"], "positive"),
