@@ -43,7 +43,8 @@ class Model:
     """A classifier that is an energy-based model.
 
     Images are [N, H, W, C], float in [0, 1] or uint8; one image [H, W, C] is taken as
-    N = 1. Labels are ints in 0..K-1, [N] or one number for all.
+    N = 1. Labels are ints in 0..K-1, [N] or one number for all. Images of another size
+    or range and labels that are none raise `UserError`.
 
     Attributes:
       image_shape: (H, W, C).
@@ -103,16 +104,22 @@ class Model:
           labels: classes to draw, [N] or one for all; None draws from the marginal.
           count: how many, where neither labels nor seeds have a length; default 1.
           seeds: images to start from; default uniform noise.
-          step_size: L2 pixels per step; default the config's.
-          num_steps: steps; default the config's.
-          seed: of the noise.
-          sampler: "pgd" (the paper's), "momentum", "adam" or "sgld".
+          step_size: > 0, L2 pixels per step ("sgld": factor of the gradient, "sign":
+            Linf pixels); default the config's.
+          num_steps: steps, >= 0; default the config's.
+          seed: of the noise, 0 to 2**32 - 1.
+          sampler: "pgd" (the paper's), "momentum", "adam", "sgld" or "sign".
           schedule: of the step size: "constant", "linear" or "cosine".
-          target_energy: an image stops where its energy is this or lower.
-          smooth: standard deviation of a Gaussian blur of the seeds, pixels.
+          target_energy: an image stops where its energy is this or lower: E(x, y), or
+            E(x) without labels.
+          smooth: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64.
 
         Returns:
           [N, H, W, C] float32 in [0, 1].
+
+        Raises:
+          UserError: a value outside of these, no such class, seeds of another size, or
+            lengths that differ.
         """
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
@@ -164,13 +171,18 @@ class Model:
           radius: of the ball, one for all or [N], pixels of the norm; 1 to 8 is usual
             for "l2".
           norm: "l2" or "linf".
-          step_size: pixels of the norm per step; default the config's for samples, or
-            radius / 5 where that is less.
-          num_steps: steps; default the config's for samples.
+          step_size: > 0, pixels of the norm per step; default the config's for samples,
+            or radius / 5 where that is less.
+          num_steps: steps T, >= 0; default the config's for samples.
 
         Returns:
-          `images` [N, H, W, C], and the way there: `path.target_confidence`,
-          `path.original_confidence`, `path.energy`, `path.predicted`, [N, T + 1] each.
+          `images` [N, H, W, C] float32 in [0, 1], in the ball, and the way there:
+          `path.target_confidence`, `path.original_confidence`, `path.energy`,
+          `path.predicted`, [N, T + 1] each; `originals` [N], the classes before.
+
+        Raises:
+          UserError: images of another size or range, no such class or norm, a radius
+            that is not positive (Linf: or above 1).
         """
         x = self._images(images)
         return self.edit(
@@ -206,16 +218,20 @@ class Model:
           constraint: one of `atebm_jax.constraints`, or anything like them.
           labels: classes, [N] or one for all; "guess" for those that the model takes
             the starts for; None to lower E(x), whatever the class.
-          step_size: as of the sampler; default the config's for samples, in a ball
-            radius / 5 where that is less.
-          num_steps: steps; default the config's for samples.
+          step_size: > 0, as of the sampler; default the config's for samples, in a
+            ball radius / 5 where that is less.
+          num_steps: steps, >= 0; default the config's for samples.
           sampler: a key of `samplers.SAMPLERS`; default "pgd", in a ball of the maximum
             norm "sign".
           schedule: of the step size: "constant", "linear" or "cosine".
-          seed: of the sampler's noise, which images share.
+          seed: of the sampler's noise, which images share, 0 to 2**32 - 1.
 
         Returns:
           As of `counterfactual`.
+
+        Raises:
+          UserError: no constraint, one on images of another size, no such class, or a
+            value outside of these.
         """
         number = edits.check_constraint(constraint, self.image_shape)
         if isinstance(labels, str) and labels != "guess":
@@ -255,11 +271,15 @@ class Model:
           norm: "l2", "linf" or "unbounded"; another than the config's needs the two
             lengths below too.
           epsilon: radius in the norm's pixels of a [0, 1] image.
-          step_size: pixels per step.
-          num_steps: steps.
+          step_size: > 0, pixels per step.
+          num_steps: steps, >= 0.
 
         Returns:
           [N, H, W, C] float32 in [0, 1], inside the ball.
+
+        Raises:
+          UserError: images of another size or range, no such class or norm, or a value
+            outside of these.
         """
         settings = self._config.evaluate.attack
         x = self._images(images)

@@ -143,8 +143,11 @@ def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
     """Five steps or more from the centre to the edge of a ball: min(step, radius / 5).
 
     Args:
-      step_size: that of free samples, pixels.
-      radius: of the ball, pixels; a number or an array.
+      step_size: that of free samples, pixels of the ball's norm; a number or an array.
+      radius: of the ball, pixels of its norm; a number or an array.
+
+    Returns:
+      The smaller one, pixels; of the shape that both broadcast to.
     """
     return np.minimum(step_size, radius / 5)
 
@@ -212,6 +215,10 @@ def edit(
       num_steps: a traced int32 never recompiles.
       capacity: greatest number of steps, static; the path has capacity + 1 rows.
       schedule: factor of the step size in each step.
+
+    Returns:
+      Images, start, classes and path, each of B images; rows of the path beyond
+      `num_steps` are zero.
     """
     start = constraint.start
     originals = jnp.argmax(logits_fn(start), axis=-1).astype(jnp.int32)

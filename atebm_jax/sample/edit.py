@@ -159,7 +159,7 @@ def _checked(given: argparse.Namespace) -> argparse.Namespace:
     if given.norm != "l2" and given.task != "translate" and given.radius is None:
         raise UserError(
             f"--norm={given.norm} is of the ball of --task=translate, or of "
-            "--task=inpaint with --radius: leave it out, or give --radius."
+            "--task=inpaint with --radius; this task has none: leave it out."
         )
     if given.degrade and given.task == "translate":
         raise UserError("--task=translate has no truth: leave out --degrade.")
@@ -221,7 +221,8 @@ def _label(given: argparse.Namespace, names: Sequence[str]) -> int | None:
         return sampling.GUESS
     found = loading.parse_classes("--target", given.target, names)
     if len(found) != 1:
-        raise UserError(f"--target={given.target}: give one class, or guess or any.")
+        others = "" if given.task == "translate" else ", or guess or any"
+        raise UserError(f"--target={given.target}: give one class{others}.")
     return int(found[0])
 
 

@@ -1,5 +1,6 @@
 """Stochastic gradient Langevin dynamics, as JEM samples (Grathwohl et al., 2020)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,17 +18,20 @@ class State(NamedTuple):
 def sgld(noise: float = 0.01) -> Sampler:
     """x <- P(x + step_size * g + noise * n), n standard normal.
 
-    The step size multiplies the gradient itself: JEM takes 1 with noise 0.01 (on images
-    in [-1, 1]). Langevin dynamics proper would have noise = sqrt(2 * step_size).
+    The step size multiplies the gradient itself. JEM takes 1 with noise 0.01 on images
+    in [-1, 1]; on these, in [0, 1], that is step size 0.25 with noise 0.005. Langevin
+    dynamics proper would have noise = sqrt(2 * step_size).
 
     Args:
-      noise: standard deviation, pixels, >= 0.
+      noise: standard deviation, pixels of a [0, 1] image, finite and >= 0.
 
     Raises:
-      UserError: it is negative.
+      UserError: it is negative or not finite.
     """
-    if not noise >= 0:
-        raise UserError(f"SGLD's noise is {noise!r}: it must not be negative.")
+    if not 0 <= noise < math.inf:
+        raise UserError(
+            f"SGLD's noise is {noise!r}: it must be finite and not negative."
+        )
 
     def step(
         keys: jax.Array,

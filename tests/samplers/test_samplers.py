@@ -178,7 +178,8 @@ def test_samplers_batch_under_vmap():
     [
         ("hmc", {}, "unknown sampler 'hmc': choose one of pgd"),
         ("momentum", {"decay": 1.0}, "must lie in"),
-        ("sgld", {"noise": -1.0}, "must not be negative"),
+        ("sgld", {"noise": -1.0}, "finite and not negative"),
+        ("sgld", {"noise": float("inf")}, "finite and not negative"),
         ("adam", {"beta1": 1.0}, "expected"),
     ],
 )
