@@ -356,6 +356,9 @@ class Model:
         given = {name: n for name, n in lengths.items() if n is not None}
         if not isinstance(given.get("count", 1), int | np.integer):
             raise UserError(f"count is {count!r}: it must be a whole number.")
+        # Images are numbered in 32 bits.
+        if given.get("count", 1) >= 2**31 - chunks.CHUNK:
+            raise UserError(f"count is {count}: it must be below 2**31 - 32.")
         if len(set(given.values())) > 1 or min(given.values(), default=1) < 1:
             described = ", ".join(f"{name} {n}" for name, n in given.items())
             raise UserError(

@@ -8,9 +8,10 @@ is moved to `trash/` before it is deleted, so that a killed process leaves no br
 step behind. `intact` chooses the step to go on from.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -330,8 +331,23 @@ def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
     return max(ranked, key=lambda step: ranked[step])
 
 
+@contextlib.contextmanager
+def _without_hints() -> Iterator[None]:
+    """Keeps from the screen what Orbax says about metadata that nobody wrote."""
+    log = logging.getLogger("absl")
+
+    def unasked(record: logging.LogRecord) -> bool:
+        return "Metadata file does not exist" not in record.getMessage()
+
+    log.addFilter(unasked)
+    try:
+        yield
+    finally:
+        log.removeFilter(unasked)
+
+
 def _read_averages(folder: epath.Path) -> dict[str, Any]:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _without_hints(), ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata
         if metadata is None:
             raise ValueError("the list of its arrays is missing")

@@ -168,7 +168,15 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
         (lambda m, x: m.counterfactual(x, 1, norm="linf"), "at most 1"),
         (lambda m, x: m.counterfactual(x, 1, num_steps=-1), "num_steps is -1"),
         (lambda m, x: m.counterfactual(x, 1, step_size=0), "positive"),
+        (
+            lambda m, x: m.counterfactual(x, 1, num_steps=2**30),
+            "1000000 at most",
+        ),
         (lambda m, x: m.edit(x), "the constraint is a ndarray"),
+        (
+            lambda m, x: m.edit(constraints.Known(np.uint8(x), x[..., :1] > 0)),
+            "images of uint8: expected floats",
+        ),
         (lambda m, x: m.edit(constraints.superres(x, 2)), r"takes \[N, 8, 8, 1\]"),
         (lambda m, x: m.edit(constraints.ball(x), "cat"), "'guess' or None"),
         (lambda m, x: m.edit(constraints.ball(x), sampler="hmc"), "unknown sampler"),
@@ -190,6 +198,9 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
         (lambda m, x: m.sample(1, num_steps=-1), "num_steps is -1"),
         (lambda m, x: m.sample(1, step_size=0.0), "positive"),
         (lambda m, x: m.sample(count=2.5), "count is 2.5"),
+        (lambda m, x: m.sample(count=10**13), "count is 10000000000000"),
+        (lambda m, x: m.sample(1, smooth="a"), "smooth is 'a'"),
+        (lambda m, x: m.sample(1, target_energy="low"), "target_energy is 'low'"),
         (lambda m, x: m.sample(1, num_steps=2.5), "num_steps is 2.5"),
         (lambda m, x: m.sample(1, step_size="a"), "step_size 'a'"),
         (lambda m, x: m.attack(x, 1, norm="linf"), "give epsilon and step_size too"),
@@ -201,6 +212,11 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
 def test_wrong_input_gets_one_clear_sentence(model, images, call, message):
     with pytest.raises(UserError, match=message):
         call(model, images)
+
+
+def test_loading_says_nothing(workdir, caplog):
+    atebm_jax.load(workdir)
+    assert not caplog.records
 
 
 def test_wrong_path_or_batch_size_gets_one_clear_sentence(workdir, tmp_path):

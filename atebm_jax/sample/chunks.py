@@ -24,6 +24,7 @@ CHUNK = 32
 _STEPS = 2**31
 # The blur is written out, a sum of 6 sigma + 1 images along each axis.
 _WIDEST_BLUR = 64
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Recipe(NamedTuple):
@@ -69,7 +70,7 @@ def check(recipe: Recipe) -> None:
             f"num_steps is {steps!r} and step_size {size!r}: expected a whole "
             "number and a number."
         )
-    if steps < 0 or not 0 < size <= np.finfo(np.float32).max:
+    if steps < 0 or not 0 < size <= _LARGEST:
         raise UserError(
             f"num_steps is {steps} and step_size {size}: the steps must not "
             "be negative, their size is positive and finite in float32."
@@ -80,12 +81,11 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"seed is {recipe.seed!r}: expected a whole number from 0 to 2**32 - 1."
         )
-    if not 0 <= recipe.smooth <= _WIDEST_BLUR:
-        raise UserError(
-            f"smooth is {recipe.smooth}: expected 0 to {_WIDEST_BLUR} pixels."
-        )
-    if recipe.target_energy is not None and not np.isfinite(recipe.target_energy):
-        raise UserError(f"target_energy is {recipe.target_energy}: it must be finite.")
+    smooth, target = recipe.smooth, recipe.target_energy
+    if not isinstance(smooth, number) or not 0 <= smooth <= _WIDEST_BLUR:
+        raise UserError(f"smooth is {smooth!r}: expected 0 to {_WIDEST_BLUR} pixels.")
+    if target is not None and not (isinstance(target, number) and np.isfinite(target)):
+        raise UserError(f"target_energy is {target!r}: expected a finite number.")
 
 
 def draw(

@@ -14,6 +14,8 @@ from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks
 from atebm_jax.sampling import Edited
 
+# A path of so many steps takes half a gigabyte a chunk.
+_MOST_STEPS = 10**6
 # The fewest steps that the record of a path has room for; then doubled.
 _SMALLEST_RECORD = 64
 
@@ -67,7 +69,8 @@ def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
     if len(lengths) != 1:
         raise UserError("the parts of the constraint are of different lengths.")
     try:
-        shape = jax.eval_shape(lambda c: c.start, constraint).shape
+        start = jax.eval_shape(lambda c: c.start, constraint)
+        shape = start.shape
     except (TypeError, ValueError) as error:
         raise UserError(
             f"the parts of the constraint do not fit together: {error}."
@@ -76,6 +79,11 @@ def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
         raise UserError(
             f"the constraint is on images of shape {shape}: this model takes [N, "
             f"{', '.join(map(str, image_shape))}]."
+        )
+    if not jnp.issubdtype(start.dtype, jnp.floating):
+        raise UserError(
+            f"the constraint is on images of {start.dtype}: expected floats in [0, 1], "
+            "as constraints.as_images makes them of bytes."
         )
     return shape[0]
 
@@ -122,6 +130,11 @@ def prepare(
             seed=seed,
         )
     )
+    if recipe.num_steps > _MOST_STEPS:
+        raise UserError(
+            f"num_steps is {recipe.num_steps}: every step of an edit is recorded, give "
+            f"{_MOST_STEPS} at most."
+        )
     sizes = np.full(len(jax.tree.leaves(constraint)[0]), chosen, np.float64)
     for ball in balls if step_size is None else ():
         radii = np.asarray(ball.radius, np.float64)[:, 0, 0, 0]
