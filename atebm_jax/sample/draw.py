@@ -36,6 +36,8 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     to_bytes = _rounding(flags.quantise)
     seeds, spec = _seeds(flags, config)
     out = Path(flags.out).expanduser()
+    if spec.startswith("folder:"):
+        files.check_outside(out, spec)
     protocol = {
         **loaded.described,
         **recipe._asdict(),

@@ -61,6 +61,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
     problem = _problem(given, loaded)
     label = _label(given, names)
     out = Path(given.out).expanduser()
+    for named in given.images:
+        files.check_outside(out, named)
 
     def prepare(images: np.ndarray) -> tuple[edits.Rows, edits.Recipe]:
         labels = None if label is None else np.full(len(images), label, np.int32)
@@ -271,7 +273,8 @@ def _write(
     else:
         true = constraints.as_images(truth)[0]
         record["psnr"] = _psnr(true, start, result, problem.hole)
-        ratio = record["psnr"]["result"] or math.inf
+        psnr = record["psnr"]["result"]
+        ratio = math.inf if psnr is None else psnr
         pictures |= {f"result, PSNR {ratio:.1f} dB": result, "truth": true}
     strips.write(out / strip, name, [_row(edited, pictures, names, problem.hole)])
     return [record]

@@ -27,6 +27,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
     radii = loading.parse_radii(given.radius)
     asked = [(target, radius) for target in dict.fromkeys(targets) for radius in radii]
     out = Path(given.out).expanduser()
+    for named in given.images:
+        files.check_outside(out, named)
 
     def prepare(
         images: np.ndarray, variants: np.ndarray

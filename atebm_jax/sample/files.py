@@ -87,9 +87,34 @@ def _check_same(
         now = json.loads(json.dumps(protocol[key]))
         if before.get(key) != now:
             raise UserError(
-                f"{folder} holds {what} with {key} {before.get(key)!r} and now it is "
-                f"{now!r}: give another --out, or the same settings to go on."
+                f"{folder} holds {what} with {key} {_short(before.get(key))} and now "
+                f"it is {_short(now)}: give another --out, or the same settings to go "
+                "on."
             )
+
+
+def _short(value: Any) -> str:
+    """A value for a sentence: of a thousand classes the first ones."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]} ..."
+
+
+def check_outside(out: Path, source: str | Path) -> None:
+    """Refuses to write into a folder that is read: the next command would read it too.
+
+    Args:
+      out: where a command writes.
+      source: a folder, `folder:PATH`; files and data sets are in no danger.
+
+    Raises:
+      UserError: `out` is the folder or lies in it.
+    """
+    folder = Path(str(source).removeprefix("folder:")).expanduser()
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--out={out} lies in {folder}, whose images are read: give a folder "
+            "outside of it."
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -356,3 +356,19 @@ def test_names_in_a_strip_are_no_formulas(tmp_path):
     row = strips.Row({name: image}, image, {name: np.ones(2)}, np.ones(2))
     with warnings.catch_warnings(action="error"):
         strips.write(tmp_path / "strip.png", name, [row])
+
+
+def test_results_do_not_go_among_the_images_that_are_read(
+    workdir, digits, tmp_path, monkeypatch
+):
+    for out in (digits, digits / "why"):
+        with pytest.raises(UserError, match="whose images are read"):
+            run("explain", workdir, out, digits, "--target=1")
+        with pytest.raises(UserError, match="whose images are read"):
+            command.main(
+                [f"--workdir={workdir}", f"--out={out}", f"--seeds=folder:{digits}"]
+            )
+    assert not (digits / "why").exists()
+    monkeypatch.chdir(tmp_path)  # A folder may be called as the seeds are.
+    for _ in range(2):
+        command.main([f"--workdir={workdir}", "--out=noise", "--count=1"])
