@@ -80,8 +80,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
     results = process.run(loaded, pictures, task, out, console)
     reached = sum(result["reached"] for result in results)
     console.print(
-        f"{len(results)} counterfactuals of {len(pictures)} images are in {out}; "
-        f"{reached} of them are of their target to the model",
+        f"counterfactuals: {len(results)}, of images: {len(pictures)}, in {out}; of "
+        f"their target to the model: {reached}",
         highlight=False,
         soft_wrap=True,
     )
