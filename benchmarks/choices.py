@@ -29,7 +29,7 @@ from workers import Worker
 
 from atebm_jax.errors import UserError
 
-_CHANNELS, _PIXELS, _CONVOLUTIONS = 64, 32, 6
+_CHANNELS, _PIXELS, _CONVOLUTIONS, _TURNS = 64, 32, 2, 3
 
 
 class Side(JaxSide):
@@ -103,7 +103,7 @@ class Convolutions:
             return x
 
         def loop(x, kernel):
-            return lax.fori_loop(0, 10, lambda _, x: chain(x, kernel), x)
+            return lax.fori_loop(0, _TURNS, lambda _, x: chain(x, kernel), x)
 
         program = jax.jit(loop).lower(images, kernel).compile()
         self._run = lambda: program(images, kernel).block_until_ready()
@@ -204,10 +204,10 @@ def show(record: dict[str, Any], config: ConfigDict, flags: Any) -> None:
     chains = {
         layout: [t[clock] for t in times] for layout, times in record["layout"].items()
     }
+    seconds = ", ".join(f"{k} {statistics.median(t):.3f} s" for k, t in chains.items())
     console.print(
         f"{_CONVOLUTIONS} convolutions of {_CHANNELS} channels at {_PIXELS} pixels, "
-        f"ten times: NHWC {statistics.median(chains['NHWC']):.3f} s, NCHW "
-        f"{statistics.median(chains['NCHW']):.3f} s, ratio "
+        f"{_TURNS} turns of a loop: {seconds}, ratio "
         f"{_ratio(chains['NCHW'], chains['NHWC'])}"
     )
 

@@ -88,6 +88,17 @@ def test_imagenet_networks_agree_with_their_twins(row, tmp_path):
     assert 0 < record["peak"]["share"] < 1
 
 
+@pytest.mark.slow
+def test_ways_to_write_the_step_are_compared(tmp_path):
+    path = tmp_path / "choices.json"
+    done = run("choices.py", *TINY, f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert set(record["step"]) == {"as it is", "apart", "remat", "unrolled"}
+    assert set(record["layout"]) == {"NHWC", "NCHW"}
+    assert "unrolled" in done.stdout and "NCHW" in done.stdout
+
+
 def test_rows_with_a_record_are_not_run_again(tmp_path):
     times = {side: {"wall_s": {"median": 2.0}} for side in ("ours", "torch", "ratio")}
     record = {
