@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from sides import MEASURED, Settings, timed
 from step import configure
-from step import parser as step_parser
 from workers import Worker
 
 from atebm_jax.errors import UserError
@@ -114,7 +113,9 @@ class Convolutions:
 
 
 def main(argv: list[str]) -> None:
-    flags, config, _ = options.parse(step_parser(), argv)
+    flags, config, _ = options.parse(
+        options.of_a_step(__doc__.partition("\n")[0]), argv
+    )
     configure(config, flags)
     record = {
         "command": options.command(),

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from atebm_jax.command_line import load_config
 from atebm_jax.config import check_override, lookup
 from atebm_jax.errors import UserError
+from atebm_jax.models import DTYPES
 
 DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "cifar10.py") + ":small"
 
@@ -40,6 +41,31 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
+
+
+def of_a_step(description: str) -> Parser:
+    """Flags for what a stage-2 step is made of, and how it is timed."""
+    flags = Parser(description=description)
+    flags.add_argument(
+        "--model",
+        default="",
+        help="DEPTH/WIDTH of a WideResNet, or an architecture: resnet50, "
+        "convnext_tiny_cvst, ...",
+    )
+    flags.add_argument("--image_size", type=positive, help="pixels a side")
+    flags.add_argument("--batch_size", type=positive, default=32)
+    flags.add_argument("--steps", type=positive, default=10, help="T")
+    flags.add_argument("--repeats", type=positive, default=10)
+    flags.add_argument("--threads", type=positive, default=1)
+    flags.add_argument("--dtype", choices=DTYPES, help="default: the config's")
+    flags.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
+    flags.add_argument(
+        "--conv_gradient",
+        choices=("auto", "xla", "forward"),
+        help="of our side, default: the config's",
+    )
+    flags.add_argument("--json", default="", metavar="PATH", help="write all repeats")
+    return flags
 
 
 def parse(

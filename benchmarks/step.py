@@ -31,25 +31,7 @@ TITLES = {"loop": "contrastive loop", "step": "stage-2 step"}
 
 
 def parser() -> options.Parser:
-    flags = options.Parser(description=__doc__.partition("\n")[0])
-    flags.add_argument(
-        "--model",
-        default="",
-        help="DEPTH/WIDTH of a WideResNet, or an architecture: resnet50, "
-        "convnext_tiny_cvst, ...",
-    )
-    flags.add_argument("--image_size", type=options.positive, help="pixels a side")
-    flags.add_argument("--batch_size", type=options.positive, default=32)
-    flags.add_argument("--steps", type=options.positive, default=10, help="T")
-    flags.add_argument("--repeats", type=options.positive, default=10)
-    flags.add_argument("--threads", type=options.positive, default=1)
-    flags.add_argument("--dtype", choices=models.DTYPES, help="default: the config's")
-    flags.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
-    flags.add_argument(
-        "--conv_gradient",
-        choices=("auto", "xla", "forward"),
-        help="of our side, default: the config's",
-    )
+    flags = options.of_a_step(__doc__.partition("\n")[0])
     flags.add_argument(
         "--compare",
         choices=("torch", "conv_gradient", "none"),
@@ -70,7 +52,6 @@ def parser() -> options.Parser:
         action="store_true",
         help="measure the device's matrix products too, and ours as a share of them",
     )
-    flags.add_argument("--json", default="", metavar="PATH", help="write all repeats")
     return flags
 
 
