@@ -129,11 +129,10 @@ def main(argv: list[str]) -> None:
 
 def measure(config: ConfigDict, flags: Any) -> dict[str, Any]:
     """Seconds of loop and step, compilation and workspace, for each way."""
+    gradient = config.model.conv_gradient
+    settings = Settings(config, flags.device, flags.threads, gradient)
     workers = {
-        name: Worker(
-            build, Settings(config, flags.device, flags.threads), flags.threads
-        )
-        for name, build in SIDES.items()
+        name: Worker(build, settings, flags.threads) for name, build in SIDES.items()
     }
     try:
         variables = workers["as it is"].call("weights")

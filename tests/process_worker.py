@@ -1,6 +1,6 @@
 """One process of a job that steps on every mesh; writes losses and weights.
 
-python tests/process_worker.py PORT PROCESSES RANK OUT ACTIVATION
+python tests/process_worker.py PORT PROCESSES RANK OUT
 """
 
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def main() -> None:
-    port, count, rank, out, activation = sys.argv[1:]
+    port, count, rank, out = sys.argv[1:]
     # Eight devices in all, however many processes there are.
     jax.config.update("jax_num_cpu_devices", 8 // int(count))
     from atebm_jax import sharding
@@ -22,7 +22,7 @@ def main() -> None:
     saved = {}
     for spec in ("data:-1", "data:-1,fsdp:4"):
         mesh = sharding.make_mesh(spec)
-        step, state = test_fsdp.update_on(mesh, "sgd", 0.1, activation)
+        step, state = test_fsdp.update_on(mesh, "sgd", 0.1, "swish")
         for seed in range(2):
             state, metrics = step(state, test_fsdp.batch_on(mesh, seed))
             for name in ("loss", "auc", "gradient_norm"):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def train(count, folder, activation="swish"):
+def train(count, folder):
     """What `count` processes with eight devices together make of two steps."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -23,7 +23,7 @@ def train(count, folder, activation="swish"):
     together = [
         subprocess.Popen(
             [sys.executable, ROOT / "tests" / "process_worker.py"]
-            + [str(port), str(count), str(rank), str(out), activation],
+            + [str(port), str(count), str(rank), str(out)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
