@@ -1,9 +1,10 @@
 """One job at a time on a workdir.
 
 Where the file system locks files, the kernel holds the lock and frees it with the
-process, however that ends. Elsewhere (buckets, some network mounts) the holder renews a
-sign of life in the lock file, and one that is not renewed for a minute is void; no
-clocks are compared.
+process, however that ends. Elsewhere (buckets, some network mounts) each job writes a
+file of its own and then looks for those of others: of two that start at once at least
+one sees the other, however slow either is. The holder renews its file, and one that
+stays as it is for a minute is void; no clocks are compared.
 """
 
 import errno
@@ -36,8 +37,8 @@ FILE = ".lock"
 _BEAT = 20.0
 _PATIENCE = 65.0
 _LOOK_EVERY = 1.0
-# Of two that take a free workdir at once the later writer has it: time for both.
-_SETTLE = 2.0
+
+_Owner = dict[str, Any]
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -48,16 +49,18 @@ class Lock:
     def __init__(self, workdir: epath.Path):
         self._workdir = workdir
         self._path = workdir / FILE
+        # Without locks of the file system.
+        self._claim = workdir / f"{FILE}.{uuid.uuid4().hex}"
+        self._signs_of_life = 0
         self._owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-            "job": uuid.uuid4().hex,
         }
         self._file: int | None = None
         self._beat: threading.Thread | None = None
         self._ended = threading.Event()
-        self._taken_by: dict[str, Any] | None = None
+        self._taken_by: _Owner | None = None
 
     def acquire(self) -> None:
         """Takes the lock if the workdir is there; again, it does nothing.
@@ -91,8 +94,7 @@ class Lock:
             self._ended.set()
             self._beat.join()
             self._beat = None
-            if self._is_ours():
-                self._path.unlink()
+            self._claim.unlink(missing_ok=True)
 
     def _held(self) -> bool:
         return self._file is not None or self._beat is not None
@@ -106,16 +108,16 @@ class Lock:
         """Takes the lock; returns why it cannot, "" if it could."""
         try:
             if in_bucket(self._path) or fcntl is None or not self._lock_file():
-                self._begin_beat()
+                self._claim_workdir()
         except BlockingIOError:
-            return self._in_use(self._read() or {})
+            return self._in_use(_read(self._path))
         except _InUse as error:
             return self._in_use(error.owner)
         except OSError as error:
             return f"workdir {self._workdir} cannot be written: {error}."
         return ""
 
-    def _in_use(self, owner: dict[str, Any]) -> str:
+    def _in_use(self, owner: _Owner) -> str:
         return (
             f"workdir {self._workdir} is in use by another job (process "
             f"{owner.get('pid', '?')} on {owner.get('host', '?')}, since "
@@ -142,65 +144,108 @@ class Lock:
 
     # --- Held by a sign of life ---
 
-    def _begin_beat(self) -> None:
-        """Writes the owner and renews it from a thread.
+    def _claim_workdir(self) -> None:
+        """Claims the workdir and renews the claim from a thread.
+
+        A job may hold it once it has written its claim and then seen no other one. Of
+        two claims that see each other the one later by name is withdrawn.
 
         Raises:
-          _InUse: another one is renewed meanwhile.
+          _InUse: another job holds the workdir and lives.
         """
-        first = self._read()
-        if first is not None:
-            _log.warning(
-                "%s names another job: seeing within %.0f s whether it still lives",
-                self._path,
-                _PATIENCE,
-            )
-        end = time.monotonic() + _PATIENCE
-        while first is not None and time.monotonic() < end:
-            time.sleep(_LOOK_EVERY)
-            now = self._read()
-            if now is not None and now != first:
-                raise _InUse(now)
-            first = now
-        self._renew(0)
-        time.sleep(_SETTLE)
-        if not self._is_ours():
-            raise _InUse(self._read() or {})
+        known: dict[str, tuple[_Owner, float]] = {}
+        claimed = False
+        try:
+            while True:
+                others = self._others()
+                if claimed and not others:
+                    break
+                if claimed and min(others) < self._claim.name:
+                    self._claim.unlink(missing_ok=True)
+                    claimed = False
+                if claimed or not others:
+                    # While it waits, so that nobody takes it for void.
+                    self._renew(holds=False)
+                    claimed = True
+                if others:
+                    self._watch(others, known)
+                    time.sleep(_LOOK_EVERY)
+            self._renew(holds=True)
+        except BaseException:
+            self._claim.unlink(missing_ok=True)
+            raise
         self._ended.clear()
         self._beat = threading.Thread(target=self._keep_renewing, daemon=True)
         self._beat.start()
 
+    def _watch(
+        self, others: dict[str, _Owner], known: dict[str, tuple[_Owner, float]]
+    ) -> None:
+        """Removes the claims that are void; `known` is when each was last renewed.
+
+        Raises:
+          _InUse: a holder has given a sign of life.
+        """
+        now = time.monotonic()
+        for name, owner in others.items():
+            if name not in known:
+                _log.warning(
+                    "%s names another job: seeing within %.0f s whether it still lives",
+                    self._workdir / name,
+                    _PATIENCE,
+                )
+                known[name] = owner, now
+            before, since = known[name]
+            if owner != before:
+                if owner.get("holds"):
+                    raise _InUse(owner)
+                known[name] = owner, now
+            elif now - since > _PATIENCE:
+                (self._workdir / name).unlink(missing_ok=True)
+
     def _keep_renewing(self) -> None:
-        count = 0
         while not self._ended.wait(_BEAT):
-            count += 1
             try:
-                owner = self._read()
-                if owner is not None and owner.get("job") != self._owner["job"]:
-                    self._taken_by = owner
+                others = self._others()
+                # Was cut off for so long that it was taken for void: its claim has
+                # gone, or it came back just as it renewed it and one must yield.
+                if not self._claim.exists():
+                    self._taken_by = next(iter(others.values()), {})
                     return
-                self._renew(count)
+                for name, owner in others.items():
+                    if owner.get("holds") and name < self._claim.name:
+                        self._taken_by = owner
+                        return
+                self._renew(holds=True)
             except OSError:
                 # Out of reach for a moment; the next one may come through.
                 continue
 
-    def _renew(self, count: int) -> None:
+    def _renew(self, holds: bool) -> None:
+        self._signs_of_life += 1
+        owner = {"holds": holds, "signs_of_life": self._signs_of_life}
         # Whole at every moment: half a line would pass for nobody's.
-        replace_text(self._path, json.dumps(self._owner | {"signs_of_life": count}))
+        replace_text(self._claim, json.dumps(self._owner | owner))
 
-    def _is_ours(self) -> bool:
-        return (self._read() or {}).get("job") == self._owner["job"]
+    def _others(self) -> dict[str, _Owner]:
+        """The claims of other jobs by name."""
+        return {
+            path.name: _read(path)
+            for path in self._workdir.iterdir()
+            if path.name.startswith(f"{FILE}.") and path.name != self._claim.name
+        }
 
-    def _read(self) -> dict[str, Any] | None:
-        """Who holds the lock by the file; None without one that can be read."""
-        try:
-            owner = json.loads(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return owner if isinstance(owner, dict) else None
+
+def _read(path: epath.Path) -> _Owner:
+    """Whom the file names; empty without one that can be read."""
+    try:
+        owner = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 class _InUse(Exception):
-    def __init__(self, owner: dict[str, Any]):
+    def __init__(self, owner: _Owner):
         super().__init__(owner)
         self.owner = owner

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -48,9 +49,7 @@ def without_locks(monkeypatch):
     """A file system that cannot lock files, in quick motion."""
     monkeypatch.setattr(Lock, "_lock_file", lambda self: False)
     monkeypatch.setattr(workdir_lock, "_BEAT", 0.05)
-    monkeypatch.setattr(workdir_lock, "_PATIENCE", 1.5)
     monkeypatch.setattr(workdir_lock, "_LOOK_EVERY", 0.1)
-    monkeypatch.setattr(workdir_lock, "_SETTLE", 0.2)
 
 
 def test_second_job_is_refused_with_who_holds_it_and_nothing_is_written(
@@ -116,24 +115,41 @@ def test_sign_of_life_holds_a_workdir_and_goes_with_its_job(
         second.acquire()
     first.check()
     first.release()
-    assert not (tmp_path / workdir_lock.FILE).exists()
+    assert not list(tmp_path.iterdir())
     second.acquire()
 
 
-@pytest.mark.parametrize("content", ['{"job": "1", "pid": 7}', "{", ""])
+@pytest.mark.parametrize("content", ['{"pid": 7, "holds": true}', "{", ""])
 def test_owner_without_a_sign_of_life_is_void(
-    without_locks, lock_of, tmp_path, content
+    without_locks, lock_of, tmp_path, monkeypatch, content
 ):
-    (tmp_path / workdir_lock.FILE).write_text(content)
+    monkeypatch.setattr(workdir_lock, "_PATIENCE", 1.0)
+    void = tmp_path / f"{workdir_lock.FILE}.1"
+    void.write_text(content)
     lock = lock_of()
     began = time.monotonic()
     lock.acquire()
-    # One that can be read is given its time; half a line is nobody's.
-    assert (time.monotonic() - began > workdir_lock._PATIENCE) == (len(content) > 1)
+    assert time.monotonic() - began > workdir_lock._PATIENCE
+    assert not void.exists()
     lock.check()
 
 
-def test_of_two_that_start_at_once_one_has_it(without_locks, lock_of):
+@pytest.mark.parametrize("seed", range(6))
+def test_of_some_that_start_at_once_one_has_it(
+    without_locks, lock_of, monkeypatch, seed
+):
+    """However long each of them is held up between any two of its acts."""
+    delays = random.Random(seed)
+
+    def late(act):
+        def wait_and_act(*arguments, **named):
+            time.sleep(delays.choice((0, 0, 0.05, 0.3, 0.6)))
+            return act(*arguments, **named)
+
+        return wait_and_act
+
+    for name in ("_others", "_renew"):
+        monkeypatch.setattr(Lock, name, late(getattr(Lock, name)))
     refused = []
 
     def start(lock):
@@ -142,25 +158,32 @@ def test_of_two_that_start_at_once_one_has_it(without_locks, lock_of):
         except UserError:
             refused.append(lock)
 
-    locks = [lock_of(), lock_of()]
+    locks = [lock_of() for _ in range(2 + seed % 2)]
     threads = [threading.Thread(target=start, args=(lock,)) for lock in locks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(refused) == 1
+    assert len(refused) == len(locks) - 1
 
 
-def test_job_whose_lock_was_taken_for_void_is_told(without_locks, lock_of, tmp_path):
+@pytest.mark.parametrize("how", ["removed", "another_holds"])
+def test_job_whose_lock_was_taken_for_void_is_told(
+    without_locks, lock_of, tmp_path, how
+):
     lock = lock_of()
     lock.acquire()
-    other = {"job": "another", "pid": 7, "host": "elsewhere"}
-    (tmp_path / workdir_lock.FILE).write_text(json.dumps(other))
+    other = {"pid": 7, "host": "elsewhere", "holds": True}
+    # After and before every job's, whose names are hexadecimal.
+    name = {"removed": "z", "another_holds": "-"}[how]
+    (tmp_path / f"{workdir_lock.FILE}.{name}").write_text(json.dumps(other))
+    if how == "removed":
+        lock._claim.unlink()
     end = time.monotonic() + 20
     while lock._taken_by is None and time.monotonic() < end:
         time.sleep(0.02)
     with pytest.raises(UserError, match="process 7 on elsewhere"):
         lock.check()
     lock.release()
-    # It is the other one's.
-    assert (tmp_path / workdir_lock.FILE).exists()
+    # The other one's stays.
+    assert [path.name for path in tmp_path.iterdir()] == [f".lock.{name}"]
