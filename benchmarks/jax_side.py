@@ -24,13 +24,14 @@ class JaxSide:
     def __init__(self, settings: Settings):
         if settings.device == "cpu":
             os.environ["JAX_PLATFORMS"] = "cpu"
+            jax.config.update("jax_num_cpu_devices", settings.cpu_devices)
         backend = jax.default_backend()
         if backend != settings.device:
             raise UserError(
                 f"--device={settings.device}, but JAX runs on {backend} here: install "
                 "the matching extra of atebm_jax, or choose another device."
             )
-        self.config = settings.config
+        self.settings, self.config = settings, settings.config
         self.config.model.conv_gradient = settings.conv_gradient
         self.model = models.build(self.config.model)
 
@@ -42,13 +43,13 @@ class JaxSide:
 
     def prepare(self, variables: Any) -> dict[str, Any]:
         """Compiles loop and step; returns seconds of compilation and versions."""
-        device = jax.devices()[0]
         # PyTorch uses one device too.
+        devices = jax.devices()[: self.settings.cpu_devices]
         mesh = jax.make_mesh(
-            (1,),
+            (len(devices),),
             (sharding.BATCH_AXIS,),
             axis_types=(jax.sharding.AxisType.Auto,),
-            devices=[device],
+            devices=devices,
         )
         self.batch = sharding.put_batch(batch(self.config), mesh)
         compile_seconds = {
@@ -57,7 +58,7 @@ class JaxSide:
         }
         return {
             "compile_s": compile_seconds,
-            "device": device.device_kind,
+            "device": devices[0].device_kind,
             "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
         }
 

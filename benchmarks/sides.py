@@ -24,6 +24,8 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     conv_gradient: str = "auto"
+    # Ours only: devices that a batch is split over.
+    cpu_devices: int = 1
     # PyTorch only.
     memory_format: str = "channels_last"
     compile: bool = False

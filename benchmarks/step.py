@@ -48,6 +48,12 @@ def parser() -> options.Parser:
         "--torch_compile", action="store_true", help="run PyTorch's network compiled"
     )
     flags.add_argument(
+        "--cpu_devices",
+        type=options.positive,
+        default=1,
+        help="our side's, which share the CPUs of --threads and the batch",
+    )
+    flags.add_argument(
         "--peak",
         action="store_true",
         help="measure the device's matrix products too, and ours as a share of them",
@@ -58,6 +64,13 @@ def parser() -> options.Parser:
 def main(argv: list[str]) -> None:
     flags, config, _ = options.parse(parser(), argv)
     configure(config, flags)
+    if flags.cpu_devices > 1 and flags.device != "cpu":
+        raise UserError(f"--cpu_devices={flags.cpu_devices} needs --device=cpu.")
+    if flags.batch_size % flags.cpu_devices:
+        raise UserError(
+            f"--batch_size={flags.batch_size} does not split evenly over "
+            f"--cpu_devices={flags.cpu_devices}."
+        )
     sides = choose_sides(config, flags)
     workers = {
         name: Worker(build, settings, flags.threads)
@@ -127,6 +140,7 @@ def choose_sides(config: ConfigDict, flags: Any) -> dict[str, tuple[Any, Setting
             device=flags.device,
             threads=flags.threads,
             conv_gradient=conv_gradient,
+            cpu_devices=flags.cpu_devices,
             memory_format=TORCH_LAYOUTS[flags.torch_layout],
             compile=flags.torch_compile,
         )
@@ -261,6 +275,8 @@ def show(record: dict[str, Any]) -> None:
         f"{record['model']['dtype']}, batch {flags['batch_size']}, T {flags['steps']}, "
         f"{flags['threads']} thread(s), {flags['repeats']} repeats"
     )
+    if flags["cpu_devices"] > 1:
+        console.print(f"ours on {flags['cpu_devices']} CPU devices")
     if "agreement" in record:
         console.print(agreement.describe(record["agreement"]))
     console.print(_table(record, names))

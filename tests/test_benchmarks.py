@@ -174,7 +174,8 @@ def test_both_loops_are_the_same_function_in_float64():
 
 def test_two_convolution_gradients_agree(tmp_path):
     path = tmp_path / "step.json"
-    done = run("step.py", *TINY, "--compare=conv_gradient", f"--json={path}")
+    options = ("--compare=conv_gradient", "--cpu_devices=2", f"--json={path}")
+    done = run("step.py", *TINY, *options)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     assert list(record["sides"]) == ["forward", "xla"]
@@ -242,6 +243,7 @@ def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
     [
         ("step.py", "--model=16x2", "DEPTH/WIDTH"),
         ("step.py", "--batch_size=0", "positive integer"),
+        ("step.py", "--cpu_devices=5", "does not split evenly"),
         ("step.py", "--config=absent.py", "absent.py"),
         ("step.py", "--config.model.wideness=2", "wideness"),
         ("step.py", "--repeat", "--repeat"),
