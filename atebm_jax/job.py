@@ -190,7 +190,7 @@ def _check_rooms(
         stage = config[name]
         sizes[f"{name}.batch_size"] = (stage.batch_size, stage.num_micro_batches)
     for field, (size, parts) in sizes.items():
-        sharding.check_batch_size(size, mesh, f"config.{field}", parts)
+        sharding.check_batch_size(size, mesh.size, f"config.{field}", parts)
     classifier_adversary(config.evaluate.attack)
     samples.check_judge(config.evaluate.samples.judge)
 

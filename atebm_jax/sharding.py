@@ -280,7 +280,7 @@ def put_state(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_batch_size(
-    batch_size: int, mesh: Mesh, field: str, num_micro_batches: int = 1
+    batch_size: int, num_devices: int, field: str, num_micro_batches: int = 1
 ) -> None:
     """Refuses a batch that does not split evenly.
 
@@ -288,15 +288,15 @@ def check_batch_size(
       UserError: `batch_size` is not a positive multiple of the device count times
         the number of micro-batches.
     """
-    unit = mesh.size * num_micro_batches
+    unit = num_devices * num_micro_batches
     if batch_size < 1 or batch_size % unit:
         nearest = max(round(batch_size / unit), 1) * unit
         times = f" times num_micro_batches={num_micro_batches}"
         parts = times if num_micro_batches > 1 else ""
         raise UserError(
             f"{field} is {batch_size}, which does not split evenly over "
-            f"{mesh.size} devices{parts}: use a positive multiple of {unit}, {nearest} "
-            "say."
+            f"{num_devices} devices{parts}: use a positive multiple of {unit}, "
+            f"{nearest} say."
         )
 
 

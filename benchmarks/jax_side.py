@@ -43,7 +43,7 @@ class JaxSide:
 
     def prepare(self, variables: Any) -> dict[str, Any]:
         """Compiles loop and step; returns seconds of compilation and versions."""
-        # PyTorch uses one device too.
+        # PyTorch uses one device too; of a CPU only ours may be several.
         devices = jax.devices()[: self.settings.cpu_devices]
         mesh = jax.make_mesh(
             (len(devices),),

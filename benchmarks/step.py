@@ -21,7 +21,7 @@ from rich.table import Table
 from sides import MEASURED, Settings
 from workers import Worker, available_cpus
 
-from atebm_jax import archs, dry_run, models
+from atebm_jax import archs, dry_run, models, sharding
 from atebm_jax.config import lookup
 from atebm_jax.errors import UserError
 
@@ -66,11 +66,7 @@ def main(argv: list[str]) -> None:
     configure(config, flags)
     if flags.cpu_devices > 1 and flags.device != "cpu":
         raise UserError(f"--cpu_devices={flags.cpu_devices} needs --device=cpu.")
-    if flags.batch_size % flags.cpu_devices:
-        raise UserError(
-            f"--batch_size={flags.batch_size} does not split evenly over "
-            f"--cpu_devices={flags.cpu_devices}."
-        )
+    sharding.check_batch_size(flags.batch_size, flags.cpu_devices, "--batch_size")
     sides = choose_sides(config, flags)
     workers = {
         name: Worker(build, settings, flags.threads)

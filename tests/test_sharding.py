@@ -41,13 +41,13 @@ def test_state_lies_whole_on_every_device():
 
 @pytest.mark.parametrize("size", [8, 16, 128])
 def test_batch_size_that_splits_evenly_is_taken(size):
-    sharding.check_batch_size(size, MESH, "batch_size")
+    sharding.check_batch_size(size, MESH.size, "batch_size")
 
 
 @pytest.mark.parametrize(("size", "near"), [(12, 16), (7, 8), (1, 8), (0, 8), (-8, 8)])
 def test_batch_size_that_does_not_split_names_a_near_one(size, near):
     with pytest.raises(UserError, match=rf"field is {size},.*8 devices.*{near} say"):
-        sharding.check_batch_size(size, MESH, "field")
+        sharding.check_batch_size(size, MESH.size, "field")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def _context(
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
-        settings.evaluate.batch_size, mesh, "config.evaluate.batch_size"
+        settings.evaluate.batch_size, mesh.size, "config.evaluate.batch_size"
     )
     versions = _versions()
     store = Store(
