@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atebm_jax.errors import UserError
+from atebm_jax.models.kernel_gradient import kernel_gradient
 from atebm_jax.models.narrow import conv_narrow, widened, windows_at_once
 from atebm_jax.models.products import (
     Padding,
@@ -126,7 +127,8 @@ def _conv(
     XLA expresses the image gradient with permuted dimension numbers. On CPU such a
     convolution is slow inside a loop body, where it is not put into the canonical
     layout. Flipping and transposing the kernel ourselves gives the canonical layout
-    everywhere. The kernel gradient stays XLA's.
+    everywhere. The kernel gradient is made of products, but for several groups, where
+    it is XLA's.
     """
     return _value(images, kernel, strides, padding, groups, joined)
 
@@ -200,6 +202,10 @@ def _conv_bwd(
             dimension_numbers=_DIMENSIONS,
             feature_group_count=groups,
         )
+    if groups == 1:
+        window = (height, width)
+        made = kernel_gradient(images, cotangent, window, strides, padding)
+        return image_gradient, made.astype(kernel.dtype)
     _, kernel_pullback = jax.vjp(
         lambda k: conv_xla(images, k, strides, padding, groups), kernel
     )

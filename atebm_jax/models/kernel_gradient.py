@@ -1,0 +1,128 @@
+"""Kernel gradients of convolutions as matrix products of few images at a time, NHWC.
+
+XLA's own copies all images into another layout first, which is slow on CPU, and by far
+slower inside a loop (`benchmarks/README.md`). The shifted copies that a product needs
+stay in a core's cache where they are of few images.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from atebm_jax.models.products import Padding
+
+# Pixels of a turn: those of one image, or of as many as have no more than this.
+_PIXELS = 64
+
+
+def kernel_gradient(
+    images: jax.Array,
+    cotangent: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> jax.Array:
+    """Gradient of a convolution with respect to its kernel.
+
+    Devices that share a batch are taken to hold equal stretches of it. Each sums over
+    its own images, so that there is one sum to exchange, after the loop.
+
+    Args:
+      images: [B, H, W, I].
+      cotangent: [B, H', W', O], with respect to the convolution's result.
+      window: (h, w) of the kernel.
+      strides: (vertical, horizontal).
+      padding: ((top, bottom), (left, right)) zeros.
+
+    Returns:
+      [h, w, I, O], summed in float32 at least.
+    """
+    devices = jax.device_count()
+    shares = devices if len(images) % devices == 0 else 1
+    images, cotangent = (
+        x.reshape(shares, -1, *x.shape[1:]) for x in (images, cotangent)
+    )
+    of_a_share, made = cotangent.shape[1], math.prod(cotangent.shape[2:4])
+    few = max(
+        count
+        for count in range(1, of_a_share + 1)
+        if of_a_share % count == 0 and (count == 1 or count * made <= _PIXELS)
+    )
+    sums = images.dtype if jnp.finfo(images.dtype).bits > 32 else jnp.float32
+    factors = _row_factors if strides == (1, 1) else _patch_factors
+
+    def product(turn: jax.Array | int) -> jax.Array:
+        left, right = factors(
+            lax.dynamic_slice_in_dim(images, turn * few, few, axis=1),
+            lax.dynamic_slice_in_dim(cotangent, turn * few, few, axis=1),
+            window,
+            strides,
+            padding,
+        )
+        return lax.dot_general(
+            left.reshape(shares, -1, left.shape[-1]),
+            right.reshape(shares, -1, right.shape[-1]),
+            (((1,), (1,)), ((0,), (0,))),
+            preferred_element_type=sums,
+        )
+
+    like = jax.eval_shape(product, 0)
+    total = lax.fori_loop(
+        0,
+        of_a_share // few,
+        lambda turn, total: total + product(turn),
+        jnp.zeros(like.shape, like.dtype),
+    ).sum(axis=0)
+    (height, width), outputs = window, cotangent.shape[-1]
+    if strides == (1, 1):
+        return total.reshape(width, -1, height, outputs).transpose(2, 0, 1, 3)
+    return total.T.reshape(height, width, -1, outputs)
+
+
+def _row_factors(
+    images: jax.Array,
+    cotangent: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> tuple[jax.Array, jax.Array]:
+    """Of stride 1: [S, N, H, W', w I] and [S, N, H, W', h O].
+
+    What every element of a window's row sees, and what each of its rows makes of it:
+    fewer copies than whole windows.
+    """
+    del strides
+    (height, width), (top, _) = window, padding[0]
+    rows, made, columns = images.shape[2], *cotangent.shape[2:4]
+    seen = _padded(images, ((0, 0), padding[1]))
+    # Row y of the images is seen by row y + top - i of the result at row i of a window.
+    low = height - 1 - top
+    caused = _padded(cotangent, ((low, rows + top - made), (0, 0)))
+    left = [seen[:, :, :, j : j + columns] for j in range(width)]
+    right = [caused[:, :, i : i + rows] for i in reversed(range(height))]
+    return jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-1)
+
+
+def _patch_factors(
+    images: jax.Array,
+    cotangent: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> tuple[jax.Array, jax.Array]:
+    """Of any stride: [S, N, H', W', O] and what a whole window sees, h w I numbers."""
+    (rows, columns), (down, right) = cotangent.shape[2:4], strides
+    padded = _padded(images, padding)
+    patches = [
+        padded[:, :, i : i + rows * down : down, j : j + columns * right : right]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return cotangent, jnp.concatenate(patches, axis=-1)
+
+
+def _padded(images: jax.Array, padding: Padding) -> jax.Array:
+    edges = [(0, 0, 0)] * 2 + [(*sides, 0) for sides in padding] + [(0, 0, 0)]
+    return lax.pad(images, jnp.zeros((), images.dtype), edges)
