@@ -1,4 +1,6 @@
-"""Max pooling as maxima of shifted images: XLA's values and gradients, and GELU."""
+"""Products of few rows, max pooling as maxima of shifted images, and GELU."""
+
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,7 @@ import pytest
 
 from atebm_jax import UserError
 from atebm_jax.models import layers
-from atebm_jax.models.products import max_pool_shifted
+from atebm_jax.models.products import max_pool_shifted, multiply
 
 # Image size, window, strides, padding.
 POOLS = {
@@ -88,3 +90,55 @@ def test_gelu_is_jaxs_and_keeps_the_dtype():
     assert half.dtype == jnp.bfloat16
     # 1 Phi(1), from a table of the normal distribution.
     np.testing.assert_allclose(layers.gelu(jnp.float32(1.0)), 0.8413447, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lead", [(2, 3, 5), (32,), (33,), ()])
+def test_products_of_few_rows_and_a_large_matrix_equal_the_plain_ones(lead):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        rows = jnp.asarray(rng.normal(size=(*lead, 600)))
+        matrix = jnp.asarray(rng.normal(size=(600, 500)) / 600**0.5)
+
+        def penalty(product, rows, matrix):
+            """Of the gradient: its own derivatives are of second order."""
+            gradient = jax.grad(lambda x: jnp.sin(product(x, matrix)).sum())(rows)
+            return jnp.tanh(gradient).sum(), product(rows, matrix)
+
+        ours, theirs = (
+            jax.jit(
+                jax.value_and_grad(partial(penalty, product), (0, 1), has_aux=True)
+            )(rows, matrix)
+            for product in (multiply, jnp.matmul)
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11),
+            ours,
+            theirs,
+        )
+
+
+def test_kernel_gradient_of_few_rows_and_a_large_matrix():
+    rng = np.random.default_rng(1)
+    rows = jnp.asarray(rng.normal(size=(4, 6, 600)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(size=(600, 500)) / 600**0.5, jnp.float32)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda m, f=f: jnp.sin(f(rows, m)).sum()))(matrix)
+        for f in (multiply, jnp.matmul)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_few_bfloat16_rows_take_the_plain_product():
+    rows, matrix = jnp.ones((4, 600), jnp.bfloat16), jnp.ones((600, 500), jnp.bfloat16)
+    np.testing.assert_array_equal(multiply(rows, matrix), rows @ matrix)
+
+
+@pytest.mark.parametrize("setting", ["xla", "forward"])
+def test_dense_layers_equal_those_of_flax(setting):
+    images = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 600)), "float32")
+    plain = nn.Dense(500)
+    variables = plain.init(jax.random.key(0), images)
+    ours = nn.Dense(500, dot_general=layers.dense_product(setting))
+    np.testing.assert_allclose(
+        ours.apply(variables, images), plain.apply(variables, images), atol=1e-4
+    )

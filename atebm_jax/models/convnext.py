@@ -19,6 +19,7 @@ from atebm_jax.models.layers import (
     Conv,
     Normalize,
     at_least_float32,
+    dense_product,
     gelu,
     layer_norm,
 )
@@ -55,7 +56,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = {"dtype": self.dtype, "kernel_init": _INIT}
+        dense = {
+            "dtype": self.dtype,
+            "kernel_init": _INIT,
+            "dot_general": dense_product(self.conv_gradient),
+        }
         y = DepthwiseConv(7, self.dtype, self.conv_gradient, name="depthwise")(x)
         y = layer_norm(y, "norm")
         y = nn.Dense(4 * channels, name="fc1", **dense)(y)

@@ -18,11 +18,13 @@ from atebm_jax.errors import UserError
 from atebm_jax.models.kernel_gradient import kernel_gradient
 from atebm_jax.models.narrow import conv_narrow, widened, windows_at_once
 from atebm_jax.models.products import (
+    SMALL_MATRIX,
     Padding,
     conv_patches,
     conv_tiles,
     conv_whole,
     max_pool_shifted,
+    multiply,
 )
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -30,8 +32,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.swish,
 }
 
-# Numbers of a matrix that stays in a core's cache.
-_SMALL_MATRIX = 2**18
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -90,7 +90,7 @@ def conv_forward_gradient(
     if groups == 1 and math.prod(window) > _smallest(images, window, strides, padding):
         pixels = math.prod(images.shape[1:3])
         numbers = pixels**2 * kernel.shape[2] * kernel.shape[3]
-        if pixels <= math.prod(window) and numbers <= _SMALL_MATRIX:
+        if pixels <= math.prod(window) and numbers <= SMALL_MATRIX:
             return conv_whole(images, kernel, strides, padding)
         return conv_patches(images, kernel, strides, padding)
     return _conv(images, kernel, strides, padding, groups, joined)
@@ -270,6 +270,20 @@ def conv_function(conv_gradient: str) -> Callable[..., jax.Array]:
       UserError: an unknown one.
     """
     return CONV_GRADIENTS[chosen_form(conv_gradient)]
+
+
+def dense_product(conv_gradient: str) -> Callable[..., jax.Array]:
+    """What `nn.Dense` multiplies by, as its `dot_general`, for a setting.
+
+    Args:
+      conv_gradient: as in `chosen_form`; all but "xla" use `products.multiply`.
+
+    Raises:
+      UserError: an unknown one.
+    """
+    if chosen_form(conv_gradient) == "xla":
+        return lax.dot_general
+    return lambda rows, matrix, *_, **__: multiply(rows, matrix)
 
 
 def max_pool(

@@ -15,6 +15,58 @@ from jax import lax
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+# Numbers of a matrix that stays in a core's cache.
+SMALL_MATRIX = 2**18
+# Rows up to which their product with a larger matrix is made the other way round.
+_FEW_ROWS = 32
+
+
+def multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """rows @ matrix: [..., K], [K, N] -> [..., N], of one dtype.
+
+    XLA's product on CPU copies its second factor into blocks, which for few rows takes
+    longer than the arithmetic. Where a derivative is asked for, as in PGD, that factor
+    is therefore the rows. Reverse-mode derivatives of any order.
+    """
+    few = math.prod(rows.shape[:-1]) <= _FEW_ROWS and matrix.size > SMALL_MATRIX
+    if few and jnp.finfo(rows.dtype).bits >= 32:
+        return _multiply_few(rows, matrix)
+    return rows @ matrix
+
+
+@jax.custom_vjp
+def _multiply_few(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    return rows @ matrix
+
+
+def _swapped(rows: jax.Array, transposed: jax.Array) -> jax.Array:
+    """[..., K], [N, K] -> [..., N]; the barrier keeps XLA from swapping back."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    made = lax.optimization_barrier(
+        lax.dot_general(transposed, flat, (((1,), (1,)), ((), ())))
+    )
+    return made.T.reshape(*rows.shape[:-1], -1)
+
+
+def _few_fwd(
+    rows: jax.Array, matrix: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # Transposed before a loop, not in each of its steps; for one product alone the copy
+    # would cost more than it gains.
+    transposed = lax.optimization_barrier(matrix.T)
+    return _swapped(rows, transposed), (rows, matrix)
+
+
+def _few_bwd(
+    residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, matrix = residuals
+    axes = tuple(range(rows.ndim - 1))
+    return _swapped(cotangent, matrix), jnp.tensordot(rows, cotangent, (axes, axes))
+
+
+_multiply_few.defvjp(_few_fwd, _few_bwd)
+
 
 def conv_tiles(
     images: jax.Array, kernel: jax.Array, strides: tuple[int, int]
@@ -33,12 +85,12 @@ def conv_tiles(
     rows = (images.shape[1] - h) // down + 1
     columns = (images.shape[2] - w) // right + 1
     if (h, w) == (1, 1):
-        return images[:, ::down, ::right] @ kernel[0, 0]
+        return multiply(images[:, ::down, ::right], kernel[0, 0])
     fits = ((0, rows * down), (0, columns * right))
     images = _cut_or_fill(images, fits)
     tiles = images.reshape(-1, rows, down, columns, right, inputs)[:, :, :h, :, :w]
     tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows, columns, h * w * inputs)
-    return tiles @ kernel.reshape(h * w * inputs, outputs)
+    return multiply(tiles, kernel.reshape(h * w * inputs, outputs))
 
 
 def _cut_or_fill(
@@ -63,7 +115,7 @@ def conv_patches(
     h, w, inputs, outputs = kernel.shape
     seen = _shifted(images, (h, w), strides, padding, jnp.zeros((), images.dtype))
     patches = jnp.concatenate(seen, axis=-1)
-    return patches @ kernel.reshape(h * w * inputs, outputs)
+    return multiply(patches, kernel.reshape(h * w * inputs, outputs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
