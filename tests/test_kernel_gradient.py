@@ -56,9 +56,17 @@ def test_sums_of_bfloat16_are_float32():
     images, cotangent = (
         jnp.ones((batch, 9, 8, channels), jnp.bfloat16) for channels in (1, 2)
     )
+    images = images.at[0, 0, 0].set(2.0)
     made = kernel_gradient(images, cotangent, *arguments)
-    # Every pixel but those at the border: bfloat16 counts to 256 only.
-    np.testing.assert_array_equal(made[0, 0, 0], np.float32([batch * 8 * 7] * 2))
+    # One pixel more than bfloat16 can count, on one device.
+    assert made.dtype == np.float32
+    np.testing.assert_array_equal(made[0, 0, 0], np.float32([batch * 7 * 8 + 1] * 2))
+
+
+def test_of_no_images_is_zero():
+    arguments = CASES["one_share"][2:]
+    made = kernel_gradient(jnp.zeros((0, 9, 8, 3)), jnp.zeros((0, 9, 8, 5)), *arguments)
+    np.testing.assert_array_equal(made, np.zeros((3, 3, 3, 5)))
 
 
 def test_devices_exchange_one_sum_after_the_loop():

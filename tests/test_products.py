@@ -128,9 +128,51 @@ def test_kernel_gradient_of_few_rows_and_a_large_matrix():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_few_bfloat16_rows_take_the_plain_product():
-    rows, matrix = jnp.ones((4, 600), jnp.bfloat16), jnp.ones((600, 500), jnp.bfloat16)
-    np.testing.assert_array_equal(multiply(rows, matrix), rows @ matrix)
+def products_of_a_large_matrix(rows, multiplied):
+    """Left and right shapes of the products in the gradient of a dense layer's rows."""
+    matrix = jnp.ones((600, 500), rows.dtype)
+    gradient = jax.grad(lambda x: jnp.sin(multiplied(x, matrix)).sum())
+    return [
+        tuple(value.aval.shape for value in equation.invars)
+        for equation in jax.make_jaxpr(gradient)(rows).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+
+
+def test_few_rows_are_the_second_factor_where_a_gradient_is_asked_for():
+    few = products_of_a_large_matrix(jnp.ones((2, 16, 600)), multiply)
+    assert few[0] == ((500, 600), (32, 600))
+    assert few[1] == ((600, 500), (32, 500))
+
+
+@pytest.mark.parametrize(
+    "rows", [jnp.ones((33, 600)), jnp.ones((32, 600), jnp.bfloat16)]
+)
+def test_many_rows_and_bfloat16_are_the_first_factor(rows):
+    assert products_of_a_large_matrix(rows, multiply)[0][0] == rows.shape
+
+
+def test_dense_layers_use_it_unless_set_to_xlas():
+    rows = jnp.ones((32, 600))
+
+    def layer(setting):
+        def multiplied(x, matrix):
+            dense = nn.Dense(
+                500, use_bias=False, dot_general=layers.dense_product(setting)
+            )
+            return dense.apply({"params": {"kernel": matrix}}, x)
+
+        return products_of_a_large_matrix(rows, multiplied)[0]
+
+    assert layer("forward") == ((500, 600), (32, 600))
+    assert layer("xla") == ((32, 600), (600, 500))
+    with pytest.raises(ValueError, match="precision"):
+        layers.dense_product("forward")(rows, jnp.ones((600, 500)), (), "highest")
+
+
+def test_gradient_of_no_rows_is_zero():
+    gradient = jax.grad(lambda m: multiply(jnp.zeros((0, 600)), m).sum())
+    np.testing.assert_array_equal(gradient(jnp.ones((600, 500))), np.zeros((600, 500)))
 
 
 @pytest.mark.parametrize("setting", ["xla", "forward"])

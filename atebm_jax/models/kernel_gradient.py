@@ -13,7 +13,8 @@ from jax import lax
 
 from atebm_jax.models.products import Padding
 
-# Pixels of a turn: those of one image, or of as many as have no more than this.
+# Pixels of the result that a turn takes of a device's share: those of one image, or of
+# as many as have no more than this.
 _PIXELS = 64
 
 
@@ -26,8 +27,10 @@ def kernel_gradient(
 ) -> jax.Array:
     """Gradient of a convolution with respect to its kernel.
 
-    Devices that share a batch are taken to hold equal stretches of it. Each sums over
-    its own images, so that there is one sum to exchange, after the loop.
+    A batch is taken to be split evenly over all devices of all processes, as
+    `sharding.batched` splits it: each sums over its own images, and there is one sum to
+    exchange, after the loop. Other placements give the same result with more memory or
+    communication.
 
     Args:
       images: [B, H, W, I].
@@ -39,18 +42,23 @@ def kernel_gradient(
     Returns:
       [h, w, I, O], summed in float32 at least.
     """
-    devices = jax.device_count()
-    shares = devices if len(images) % devices == 0 else 1
+    sums = images.dtype if jnp.finfo(images.dtype).bits > 32 else jnp.float32
+    devices, count = jax.device_count(), len(images)
+    if count == 0:
+        return jnp.zeros((*window, images.shape[-1], cotangent.shape[-1]), sums)
+    shares = devices if count % devices == 0 else 1
     images, cotangent = (
-        x.reshape(shares, -1, *x.shape[1:]) for x in (images, cotangent)
+        x.reshape(shares, count // shares, *x.shape[1:]) for x in (images, cotangent)
     )
     of_a_share, made = cotangent.shape[1], math.prod(cotangent.shape[2:4])
     few = max(
-        count
-        for count in range(1, of_a_share + 1)
-        if of_a_share % count == 0 and (count == 1 or count * made <= _PIXELS)
+        (
+            few
+            for few in range(2, of_a_share + 1)
+            if of_a_share % few == 0 and few * made <= _PIXELS
+        ),
+        default=1,
     )
-    sums = images.dtype if jnp.finfo(images.dtype).bits > 32 else jnp.float32
     factors = _row_factors if strides == (1, 1) else _patch_factors
 
     def product(turn: jax.Array | int) -> jax.Array:

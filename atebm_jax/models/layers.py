@@ -273,17 +273,34 @@ def conv_function(conv_gradient: str) -> Callable[..., jax.Array]:
 
 
 def dense_product(conv_gradient: str) -> Callable[..., jax.Array]:
-    """What `nn.Dense` multiplies by, as its `dot_general`, for a setting.
+    """What `nn.Dense` multiplies by, for a setting.
 
     Args:
-      conv_gradient: as in `chosen_form`; all but "xla" use `products.multiply`.
+      conv_gradient: as in `chosen_form`; all but "xla" use `products.multiply`, which
+        has no forward-mode derivative and no other precision than the default.
+
+    Returns:
+      A `dot_general` for rows and matrix.
 
     Raises:
       UserError: an unknown one.
     """
     if chosen_form(conv_gradient) == "xla":
         return lax.dot_general
-    return lambda rows, matrix, *_, **__: multiply(rows, matrix)
+
+    def dot_general(
+        rows: jax.Array,
+        matrix: jax.Array,
+        dimension_numbers: Any,
+        precision: None = None,
+        **_: Any,
+    ) -> jax.Array:
+        del dimension_numbers
+        if precision is not None:
+            raise ValueError(f"precision is {precision}: only the default is known.")
+        return multiply(rows, matrix)
+
+    return dot_general
 
 
 def max_pool(

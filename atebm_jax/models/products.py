@@ -1,8 +1,7 @@
-"""Convolutions as matrix products, and max pooling as maxima of shifted images.
+"""Products of few rows, convolutions as products, max pooling as shifted maxima.
 
-XLA turns them into one fast loop or product on every backend; what it does on CPU with
-the general forms is slow (`benchmarks/README.md`). NHWC, reverse-mode derivatives of
-any order.
+What XLA does on CPU with the general forms is slow (`benchmarks/README.md`). NHWC,
+reverse-mode derivatives of any order.
 """
 
 import math
@@ -17,12 +16,13 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 # Numbers of a matrix that stays in a core's cache.
 SMALL_MATRIX = 2**18
-# Rows up to which their product with a larger matrix is made the other way round.
+# Rows, of all devices, up to which their product with a larger matrix is made the other
+# way round.
 _FEW_ROWS = 32
 
 
 def multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    """rows @ matrix: [..., K], [K, N] -> [..., N], of one dtype.
+    """rows @ matrix: [..., K], [K, N] -> [..., N], of one float dtype.
 
     XLA's product on CPU copies its second factor into blocks, which for few rows takes
     longer than the arithmetic. Where a derivative is asked for, as in PGD, that factor
@@ -45,7 +45,7 @@ def _swapped(rows: jax.Array, transposed: jax.Array) -> jax.Array:
     made = lax.optimization_barrier(
         lax.dot_general(transposed, flat, (((1,), (1,)), ((), ())))
     )
-    return made.T.reshape(*rows.shape[:-1], -1)
+    return made.T.reshape(*rows.shape[:-1], len(transposed))
 
 
 def _few_fwd(
