@@ -82,6 +82,8 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
     for count in counts:
         config = load_config(str(ROOT / "configs" / "digits.py"))
         config.stage2.batch_size = per_device * count
+        # The form of GPUs and TPUs: CPU's has loops, whose bodies would count once.
+        config.model.conv_gradient = "xla"
         model = models.build(config.model)
         sizes = sharding.parse_mesh(spec, count)
         devices = np.array(jax.devices()[:count]).reshape(tuple(sizes.values()))
