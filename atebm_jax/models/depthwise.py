@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from atebm_jax.models.layers import at_least_float32, chosen_form, outside_loops
+from atebm_jax.models.products import largest_divisor
 
 
 def depthwise_xla(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -120,7 +121,8 @@ def _kernel_gradient(
     count, height, width, channels = images.shape
     padded = _padded(at_least_float32(images), side)
     wide = at_least_float32(cotangent)
-    together = _rows_together(height, width)
+    # About 16 pixels a turn: longer sums compile to slow code.
+    together = largest_divisor(height, 16 // width)
 
     def add_rows(
         turn: jax.Array, totals: tuple[jax.Array, ...]
@@ -144,15 +146,6 @@ def _kernel_gradient(
     totals = lax.fori_loop(0, height // together, add_rows, nothing)
     made = jnp.stack([total.sum(axis=0) for total in totals])
     return made.reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _rows_together(height: int, width: int) -> int:
-    """Rows of a turn of the loop: about 16 pixels; longer sums compile to slow code."""
-    return max(
-        rows
-        for rows in range(1, height + 1)
-        if not height % rows and (rows == 1 or rows * width <= 16)
-    )
 
 
 depthwise_shifted.defvjp(_fwd, _bwd)

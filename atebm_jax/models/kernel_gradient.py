@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from atebm_jax.models.products import Padding
+from atebm_jax.models.products import Padding, largest_divisor, patches
 
 # Pixels of the result that a turn takes of a device's share: those of one image, or of
 # as many as have no more than this.
@@ -51,24 +51,19 @@ def kernel_gradient(
         x.reshape(shares, count // shares, *x.shape[1:]) for x in (images, cotangent)
     )
     of_a_share, made = cotangent.shape[1], math.prod(cotangent.shape[2:4])
-    few = max(
-        (
-            few
-            for few in range(2, of_a_share + 1)
-            if of_a_share % few == 0 and few * made <= _PIXELS
-        ),
-        default=1,
-    )
-    factors = _row_factors if strides == (1, 1) else _patch_factors
+    few = largest_divisor(of_a_share, _PIXELS // made)
 
     def product(turn: jax.Array | int) -> jax.Array:
-        left, right = factors(
-            lax.dynamic_slice_in_dim(images, turn * few, few, axis=1),
-            lax.dynamic_slice_in_dim(cotangent, turn * few, few, axis=1),
-            window,
-            strides,
-            padding,
+        taken, caused = (
+            lax.dynamic_slice_in_dim(x, turn * few, few, axis=1).reshape(
+                shares * few, *x.shape[2:]
+            )
+            for x in (images, cotangent)
         )
+        if strides == (1, 1):
+            left, right = _row_factors(taken, caused, window, padding)
+        else:
+            left, right = caused, patches(taken, window, strides, padding)
         return lax.dot_general(
             left.reshape(shares, -1, left.shape[-1]),
             right.reshape(shares, -1, right.shape[-1]),
@@ -85,7 +80,9 @@ def kernel_gradient(
     ).sum(axis=0)
     (height, width), outputs = window, cotangent.shape[-1]
     if strides == (1, 1):
-        return total.reshape(width, -1, height, outputs).transpose(2, 0, 1, 3)
+        return total.reshape(width, -1, height, outputs)[:, :, ::-1].transpose(
+            2, 0, 1, 3
+        )
     return total.T.reshape(height, width, -1, outputs)
 
 
@@ -93,44 +90,15 @@ def _row_factors(
     images: jax.Array,
     cotangent: jax.Array,
     window: tuple[int, int],
-    strides: tuple[int, int],
     padding: Padding,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of stride 1: [S, N, H, W', w I] and [S, N, H, W', h O].
+    """Of stride 1, fewer copies than whole windows: [N, H, W', w I], [N, H, W', h O].
 
-    What every element of a window's row sees, and what each of its rows makes of it:
-    fewer copies than whole windows.
+    What every element of a window's row sees, and what each of its rows, the last one
+    first, makes of it.
     """
-    del strides
-    (height, width), (top, _) = window, padding[0]
-    rows, made, columns = images.shape[2], *cotangent.shape[2:4]
-    seen = _padded(images, ((0, 0), padding[1]))
+    (height, width), (top, bottom) = window, padding[0]
+    seen = patches(images, (1, width), (1, 1), ((0, 0), padding[1]))
     # Row y of the images is seen by row y + top - i of the result at row i of a window.
-    low = height - 1 - top
-    caused = _padded(cotangent, ((low, rows + top - made), (0, 0)))
-    left = [seen[:, :, :, j : j + columns] for j in range(width)]
-    right = [caused[:, :, i : i + rows] for i in reversed(range(height))]
-    return jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-1)
-
-
-def _patch_factors(
-    images: jax.Array,
-    cotangent: jax.Array,
-    window: tuple[int, int],
-    strides: tuple[int, int],
-    padding: Padding,
-) -> tuple[jax.Array, jax.Array]:
-    """Of any stride: [S, N, H', W', O] and what a whole window sees, h w I numbers."""
-    (rows, columns), (down, right) = cotangent.shape[2:4], strides
-    padded = _padded(images, padding)
-    patches = [
-        padded[:, :, i : i + rows * down : down, j : j + columns * right : right]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-    return cotangent, jnp.concatenate(patches, axis=-1)
-
-
-def _padded(images: jax.Array, padding: Padding) -> jax.Array:
-    edges = [(0, 0, 0)] * 2 + [(*sides, 0) for sides in padding] + [(0, 0, 0)]
-    return lax.pad(images, jnp.zeros((), images.dtype), edges)
+    around = ((height - 1 - top, height - 1 - bottom), (0, 0))
+    return seen, patches(cotangent, (height, 1), (1, 1), around)

@@ -113,9 +113,32 @@ def conv_patches(
     Arguments and result as `layers.conv_xla`, one group.
     """
     h, w, inputs, outputs = kernel.shape
-    seen = _shifted(images, (h, w), strides, padding, jnp.zeros((), images.dtype))
-    patches = jnp.concatenate(seen, axis=-1)
-    return multiply(patches, kernel.reshape(h * w * inputs, outputs))
+    seen = patches(images, (h, w), strides, padding)
+    return multiply(seen, kernel.reshape(h * w * inputs, outputs))
+
+
+def patches(
+    images: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> jax.Array:
+    """What a window sees at each of its places: [B, H, W, C] -> [B, H', W', h w C].
+
+    Args:
+      images: [B, H, W, C].
+      window: (h, w).
+      strides: (vertical, horizontal).
+      padding: ((top, bottom), (left, right)) zeros; less than none cuts.
+    """
+    seen = _shifted(images, window, strides, padding, jnp.zeros((), images.dtype))
+    return jnp.concatenate(seen, axis=-1)
+
+
+def largest_divisor(count: int, most: int) -> int:
+    """The largest divisor of a positive count that is at most `most`; at least 1."""
+    divisors = (n for n in range(1, min(count, most) + 1) if count % n == 0)
+    return max(divisors, default=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
