@@ -79,6 +79,32 @@ def cifar_small(name: str, num_classes: int) -> ConfigDict:
     return config
 
 
+def cifar_cpu(name: str, num_classes: int) -> ConfigDict:
+    """WRN-10-2 in float32 for two CPU cores: both stages on all 50,000 images.
+
+    A network so small underfits, hence the weak augmentation. Its adversary takes two
+    steps of 0.3, which reach the radius of 0.5; the evaluation's takes twenty.
+    """
+    config = cifar(name, num_classes)
+    config.data.augment_cls = CIFAR_BASIC
+    config.data.num_workers = 0
+    config.model.depth = 10
+    config.model.widen_factor = 2
+
+    for stage in (config.stage1, config.stage2):
+        stage.adversary = adversary(epsilon=0.5, step_size=0.3, num_steps=2)
+        stage.checkpoint_every_steps = 200
+    config.stage1.num_epochs = 14.0
+    config.stage1.warmup_steps = 200
+    config.stage1.eval_every_steps = 1000
+
+    config.evaluate.num_examples = 500
+    config.evaluate.num_test_examples = 1000
+    config.evaluate.samples.num = 100
+    config.evaluate.samples.num_test = 1000
+    return config
+
+
 def imagenet(arch: str, size: int = 256) -> ConfigDict:
     """Stage 2 on ImageNet from imported weights: data, augmentation, SGD, adversary.
 

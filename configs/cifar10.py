@@ -22,7 +22,7 @@ on it; the report is of the last ones. `--config.data.train='tfds:cifar10:train[
 
 from ml_collections import ConfigDict
 
-from atebm_jax.presets import choose_row, cifar, cifar_small
+from atebm_jax.presets import choose_row, cifar, cifar_cpu, cifar_small
 
 
 def get_config(row: str = "small") -> ConfigDict:
@@ -50,8 +50,20 @@ def small() -> ConfigDict:
     return cifar_small("cifar10", num_classes=10)
 
 
+def cpu() -> ConfigDict:
+    return cifar_cpu("cifar10", num_classes=10)
+
+
+def hour() -> ConfigDict:
+    config = cifar_cpu("cifar10", num_classes=10)
+    config.stage1.num_epochs = 5.0
+    return config
+
+
 ROWS = {
     "wrn34_10_t40": wrn34_10_t40,
     "wrn34_10_t50": wrn34_10_t50,
     "small": small,
+    "cpu": cpu,
+    "hour": hour,
 }
