@@ -18,6 +18,7 @@ from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, edits
 from atebm_jax.sampling import Edited
+from atebm_jax.seeds import Gaussian, from_arrays
 
 
 def load(
@@ -36,7 +37,9 @@ def load(
     """
     weights, meta = checkpoint.load_weights(path, best_by=best_by)
     config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
-    return Model(weights, config, batch_size)
+    shape = tuple(config.data.image_shape)
+    gaussian = from_arrays(meta["seeds"], shape) if "seeds" in meta else None
+    return Model(weights, config, batch_size, gaussian)
 
 
 class Model:
@@ -52,7 +55,11 @@ class Model:
     """
 
     def __init__(
-        self, variables: Any, config: ml_collections.ConfigDict, batch_size: int
+        self,
+        variables: Any,
+        config: ml_collections.ConfigDict,
+        batch_size: int,
+        gaussian: Gaussian | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(
@@ -62,6 +69,7 @@ class Model:
         self.num_classes: int = config.model.num_classes
         self._config = config
         self._batch_size = batch_size
+        self._gaussian = gaussian
         self._variables = jax.device_put(variables)
         self._model = models.build(config.model)
 
@@ -103,7 +111,8 @@ class Model:
         Args:
           labels: classes to draw, [N] or one for all; None draws from the marginal.
           count: how many, where neither labels nor seeds have a length; default 1.
-          seeds: images to start from; default uniform noise.
+          seeds: images to start from; default those that the network was trained from
+            where these were drawn, uniform noise where they were a data set.
           step_size: > 0, L2 pixels per step ("sgld": factor of the gradient, "sign":
             Linf pixels); default the config's.
           num_steps: steps, >= 0; default the config's.
@@ -134,19 +143,34 @@ class Model:
             conditional=labels is not None,
         )
         chunks.check(recipe)
-        start = None if seeds is None else self._images(seeds)
         classes = self._labels(0 if labels is None else labels, number)
+        start = None if seeds is None else self._images(seeds)
+        gaussian = self._gaussian
+
+        # The last chunk is filled up with the last image again.
+        def classes_of(indices: np.ndarray) -> np.ndarray:
+            return classes[np.minimum(indices, number - 1)]
+
+        seeds_of: Callable[[np.ndarray], np.ndarray] | None = None
+        if start is not None:
+
+            def seeds_of(indices: np.ndarray) -> np.ndarray:
+                return start[np.minimum(indices, number - 1)]
+
+        elif gaussian is not None:
+
+            def seeds_of(indices: np.ndarray) -> np.ndarray:
+                groups = indices if labels is None else classes_of(indices)
+                return gaussian.batch(seed, indices, groups)
+
         drawn = chunks.draw(
             self._model,
             self._variables,
             recipe,
             self.image_shape,
             range(-(-number // chunks.CHUNK)),
-            # The last chunk is filled up with the last image again.
-            lambda indices: classes[np.minimum(indices, number - 1)],
-            None
-            if start is None
-            else lambda indices: start[np.minimum(indices, number - 1)],
+            classes_of,
+            seeds_of,
         )
         return np.concatenate([images for _, images in drawn])[:number]
 

@@ -1,11 +1,12 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
-A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state and a
-small JSON that says what it is (`meta`: format, stage, step, T, config). The last two
-steps are kept, the best by robust accuracy and the best by sample distance. A step
-appears under its number only when it is complete, with the checksums of its files, and
-is moved to `trash/` before it is deleted, so that a killed process leaves no broken
-step behind. `intact` chooses the step to go on from.
+A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state, a small
+JSON that says what it is (`meta`: format, stage, step, T, config) and, where seeds are
+drawn from Gaussians, these (`seeds`), so that samples need no data. The last two steps
+are kept, the best by robust accuracy and the best by sample distance. A step appears
+under its number only when it is complete, with the checksums of its files, and is moved
+to `trash/` before it is deleted, so that a killed process leaves no broken step behind.
+`intact` chooses the step to go on from.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 from atebm_jax import checksums, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.reporting import in_bucket
+from atebm_jax.seeds import Gaussian
 from atebm_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
             post_finalization_callback=partial(_write_checksums, folder)
         ),
     )
-    return _Manager(folder, options=options, item_names=("state", "meta"))
+    return _Manager(folder, options=options, item_names=("state", "meta", "seeds"))
 
 
 def save(
@@ -110,6 +112,7 @@ def save(
     stage: str,
     config: ml_collections.ConfigDict,
     metrics: Mapping[str, float] | None,
+    gaussian: Gaussian | None = None,
 ) -> None:
     """Saves a state under its step; does nothing if it is there with its metrics.
 
@@ -119,6 +122,7 @@ def save(
       stage: name of the stage.
       config: the whole config, stored beside the state.
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
+      gaussian: what seeds are drawn from; None where they are noise or a data set.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
@@ -131,11 +135,15 @@ def save(
             _remove_leftovers(epath.Path(checkpoints.directory))
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
     meta["T"] = int(state.curriculum.num_steps)
+    items: dict[str, ocp.args.CheckpointArgs] = {
+        "state": ocp.args.StandardSave(state),
+        "meta": ocp.args.JsonSave(meta),
+    }
+    if gaussian is not None:
+        items["seeds"] = ocp.args.StandardSave(gaussian.arrays())
     checkpoints.save(
         step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-        ),
+        args=ocp.args.Composite(**items),
         metrics=None if metrics is None else dict(metrics),
     )
 
@@ -187,7 +195,8 @@ def load_weights(
 
     Returns:
       ({"params": ..., "batch_stats": ...} of float32 numpy arrays, meta) with meta's
-      "config" as plain dicts.
+      "config" as plain dicts and, where seeds were drawn from Gaussians, "seeds": the
+      arrays of `seeds.Gaussian`.
 
     Raises:
       UserError: nothing is there, or it cannot be read, or a file is not as it was
@@ -206,6 +215,8 @@ def load_weights(
     try:
         meta = json.loads((folder / "meta" / "metadata").read_text())
         weights = _read_averages(folder / "state")
+        if (folder / "seeds").exists():
+            meta["seeds"] = _read_arrays(folder / "seeds")
     except Exception as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({_first_line(error)}): it is damaged "
@@ -365,6 +376,13 @@ def _read_averages(folder: epath.Path) -> dict[str, Any]:
             ),
         )
     return {short: restored[name] for name, short in names.items()}
+
+
+def _read_arrays(folder: epath.Path) -> dict[str, np.ndarray]:
+    with _without_hints(), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
+        return checkpointer.restore(folder, restore_args=as_numpy)
 
 
 def _first_line(error: Exception) -> str:

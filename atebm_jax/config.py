@@ -85,7 +85,9 @@ def _data() -> ml_collections.ConfigDict:
     data.eval = ""
     # Held-out images for the final report.
     data.test = ""
-    # Seeds of the contrastive images and samples: "noise" or a source.
+    # Seeds of the contrastive images and samples: "noise"; "gaussian", drawn from a
+    # normal distribution fitted to the training images, "gaussian_per_class" from one
+    # for each class; or a source.
     data.seeds = "noise"
     # Folder with prepared TFDS data sets; empty for the TFDS default.
     data.data_dir = ""

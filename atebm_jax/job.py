@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,16 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import archs, checkpoint, data, fitting, intact, models, sharding
+from atebm_jax import (
+    archs,
+    checkpoint,
+    data,
+    fitting,
+    intact,
+    models,
+    seeds,
+    sharding,
+)
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import samples
@@ -24,6 +34,7 @@ from atebm_jax.reporting import (
     MetricWriter,
     check_bucket,
     replace_text,
+    say,
     told_plainly,
 )
 from atebm_jax.stages import classifier_adversary
@@ -97,7 +108,8 @@ def _run(
     stop = StopSignal()
     writer = MetricWriter(workdir)
     try:
-        evaluation = Evaluation(config, workdir, mesh, model, sources, stop)
+        gaussian = _gaussian(config, workdir, sources["train"], console)
+        evaluation = Evaluation(config, workdir, mesh, model, sources, stop, gaussian)
         training = {k: v for k, v in sources.items() if k in ("train", "seeds")}
         job = Job(
             config=config,
@@ -105,6 +117,7 @@ def _run(
             mesh=mesh,
             model=model,
             sources=training,
+            gaussian=gaussian,
             evaluate=evaluation.periodic,
             writer=writer,
             console=console,
@@ -146,7 +159,7 @@ def _open_sources(
         spec = config.data[role]
         if role in given:
             sources[role] = given[role]
-        elif role == "seeds" and spec == "noise":
+        elif role == "seeds" and spec in seeds.DRAWN:
             continue
         else:
             if spec not in opened:
@@ -267,6 +280,20 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 
 
 _DAMAGED = "Give --allow_config_change to write it anew, or another --workdir."
+
+
+def _gaussian(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    train: data.Source,
+    console: Console,
+) -> seeds.Gaussian | None:
+    """What the job's seeds are drawn from; None where they are noise or read."""
+    kind = config.data.seeds
+    if kind not in seeds.FITTED:
+        return None
+    note = partial(say, console)
+    return seeds.of_source(kind, train, config.data, workdir / seeds.FILE, note)
 
 
 def _greet(console: Console, job: Job) -> None:

@@ -32,6 +32,7 @@ from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.preemption import Interrupted, StopSignal
 from atebm_jax.reporting import MetricWriter, ProgressLine, say
+from atebm_jax.seeds import Gaussian
 from atebm_jax.train_state import TrainState
 from atebm_jax.workdir_lock import Lock
 
@@ -47,12 +48,17 @@ class Job(NamedTuple):
     workdir: epath.Path
     mesh: Mesh
     model: nn.Module
-    sources: Mapping[str, data.Source]  # "train" and, unless noise, "seeds"
+    sources: Mapping[str, data.Source]  # "train" and, unless drawn, "seeds"
+    gaussian: Gaussian | None  # what seeds are drawn from, unless read or noise
     evaluate: EvaluateFn
     writer: MetricWriter
     console: Console
     stop: StopSignal
     lock: Lock
+
+
+# Keeps the seeds of training apart from those of samples, whose numbers are below.
+_TRAINING_SEEDS = 2**32
 
 
 class Diverged(Exception):
@@ -362,7 +368,14 @@ def _save(
     job.lock.check()
     # A job that goes on from here will not write again what came before.
     job.writer.flush()
-    checkpoint.save(checkpoints, state, stage=name, config=job.config, metrics=metrics)
+    checkpoint.save(
+        checkpoints,
+        state,
+        stage=name,
+        config=job.config,
+        metrics=metrics,
+        gaussian=job.gaussian,
+    )
 
 
 def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:
@@ -390,8 +403,11 @@ def _batches(job: Job, name: str, start: int) -> data.Batches:
     seed = job.config.seed * len(checkpoint.STAGE_ORDER) + stage_index
     train = job.sources["train"]
     streams = {"cls": data.Stream(train, config.augment_cls, seed=seed)}
+    draw_seeds = None
     if name == "stage2":
         streams["gen"] = data.Stream(train, config.augment_gen, seed=seed)
+        if job.gaussian is not None:
+            draw_seeds = partial(job.gaussian.draw, _TRAINING_SEEDS + seed)
         if "seeds" in job.sources:
             streams["ood"] = data.Stream(
                 job.sources["seeds"], config.augment_seeds, seed=seed, labels=False
@@ -406,6 +422,7 @@ def _batches(job: Job, name: str, start: int) -> data.Batches:
         num_workers=config.num_workers,
         num_threads=config.num_threads,
         max_bad_images=config.max_bad_images,
+        draw_seeds=draw_seeds,
     )
 
 

@@ -57,6 +57,18 @@ def cpu() -> ConfigDict:
 def hour() -> ConfigDict:
     config = cifar_cpu("cifar10", num_classes=10)
     config.stage1.num_epochs = 5.0
+    config.stage2.num_steps = 300
+    config.stage2.eval_every_steps = 100
+    return config
+
+
+def noise() -> ConfigDict:
+    config = hour()
+    config.data.seeds = "noise"
+    # Noise lies about 16 pixels from where images are: 40 steps of 1 reach there.
+    config.stage2.contrastive_step_size = 1.0
+    config.stage2.t_max = 40
+    config.evaluate.samples.step_size = 1.0
     return config
 
 
@@ -66,4 +78,5 @@ ROWS = {
     "small": small,
     "cpu": cpu,
     "hour": hour,
+    "noise": noise,
 }

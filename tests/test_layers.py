@@ -30,6 +30,7 @@ ORDER = (
     "command_line",
     "preemption",
     "reporting",
+    "seeds",
     "checksums",
     "workdir_lock",
     "checkpoint",

@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import grain
@@ -36,6 +36,8 @@ from atebm_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+# (position in the stream, label) -> uint8 [H, W, C].
+DrawFn = Callable[[int, int], np.ndarray]
 _MATERIALISE_BATCH = 64
 
 
@@ -142,6 +144,7 @@ def train_batches(
     num_threads: int = 4,
     prefetch: int = 8,
     max_bad_images: int = 10,
+    draw_seeds: DrawFn | None = None,
 ) -> Batches:
     """Endless batches, each epoch of each stream in a new order.
 
@@ -161,6 +164,8 @@ def train_batches(
         workers, not from more threads: Python runs one thread at a time.
       prefetch: batches made ahead, in each worker; at most so many threads are busy.
       max_bad_images: distinct undecodable images of a stream that are passed over.
+      draw_seeds: fills `x_ood` from the image's position in the whole run and from
+        its label in the stream `gen`; None where seeds are a stream, or noise.
 
     Returns:
       An iterator over {"x_NAME": uint8 [b, H, W, C], "y_NAME": int32 [b]} with
@@ -186,6 +191,8 @@ def train_batches(
         for name, stream in streams.items()
     ]
     examples = grain.experimental.ZipMapDataset(parts).map(_merge)
+    if draw_seeds is not None:
+        examples = examples.map_with_index(functools.partial(_with_seed, draw_seeds))
     batches = examples[process_index::process_count].batch(local_size)[start:]
     sources = {name: stream.source for name, stream in streams.items()}
     iterator = _iterate(batches, num_threads, prefetch, num_workers)
@@ -322,6 +329,12 @@ def _endless(
 
 def _merge(examples: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     return {key: value for example in examples for key, value in example.items()}
+
+
+def _with_seed(
+    draw_seeds: DrawFn, position: int, example: dict[str, Any]
+) -> dict[str, Any]:
+    return {**example, "x_ood": draw_seeds(position, int(example["y_gen"]))}
 
 
 # --- Grain ----------------------------------------------------------------------------

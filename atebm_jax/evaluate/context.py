@@ -17,6 +17,7 @@ from atebm_jax import data, models, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Arrays, Store
+from atebm_jax.seeds import Gaussian
 
 
 class Network(NamedTuple):
@@ -66,6 +67,7 @@ class Context:
       options: of the command line.
       show: progress.
       judge: an independent classifier, or None.
+      gaussian: what seeds are drawn from; None where they are noise or read.
     """
 
     config: ml_collections.ConfigDict
@@ -78,6 +80,7 @@ class Context:
     options: Options
     show: ShowFn = lambda name, done, total: None
     judge: Judge | None = None
+    gaussian: Gaussian | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

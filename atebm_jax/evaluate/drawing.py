@@ -150,6 +150,12 @@ def _seeds(context: Context, start: int) -> Iterator[jax.Array]:
         compiled = jax.jit(noise, out_shardings=split)
         for index in itertools.count(start):
             yield compiled(np.int32(index * size))
+    if context.gaussian is not None:
+        for index in itertools.count(start):
+            numbers = np.arange(index * size, (index + 1) * size)
+            labels = numbers % context.config.model.num_classes
+            drawn = context.gaussian.batch(context.options.seed, numbers, labels)
+            yield _split(drawn, context)
     source = context.sources["seeds"]
     rounds = len(source) // size
     if rounds == 0:

@@ -1,5 +1,6 @@
 """Held-out evaluation of a job: while it trains, and for its report."""
 
+import functools
 import importlib.metadata
 import platform
 from typing import Any
@@ -16,6 +17,7 @@ from atebm_jax import checkpoint, data, sharding
 from atebm_jax.evaluate import accuracy, plots, report, samples
 from atebm_jax.preemption import StopSignal
 from atebm_jax.reporting import read_metrics
+from atebm_jax.seeds import Gaussian
 
 
 class Evaluation:
@@ -29,12 +31,14 @@ class Evaluation:
         model: nn.Module,
         sources: dict[str, data.Source],
         stop: StopSignal,
+        gaussian: Gaussian | None = None,
     ):
         self._config, self._workdir, self._mesh = config, workdir, mesh
         self._model, self._sources, self._stop = model, sources, stop
         self._count = accuracy.make_counter(model, config.evaluate.attack, mesh)
         self._sample = samples.make_sampler(model, config.evaluate.samples, mesh)
         self._reference: samples.Reference | None = None
+        self._gaussian = gaussian
         self._seed_images: np.ndarray | None = None
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
@@ -157,10 +161,6 @@ class Evaluation:
             )
 
     def _draw(self, variables: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
-        if "seeds" in self._sources and self._seed_images is None:
-            self._seed_images = self._images(
-                "seeds", self._config.evaluate.samples.num_test
-            )[0]
         return samples.draw(
             self._sample,
             variables,
@@ -170,9 +170,27 @@ class Evaluation:
             batch_size=self._config.evaluate.batch_size,
             seed=self._config.seed,
             mesh=self._mesh,
-            seed_images=self._seed_images,
+            seeds_of=self._seeds_fn(),
             check_stop=self._stop.check,
         )
+
+    def _seeds_fn(self) -> samples.SeedsFn | None:
+        """Seeds by number, as in training; None for noise."""
+        if self._gaussian is not None:
+            return functools.partial(self._gaussian.batch, self._config.seed)
+        if "seeds" not in self._sources:
+            return None
+        if self._seed_images is None:
+            number = self._config.evaluate.samples.num_test
+            self._seed_images = self._images("seeds", number)[0]
+        images = self._seed_images
+
+        def read(numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+            del labels
+            chosen = images[numbers % len(images)]
+            return chosen.astype(np.float32) / np.float32(255)
+
+        return read
 
     def _fitted_reference(self) -> samples.Reference:
         if self._reference is None:

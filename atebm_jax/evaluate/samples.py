@@ -22,6 +22,8 @@ from atebm_jax import metrics, models, sampling, sharding
 from atebm_jax.errors import UserError
 
 SampleFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# (numbers [B], labels [B]) -> seeds float32 [B, H, W, C] in [0, 1].
+SeedsFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 JUDGES: dict[str, Callable[[], Any]] = {"svc": lambda: SVC(gamma="scale")}
 
@@ -134,7 +136,7 @@ def draw(
     batch_size: int,
     seed: int,
     mesh: Mesh,
-    seed_images: np.ndarray | None = None,
+    seeds_of: SeedsFn | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws class-balanced samples in batches of one size.
@@ -148,7 +150,7 @@ def draw(
       batch_size: images at once; a multiple of the device count.
       seed: of the noise seeds; image i is the same for every `num`.
       mesh: where batches live.
-      seed_images: [M, H, W, C] uint8 to start from, used cyclically, instead of noise.
+      seeds_of: seeds by number and label, instead of noise.
       check_stop: called before every batch; raises where the job shall end.
 
     Returns:
@@ -160,12 +162,11 @@ def draw(
     for start in range(0, num, batch_size):
         check_stop()
         indices = np.arange(start, start + batch_size, dtype=np.int32)
-        if seed_images is None:
+        if seeds_of is None:
             noise = sampling.noise_seeds(key, jnp.asarray(indices), image_shape)
             start_images = np.asarray(noise)
         else:
-            chosen = seed_images[indices % len(seed_images)]
-            start_images = chosen.astype(np.float32) / np.float32(255)
+            start_images = seeds_of(indices, indices % num_classes)
         seeds = jax.device_put(start_images, target)
         labels = jax.device_put(indices % num_classes, target)
         images.append(np.asarray(sample(variables, seeds, labels)))

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, data, models, sharding
+from atebm_jax import checkpoint, data, models, seeds, sharding
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import (
@@ -111,6 +111,8 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
+    if "generation" in wanted:
+        context = _with_gaussian(context, meta, folder)
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
@@ -247,7 +249,7 @@ def _sources(
     sources: dict[str, data.Source] = {}
     for role in ("test", *(role for name in wanted for role in _NEEDS.get(name, ()))):
         spec = settings.data[role]
-        if spec == "noise" and role == "seeds":
+        if role == "seeds" and spec in seeds.DRAWN:
             continue
         sources[role] = data.open_source(spec, settings.data.data_dir)
         classes = sources[role].num_classes
@@ -267,6 +269,25 @@ def _sources(
         images = rng.integers(0, 256, (number, *shape), np.uint8)
         sources[spec] = data.ArraySource(images, spec=f"noise(seed={options.seed})")
     return sources
+
+
+def _with_gaussian(
+    context: Context, meta: Mapping[str, Any], out: epath.Path
+) -> Context:
+    """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
+    settings = context.config.data
+    if settings.seeds not in seeds.FITTED:
+        return context
+    if meta["config"]["data"].get("seeds") == settings.seeds and "seeds" in meta:
+        gaussian = seeds.from_arrays(meta["seeds"], context.image_shape)
+    else:
+        train = context.sources["train"]
+        gaussian = seeds.of_source(settings.seeds, train, settings, out / seeds.FILE)
+    return dataclasses.replace(
+        context,
+        gaussian=gaussian,
+        store=context.store.within(gaussian=gaussian.fingerprint()),
+    )
 
 
 def _with_judge(context: Context, path: str) -> Context:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from atebm_jax import data
+from atebm_jax import data, seeds
 from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
@@ -34,7 +34,11 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             "folder; for more give another --seed and --out."
         )
     to_bytes = _rounding(flags.quantise)
-    seeds, spec = _seeds(flags, config)
+
+    def labels_of(indices: np.ndarray) -> np.ndarray:
+        return classes[indices % len(classes)]
+
+    seeds_of, spec = _seeds(flags, loaded, labels_of)
     out = Path(flags.out).expanduser()
     if spec.startswith("folder:"):
         files.check_outside(out, spec)
@@ -50,9 +54,6 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         out, protocol, [k for k in protocol if k not in ("checkpoint", "count")]
     )
 
-    def labels_of(indices: np.ndarray) -> np.ndarray:
-        return classes[indices % len(classes)]
-
     paths, labels = [], []
     for index in range(flags.count):
         labels.append(int(classes[index % len(classes)]))
@@ -61,7 +62,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     size = chunks.CHUNK
     missing = sorted({i // size for i, path in enumerate(paths) if not path.exists()})
     drawn = chunks.draw(
-        loaded.model, loaded.variables, recipe, shape, missing, labels_of, seeds
+        loaded.model, loaded.variables, recipe, shape, missing, labels_of, seeds_of
     )
     for number, images in track(
         drawn,
@@ -116,12 +117,26 @@ def _rounding(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _seeds(
-    flags: argparse.Namespace, config: Any
+    flags: argparse.Namespace,
+    loaded: loading.Loaded,
+    labels_of: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str]:
     """Image i of the seeds, over and over, and the name of their source."""
-    spec = config.data.seeds if flags.seeds == "own" else flags.seeds
-    if spec == "noise":
+    config = loaded.config
+    own = config.data.seeds
+    spec = own if flags.seeds == "own" else flags.seeds
+    if spec is None:
+        spec = own if own in seeds.DRAWN else seeds.NOISE
+    if spec == seeds.NOISE:
         return None, spec
+    if spec in seeds.FITTED:
+        gaussian = loaded.gaussian
+        if gaussian is None or spec != own:
+            raise UserError(
+                f"--seeds={spec}: this checkpoint was trained from {own!r}, so that it "
+                f"holds no Gaussians of that kind: choose noise, own or a data set."
+            )
+        return lambda i: gaussian.batch(flags.seed, i, labels_of(i)), spec
     source = data.open_source(spec, flags.data_dir or config.data.data_dir)
     settings = config.data
 

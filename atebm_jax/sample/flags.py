@@ -31,7 +31,12 @@ def of_sampling() -> Parser:
     add("--count", type=int, default=64, help="images, default 64")
     add("--classes", help="3,7 or names: these classes in turn; default all")
     add("--unconditional", action="store_true", help="no class, by E(x)")
-    add("--seeds", default="noise", help="noise, own (config.data.seeds) or a source")
+    add(
+        "--seeds",
+        help="noise, gaussian or gaussian_per_class (of a checkpoint trained so), own "
+        "(config.data.seeds) or a source; default as in training where these were "
+        "drawn, noise where they were read",
+    )
     add("--data_dir", default="", help="where TFDS data sets lie")
     add("--sampler", default="pgd", help="pgd, momentum, adam, sgld or sign")
     add("--schedule", default="constant", help="constant, linear or cosine")

@@ -13,6 +13,7 @@ from atebm_jax import checkpoint, data, models
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.store import weights_fingerprint
+from atebm_jax.seeds import Gaussian, from_arrays
 
 
 class Loaded(NamedTuple):
@@ -25,6 +26,7 @@ class Loaded(NamedTuple):
       image_shape: (H, W, C).
       num_classes: K.
       described: for protocols.
+      gaussian: what seeds of training were drawn from; None where they were not.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Loaded(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int
     described: dict[str, Any]
+    gaussian: Gaussian | None
 
 
 def load(flags: argparse.Namespace) -> Loaded:
@@ -48,13 +51,15 @@ def load(flags: argparse.Namespace) -> Loaded:
         "averaged_weights_sha256": weights_fingerprint(weights),
         "versions": {n: importlib.metadata.version(n) for n in ("atebm_jax", "jax")},
     }
+    shape = tuple(config.data.image_shape)
     return Loaded(
         models.build(config.model),
         weights,
         config,
-        tuple(config.data.image_shape),
+        shape,
         config.model.num_classes,
         described,
+        from_arrays(meta["seeds"], shape) if "seeds" in meta else None,
     )
 
 

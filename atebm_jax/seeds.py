@@ -1,0 +1,269 @@
+"""Seeds that are drawn instead of read: uniform noise, and Gaussians of the images.
+
+Contrastive images and samples start from seeds. Steps that can cross from photographs
+to photographs cannot cross from noise, so Gaussians fitted to the training images
+stand in where no other data set is at hand; Santurkar et al. (NeurIPS 2019, arXiv
+1906.09453) draw the seeds of their samples in this way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from atebm_jax import data, sharding
+from atebm_jax.errors import UserError
+from atebm_jax.reporting import replace_bytes
+
+NOISE = "noise"
+GAUSSIAN = "gaussian"
+GAUSSIAN_PER_CLASS = "gaussian_per_class"
+
+#: Values of config.data.seeds that need no data set of their own; those that are
+#: fitted to the training images.
+FITTED = (GAUSSIAN, GAUSSIAN_PER_CLASS)
+DRAWN = (NOISE, *FITTED)
+
+#: Where a workdir keeps what was fitted.
+FILE = "seeds.npz"
+
+#: Training images that Gaussians are fitted to.
+NUM_FITTED = 10_000
+
+# Larger images are described at this resolution and drawn enlarged.
+_LARGEST_SIDE = 32
+# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold more than 99 % of
+# the variance, in 6 MB instead of 38.
+_MOST_DIRECTIONS = 512
+# Of all classes together, 16 MiB, and too few to resemble images.
+_MOST_NUMBERS = 4 * 2**20
+_FEWEST_DIRECTIONS = 32
+_FINGERPRINT_IMAGES = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Normal distributions of images, mean + sum_r z[r] * factor[r], z standard normal.
+
+    Attributes:
+      means: [G, h, w, C] float32, pixels in [0, 1]; G is 1, or the number of classes.
+      factors: [G, R, h, w, C] float32, principal components times their standard
+        deviations.
+      image_shape: (H, W, C) of what is drawn; (h, w) where that is not larger.
+    """
+
+    means: np.ndarray
+    factors: np.ndarray
+    image_shape: tuple[int, int, int]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps."""
+        return {"means": self.means, "factors": self.factors}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the arrays."""
+        content = self.means.tobytes() + self.factors.tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def draw(self, seed: int, number: int, label: int = 0) -> np.ndarray:
+        """One seed image, the same wherever and among whichever others it is drawn.
+
+        Args:
+          seed: of the whole set, 0 <= seed < 2**64.
+          number: of the image in the set, 0 <= number < 2**64.
+          label: its class; ignored where one Gaussian describes all.
+
+        Returns:
+          uint8 [H, W, C].
+        """
+        group = label % len(self.means)
+        bits = np.random.Philox(key=np.array([seed, number], np.uint64))
+        factors = self.factors[group]
+        z = np.random.Generator(bits).standard_normal(len(factors), np.float32)
+        flat = z @ factors.reshape(len(factors), -1)
+        pixels = self.means[group] + flat.reshape(factors.shape[1:])
+        levels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+        return _resized(levels, self.image_shape, Image.Resampling.BICUBIC)
+
+    def batch(self, seed: int, numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Several: numbers [B] and labels [B] -> float32 [B, H, W, C] in [0, 1]."""
+        pairs = zip(numbers.tolist(), labels.tolist(), strict=True)
+        levels = np.stack([self.draw(seed, number, label) for number, label in pairs])
+        return levels.astype(np.float32) / np.float32(255)
+
+
+def fit(
+    images: np.ndarray, labels: np.ndarray | None = None, num_classes: int = 1
+) -> Gaussian:
+    """Fits one Gaussian to all images, or one to each class.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      labels: [N] int in 0..K-1 for one Gaussian a class; None for one of all.
+      num_classes: K.
+
+    Raises:
+      UserError: a class has fewer than two images, or there are so many classes that
+        their covariances would not fit in a file.
+    """
+    image_shape = images.shape[1:]
+    shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
+    small_shape = tuple(max(side // shrink, 1) for side in image_shape[:2])
+    small = np.stack(
+        [_resized(image, small_shape, Image.Resampling.BOX) for image in images]
+    )
+    size = small[0].size
+    groups = 1 if labels is None else num_classes
+    rank = min(_MOST_DIRECTIONS, _MOST_NUMBERS // (groups * size), size)
+    if rank < min(_FEWEST_DIRECTIONS, size):
+        raise UserError(
+            f"config.data.seeds is {GAUSSIAN_PER_CLASS!r}, and the covariances of "
+            f"{groups} classes are too large to be kept: choose {GAUSSIAN!r}, one for "
+            "all classes."
+        )
+    members = [slice(None) if labels is None else labels == k for k in range(groups)]
+    fitted = [_principal(small[chosen], rank, k) for k, chosen in enumerate(members)]
+    # Fewer images than directions: the rest of them has no extent.
+    rank = max(len(factors) for _, factors in fitted)
+    means = np.stack([mean for mean, _ in fitted])
+    factors = np.zeros((groups, rank, *small.shape[1:]), np.float32)
+    for k, (_, found) in enumerate(fitted):
+        factors[k, : len(found)] = found
+    return Gaussian(means, factors, image_shape)
+
+
+def _principal(
+    images: np.ndarray, rank: int, group: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [h, w, C] and scaled principal components [R, h, w, C] of uint8 images."""
+    from sklearn.decomposition import PCA  # slow to import
+
+    if len(images) < 2:
+        raise UserError(
+            f"config.data.seeds: class {group} has {len(images)} training images of "
+            f"those a Gaussian is fitted to: it needs two, or choose {GAUSSIAN!r}."
+        )
+    pixels = images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+    rank = min(rank, len(images) - 1)
+    found = PCA(rank, svd_solver="randomized", random_state=0).fit(pixels)
+    scale = np.sqrt(np.maximum(found.explained_variance_, 0))
+    factors = (found.components_ * scale[:, None]).astype(np.float32)
+    shape = images.shape[1:]
+    return found.mean_.astype(np.float32).reshape(shape), factors.reshape(-1, *shape)
+
+
+def _resized(
+    image: np.ndarray, shape: tuple[int, ...], method: Image.Resampling
+) -> np.ndarray:
+    """uint8 [H, W, C] at another size."""
+    height, width = shape[:2]
+    if image.shape[:2] == (height, width):
+        return image
+    grey = image.shape[2] == 1
+    picture = Image.fromarray(image[..., 0] if grey else image)
+    resized = np.asarray(picture.resize((width, height), method))
+    return resized[..., None] if grey else resized
+
+
+def of_source(
+    kind: str,
+    source: data.Source,
+    config: ml_collections.ConfigDict,
+    path: epath.Path,
+    note: Callable[[str], None] = lambda text: None,
+) -> Gaussian:
+    """The Gaussians of a training set: fitted once, then read from a file.
+
+    Every process of a job calls this; the first one fits and writes.
+
+    Args:
+      kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
+      source: the training images; `NUM_FITTED` of them, evenly spread, are described.
+      config: `config.data`.
+      path: the file, with a fingerprint of kind and images.
+      note: is told that a fit begins.
+
+    Raises:
+      UserError: as `fit`; the images cannot be read; or the file holds the Gaussians
+        of other images.
+    """
+    wanted = _fingerprint(kind, source, config)
+    if jax.process_index() == 0 and not path.exists():
+        note(f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}")
+        images, labels = _images(source, config, NUM_FITTED)
+        per_class = labels if kind == GAUSSIAN_PER_CLASS else None
+        _write(path, fit(images, per_class, source.num_classes or 1), wanted)
+    # Wait for the first process, which may be fitting.
+    sharding.first_said("")
+    gaussian, found = _read(path, tuple(config.image_shape))
+    if found != wanted:
+        raise UserError(
+            f"{path} holds the seeds of another config.data.seeds than {kind!r} or of "
+            f"other images than {source.spec} has now: give what it was made of, "
+            "another folder, or delete the file to fit it anew."
+        )
+    return gaussian
+
+
+def _images(
+    source: data.Source, config: ml_collections.ConfigDict, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    return data.materialise(
+        source,
+        config.preprocess,
+        tuple(config.image_shape),
+        min(number, len(source)),
+        config.max_bad_images,
+    )
+
+
+def _fingerprint(
+    kind: str, source: data.Source, config: ml_collections.ConfigDict
+) -> str:
+    """Tells Gaussians of other images or of another kind apart, without fitting."""
+    images, labels = _images(source, config, _FINGERPRINT_IMAGES)
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes())
+    settings = (kind, len(source), NUM_FITTED, _MOST_DIRECTIONS, _LARGEST_SIDE)
+    digest.update(repr((settings, images.shape)).encode())
+    return digest.hexdigest()
+
+
+def from_arrays(
+    arrays: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
+) -> Gaussian:
+    """Undoes `Gaussian.arrays`."""
+    return Gaussian(
+        np.asarray(arrays["means"]), np.asarray(arrays["factors"]), image_shape
+    )
+
+
+def _write(path: epath.Path, gaussian: Gaussian, fingerprint: str) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        means=gaussian.means,
+        factors=gaussian.factors,
+        fingerprint=np.asarray(fingerprint),
+    )
+    replace_bytes(path, buffer.getvalue())
+
+
+def _read(path: epath.Path, image_shape: tuple[int, int, int]) -> tuple[Gaussian, str]:
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            arrays = dict(stored)
+        return from_arrays(arrays, image_shape), str(arrays["fingerprint"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): delete it, and "
+            "the same command fits it anew."
+        ) from error

@@ -1,0 +1,160 @@
+"""Seeds drawn from Gaussians of the training images, from the fit to the samples."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import atebm_jax
+from atebm_jax import UserError, checkpoint, data, seeds
+from atebm_jax.evaluate import suite
+from atebm_jax.evaluate.options import Options
+from atebm_jax.sample.__main__ import main as sample
+
+RNG = np.random.default_rng(0)
+
+
+def blobs(number, shape=(8, 8, 3)):
+    """Images with a known mean and few directions: (images uint8, labels of 2)."""
+    direction = RNG.uniform(-40, 40, shape)
+    labels = np.arange(number) % 2
+    z = RNG.standard_normal((number, 1, 1, 1))
+    pixels = 100 + 50 * labels[:, None, None, None] + z * direction
+    return np.clip(pixels, 0, 255).astype(np.uint8), labels
+
+
+def test_draws_have_the_mean_and_the_covariance_of_the_images():
+    images, _ = blobs(2000)
+    drawn = seeds.fit(images).batch(3, np.arange(2000), np.zeros(2000, int))
+    pixels, made = (x.reshape(2000, -1).astype(float) for x in (images / 255, drawn))
+    np.testing.assert_allclose(made.mean(0), pixels.mean(0), atol=0.02)
+    np.testing.assert_allclose(np.cov(made.T), np.cov(pixels.T), atol=3e-3)
+
+
+def test_each_class_has_its_own_gaussian():
+    images, labels = blobs(400)
+    gaussian = seeds.fit(images, labels, 2)
+    drawn = gaussian.batch(0, np.arange(400), labels)
+    for k in (0, 1):
+        found, wanted = drawn[labels == k].mean(), images[labels == k].mean() / 255
+        assert abs(found - wanted) < 0.02
+
+
+def test_an_image_is_the_same_in_every_batch_and_another_under_another_number():
+    gaussian = seeds.fit(blobs(50)[0])
+    many = gaussian.batch(7, np.arange(20), np.zeros(20, int))
+    few = gaussian.batch(7, np.array([5, 2]), np.zeros(2, int))
+    np.testing.assert_array_equal(few, many[[5, 2]])
+    assert len(np.unique(many.reshape(20, -1), axis=0)) == 20
+    assert (gaussian.draw(8, 5) != gaussian.draw(7, 5)).any()
+
+
+@pytest.mark.parametrize("shape", [(70, 40, 3), (8, 8, 1), (64, 64, 1)])
+def test_large_images_are_described_small_and_drawn_whole(shape):
+    gaussian = seeds.fit(blobs(40, shape)[0])
+    assert max(gaussian.means.shape[1:3]) <= 32
+    drawn = gaussian.draw(0, 0)
+    assert drawn.shape == shape and drawn.dtype == np.uint8
+
+
+def test_two_equal_images_have_no_extent():
+    images = np.full((2, 8, 8, 1), 77, np.uint8)
+    np.testing.assert_array_equal(seeds.fit(images).draw(0, 0), images[0])
+
+
+def test_classes_too_many_or_too_small_are_refused():
+    images = np.zeros((40, 32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match="choose 'gaussian'"):
+        seeds.fit(images, np.arange(40), 1000)
+    with pytest.raises(UserError, match="class 1 has 1 training images"):
+        seeds.fit(images[:3, :8, :8], np.array([0, 0, 1]), 2)
+
+
+@pytest.fixture(scope="module", params=seeds.FITTED)
+def trained(request, tmp_path_factory):
+    """A job whose seeds are Gaussian: (workdir, config)."""
+    config = tiny.config()
+    config.data.seeds = request.param
+    workdir = tmp_path_factory.mktemp("gaussian") / "digits"
+    tiny.run(config, workdir)
+    return workdir, config
+
+
+def test_a_checkpoint_keeps_them_and_samples_need_no_data(
+    trained, tmp_path, monkeypatch
+):
+    workdir, config = trained
+    monkeypatch.setattr(data, "open_source", None)
+    monkeypatch.setattr(data, "materialise", None)
+    stored = checkpoint.load_weights(workdir)[1]["seeds"]
+    gaussian = seeds.from_arrays(stored, tuple(config.data.image_shape))
+    seed, labels = 5, np.array([3, 7, 3])
+    expected = gaussian.batch(seed, np.arange(3), labels)
+
+    model = atebm_jax.load(workdir)
+    np.testing.assert_array_equal(
+        model.sample(labels, num_steps=0, seed=seed), expected
+    )
+    arguments = [f"--workdir={workdir}", f"--out={tmp_path}", "--classes=3,7"]
+    monkeypatch.setattr("atebm_jax.sample.loading.class_names", lambda *_: "0123456789")
+    sample([*arguments, "--count=3", "--num_steps=0", f"--seed={seed}"])
+    with np.load(tmp_path / "samples.npz") as drawn:
+        np.testing.assert_array_equal(drawn["arr_0"], np.rint(expected * 255))
+    protocol = json.loads((tmp_path / "samples.json").read_text())
+    assert protocol["seeds"] == config.data.seeds
+
+
+def test_evaluate_draws_from_them(trained, tmp_path):
+    workdir, config = trained
+    options = Options(num_samples=40, num_examples=40, feature_extractor="model")
+    report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=options)
+    protocol = report["metrics"]["generation"]["protocol"]
+    assert protocol["seeds"] == config.data.seeds
+
+
+def test_training_draws_by_position_and_label():
+    images, labels = blobs(30)
+    gaussian = seeds.fit(images, labels, 2)
+    streams = {"gen": data.Stream(data.ArraySource(images, labels))}
+
+    def batches(count, size, **more):
+        options = {"batch_size": size, "image_shape": (8, 8, 3)}
+        made = data.train_batches(
+            streams, draw_seeds=lambda n, y: gaussian.draw(9, n, y), **options, **more
+        )
+        with made as iterator:
+            return [next(iterator) for _ in range(count)]
+
+    whole = batches(3, 4)
+    for step, batch in enumerate(whole):
+        numbers = np.arange(4 * step, 4 * step + 4)
+        expected = gaussian.batch(9, numbers, batch["y_gen"])
+        np.testing.assert_array_equal(batch["x_ood"], np.rint(expected * 255))
+    # Resumed at a step, and shared by two processes.
+    np.testing.assert_array_equal(batches(1, 4, start=2)[0]["x_ood"], whole[2]["x_ood"])
+    for rank in (0, 1):
+        part = batches(2, 4, process_index=rank, process_count=2)[1]
+        np.testing.assert_array_equal(part["x_ood"], whole[1]["x_ood"][rank::2])
+
+
+def test_a_workdir_keeps_its_seeds_apart_from_those_of_other_images(trained):
+    workdir, config = trained
+    images, labels = blobs(60, (8, 8, 1))
+    sources = {"train": data.ArraySource(images, labels % 2, num_classes=10)}
+    with pytest.raises(UserError, match="holds the seeds of another"):
+        seeds.of_source(
+            config.data.seeds, sources["train"], config.data, workdir / seeds.FILE
+        )
+    (workdir / "broken.npz").write_bytes(b"no file")
+    with pytest.raises(UserError, match="delete it"):
+        seeds.of_source(
+            config.data.seeds, sources["train"], config.data, workdir / "broken.npz"
+        )
+
+
+def test_a_checkpoint_without_them_says_so(tmp_path, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("noise") / "digits"
+    tiny.run(tiny.config(), workdir)
+    with pytest.raises(UserError, match="trained from 'noise'"):
+        sample([f"--workdir={workdir}", f"--out={tmp_path}", "--seeds=gaussian"])
