@@ -29,6 +29,9 @@ ROWS = [
     "cifar10.py:wrn34_10_t40",
     "cifar10.py:wrn34_10_t50",
     "cifar10.py:small",
+    "cifar10.py:cpu",
+    "cifar10.py:hour",
+    "cifar10.py:noise",
     "cifar100.py:wrn34_10_t45",
     "cifar100.py:wrn34_10_t50",
     "cifar100.py:small",
@@ -72,10 +75,11 @@ def test_all_rows_of_all_files_are_tested():
 
 
 def test_cifar_rows_carry_the_values_of_the_paper():
-    ten, hundred = load(ROWS[2]), load(ROWS[5])
+    ten, hundred = (load(f"cifar{n}.py:wrn34_10_t50") for n in (10, 100))
     assert (ten.stage2.learning_rate, hundred.stage2.learning_rate) == (1e-3, 1e-2)
     assert (ten.stage2.auc_threshold, hundred.stage2.auc_threshold) == (0.7, 0.75)
-    assert (ten.stage2.t_max, load(ROWS[1]).stage2.t_max) == (100, 50)
+    shorter = load("cifar10.py:wrn34_10_t40")
+    assert (ten.stage2.t_max, shorter.stage2.t_max) == (100, 50)
     for settings in (ten, hundred):
         for stage in (settings.stage1, settings.stage2):
             assert (stage.batch_size, stage.weight_decay) == (128, 5e-4)

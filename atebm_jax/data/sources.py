@@ -22,7 +22,7 @@ UNLABELLED = -1
 
 _EXAMPLES = (
     "digits:train, tfds:cifar10:train, tfds:cifar10:test[:1000], "
-    "folder:/path/to/class/folders"
+    "cifar:cifar-10-binary.tar.gz:train, folder:/path/to/class/folders"
 )
 _DIGITS_SPLIT_SEED = 0
 # The split is what follows the last colon outside of brackets.
@@ -61,6 +61,7 @@ def open_source(spec: str, data_dir: str = "") -> Source:
 
     Args:
       spec: `digits:train` or `digits:test` (scikit-learn's 8x8 digits),
+        `cifar:PATH:SPLIT` (the authors' archive, binary version),
         `tfds:NAME:SPLIT` (a prepared ArrayRecord data set; NAME may carry a
         configuration and a version, SPLIT a slice), `folder:PATH` (images in one
         folder for each class, or unlabelled images without class folders), or
@@ -78,14 +79,18 @@ def open_source(spec: str, data_dir: str = "") -> Source:
         return TfdsSource(spec, data_dir)
     if kind == "folder":
         return FolderSource(rest)
+    if kind == "cifar":
+        from atebm_jax.data.cifar import open_cifar  # it rests on this file
+
+        return open_cifar(rest, spec)
     if kind == "prepared":
         # Imported here, because it rests on this file.
         from atebm_jax.data.prepared import PreparedSource
 
         return PreparedSource(rest)
     raise UserError(
-        f"unknown data source {spec!r}: it must begin with digits:, tfds:, folder: or "
-        f"prepared:, for example {_EXAMPLES}"
+        f"unknown data source {spec!r}: it must begin with digits:, tfds:, cifar:, "
+        f"folder: or prepared:, for example {_EXAMPLES}"
     )
 
 

@@ -1,5 +1,7 @@
+import io
 import pickle
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -98,6 +100,58 @@ def test_missing_tfds_data_set_tells_what_is_there(tfds_dir):
 def test_missing_tfds_split_tells_what_is_there(tfds_dir, split):
     with pytest.raises(UserError, match=r"no split.*test \(10000 images\)"):
         open_source(f"tfds:cifar10:{split}", tfds_dir)
+
+
+def cifar_archive(path, num_classes, coarse=b""):
+    """An archive as CIFAR's authors publish it: 6 + 2 images, pixel values 0, 1, ..."""
+    names = "".join(f"class {k}\n" for k in range(num_classes)) + "\n"
+    rows = [
+        coarse + bytes([i]) + bytes([i] * 1024 + [i + 1] * 1024 + [i + 2] * 1024)
+        for i in range(8)
+    ]
+    if num_classes == 10:
+        files = {"data_batch_2.bin": rows[3:6], "data_batch_1.bin": rows[:3]}
+        files |= {"test_batch.bin": rows[6:]}
+        files = {"batches.meta.txt": [names.encode()], **files}
+    else:
+        files = {"train.bin": rows[:6], "test.bin": rows[6:]}
+        files |= {"coarse_label_names.txt": [b"a\nb\n"]}
+        files |= {"fine_label_names.txt": [names.encode()]}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, parts in files.items():
+            content = b"".join(parts)
+            member = tarfile.TarInfo(f"cifar-batches-bin/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("num_classes, coarse", [(10, b""), (100, b"\x07")])
+def test_authors_archives_of_cifar_are_read_as_they_are(tmp_path, num_classes, coarse):
+    path = cifar_archive(tmp_path / "cifar.tar.gz", num_classes, coarse)
+    train = open_source(f"cifar:{path}:train")
+    assert len(train) == 6 and train.num_classes == num_classes
+    assert train.class_names[7] == "class 7"
+    example = train[4]
+    assert example["label"] == 4 and example["image"].shape == (32, 32, 3)
+    np.testing.assert_array_equal(example["image"][5, 9], [4, 5, 6])
+    test = open_source(f"cifar:{path}:test")
+    assert [test[i]["label"] for i in range(len(test))] == [6, 7]
+
+
+def test_other_archives_and_splits_of_cifar_are_explained(tmp_path):
+    path = cifar_archive(tmp_path / "cifar.tar.gz", 10)
+    with pytest.raises(UserError, match="cifar:PATH:train or cifar:PATH:test"):
+        open_source(f"cifar:{path}")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source("cifar:/nowhere/cifar-10-binary.tar.gz:train")
+    (tmp_path / "half.tar.gz").write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source(f"cifar:{tmp_path / 'half.tar.gz'}:train")
+    with tarfile.open(tmp_path / "python.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("cifar-10-batches-py/data_batch_1"))
+    with pytest.raises(UserError, match="no binary version of CIFAR"):
+        open_source(f"cifar:{tmp_path / 'python.tar.gz'}:train")
 
 
 def test_missing_tfds_folder_is_explained(tmp_path):
