@@ -32,12 +32,14 @@ class Seen:
       splits: sums for the Inception Score.
       features: [M, D] of the first samples.
       shown: [S, H, W, C] uint8 of the first samples.
+      agreeing: samples that the extractor's network calls by the class asked for.
     """
 
     groups: list[Moments]
     splits: SplitSums
     features: np.ndarray
     shown: np.ndarray
+    agreeing: int = 0
 
 
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     num_steps = min(curve, key=lambda steps: curve[steps]) if curve else base
     seen = _collect(context, extractor, num_steps)
     values = _frechet(seen, reference, names) | _inception_score(context, seen, names)
+    if seen.splits.probabilities.shape[1] == context.config.model.num_classes:
+        values |= _agreement(seen, extractor.name)
     if reference.features is not None:
         values |= _pairs(seen.features, reference.features, names)
     if jax.process_index() == 0:
@@ -171,6 +175,8 @@ def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
             more = Moments.of(features[group_of[here] == group])
             seen.groups[group] = seen.groups[group].merge(more)
         seen.splits = seen.splits.add(logits, split_of[here])
+        asked_for = np.arange(here.start, here.stop) % context.config.model.num_classes
+        seen.agreeing += int((logits.argmax(-1) == asked_for).sum())
         kept.append(features[: max(options.num_pairs - first, 0)])
         shown.append(unit["bytes"])
         first = here.stop
@@ -218,6 +224,15 @@ def _inception_score(
     return {
         names["score"]: figure(mean, (mean - reach, mean + reach), number),
         f"{names['score']}_spread": figure(spread, None, len(scores)),
+    }
+
+
+def _agreement(seen: Seen, name: str) -> dict[str, Any]:
+    """Share of samples that a classifier of the same classes calls as asked for."""
+    number = int(seen.splits.counts.sum())
+    interval = metrics.wilson_interval(seen.agreeing, number)
+    return {
+        f"agreement_{name}_classes": figure(seen.agreeing / number, interval, number)
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+import atebm_jax
 from atebm_jax import UserError, metrics
 from atebm_jax.evaluate import drawing, generation, references, suite
 from atebm_jax.evaluate.context import Options
@@ -41,6 +42,7 @@ def scored(workdir, options, tmp_path_factory):
 def test_scores_of_other_features_are_not_called_fid(scored):
     result, _ = scored
     assert set(result["figures"]) == {
+        "agreement_model_classes",
         "frechet_distance_model_features",
         "kernel_distance_model_features",
         "inception_score_model_classes",
@@ -135,10 +137,14 @@ def test_photographs_can_be_the_seeds(workdir, options, tmp_path):
 def test_another_network_names_its_scores(workdir, options, tmp_path):
     given = replace(options, feature_extractor=str(workdir), sweep=0)
     report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=given)
-    assert (
-        "frechet_distance_network_features"
-        in (report["metrics"]["generation"]["figures"])
-    )
+    figures = report["metrics"]["generation"]["figures"]
+    assert "frechet_distance_network_features" in figures
+    # The judge's opinion, computed again from the samples themselves.
+    model, classes = atebm_jax.load(workdir), np.arange(60) % 10
+    calls = model.classify(model.sample(classes)).argmax(-1)
+    agreement = figures["agreement_network_classes"]
+    assert agreement["count"] == 60
+    assert agreement["value"] == pytest.approx((calls == classes).mean(), abs=0.02)
 
 
 @pytest.mark.parametrize(
