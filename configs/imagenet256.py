@@ -8,8 +8,10 @@
 Data: a prepared TFDS `imagenet2012`, or class folders:
 `--config.data.train=folder:PATH/train --config.data.eval=folder:PATH/val
 --config.data.test=folder:PATH/val`, or `prepared:PATH`. Seeds of the contrastive images
-are uniform noise unless `--config.data.seeds` names images (the paper: some 300,000 of
-Open Images whose labels do not overlap ImageNet's), at some cost in sample quality.
+are drawn from a Gaussian fitted to the training images (at 32 pixels, enlarged), which
+works for small networks on CIFAR-10 (docs/curriculum.md) and has not been run here. The
+paper's are some 300,000 images of Open Images whose labels do not overlap ImageNet's:
+`--config.data.seeds=prepared:PATH`, made as docs/data.md says.
 
 Each row's comment says where it starts and what the paper reports (clean / AutoAttack
 L2 3.0 / Inception Score / FID). The paper does not fix the length of stage 2: the
