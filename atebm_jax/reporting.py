@@ -7,10 +7,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import tensorboardX
 from etils import epath
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +21,9 @@ from rich.progress import (
 )
 
 from atebm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorboardX
 
 # A whole file travels at each upload to a bucket.
 _SECONDS_BETWEEN_UPLOADS = 30.0
@@ -38,7 +40,7 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
-        self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        self._events: dict[str, "tensorboardX.SummaryWriter"] = {}
         # Of a file in a bucket: all its lines, and how many of them are there.
         self._lines: list[str] = []
         self._uploaded = 0
@@ -59,6 +61,9 @@ class MetricWriter:
             replace_text(self._path, "".join(lines))
             if in_bucket(self._path):
                 self._lines, self._uploaded = lines, len(lines)
+        # It imports PyTorch where that is installed, which takes seconds.
+        import tensorboardX
+
         if stage in self._events:
             self._events[stage].close()
         self._events[stage] = tensorboardX.SummaryWriter(

@@ -1,11 +1,27 @@
 """The Python interface: numpy in, numpy out, batched inside."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tiny
 
 import atebm_jax
 from atebm_jax import UserError, constraints
+
+
+# Packages that take long to import; none is needed before something asks for it.
+HEAVY = ("IPython", "PIL", "array_record", "clu", "grain", "matplotlib", "pandas")
+HEAVY += ("safetensors", "scipy", "sklearn", "tensorboardX", "tensorflow")
+HEAVY += ("tensorflow_datasets", "timm", "torch", "torchvision")
+
+
+def test_import_loads_nothing_heavy():
+    code = f"import sys, atebm_jax; print(*[n for n in {HEAVY} if n in sys.modules])"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
 
 
 @pytest.fixture(scope="module")

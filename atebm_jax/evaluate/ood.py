@@ -151,7 +151,7 @@ def _figures(
 ) -> dict[str, Any]:
     check_finite(f"scores of {prefix}", inside, outside)
     numbers = len(inside), len(outside)
-    area = float(metrics.auroc(jnp.asarray(inside), jnp.asarray(outside)))
+    area = float(metrics.auroc(inside, outside))
     interval = metrics.auroc_interval(area, *numbers)
     result = {f"{prefix}/auroc": figure(area, interval, sum(numbers))}
     measures: dict[str, tuple[Callable[..., float], int]] = {

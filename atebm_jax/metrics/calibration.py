@@ -7,6 +7,8 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
+from atebm_jax.metrics import reals
+
 
 class Reliability(NamedTuple):
     """A reliability diagram: predictions binned by confidence.
@@ -100,7 +102,7 @@ def reliability(
     logits, labels = _checked(logits, labels)
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}: it must be at least 1.")
-    # In the logits' own precision, as a classifier in use would see them.
+    # Float32 in its own precision, as a classifier in use would see it.
     confidence = scipy.special.softmax(logits, axis=1).max(axis=1)
     correct = logits.argmax(axis=1) == labels
     edges = np.linspace(0, 1, num_bins + 1)
@@ -200,7 +202,7 @@ def temperature_error(
       The error, T's own unit; infinite where the data do not fix T.
     """
     logits, labels = _checked(logits, labels)
-    logits = logits.astype(np.float64)
+    logits, temperature = logits.astype(np.float64), float(temperature)
     share = scipy.special.softmax(logits / temperature, axis=1)
     mean = (share * logits).sum(axis=1)
     curvature = (share * np.square(logits - mean[:, None])).sum(axis=1).mean()
@@ -212,7 +214,9 @@ def temperature_error(
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = np.asarray(logits), np.asarray(labels)
+    logits, labels = np.asarray(logits), reals.whole(labels, "labels")
+    if logits.dtype != np.float32:
+        logits = reals.floats(logits)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
         raise ValueError(
             f"logits have shape {logits.shape} and labels {labels.shape}: expected "

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from atebm_jax.metrics import reals
+
 
 def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio, -10 log10 of the mean squared error.
@@ -12,7 +14,7 @@ def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Returns:
       [N] float64, decibels; infinite where both are the same.
     """
-    error = np.square(images.astype(np.float64) - truth.astype(np.float64))
+    error = np.square(reals.floats(images) - reals.floats(truth))
     mean = error.reshape(len(error), -1).mean(axis=1)
     with np.errstate(divide="ignore"):
         return -10 * np.log10(mean)

@@ -12,6 +12,8 @@ import numpy as np
 import scipy.linalg
 import scipy.spatial.distance
 
+from atebm_jax.metrics import reals
+
 _ROWS_AT_ONCE = 1024
 
 
@@ -36,7 +38,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
         """Of features [N, D]."""
-        features = np.asarray(features, np.float64)
+        features = reals.floats(features)
         if not len(features):
             return cls.empty(features.shape[1])
         mean = features.mean(axis=0)
@@ -76,12 +78,12 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: fewer than two rows.
     """
+    features = reals.floats(features)
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(
             f"features have shape {features.shape}: a mean and a covariance need at "
             "least two rows [N, D]."
         )
-    features = np.asarray(features, np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False).reshape(
         features.shape[1], features.shape[1]
     )
@@ -106,7 +108,7 @@ def frechet_distance(
     Raises:
       ValueError: shapes that do not fit, NaN or infinite values.
     """
-    arrays = [np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)]
+    arrays = [reals.floats(x) for x in (mean_a, cov_a, mean_b, cov_b)]
     mean_a, cov_a, mean_b, cov_b = arrays
     shapes = [array.shape for array in arrays]
     if mean_a.ndim != 1 or shapes != [mean_a.shape, mean_a.shape * 2] * 2:
@@ -222,7 +224,7 @@ def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:
 def _pair(
     real: np.ndarray, fake: np.ndarray, smallest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    arrays = [np.asarray(x, np.float64) for x in (real, fake)]
+    arrays = [reals.floats(x) for x in (real, fake)]
     fits = all(a.ndim == 2 and len(a) >= smallest for a in arrays)
     if not fits or arrays[0].shape[1] != arrays[1].shape[1]:
         raise ValueError(

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.special
 
+from atebm_jax.metrics import reals
+
 
 class SplitSums(NamedTuple):
     """Sums over the images of each split seen so far.
@@ -31,9 +33,10 @@ class SplitSums(NamedTuple):
         Raises:
           ValueError: logits that are NaN or infinite.
         """
+        logits = reals.floats(logits)
         if not np.isfinite(logits).all():
             raise ValueError("some logits are NaN or infinite: they have no score.")
-        probabilities = scipy.special.softmax(np.asarray(logits, np.float64), axis=1)
+        probabilities = scipy.special.softmax(logits, axis=1)
         entropies = scipy.special.entr(probabilities).sum(axis=1)
         sums = [x.copy() for x in self]
         for total, values in zip(
@@ -61,6 +64,7 @@ def split_of_images(number: int, num_splits: int, protocol: str) -> np.ndarray:
     Raises:
       ValueError: unknown protocol, too few images.
     """
+    number, num_splits = int(number), int(num_splits)
     if protocol not in PROTOCOLS:
         raise ValueError(
             f"unknown protocol {protocol!r}: choose {' or '.join(PROTOCOLS)}."
@@ -82,7 +86,7 @@ PROTOCOLS = ("reference", "torch_fidelity")
 def spread(scores: np.ndarray, protocol: str) -> float:
     """Standard deviation over splits: with n - 1 in the reference protocol, else n."""
     unbiased = protocol == "reference" and len(scores) > 1
-    return float(np.std(scores, ddof=int(unbiased)))
+    return float(np.std(reals.floats(scores), ddof=int(unbiased)))
 
 
 def inception_score(

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-import scipy.stats
+import scipy.special
+
+from atebm_jax.metrics import reals
 
 
 def wilson_interval(
@@ -21,6 +23,9 @@ def wilson_interval(
     Raises:
       ValueError: counts that are none.
     """
+    import scipy.stats  # slow to import
+
+    hits, number = _counts(hits, number)
     if not (number >= 1 and 0 <= hits <= number):
         raise ValueError(
             f"{hits} hits of {number}: expected 0 <= hits <= number and number >= 1."
@@ -46,12 +51,14 @@ def auroc_interval(
     Raises:
       ValueError: an area or numbers that are none.
     """
+    area = float(area)
+    num_positive, num_negative = _counts(num_positive, num_negative)
     if not (0 <= area <= 1 and min(num_positive, num_negative) >= 1):
         raise ValueError(
             f"area {area} of {num_positive} positive and {num_negative} negative "
             "scores: expected an area in [0, 1] and at least one of each."
         )
-    quantile = float(scipy.stats.norm.ppf((1 + confidence) / 2))
+    quantile = _quantile(confidence)
     more = (num_positive + num_negative) / 2 - 1
 
     def excess(candidate: float) -> float:
@@ -104,6 +111,7 @@ def bootstrap_interval(
     """
     if num_resamples < 1:
         raise ValueError(f"num_resamples is {num_resamples}: it must be positive.")
+    arrays = [np.asarray(array) for array in arrays]
     lengths = [len(array) for array in arrays]
     if not all(lengths) or (paired and len(set(lengths)) > 1):
         raise ValueError(
@@ -118,8 +126,9 @@ def bootstrap_interval(
             chosen = [array[rows] for array in arrays]
         else:
             chosen = [a[rng.integers(0, n, n)] for a, n in zip(arrays, lengths)]
-        values.append(statistic(*chosen))
-    ends = _normal(statistic(*arrays), np.std(values, axis=0), confidence)
+        values.append(reals.floats(statistic(*chosen)))
+    value = reals.floats(statistic(*arrays))
+    ends = _normal(value, np.std(values, axis=0), confidence)
     return np.clip(ends[0], *bounds), np.clip(ends[1], *bounds)
 
 
@@ -138,16 +147,26 @@ def jackknife_interval(
     Raises:
       ValueError: fewer than two groups.
     """
-    values = np.asarray(without_group, np.float64)
+    values = reals.floats(without_group)
     if len(values) < 2:
         raise ValueError(
             f"there are {len(values)} groups: a jackknife needs two or more."
         )
     spread = np.sqrt((len(values) - 1) * np.var(values))
-    low, high = _normal(value, spread, confidence)
+    low, high = _normal(float(value), spread, confidence)
     return float(low), float(high)
 
 
 def _normal(value: Any, error: Any, confidence: float) -> tuple[Any, Any]:
-    reach = float(scipy.stats.norm.ppf((1 + confidence) / 2)) * error
+    reach = _quantile(confidence) * error
     return value - reach, value + reach
+
+
+def _quantile(confidence: float) -> float:
+    """How many standard errors a normal interval reaches to either side."""
+    return float(scipy.special.ndtri((1 + float(confidence)) / 2))
+
+
+def _counts(*numbers: Any) -> tuple[int, ...]:
+    """Python's ints: a product of counts of 8, or even 32 bits, would overflow."""
+    return tuple(int(reals.whole(number, "counts")) for number in numbers)

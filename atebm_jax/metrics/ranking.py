@@ -4,46 +4,70 @@ In-distribution images are the positive ones, and a higher score means more in
 distribution.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.metrics import average_precision_score
-from sklearn.metrics import roc_curve as sklearn_roc_curve
+
+from atebm_jax.metrics import reals
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether the largest logit is the label's: [B, K], [B] -> [B] bool."""
-    return logits.argmax(axis=-1) == labels
+    if any(isinstance(x, jax.Array) for x in (logits, labels)):
+        best, wanted = jnp.asarray(logits).argmax(axis=-1), jnp.asarray(labels)
+        best, wanted = reals.traced(best, wanted)
+        return best == wanted
+    hits = reals.real(logits).argmax(axis=-1) == reals.real(labels)
+    return hits  # type: ignore[return-value]
 
 
-def auroc(positive: jax.Array, negative: jax.Array) -> jax.Array:
+def auroc(positive: Any, negative: Any) -> Any:
     """Area under the ROC curve: P(positive > negative) + P(equal) / 2.
 
     Counts by sorting, so that ties are exact and memory stays linear; works under jit.
 
     Args:
-      positive: [P] scores of what should rank higher, P >= 1.
+      positive: [P] scores of what should rank higher, P >= 1, of any real dtype.
       negative: [N] scores of what should rank lower, N >= 1.
 
     Returns:
-      [] float in [0, 1]; NaN if any score is NaN.
+      [] in [0, 1]; NaN if any score is NaN. Under jit in the scores' dtype, at least
+      float32; otherwise float64, of scores that are compared as they are.
 
     Raises:
-      ValueError: an empty set.
+      ValueError: an empty set, or scores that are no real numbers.
     """
-    if not positive.size or not negative.size:
+    if not np.size(positive) or not np.size(negative):
         raise ValueError(
-            f"there are {positive.size} positive and {negative.size} negative scores: "
-            "an area needs at least one of each."
+            f"there are {np.size(positive)} positive and {np.size(negative)} negative "
+            "scores: an area needs at least one of each."
         )
+    if reals.on_host(positive, negative):
+        return _auroc(*reals.comparable(positive, negative))
+    positive, negative = reals.traced(jnp.asarray(positive), jnp.asarray(negative))
     ranked = jnp.sort(negative)
     below = jnp.searchsorted(ranked, positive, side="left")
     not_above = jnp.searchsorted(ranked, positive, side="right")
-    wins = 0.5 * (below + not_above).astype(positive.dtype)
+    # Numbers of scores: half precision ends at 65,504, and whole numbers at 255.
+    counted = reals.promoted(positive.dtype, np.float32)
+    wins = 0.5 * (below + not_above).astype(counted)
     # Compiled means multiply by a rounded 1 / P, which can end beyond 1.
     area = jnp.clip(wins.mean() / negative.shape[0], 0.0, 1.0)
     broken = jnp.isnan(positive).any() | jnp.isnan(negative).any()
     return jnp.where(broken, jnp.nan, area)
+
+
+def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.float64:
+    """The same of arrays that can be looked at."""
+    if reals.count_nan(positive) or reals.count_nan(negative):
+        return np.float64(np.nan)
+    ranked = np.sort(negative)
+    wins = sum(
+        int(np.searchsorted(ranked, positive, side).sum()) for side in ("left", "right")
+    )
+    return np.float64(wins / (2 * len(positive) * len(negative)))
 
 
 def average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -59,6 +83,8 @@ def average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
     Raises:
       ValueError: an empty set or a NaN.
     """
+    from sklearn.metrics import average_precision_score  # slow to import
+
     scores, truth = _joined(positive, negative)
     return float(average_precision_score(truth, scores))
 
@@ -73,8 +99,12 @@ def roc_curve(
     Returns:
       ([M], [M]) float64, both ascending.
     """
+    from sklearn import metrics as sklearn_metrics  # slow to import
+
     scores, truth = _joined(positive, negative)
-    false_rate, true_rate, _ = sklearn_roc_curve(truth, scores, drop_intermediate=False)
+    false_rate, true_rate, _ = sklearn_metrics.roc_curve(
+        truth, scores, drop_intermediate=False
+    )
     return false_rate, true_rate
 
 
@@ -101,15 +131,15 @@ def fpr_at_tpr(
 def _joined(
     positive: np.ndarray, negative: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    positive, negative = np.ravel(positive), np.ravel(negative)
+    positive, negative = reals.comparable(positive, negative)
     if not len(positive) or not len(negative):
         raise ValueError(
             f"there are {len(positive)} positive and {len(negative)} negative scores: "
             "a ranking needs at least one of each."
         )
-    scores = np.concatenate([positive, negative]).astype(np.float64)
-    if np.isnan(scores).any():
-        raise ValueError(f"{np.isnan(scores).sum()} scores are NaN: none has a rank.")
+    scores = np.concatenate([positive, negative])
+    if broken := reals.count_nan(scores):
+        raise ValueError(f"{broken} scores are NaN: none has a rank.")
     # scikit-learn refuses infinite scores; their ranks say the same.
     ranks = np.unique(scores, return_inverse=True)[1]
     return ranks, np.repeat([1, 0], [len(positive), len(negative)])

@@ -1,0 +1,109 @@
+"""Real numbers of any dtype on the host, none of them rounded.
+
+Statistics of arrays that are no part of a compiled function are NumPy's and in float64:
+JAX would make float32 of float64, and half precision of what is counted in it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Beyond, neighbouring whole numbers are one float64.
+_LARGEST_EXACT = 2**53
+
+
+def on_host(*arrays: Any) -> bool:
+    """Whether none of these is part of a compiled function or spread over processes."""
+    return not any(
+        isinstance(x, jax.core.Tracer)
+        or (isinstance(x, jax.Array) and not x.is_fully_addressable)
+        for x in arrays
+    )
+
+
+def real(values: Any) -> np.ndarray:
+    """Numbers as they are: whole ones of at least 64 bits, others float64 or more.
+
+    Args:
+      values: bools, ints or floats of any width, an array or what becomes one.
+
+    Raises:
+      ValueError: they are no real numbers.
+    """
+    array = np.asarray(values)
+    if jnp.issubdtype(array.dtype, np.floating):
+        return array.astype(np.promote_types(np.float64, _as_numpy(array.dtype)))
+    if array.dtype == np.uint64:
+        return array
+    if array.dtype == np.bool_ or jnp.issubdtype(array.dtype, np.integer):
+        return array.astype(np.int64)
+    raise ValueError(f"an array is of dtype {array.dtype}: expected real numbers.")
+
+
+def _as_numpy(dtype: np.dtype) -> Any:
+    """A float dtype of NumPy's own: bfloat16 and the like fit into float32."""
+    return dtype if dtype.kind == "f" else np.float32
+
+
+def floats(values: Any) -> np.ndarray:
+    """As `real`, float64."""
+    return real(values).astype(np.float64)
+
+
+def whole(values: Any, what: str) -> np.ndarray:
+    """As `real`, int64.
+
+    Raises:
+      ValueError: some are no whole numbers, or too large.
+    """
+    array = real(values)
+    with np.errstate(invalid="ignore"):
+        ints = array.astype(np.int64)
+    if (ints != array).any() or (array.dtype == np.uint64 and (ints < 0).any()):
+        raise ValueError(f"some {what} are no whole numbers.")
+    return ints
+
+
+def comparable(one: Any, other: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of numbers, flat and of one dtype, that compare as they are.
+
+    Raises:
+      ValueError: as of `real`.
+    """
+    pair = real(one).ravel(), real(other).ravel()
+    common = np.result_type(*pair)
+    if common.kind == "f" and not all(map(_exact_as_float, pair)):
+        # Python compares whole numbers and floats of any size exactly.
+        common = np.dtype(object)
+    return pair[0].astype(common), pair[1].astype(common)
+
+
+def count_nan(numbers: np.ndarray) -> int:
+    """How many of what `comparable` gives have no order."""
+    with np.errstate(over="ignore"):
+        return int(np.isnan(numbers.astype(np.float64)).sum())
+
+
+def _exact_as_float(array: np.ndarray) -> bool:
+    if array.dtype.kind == "f" or not array.size:
+        return True
+    return -_LARGEST_EXACT <= array.min() and array.max() <= _LARGEST_EXACT
+
+
+def traced(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same for parts of a compiled function, of whose dtypes JAX has a common one.
+
+    Half precision is compared with other dtypes in float32.
+    """
+    common = promoted(one.dtype, other.dtype)
+    if one.dtype != other.dtype and jnp.issubdtype(common, np.floating):
+        common = promoted(common, np.float32)
+    return one.astype(common), other.astype(common)
+
+
+def promoted(one: Any, other: Any) -> Any:
+    """JAX's common dtype of two, also where it shall not be implied."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
