@@ -163,9 +163,9 @@ def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ..
 
 def _lines(path: str, flag: str) -> Iterable[str]:
     try:
+        local = os.path.expanduser(path)
         # Some programs put a byte-order mark in front, which is no part of a name.
-        file = open(os.path.expanduser(path), encoding="utf-8-sig", newline="")
-        with file:
+        with open(local, encoding="utf-8-sig", newline="") as file:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}={path} cannot be read: {error}.") from error
