@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from atebm_jax import checksums, sharding
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import LocalPath
 from atebm_jax.reporting import in_bucket
 from atebm_jax.seeds import Gaussian
 from atebm_jax.train_state import TrainState
@@ -52,7 +53,7 @@ def absolute(path: str | epath.Path) -> epath.Path:
                 f"{path} is of no kind of storage that is known here: give a folder, "
                 "or one in a bucket, gs://BUCKET/FOLDER."
             ) from error
-    return epath.Path(path).expanduser().absolute()
+    return LocalPath(path).expanduser().absolute()
 
 
 def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
@@ -99,7 +100,7 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
         todelete_subdir="trash",
         # Called by the first process between the last file and the commit.
         async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=partial(_write_checksums, folder)
+            post_finalization_callback=partial(_confirm, folder)
         ),
     )
     return _Manager(folder, options=options, item_names=("state", "meta", "seeds"))
@@ -314,11 +315,38 @@ def _is_partial(path: epath.Path) -> bool:
     return "orbax-checkpoint-tmp" in path.name
 
 
+def _confirm(folder: epath.Path) -> None:
+    """Looks at the step that is being saved, just before it counts."""
+    for path in folder.iterdir():
+        if _is_partial(path):
+            check_complete(path)
+    _write_checksums(folder)
+
+
 def _write_checksums(folder: epath.Path) -> None:
-    """Lists the files of the step that is being saved, just before it counts."""
+    """Lists the files of the step that is being saved."""
     for path in folder.iterdir():
         if _is_partial(path):
             checksums.write(path)
+
+
+# Where all arrays of an item are listed. Without it none can be read, though Orbax
+# passes over that it has not written it.
+_LIST_OF_ARRAYS = "manifest.ocdbt"
+
+
+def check_complete(step_folder: epath.Path) -> None:
+    """Refuses a step that has been written and could not be read.
+
+    Raises:
+      UserError: the list of its arrays is missing.
+    """
+    if not (step_folder / "state" / _LIST_OF_ARRAYS).exists():
+        raise UserError(
+            f"the checkpoint in {step_folder} was written without the list of its "
+            f"arrays (state/{_LIST_OF_ARRAYS}) and could not be read: it does not "
+            "count. Give a --workdir on another disk, or with plainer names of folders."
+        )
 
 
 def _metrics_file(step_folder: epath.Path) -> epath.Path:

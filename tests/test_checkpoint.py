@@ -21,6 +21,7 @@ from atebm_jax import (
     sharding,
     train_state,
 )
+from atebm_jax.convert import importing
 
 CONFIG = tiny.config()
 
@@ -148,6 +149,43 @@ def test_another_network_is_refused_and_nothing_is_cast(stored, state):
     with pytest.raises(UserError, match="cannot be restored"):
         checkpoint.restore(manager, 6, other)
     manager.close()
+
+
+# Letters that a pattern of file names is made of, and others that tools stumble over.
+ODD = ["[lab]/x*?", "a [0-9] {b,c} #1%20", "**"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_letters_of_patterns_in_a_path_are_letters(state, tmp_path, name):
+    folder = write(tmp_path / name, state, {1: figures(0.1, 1.0), 2: None})
+    weights, meta = checkpoint.load_weights(tmp_path / name)
+    assert meta["step"] == 2
+    expected = at(state, 2).average_params
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], expected)
+    manager = checkpoint.manager(tmp_path / name, "stage1")
+    restored, _ = checkpoint.restore(manager, 1, state), manager.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, at(state, 1))
+    assert checkpoint.steps_in(folder) == [1, 2]
+
+
+def test_imported_weights_lie_below_such_a_path_too(state, tmp_path):
+    variables = {"params": jax.device_get(state.params)}
+    made = importing.Imported(variables, CONFIG, [], {})
+    importing.write(made, tmp_path / "[lab]" / "c")
+    weights, _ = checkpoint.load_weights(tmp_path / "[lab]" / "c")
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], variables["params"])
+
+
+def test_step_that_could_not_be_read_does_not_count(state, tmp_path, monkeypatch):
+    """Whatever keeps Orbax from listing the arrays, it goes on as if all were well."""
+    monkeypatch.setattr(checkpoint.LocalPath, "glob", lambda self, pattern: iter(()))
+    with pytest.raises(UserError, match="written without the list of its arrays"):
+        write(tmp_path, state, {1: None})
+    assert checkpoint.steps_in(checkpoint.stage_folder(tmp_path, "stage1")) == []
+    made = importing.Imported({"params": {"a": np.ones(3)}}, CONFIG, [], {})
+    with pytest.raises(UserError, match="written without the list of its arrays"):
+        importing.write(made, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
 
 
 def test_cloud_paths_stay_as_they_are(tmp_path, monkeypatch):

@@ -278,4 +278,5 @@ def _save_weights(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
             ),
         )
+    checkpoint.check_complete(path / "0")
     checksums.write(path / "0")

@@ -1,9 +1,11 @@
 """Which Open Images show nothing that ImageNet has a class for (method: section 4)."""
 
+import contextlib
 import csv
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +95,11 @@ def select(
     Raises:
       UserError: a file cannot be read or has other columns.
     """
-    rows = csv.reader(_lines(descriptions_file, "--class_descriptions"))
-    display = {row[0]: row[1] for row in rows if len(row) > 1 and row[0] != "LabelName"}
-    hierarchy = None
-    if hierarchy_file:
-        try:
-            hierarchy = json.loads("".join(_lines(hierarchy_file, "--hierarchy")))
-        except ValueError as error:
-            raise UserError(
-                f"--hierarchy={hierarchy_file} is no JSON: {error}."
-            ) from error
+    lines = _lines(descriptions_file, "--class_descriptions")
+    with _told(f"--class_descriptions={descriptions_file}", "table (CSV)"):
+        rows = [row[:2] for row in csv.reader(lines) if len(row) > 1]
+    display = {label: name for label, name in rows if label != "LabelName"}
+    hierarchy = _hierarchy(hierarchy_file) if hierarchy_file else None
     overlap = overlapping_labels(display, names_of_classes(classes_file), hierarchy)
     with decisions.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -111,21 +108,47 @@ def select(
     return _without(labels_file, overlap)
 
 
+def _hierarchy(path: str) -> Mapping[str, Any]:
+    text = "".join(_lines(path, "--hierarchy"))
+    with _told(f"--hierarchy={path}", "JSON"):
+        hierarchy = json.loads(text)
+    try:
+        for line in _paths(hierarchy):
+            hash(line)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(
+            f"--hierarchy={path} is no hierarchy of labels: expected "
+            '{"LabelName": ..., "Subcategory": [...]}, as Open Images has it.'
+        ) from error
+    return hierarchy
+
+
 def _without(labels_file: str, overlap: Mapping[str, str]) -> set[str]:
     reader = csv.DictReader(_lines(labels_file, "--labels"))
     wanted = {"ImageID", "LabelName", "Confidence"}
-    if not wanted <= set(reader.fieldnames or ()):
-        raise UserError(
-            f"--labels={labels_file} has the columns {reader.fieldnames}: expected "
-            f"{', '.join(sorted(wanted))}."
-        )
     seen, refused = set(), set()
-    for row in reader:
-        if float(row["Confidence"] or 0) == 1.0:
-            seen.add(row["ImageID"])
-            if row["LabelName"] in overlap:
-                refused.add(row["ImageID"])
+    with _told(f"--labels={labels_file}", "table (CSV)"):
+        if not wanted <= set(reader.fieldnames or ()):
+            raise UserError(
+                f"--labels={labels_file} has the columns {reader.fieldnames}: expected "
+                f"{', '.join(sorted(wanted))}."
+            )
+        for row in reader:
+            if _confidence(row["Confidence"], labels_file, reader.line_num) == 1.0:
+                seen.add(row["ImageID"])
+                if row["LabelName"] in overlap:
+                    refused.add(row["ImageID"])
     return seen - refused
+
+
+def _confidence(text: str | None, labels_file: str, line: int) -> float:
+    try:
+        return float(text or 0)
+    except ValueError as error:
+        raise UserError(
+            f"--labels={labels_file}, line {line}: Confidence is {text!r}: expected a "
+            "number from 0 to 1, where 1 is a label that was verified."
+        ) from error
 
 
 def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ...]]:
@@ -140,7 +163,20 @@ def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ..
 
 def _lines(path: str, flag: str) -> Iterable[str]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        local = os.path.expanduser(path)
+        # Some programs put a byte-order mark in front, which is no part of a name.
+        with open(local, encoding="utf-8-sig", newline="") as file:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}={path} cannot be read: {error}.") from error
+
+
+@contextlib.contextmanager
+def _told(what: str, wanted: str) -> Iterator[None]:
+    """Says in one sentence that a file is not of its kind."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{what} is no {wanted}: {error}.") from error

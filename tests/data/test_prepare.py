@@ -169,6 +169,50 @@ def test_images_of_open_images_without_overlap_are_chosen(tmp_path):
         openimages.select(labels, names, classes, names, decisions)
 
 
+TABLES = {
+    "labels": "ImageID,LabelName,Confidence\n1,/m/a,1\n2,/m/b,1\n",
+    "names": "/m/a,Tench\n/m/b,Poetry\n",
+    "classes": "tench\n",
+    "hierarchy": '{"LabelName": "/m/r", "Subcategory": [{"LabelName": "/m/a"}]}',
+}
+
+
+def chosen_from(folder, encoding="utf-8", **texts):
+    files = []
+    for name, text in (TABLES | texts).items():
+        (folder / name).write_text(text, encoding=encoding)
+        files.append(str(folder / name))
+    return openimages.select(*files, folder / "decisions.csv")
+
+
+def test_byte_order_mark_is_no_part_of_a_table(tmp_path):
+    assert chosen_from(tmp_path) == {"2"}
+    assert chosen_from(tmp_path, encoding="utf-8-sig") == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"labels": TABLES["labels"].replace("b,1", "b,yes")}, "line 3: .*'yes'"),
+        ({"labels": f"{TABLES['labels']}{'x' * 200_000}"}, "--labels=.* is no table"),
+        ({"labels": ""}, "--labels=.* has the columns None"),
+        ({"names": "x" * 200_000}, "--class_descriptions=.* is no table"),
+        ({"hierarchy": "["}, "--hierarchy=.* is no JSON"),
+        ({"hierarchy": "[1]"}, "--hierarchy=.* is no hierarchy"),
+        ({"hierarchy": '{"Subcategory": [{}]}'}, "--hierarchy=.* is no hierarchy"),
+        ({"hierarchy": '{"Subcategory": 3}'}, "--hierarchy=.* is no hierarchy"),
+    ],
+)
+def test_damaged_table_is_told_in_one_sentence(tmp_path, texts, message):
+    with pytest.raises(UserError, match=message):
+        chosen_from(tmp_path, **texts)
+
+
+def test_table_of_another_encoding_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        chosen_from(tmp_path, encoding="utf-16")
+
+
 def test_index_of_another_format_is_refused(tmp_path):
     (tmp_path / prepared.INDEX).write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="of another format"):

@@ -1,0 +1,22 @@
+"""Local paths whose own letters are never a pattern."""
+
+import glob
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+
+class LocalPath(type(epath.Path())):  # type: ignore[misc]
+    """A path of `epath` whose `glob` takes its own name as it is.
+
+    That of epath puts path and pattern together and reads brackets, stars and question
+    marks of both: below a folder named "[lab]" Orbax then finds none of the files that
+    it has just written, and neither merges nor reads them. What Orbax derives from this
+    path (parents, children, epath.Path(path)) is of this class again.
+    """
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        """Files of any kind below this folder that match the pattern."""
+        found = glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern))
+        return (type(self)(name) for name in found)
