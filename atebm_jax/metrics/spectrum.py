@@ -53,12 +53,13 @@ def _lengths(images: np.ndarray) -> _Lengths:
     per_chunk = max(_CHUNK_SIZE // images[0].size, 1)
     energies = []
     for start in range(0, len(images), per_chunk):
-        chunk = images[start : start + per_chunk].astype(np.float64)
+        chunk = images[start : start + per_chunk].astype(np.float32)
         spectrum = np.fft.rfft2(chunk, axes=(1, 2), norm="ortho")
         energy = np.square(np.abs(spectrum)) * weight[..., None]
         flat = energy.reshape(len(chunk), ring.size, -1)[:, order]
         energies.append(np.add.reduceat(flat, starts, axis=1))
-    energy = np.concatenate(energies)  # [N, R, C], squared lengths
+    # [N, R, C], squared lengths.
+    energy = np.concatenate(energies).astype(np.float64)
     mean = energy.mean(axis=0)
     # The root's variance to first order; of an empty part, or one image, it is zero.
     scale = 4 * max(len(energy) - 1, 1) * np.where(mean > 0, mean, 1)
