@@ -4,6 +4,9 @@ Everything comes from tracing with shapes: FLOPs from XLA's count of each part w
 its loops (which the count would take for one turn), activations from what
 differentiation has to keep, at one and at two images. Both are exact about the
 arithmetic and know nothing of the compiler's own buffers: hence the reserve.
+
+Where the data can be opened, some images are looked at too: whether the seeds of stage
+2 can come near them.
 """
 
 import dataclasses
@@ -19,7 +22,17 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from atebm_jax import archs, energy, losses, models, sharding, stages
+from atebm_jax import (
+    archs,
+    data,
+    energy,
+    losses,
+    models,
+    reachability,
+    seeds,
+    sharding,
+    stages,
+)
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.train import build_step
@@ -130,7 +143,9 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
     config.model.conv_gradient = "xla"
     model = models.build(config.model)
     stage = stages.STAGES[name](model, config[name])
-    _, new_state = build_step(config, name, model, 1)
+    # Its length needs the data; a warm-up must fit.
+    total = max(config[name].warmup_steps, 1)
+    _, new_state = build_step(config, name, model, total)
     shape = tuple(config.data.image_shape)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)))
@@ -348,6 +363,8 @@ def run(
         cost = measure(config, name, _fsdp(config, machine))
         figures[name] = _figures(config, name, cost, machine)
         _show(console, config, name, figures[name])
+    if "stage2" in figures:
+        figures["stage2"]["reachability"] = _reachability(config, console)
     if json_file:
         try:
             with open(json_file, "w") as file:
@@ -355,6 +372,27 @@ def run(
         except OSError as error:
             raise UserError(f"{json_file} cannot be written: {error}.") from error
     return figures
+
+
+def _reachability(
+    config: ml_collections.ConfigDict, console: Console
+) -> dict[str, Any] | None:
+    """Whether seeds can come near the images; None where these cannot be opened."""
+    drawn = config.data.seeds in seeds.DRAWN
+    roles = ("train",) if drawn else ("train", "seeds")
+    try:
+        sources = {
+            role: data.open_source(config.data[role], config.data.data_dir)
+            for role in roles
+        }
+        found = reachability.of_config(config, sources)
+    except UserError as error:
+        told, result = [f"reachability was not measured: {error}"], None
+    else:
+        told, result = reachability.lines(found), found._asdict()
+    for line in told:
+        console.print(line, highlight=False, soft_wrap=True)
+    return result
 
 
 def _figures(

@@ -22,6 +22,7 @@ from atebm_jax import (
     fitting,
     intact,
     models,
+    reachability,
     seeds,
     sharding,
 )
@@ -125,6 +126,7 @@ def _run(
             lock=lock,
         )
         _greet(console, job)
+        _tell_ahead(job, evaluation)
         for name in configuration.stages_to_run(config):
             train_stage(job, name, origins[name])
         return evaluation.final(console)
@@ -310,6 +312,30 @@ def _greet(console: Console, job: Job) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _tell_ahead(job: Job, evaluation: Evaluation) -> None:
+    """Says before the first step what evaluations cost and how far seeds can go."""
+    config = job.config
+    totals = {
+        name: configuration.num_steps(config[name], len(job.sources["train"]))
+        for name in configuration.stages_to_run(config)
+    }
+    folders = {
+        s: checkpoint.stage_folder(job.workdir, s) for s in checkpoint.STAGE_ORDER
+    }
+    reached = {s: max(checkpoint.steps_in(f), default=0) for s, f in folders.items()}
+    to_train = [name for name, total in totals.items() if reached[name] < total]
+    if not to_train:
+        return
+    for name in to_train:
+        if sentence := evaluation.cost_of_periodic(name, totals[name]):
+            say(job.console, f"warning: {sentence}")
+    evaluated = [s for s in reached if reached[s] or s in totals]
+    say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
+    if "stage2" in to_train and not reached["stage2"]:
+        for line in reachability.lines(evaluation.reachability()):
+            say(job.console, line)
 
 
 def _random_variables(model: nn.Module, config: ml_collections.ConfigDict) -> Any:

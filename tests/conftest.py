@@ -61,6 +61,15 @@ _TESTS = Path(__file__).parent
 _GOLDEN = (_TESTS / "golden", _TESTS.parents[1] / "shared" / "golden")
 
 
+@pytest.fixture(scope="session")
+def tfds_dir():
+    """The folder of prepared photographs; skips where they are not at hand."""
+    folder = _TESTS.parents[1] / "shared" / "tfds"
+    if not (folder / "cifar10").is_dir():
+        pytest.skip("the prepared CIFAR-10 (../shared/tfds) is not here")
+    return str(folder)
+
+
 @functools.cache
 def _load(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:

@@ -108,6 +108,30 @@ def test_nothing_helps_where_the_state_alone_is_too_large(cost):
     assert "No split" in console.file.getvalue()
 
 
+def test_warm_up_of_a_stage_of_unknown_length_is_no_obstacle():
+    warm = settings(**{"stage2.warmup_steps": 200})
+    assert dry_run.measure(warm, "stage2").parameters > 0
+
+
+def test_reachability_is_measured_where_there_are_data(tmp_path):
+    console, path = quiet(), tmp_path / "cost.json"
+    short = settings(**{"stage2.contrastive_step_size": 0.02})
+    dry_run.run(short, Machine(), console=console, json_file=str(path))
+    found = json.loads(path.read_text())["stage2"]["reachability"]
+    assert found["farthest_contrastive"] == pytest.approx(0.6)
+    assert found["sentence"] in console.file.getvalue()
+
+
+def test_without_data_it_says_that_reachability_was_not_measured():
+    console = quiet()
+    figures = dry_run.run(
+        settings(**{"data.train": "folder:/nowhere"}), Machine(), console=console
+    )
+    assert figures["stage2"]["reachability"] is None
+    assert "reachability was not measured: " in console.file.getvalue()
+    assert "/nowhere" in console.file.getvalue()
+
+
 def test_figures_are_printed_and_written(tmp_path):
     console, path = quiet(), tmp_path / "cost.json"
     figures = dry_run.run(

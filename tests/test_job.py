@@ -72,6 +72,29 @@ def test_report_gives_figures_after_both_stages_and_says_what_they_mean(finished
     assert "part of its gain over stage 1 comes from that" in " ".join(printed.split())
 
 
+def test_job_says_ahead_what_its_evaluation_costs_and_shows_its_progress(finished):
+    ahead, _, rest = finished[2].partition("stage1 step")
+    # 60 images in two batches of 40, two steps each; 50 samples of three steps.
+    passes = 2 * 80 * ((2 + 2 * 2) + 3 * 2)
+    assert "60 images under 2 steps of attack and 50 samples of 3 steps" in ahead
+    assert f"{passes:,} passes of an image" in ahead
+    assert "warning: 2 evaluations on the way take" in ahead
+    assert f"{passes:,} passes of an image" in rest
+    assert "(estimated from training's speed)" in rest
+    assert "stage1 accuracy 0/2" in rest
+
+
+def test_job_says_before_its_first_step_how_far_seeds_can_go(finished):
+    ahead = finished[2].partition("stage1 step")[0]
+    found = finished[1]["reachability"]
+    assert "reachability (L2): a seed lies" in ahead
+    assert f"{found['distance']:.3g} from a training image" in ahead
+    assert found["farthest_contrastive"] == pytest.approx(9)
+    assert found["farthest_sampling"] == pytest.approx(0.9)
+    assert f"warning: {found['sentence']}" in ahead
+    assert "samples go no farther than 0.9" in ahead
+
+
 def test_metrics_hold_what_a_user_watches(finished):
     records = read_metrics(finished[0])
     step = next(r for r in records if r["stage"] == "stage2" and "auc" in r)

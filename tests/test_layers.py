@@ -40,6 +40,7 @@ ORDER = (
     "archs",
     "convert",
     "presets",
+    "reachability",
     "evaluate",
     "sample",
     "train",
@@ -65,6 +66,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "workdir_lock": {"sharding", "reporting"},
     "intact": {"checkpoint", "train_state"},
     "compilation": {"checkpoint", "reporting"},
+    "reachability": {"data", "metrics", "sampling", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"},
 }
 

@@ -2,7 +2,9 @@
 
 import functools
 import importlib.metadata
+import itertools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +15,13 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, data, sharding
-from atebm_jax.evaluate import accuracy, plots, report, samples
+from atebm_jax import checkpoint, data, reachability, sharding
+from atebm_jax import config as configuration
+from atebm_jax.evaluate import accuracy, cost, plots, report, samples
+from atebm_jax.evaluate.context import ShowFn
+from atebm_jax.evaluate.progress import progress
 from atebm_jax.preemption import StopSignal
-from atebm_jax.reporting import read_metrics
+from atebm_jax.reporting import read_metrics, say
 from atebm_jax.seeds import Gaussian
 
 
@@ -40,12 +45,14 @@ class Evaluation:
         self._reference: samples.Reference | None = None
         self._gaussian = gaussian
         self._seed_images: np.ndarray | None = None
+        self._reachability: reachability.Reachability | None = None
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
         """Figures on `data.eval` and a grid of samples, with averaged weights."""
         settings = self._config.evaluate
-        figures = self._accuracy("eval", variables, settings.num_examples)
-        images, labels = self._draw(variables, settings.samples.num)
+        check = self._stop.check
+        figures = self._accuracy("eval", variables, settings.num_examples, check)
+        images, labels = self._draw(variables, settings.samples.num, check)
         if jax.process_index() == 0:
             self._grid(
                 self._workdir / "samples" / f"{stage}_{step:08d}.png",
@@ -67,7 +74,9 @@ class Evaluation:
         result = report.read(self._workdir)
         steps = {stage: checkpoint.steps_in(f)[-1] for stage, f in folders.items()}
         if result is None or not self._holds(result, steps):
-            result = self._measure(folders)
+            say(console, self.cost_of_final(list(folders)))
+            with progress(console) as show:
+                result = self._measure(folders, show)
         if jax.process_index() == 0:
             report.show(console, result)
             console.print(f"report, pictures and checkpoints are in {self._workdir}")
@@ -87,15 +96,44 @@ class Evaluation:
             "evaluate": config["evaluate"],
         }
 
-    def _measure(self, folders: dict[str, epath.Path]) -> dict[str, Any]:
+    def cost_of_periodic(self, stage: str, total: int) -> str | None:
+        """A sentence where evaluations while a stage trains cost much."""
+        num_eval = len(self._sources["eval"])
+        return cost.of_periodic(self._config, stage, total, num_eval)
+
+    def cost_of_final(self, stages: list[str]) -> str:
+        """What the evaluation at the end of a job costs, in a sentence."""
+        return cost.of_final(
+            self._config,
+            stages,
+            len(self._sources["test"]),
+            read_metrics(self._workdir),
+        )
+
+    def reachability(self) -> reachability.Reachability:
+        """How far seeds are from training images, and how far steps go."""
+        if self._reachability is None:
+            self._reachability = reachability.of_config(
+                self._config, self._sources, self._gaussian
+            )
+        return self._reachability
+
+    def _measure(self, folders: dict[str, epath.Path], show: ShowFn) -> dict[str, Any]:
         settings = self._config.evaluate
         stages: dict[str, dict[str, Any]] = {}
         drawn = {}
         for stage, folder in folders.items():
             weights, meta = checkpoint.load_weights(folder, together=True)
             variables = sharding.put_replicated(weights, self._mesh)
-            figures = self._accuracy("test", variables, settings.num_test_examples)
-            drawn[stage] = self._draw(variables, settings.samples.num_test)
+            limit = settings.num_test_examples
+            num = cost.limited(limit, len(self._sources["test"]))
+            check = self._shown(show, f"{stage} accuracy", num)
+            figures = self._accuracy("test", variables, limit, check)
+            check()
+            num = settings.samples.num_test
+            check = self._shown(show, f"{stage} samples", num)
+            drawn[stage] = self._draw(variables, num, check)
+            check()
             figures |= samples.score(self._fitted_reference(), *drawn[stage])
             reached = {"T": meta["T"]} if stage == "stage2" else {}
             stages[stage] = {"step": meta["step"], **reached, **figures}
@@ -109,11 +147,26 @@ class Evaluation:
             report.write(self._workdir, result)
         return result
 
+    def _shown(self, show: ShowFn, part: str, num: int) -> Callable[[], None]:
+        """The check for a stop before each batch, and after all, shows the progress."""
+        total = cost.num_batches(num, self._config.evaluate.batch_size)
+        batches = itertools.count()
+
+        def check() -> None:
+            show(part, next(batches), total)
+            self._stop.check()
+
+        return check
+
     def _describe(self, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
         settings = self._config.evaluate
         real, labels = self._images("test", settings.samples.num_test)
+        reached = {}
+        if "stage2" in configuration.stages_to_run(self._config):
+            reached = {"reachability": self.reachability()._asdict()}
         return {
             "stages": stages,
+            **reached,
             "real_test": samples.score(self._fitted_reference(), real, labels),
             **self._settings(),
             "versions": {
@@ -143,7 +196,9 @@ class Evaluation:
         )
         return [robust, drawn, *_gain_note(self._config, stages)]
 
-    def _accuracy(self, role: str, variables: Any, limit: int) -> dict[str, float]:
+    def _accuracy(
+        self, role: str, variables: Any, limit: int, check: Callable[[], None]
+    ) -> dict[str, float]:
         settings = self._config.data
         with data.eval_batches(
             self._sources[role],
@@ -156,11 +211,11 @@ class Evaluation:
             num_threads=settings.num_threads,
             max_bad_images=settings.max_bad_images,
         ) as batches:
-            return accuracy.accuracy(
-                self._count, variables, batches, self._mesh, self._stop.check
-            )
+            return accuracy.accuracy(self._count, variables, batches, self._mesh, check)
 
-    def _draw(self, variables: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(
+        self, variables: Any, num: int, check: Callable[[], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
         return samples.draw(
             self._sample,
             variables,
@@ -171,7 +226,7 @@ class Evaluation:
             seed=self._config.seed,
             mesh=self._mesh,
             seeds_of=self._seeds_fn(),
-            check_stop=self._stop.check,
+            check_stop=check,
         )
 
     def _seeds_fn(self) -> samples.SeedsFn | None:

@@ -38,6 +38,7 @@ from atebm_jax.metrics.ranking import (
     fpr_at_tpr,
     roc_curve,
 )
+from atebm_jax.metrics.spectrum import spectral_distance
 
 __all__ = [
     "SCORE_PROTOCOLS",
@@ -65,6 +66,7 @@ __all__ = [
     "reliability",
     "roc_curve",
     "score_spread",
+    "spectral_distance",
     "split_of_images",
     "temperature_error",
     "wilson_interval",

@@ -16,13 +16,6 @@ def golden():
     return np.load(path)
 
 
-@pytest.fixture(scope="session")
-def tfds_dir():
-    if not (SHARED / "tfds" / "cifar10").is_dir():
-        pytest.skip("the prepared CIFAR-10 (../shared/tfds) is not here")
-    return str(SHARED / "tfds")
-
-
 @pytest.fixture
 def encode():
     """Encodes uint8 [H, W, 3] or [H, W] as a file's bytes."""

@@ -1,0 +1,229 @@
+"""Whether seeds can come near the training images, told before the first step.
+
+A step of the contrastive loop and of sampling has one length, so that T steps go T of
+them at most. Seeds that lie farther from the training images teach the network
+nothing: it tells them apart at sight, T races to its maximum, and they stay what they
+were. With longer steps noise does train, at some cost in quality (paper, appendix).
+
+The L2 distance to a training image does not show this: a photograph of something else
+is almost as far from it as noise is. What counts is the least distance to images of
+that kind (`metrics.spectral_distance`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from atebm_jax import data, metrics, sampling, seeds
+
+# Of each set; fewer where images are large, so that it takes seconds and 64 MB.
+_MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
+# Share of the least distance below which steps are too short. Contrastive images need
+# not become training images: photographs taught WRN-10-2 on CIFAR-10 at 0.6 of it, and
+# noise nothing at 0.3, nor digits at 0.4 (docs/curriculum.md).
+_ENOUGH = 0.5
+
+
+class Reachability(NamedTuple):
+    """Distances and farthest ways, L2 pixels of [0, 1] images.
+
+    Attributes:
+      distance: mean, between a seed and a training image.
+      least_distance: at least so far seeds lie from images with the spectrum of the
+        training images.
+      farthest_contrastive: T_max steps of the contrastive loop in a straight line.
+      farthest_sampling: the steps of evaluation's samples in a straight line.
+      sentence: what cannot come near and what would do; None if nothing was found.
+    """
+
+    distance: float
+    least_distance: float
+    farthest_contrastive: float
+    farthest_sampling: float
+    sentence: str | None
+
+
+def measure(
+    seeds: np.ndarray,
+    images: np.ndarray,
+    *,
+    t_max: int,
+    contrastive_step_size: float,
+    num_sampling_steps: int,
+    sampling_step_size: float,
+) -> Reachability:
+    """Compares seeds with training images, and the distance with what steps can cover.
+
+    Args:
+      seeds: [N, H, W, C] float in [0, 1].
+      images: [M, H, W, C] float in [0, 1].
+      t_max: greatest number of contrastive steps.
+      contrastive_step_size: L2 pixels.
+      num_sampling_steps: of evaluation's samples.
+      sampling_step_size: L2 pixels.
+    """
+    distance = _mean_distance(seeds, images)
+    least = metrics.spectral_distance(seeds, images)
+    ways = (
+        _Way(
+            "contrastive images",
+            t_max,
+            contrastive_step_size,
+            "stage2.t_max",
+            "stage2.contrastive_step_size",
+        ),
+        _Way(
+            "samples",
+            num_sampling_steps,
+            sampling_step_size,
+            "evaluate.samples.num_steps",
+            "evaluate.samples.step_size",
+        ),
+    )
+    return Reachability(
+        distance,
+        least,
+        *(way.farthest for way in ways),
+        _sentence(distance, least, ways),
+    )
+
+
+def of_config(
+    config: ml_collections.ConfigDict,
+    sources: Mapping[str, data.Source],
+    gaussian: seeds.Gaussian | None = None,
+) -> Reachability:
+    """`measure` on what a config trains on.
+
+    Args:
+      config: a complete config.
+      sources: "train", and "seeds" where `config.data.seeds` names a source.
+      gaussian: what seeds are drawn from; where they are and it is not given, it is
+        fitted to the images that are looked at.
+
+    Raises:
+      UserError: too many images cannot be decoded.
+    """
+    shape = tuple(config.data.image_shape)
+    num = min(max(_MOST_NUMBERS // math.prod(shape), 2), _MOST_IMAGES)
+    images, _ = data.materialise(
+        sources["train"],
+        config.data.preprocess,
+        shape,
+        num,
+        config.data.max_bad_images,
+    )
+    if config.data.seeds in seeds.FITTED and gaussian is None:
+        # Of one a class the mixture is near enough: it is a matter of whole pixels.
+        gaussian = seeds.fit(images)
+    return measure(
+        seed_images(config, sources, num, gaussian),
+        images.astype(np.float32) / np.float32(255),
+        t_max=config.stage2.t_max,
+        contrastive_step_size=config.stage2.contrastive_step_size,
+        num_sampling_steps=config.evaluate.samples.num_steps,
+        sampling_step_size=config.evaluate.samples.step_size,
+    )
+
+
+def seed_images(
+    config: ml_collections.ConfigDict,
+    sources: Mapping[str, data.Source],
+    num: int,
+    gaussian: seeds.Gaussian | None = None,
+) -> np.ndarray:
+    """At most `num` of a config's seeds, [N, H, W, C] float32 in [0, 1]."""
+    shape = tuple(config.data.image_shape)
+    if gaussian is not None:
+        numbers = np.arange(num)
+        return gaussian.batch(config.seed, numbers, numbers % config.model.num_classes)
+    if "seeds" not in sources:
+        key = jax.random.key(config.seed)
+        return np.asarray(sampling.noise_seeds(key, jnp.arange(num), shape))
+    images, _ = data.materialise(
+        sources["seeds"],
+        config.data.preprocess_seeds,
+        shape,
+        num,
+        config.data.max_bad_images,
+    )
+    return images.astype(np.float32) / np.float32(255)
+
+
+def lines(found: Reachability) -> list[str]:
+    """The figures in one line, and the warning where there is one."""
+    figures = (
+        f"reachability (L2): a seed lies {found.distance:.3g} from a training image on "
+        f"average, at least {found.least_distance:.3g} from any images of that kind; "
+        f"contrastive images go {found.farthest_contrastive:.3g} at most, samples "
+        f"{found.farthest_sampling:.3g}."
+    )
+    return [figures, *([f"warning: {found.sentence}"] if found.sentence else [])]
+
+
+def _mean_distance(seeds: np.ndarray, images: np.ndarray) -> float:
+    num = min(len(seeds), len(images))
+    # Shifted, so that seeds which are training images do not meet themselves.
+    others = np.roll(images[:num], num // 2, axis=0)
+    pairs = zip(seeds[:num], others, strict=True)
+    return float(np.mean([np.linalg.norm(seed - image) for seed, image in pairs]))
+
+
+class _Way(NamedTuple):
+    """Steps of one length, and the fields of the config that set them."""
+
+    name: str
+    num_steps: int
+    step_size: float
+    num_steps_field: str
+    step_size_field: str
+
+    @property
+    def farthest(self) -> float:
+        return self.num_steps * self.step_size
+
+    def longer(self, distance: float) -> str:
+        """Settings with which a straight line would cover a distance."""
+        steps = (
+            f"--config.{self.num_steps_field}={math.ceil(distance / self.step_size)}"
+        )
+        if self.num_steps == 0:
+            return steps
+        size = _round_up(distance / self.num_steps)
+        return f"--config.{self.step_size_field}={size:g} or {steps}"
+
+
+def _sentence(distance: float, least: float, ways: tuple[_Way, ...]) -> str | None:
+    """What cannot come near, and what would do.
+
+    The warning compares what is certain on both sides: the least distance, and a
+    straight line. The remedy covers the mean distance between a seed and an image:
+    the steps of a loop turn, and somewhat less may do.
+    """
+    short = [way for way in ways if way.farthest < _ENOUGH * least]
+    if not short:
+        return None
+    found = " and ".join(
+        f"{way.name} go no farther than {way.farthest:.3g} ({way.num_steps} steps of "
+        f"{way.step_size:g})"
+        for way in short
+    )
+    enough = max(distance, least)
+    remedies = "; ".join(f"for {way.name} {way.longer(enough)}" for way in short)
+    return (
+        "seeds cannot come near the training images: they lie at least "
+        f"{least:.3g} (L2) from any images of that kind, and {found}. What would do: "
+        f"{remedies}, at a cost in quality or time; or seeds that are nearer "
+        "(config.data.seeds), photographs say. See docs/curriculum.md."
+    )
+
+
+def _round_up(value: float) -> float:
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(round(value / unit, 6)) * unit
