@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
 A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state and a
-small JSON that says what it is (`meta`: format, stage, step, T, config). The last two
+small JSON that says what it is (`meta`: format, stage, step, T, config, and what the
+watch over the stage's health remembers). The last two
 steps are kept, the best by robust accuracy and the best by sample distance. A step
 appears under its number only when it is complete, with the checksums of its files, and
 is moved to `trash/` before it is deleted, so that a killed process leaves no broken
@@ -110,6 +111,7 @@ def save(
     stage: str,
     config: ml_collections.ConfigDict,
     metrics: Mapping[str, float] | None,
+    watch: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves a state under its step; does nothing if it is there with its metrics.
 
@@ -119,18 +121,18 @@ def save(
       stage: name of the stage.
       config: the whole config, stored beside the state.
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
+      watch: what a resumed job must know besides the state, as plain JSON values.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
         if metrics is None or was_evaluated(checkpoints, step):
             return
         # Saved by a job that was stopped in its evaluation.
-        checkpoints.delete(step)
-        if jax.process_index() == 0:
-            # Its place in the trash will be needed when it goes for good.
-            _remove_leftovers(epath.Path(checkpoints.directory))
+        delete(checkpoints, step)
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
     meta["T"] = int(state.curriculum.num_steps)
+    if watch is not None:
+        meta["watch"] = dict(watch)
     checkpoints.save(
         step,
         args=ocp.args.Composite(
@@ -138,6 +140,24 @@ def save(
         ),
         metrics=None if metrics is None else dict(metrics),
     )
+
+
+def delete(checkpoints: ocp.CheckpointManager, step: int) -> None:
+    """Deletes a saved step; every process of the job must call it."""
+    checkpoints.delete(step)
+    if jax.process_index() == 0:
+        # Its place in the trash will be needed if the step is saved and goes again.
+        _remove_leftovers(epath.Path(checkpoints.directory))
+
+
+def saved_watch(checkpoints: ocp.CheckpointManager, step: int) -> Any:
+    """What `save` was given as `watch`; None of a step that has none, or is not there.
+
+    An earlier version saved none.
+    """
+    if step not in checkpoints.all_steps():
+        return None
+    return _read_meta(epath.Path(checkpoints.directory) / str(step)).get("watch")
 
 
 def was_evaluated(checkpoints: ocp.CheckpointManager, step: int) -> bool:
@@ -204,7 +224,7 @@ def load_weights(
         )
     warn_if_unchecked(folder)
     try:
-        meta = json.loads((folder / "meta" / "metadata").read_text())
+        meta = _read_meta(folder)
         weights = _read_averages(folder / "state")
     except Exception as error:
         raise UserError(
@@ -308,6 +328,10 @@ def _write_checksums(folder: epath.Path) -> None:
     for path in folder.iterdir():
         if _is_partial(path):
             checksums.write(path)
+
+
+def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
+    return json.loads((step_folder / "meta" / "metadata").read_text())
 
 
 def _metrics_file(step_folder: epath.Path) -> epath.Path:
