@@ -5,7 +5,8 @@ is a cumulative sum (Page, 1954), e <- max(0, e + gain), and it is shown once th
 reaches 1. One step gains 1 / PATIENCE at most, so that chance in a few is not enough,
 and less from few images, so that a small batch takes longer. What every fresh network
 looks like (cross-entropy ln K, accuracy 1 / K) is a sign of death only after it was
-demonstrably better.
+demonstrably better. Stage 2 starts from a trained one, and a learning rate too high can
+kill that in its first update: there one clear batch is enough to call it better.
 """
 
 import math
@@ -18,6 +19,8 @@ PATIENCE = 5
 
 # Log-likelihood ratio that makes an evidence of 1: by chance once in a million times.
 _NATS = 14.0
+# What is known of a network from stage 1, as evidence that it is better than chance.
+_TRAINED = 0.6
 # Cross-entropies as shares of ln K: of a network that learns, of one in between, which
 # is taken for neither, and of one at chance; and the variance of an image, as measured.
 _LEARNT, _BETWEEN, _CHANCE, _VARIANCE = 0.76, 0.92, 1.0, 0.2
@@ -61,7 +64,7 @@ class Sign(NamedTuple):
 class Setting:
     """What of a stage the signs depend on."""
 
-    stage: str
+    stage: str  #: "stage1" or "stage2", which starts from a trained network
     num_classes: int  #: K
     batch_size: int  #: B
     classifies: bool = True  #: whether the cross-entropy has a weight
@@ -93,17 +96,23 @@ class Watch:
         )
 
 
-def restore(stored: Any) -> Watch:
-    """A watch from what `dataclasses.asdict` made of it; a new one if it is none."""
-    names = {f.name for f in fields(Watch)}
-    if isinstance(stored, Mapping) and stored.keys() == names:
-        return Watch(**stored)
-    return Watch()
+def begin(setting: Setting) -> Watch:
+    """A watch that has seen no step yet."""
+    known = _TRAINED if setting.stage == "stage2" else 0.0
+    return Watch(better_entropy=known, better_accuracy=known)
 
 
 def as_json(watch: Watch) -> dict[str, Any]:
     """Plain values, for `restore`."""
     return asdict(watch)
+
+
+def restore(stored: Any, setting: Setting) -> Watch:
+    """The watch that `as_json` was given; a new one where none was stored."""
+    names = {f.name for f in fields(Watch)}
+    if isinstance(stored, Mapping) and stored.keys() == names:
+        return Watch(**stored)
+    return begin(setting)
 
 
 def look(

@@ -109,7 +109,7 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
     try:
         latest = partial(_latest, job, checkpoints, fresh, like)
         state = latest()
-        watch = _watch(checkpoints, state)
+        watch = _watch(job, name, checkpoints, state)
         _finish_evaluation(job, name, state, watch, total, checkpoints)
         marks: dict[str, int] = {}
         while int(state.step) < total:
@@ -131,8 +131,8 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
                     position=error.step + offset,
                     rollbacks=rollbacks + 1,
                 )
-                count = error.watch.count
-                watch = replace(_watch(checkpoints, state), count=count)
+                watch = _watch(job, name, checkpoints, state)
+                watch = replace(watch, count=error.watch.count)
                 marks = error.marks()
     finally:
         # Waits for a save that is under way, also when interrupted.
@@ -252,9 +252,12 @@ def _latest(
     return fresh() if restored is None else restored
 
 
-def _watch(checkpoints: ocp.CheckpointManager, state: TrainState) -> health.Watch:
+def _watch(
+    job: Job, name: str, checkpoints: ocp.CheckpointManager, state: TrainState
+) -> health.Watch:
     """What was remembered of the stage's health at the step of a state."""
-    return health.restore(checkpoint.saved_watch(checkpoints, int(state.step)))
+    stored = checkpoint.saved_watch(checkpoints, int(state.step))
+    return health.restore(stored, _health_setting(job.config, name))
 
 
 def _finish_evaluation(
@@ -555,12 +558,17 @@ def _check_rollbacks(
     """
     seen = "; ".join(sign.text for sign in error.signs)
     if seen and config.on_dying == "stop":
-        raise UserError(f"{name} stopped at step {error.step}: {seen}.")
+        raise UserError(
+            f"{name} stopped at step {error.step}: {seen}. Lower it in a new workdir, "
+            "or let config.on_dying=rollback do so."
+        )
     if rollbacks <= config.max_rollbacks:
         return
     again = f"again after {rollbacks - 1} rollbacks"
     if seen:
-        raise UserError(f"{name} keeps diverging, {again}: {seen}.")
+        raise UserError(
+            f"{name} keeps diverging, {again}: {seen}. Lower it in a new workdir."
+        )
     raise UserError(
         f"{name} keeps diverging: loss or gradient was NaN or Inf in "
         f"{config.max_skipped_in_row} steps in a row, {again}. Lower "
