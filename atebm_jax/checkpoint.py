@@ -1,12 +1,13 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
 A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state, a small
-JSON that says what it is (`meta`: format, stage, step, T, config) and, where seeds are
-drawn from Gaussians, these (`seeds`), so that samples need no data. The last two steps
-are kept, the best by robust accuracy and the best by sample distance. A step appears
-under its number only when it is complete, with the checksums of its files, and is moved
-to `trash/` before it is deleted, so that a killed process leaves no broken step behind.
-`intact` chooses the step to go on from.
+JSON that says what it is (`meta`: format, stage, step, T, config, and what the watch
+over the stage's health remembers) and, where seeds are drawn from Gaussians, these
+(`seeds`), so that samples need no data. The last two steps are kept, the best by robust
+accuracy and the best by sample distance. A step appears under its number only when it
+is complete, with the checksums of its files, and is moved to `trash/` before it is
+deleted, so that a killed process leaves no broken step behind. `intact` chooses the
+step to go on from.
 """
 
 import contextlib
@@ -114,6 +115,7 @@ def save(
     config: ml_collections.ConfigDict,
     metrics: Mapping[str, float] | None,
     gaussian: Gaussian | None = None,
+    watch: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves a state under its step; does nothing if it is there with its metrics.
 
@@ -124,18 +126,18 @@ def save(
       config: the whole config, stored beside the state.
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
       gaussian: what seeds are drawn from; None where they are noise or a data set.
+      watch: what a resumed job must know besides the state, as plain JSON values.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
         if metrics is None or was_evaluated(checkpoints, step):
             return
         # Saved by a job that was stopped in its evaluation.
-        checkpoints.delete(step)
-        if jax.process_index() == 0:
-            # Its place in the trash will be needed when it goes for good.
-            _remove_leftovers(epath.Path(checkpoints.directory))
+        delete(checkpoints, step)
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
     meta["T"] = int(state.curriculum.num_steps)
+    if watch is not None:
+        meta["watch"] = dict(watch)
     items: dict[str, ocp.args.CheckpointArgs] = {
         "state": ocp.args.StandardSave(state),
         "meta": ocp.args.JsonSave(meta),
@@ -147,6 +149,24 @@ def save(
         args=ocp.args.Composite(**items),
         metrics=None if metrics is None else dict(metrics),
     )
+
+
+def delete(checkpoints: ocp.CheckpointManager, step: int) -> None:
+    """Deletes a saved step; every process of the job must call it."""
+    checkpoints.delete(step)
+    if jax.process_index() == 0:
+        # Its place in the trash will be needed if the step is saved and goes again.
+        _remove_leftovers(epath.Path(checkpoints.directory))
+
+
+def saved_watch(checkpoints: ocp.CheckpointManager, step: int) -> Any:
+    """What `save` was given as `watch`; None of a step that has none, or is not there.
+
+    An earlier version saved none.
+    """
+    if step not in checkpoints.all_steps():
+        return None
+    return _read_meta(epath.Path(checkpoints.directory) / str(step)).get("watch")
 
 
 def was_evaluated(checkpoints: ocp.CheckpointManager, step: int) -> bool:
@@ -214,7 +234,7 @@ def load_weights(
         )
     warn_if_unchecked(folder)
     try:
-        meta = json.loads((folder / "meta" / "metadata").read_text())
+        meta = _read_meta(folder)
         weights = _read_averages(folder / "state")
         if (folder / "seeds").exists():
             meta["seeds"] = _read_arrays(folder / "seeds")
@@ -347,6 +367,10 @@ def check_complete(step_folder: epath.Path) -> None:
             f"arrays (state/{_LIST_OF_ARRAYS}) and could not be read: it does not "
             "count. Give a --workdir on another disk, or with plainer names of folders."
         )
+
+
+def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
+    return json.loads((step_folder / "meta" / "metadata").read_text())
 
 
 def _metrics_file(step_folder: epath.Path) -> epath.Path:

@@ -45,8 +45,13 @@ def default() -> ml_collections.ConfigDict:
     config.log_every_steps = 10
     # Steps in a row with NaN or Inf after which the job rolls back.
     config.max_skipped_in_row = 10
+    # When the network dies (`atebm_jax.health`): "rollback" to the last good
+    # checkpoint, "stop", or "note" to go on with nothing but a line.
+    config.on_dying = "rollback"
     # Rollbacks of a stage after which the job gives up.
     config.max_rollbacks = 3
+    # The learning rate is multiplied by this at each rollback, to the stage's end.
+    config.rollback_learning_rate_factor = 0.3
     config.data = _data()
     config.model = _model()
     config.stage1 = _stage()
@@ -266,6 +271,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(
                 f"config.{field} is {value}: it must be at least {smallest}."
             )
+    _check_dying(config)
     for field in ("train", "eval", "test", "seeds"):
         if not config.data[field]:
             raise UserError(
@@ -317,6 +323,23 @@ _SMALLEST: dict[str, float] = {
     "evaluate.samples.pca_components": 1,
     "evaluate.samples.num_reference": 2,
 }
+
+
+#: What a job may do when the network dies.
+ON_DYING = ("rollback", "stop", "note")
+
+
+def _check_dying(config: ml_collections.ConfigDict) -> None:
+    if config.on_dying not in ON_DYING:
+        raise UserError(
+            f"config.on_dying is {config.on_dying!r}: choose one of "
+            f"{', '.join(ON_DYING)}."
+        )
+    factor = config.rollback_learning_rate_factor
+    if not 0 < factor <= 1:
+        raise UserError(
+            f"config.rollback_learning_rate_factor is {factor}: it must lie in (0, 1]."
+        )
 
 
 def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:

@@ -40,14 +40,17 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
-        self._events: dict[str, "tensorboardX.SummaryWriter"] = {}
+        self._events: dict[str, tensorboardX.SummaryWriter] = {}
         # Of a file in a bucket: all its lines, and how many of them are there.
         self._lines: list[str] = []
         self._uploaded = 0
         self._next_upload = 0.0
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drops what was written of `stage` after `step`, before going on from it."""
+    def rewind(self, stage: str, step: int, rollbacks: int = 0) -> None:
+        """Drops what was written of `stage` after `step`, before going on from it.
+
+        Marks of rollbacks after the first `rollbacks` go too: they come again.
+        """
         if not self._active:
             return
         self.flush()
@@ -55,7 +58,9 @@ class MetricWriter:
             kept = [
                 json.dumps(record)
                 for record in read_metrics(self._workdir)
-                if record["stage"] != stage or record["step"] <= step
+                if record["stage"] != stage
+                or record["step"] <= step
+                and record.get("rollbacks", 0) <= rollbacks
             ]
             lines = [f"{line}\n" for line in kept]
             replace_text(self._path, "".join(lines))

@@ -29,7 +29,8 @@ class Stage(NamedTuple):
         known of them; `num_steps` is T, a traced int32 (unused by stage 1).
       loss: (params, batch_stats, batch, adversaries) -> (scalar loss, (new
         batch_stats, outputs)); differentiable in params. The loss is a mean over the
-        batch; of the outputs, scalars are means over it and arrays [B] are per image.
+        batch; of the outputs, scalars are means over it and arrays [B, ...] are per
+        image.
       statistics: outputs of a whole batch -> scalar metrics. Apart from the loss, so
         that a batch may pass in parts and still be ranked as one.
     """
@@ -117,10 +118,11 @@ def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         outputs = {
             "loss_ce": loss_ce,
             "accuracy_adv": metrics.accuracy(logits, batch["y_cls"]).mean(),
+            "logits_adv": logits,
         }
         return loss_ce, (updated.get("batch_stats", {}), outputs)
 
-    return Stage("stage1", ("cls",), adversaries, loss)
+    return Stage("stage1", ("cls",), adversaries, loss, _with_spread)
 
 
 #: What contrastive images may ascend: f(x)[y], or logsumexp f(x).
@@ -192,6 +194,7 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
             "loss_ce": loss_ce,
             "loss_bce": loss_bce,
             "accuracy_adv": metrics.accuracy(adversarial, batch["y_cls"]).mean(),
+            "logits_adv": adversarial,
             "travel": made["travel"],
             **_scores(real, contrastive, made["seed_logits"], batch["y_gen"]),
         }
@@ -233,8 +236,19 @@ def _scores(
     return joint | means
 
 
+def _with_spread(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """How far logits differ from image to image, in place of the logits [B, K].
+
+    sqrt(mean_k Var_b f(x_b)[k]): 0 where all images of the batch get the same.
+    """
+    rest = {k: x for k, x in outputs.items() if k != "logits_adv"}
+    variance = outputs["logits_adv"].astype(jnp.float32).var(axis=0)
+    return rest | {"logit_spread": jnp.sqrt(variance.mean())}
+
+
 def _with_aucs(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """AUCs of f(x)[y] against contrastive images and seeds in place of the scores."""
+    outputs = _with_spread(outputs)
     means = {k: x for k, x in outputs.items() if not k.startswith("joint_")}
     real = outputs["joint_real"]
     return means | {

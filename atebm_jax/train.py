@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from atebm_jax import (
     checkpoint,
     curriculum,
     data,
+    health,
     intact,
     optim,
     sharding,
@@ -62,11 +63,24 @@ _TRAINING_SEEDS = 2**32
 
 
 class Diverged(Exception):
-    """Too many steps in a row, up to `step`, were not finite."""
+    """Steps up to `step` were not finite, or the network is dying.
 
-    def __init__(self, step: int):
+    Attributes:
+      step: the last one looked at.
+      watch: what is remembered of the stage until then.
+      signs: of dying; none where too many steps in a row were not finite.
+    """
+
+    def __init__(
+        self, step: int, watch: health.Watch, signs: Sequence[health.Sign] = ()
+    ):
         super().__init__(step)
-        self.step = step
+        self.step, self.watch, self.signs = step, watch, signs
+
+    def marks(self) -> dict[str, int]:
+        """For the metrics: at which step which sign was seen."""
+        names = [sign.name for sign in self.signs] or ["not_finite"]
+        return {f"sign_{name}": self.step for name in names}
 
 
 def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
@@ -101,22 +115,31 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
     try:
         latest = partial(_latest, job, checkpoints, fresh, like)
         state = latest()
-        _finish_evaluation(job, name, state, total, checkpoints)
+        watch = _watch(job, name, checkpoints, state)
+        _finish_evaluation(job, name, state, watch, total, checkpoints)
+        marks: dict[str, int] = {}
         while int(state.step) < total:
-            job.writer.rewind(name, int(state.step))
             # Read now: the step takes the state's buffers for its own.
-            offset, rollbacks = int(state.data_offset), int(state.rollbacks)
+            first, rollbacks = int(state.step), int(state.rollbacks)
+            offset = int(state.data_offset)
+            job.writer.rewind(name, first, rollbacks)
+            if marks:
+                job.writer.write(name, first, {**marks, "rollbacks": rollbacks})
             try:
-                state = _advance(job, name, state, total, step_fn, checkpoints)
+                state = _advance(job, name, state, watch, total, step_fn, checkpoints)
             except Diverged as error:
                 state = _roll_back(
                     job,
                     name,
                     checkpoints,
                     latest,
+                    error,
                     position=error.step + offset,
                     rollbacks=rollbacks + 1,
                 )
+                watch = _watch(job, name, checkpoints, state)
+                watch = replace(watch, count=error.watch.count)
+                marks = error.marks()
     finally:
         # Waits for a save that is under way, also when interrupted.
         checkpoints.close()
@@ -189,6 +212,7 @@ def build_step(
         seed=config.seed,
         max_decay=stage.average_decay,
         num_micro_batches=stage.num_micro_batches,
+        rollback_factor=config.rollback_learning_rate_factor,
         **options,
     )
     return step, partial(
@@ -234,10 +258,19 @@ def _latest(
     return fresh() if restored is None else restored
 
 
+def _watch(
+    job: Job, name: str, checkpoints: ocp.CheckpointManager, state: TrainState
+) -> health.Watch:
+    """What was remembered of the stage's health at the step of a state."""
+    stored = checkpoint.saved_watch(checkpoints, int(state.step))
+    return health.restore(stored, _health_setting(job.config, name))
+
+
 def _finish_evaluation(
     job: Job,
     name: str,
     state: TrainState,
+    watch: health.Watch,
     total: int,
     checkpoints: ocp.CheckpointManager,
 ) -> None:
@@ -247,18 +280,20 @@ def _finish_evaluation(
         return
     if checkpoint.was_evaluated(checkpoints, step):
         return
-    job.writer.rewind(name, step)
+    job.writer.rewind(name, step, int(state.rollbacks))
     line = ProgressLine(job.console, name, step, total)
     held_out = _evaluate(job, name, state)
-    _Log(job, name, line, step, total).evaluated(step, held_out)
+    log = _Log(job, name, line, watch, step, total)
+    log.evaluated(step, held_out)
     line.close()
-    _save(job, name, checkpoints, state, held_out)
+    _save(job, name, checkpoints, log, state, held_out)
 
 
 def _advance(
     job: Job,
     name: str,
     state: TrainState,
+    watch: health.Watch,
     total: int,
     step_fn: train_step.StepFn,
     checkpoints: ocp.CheckpointManager,
@@ -267,8 +302,8 @@ def _advance(
     config = job.config[name]
     first = int(state.step)
     line = ProgressLine(job.console, name, first, total)
-    save = partial(_save, job, name, checkpoints)
-    log = _Log(job, name, line, first, total)
+    log = _Log(job, name, line, watch, first, total)
+    save = partial(_save, job, name, checkpoints, log)
     try:
         with _batches(job, name, first + int(state.data_offset)) as batches:
             # None beyond the last step: a broken image there is no one's concern.
@@ -283,7 +318,7 @@ def _advance(
                 if evaluate or _due(step, config.checkpoint_every_steps, total):
                     log.flush()
                     # A state amid broken steps is nothing to roll back to.
-                    if int(state.skipped_in_row) == 0 or step == total:
+                    if log.healthy or step == total:
                         try:
                             held_out = _evaluate(job, name, state) if evaluate else None
                         except Interrupted:
@@ -294,7 +329,7 @@ def _advance(
                 number = job.stop.requested()
                 if number:
                     log.flush()
-                    if int(state.skipped_in_row) == 0:
+                    if log.healthy:
                         save(state, None)
                     raise Interrupted(number)
             log.flush()
@@ -303,12 +338,42 @@ def _advance(
     return state
 
 
-class _Log:
-    """Metrics of the latest step on their way to screen and disk, one step late."""
+def _health_setting(config: ml_collections.ConfigDict, name: str) -> health.Setting:
+    """What of a stage's config the signs of its health depend on."""
+    stage, second = config[name], name == "stage2"
+    return health.Setting(
+        stage=name,
+        num_classes=config.model.num_classes,
+        batch_size=stage.batch_size,
+        classifies=not second or stage.weight_ce > 0,
+        t_max=stage.t_max if second else 0,
+        auc_window=curriculum.window_length(stage.auc_window_images, stage.batch_size)
+        if second
+        else 1,
+    )
 
-    def __init__(self, job: Job, name: str, line: ProgressLine, step: int, total: int):
+
+class _Log:
+    """Metrics of the latest step on their way to screen and disk, one step late.
+
+    Attributes:
+      watch: what is remembered of the stage's steps, up to the last one flushed.
+      healthy: whether the state after that step is one to go on from.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        line: ProgressLine,
+        watch: health.Watch,
+        step: int,
+        total: int,
+    ):
         self._job, self._name, self._line = job, name, line
         self._total = total
+        self.watch, self.healthy = watch, True
+        self._setting = _health_setting(job.config, name)
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._since, self._time = step, time.monotonic()
         self._t_max = job.config.stage2.t_max if name == "stage2" else math.inf
@@ -322,22 +387,38 @@ class _Log:
         self._pending = step, metrics, sum(map(len, bad_images.values()))
 
     def flush(self) -> None:
-        """Writes what is pending; raises `Diverged` if too many steps were broken."""
+        """Looks at what is pending, and writes it if it is due.
+
+        Raises:
+          Diverged: too many steps were broken, or the network is dying.
+          UserError: it is, and the config says to stop.
+        """
         if self._pending is None:
             return
         step, metrics, bad_images = self._pending
         self._pending = None
-        if _due(step, self._job.config.log_every_steps, self._total):
-            self._write(step, metrics, bad_images)
-        # Looked at in every step: a rollback must not depend on what is logged.
-        if int(metrics["skipped_in_row"]) >= self._job.config.max_skipped_in_row:
-            raise Diverged(step)
-
-    def _write(
-        self, step: int, metrics: Mapping[str, jax.Array], bad_images: int
-    ) -> None:
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        values["bad_images"] = bad_images
+        # Looked at in every step: a rollback must not depend on what is logged.
+        self.watch, signs = health.look(self.watch, values, self._setting, step)
+        if _due(step, self._job.config.log_every_steps, self._total):
+            self._write(step, values | {"bad_images": bad_images})
+        self._judge(step, int(values["skipped_in_row"]), signs)
+
+    def _judge(self, step: int, skipped: int, signs: Sequence[health.Sign]) -> None:
+        """Tells the signs, and ends what cannot go on."""
+        config, dying = self._job.config, [sign for sign in signs if sign.dying]
+        heeded = config.on_dying != "note"
+        self.healthy = skipped == 0 and not (heeded and self.watch.suspicious())
+        for sign in signs:
+            self._line.note(f"{self._name} step {step}: {sign.text}")
+        if skipped >= config.max_skipped_in_row or (dying and heeded):
+            raise Diverged(step, self.watch, dying if heeded else ())
+        if signs:
+            marks = {f"sign_{sign.name}": step for sign in signs}
+            self._job.writer.write(self._name, step, marks)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        values["health_signs"] = self.watch.count
         now = time.monotonic()
         images = self._job.config[self._name].batch_size * (step - self._since)
         values["images_per_second"] = images / max(now - self._time, 1e-9)
@@ -362,6 +443,7 @@ def _save(
     job: Job,
     name: str,
     checkpoints: ocp.CheckpointManager,
+    log: _Log,
     state: TrainState,
     metrics: Mapping[str, float] | None,
 ) -> None:
@@ -375,6 +457,7 @@ def _save(
         config=job.config,
         metrics=metrics,
         gaussian=job.gaussian,
+        watch=health.as_json(log.watch),
     )
 
 
@@ -431,29 +514,75 @@ def _roll_back(
     name: str,
     checkpoints: ocp.CheckpointManager,
     latest: Callable[[], TrainState],
+    error: Diverged,
     *,
     position: int,
     rollbacks: int,
 ) -> TrainState:
     """The last good state, with data from `position` on instead of the same again."""
-    if rollbacks > job.config.max_rollbacks:
-        raise UserError(
-            f"{name} keeps diverging: loss or gradient was NaN or Inf in "
-            f"{job.config.max_skipped_in_row} steps in a row, again after "
-            f"{rollbacks - 1} rollbacks. Lower config.{name}.learning_rate, or T's "
-            "growth by a higher config.stage2.auc_threshold, in a new workdir."
-        )
     checkpoints.wait_until_finished()
+    _drop_dying(job, name, checkpoints, error)
+    _check_rollbacks(job.config, name, error, rollbacks)
     state = latest()
     step = int(state.step)
+    factor = job.config.rollback_learning_rate_factor
     say(
         job.console,
         f"{name} diverged at data position {position}: rolled back to step {step}, "
-        f"going on with the data after it ({rollbacks} of at most "
-        f"{job.config.max_rollbacks} rollbacks)",
+        f"going on with the data after it and {factor:g} times the learning rate "
+        f"({rollbacks} of at most {job.config.max_rollbacks} rollbacks)",
     )
     counters = {
         "data_offset": jnp.asarray(position - step, jnp.int32),
         "rollbacks": jnp.asarray(rollbacks, jnp.int32),
     }
     return replace(state, **sharding.put_replicated(counters, job.mesh))
+
+
+def _drop_dying(
+    job: Job, name: str, checkpoints: ocp.CheckpointManager, error: Diverged
+) -> None:
+    """Deletes what was saved while the network was dying, signs still unseen.
+
+    The first metrics that show a sign are of the state before them, and what led there
+    went on for a while: a state is good once it was followed by steps without a sign.
+    """
+    if not error.signs:
+        return
+    since = min(sign.since for sign in error.signs)
+    for step in checkpoints.all_steps():
+        if step >= since - health.PATIENCE:
+            checkpoint.delete(checkpoints, step)
+            say(
+                job.console,
+                f"{name}: checkpoint {step}, of the dying network, is deleted",
+            )
+
+
+def _check_rollbacks(
+    config: ml_collections.ConfigDict, name: str, error: Diverged, rollbacks: int
+) -> None:
+    """Refuses to roll back where the config says so, or once more than it allows.
+
+    Raises:
+      UserError: says what was seen, the likely cause and the remedy.
+    """
+    seen = "; ".join(sign.text for sign in error.signs)
+    if seen and config.on_dying == "stop":
+        raise UserError(
+            f"{name} stopped at step {error.step}: {seen}. Lower it in a new workdir, "
+            "or let config.on_dying=rollback do so."
+        )
+    if rollbacks <= config.max_rollbacks:
+        return
+    again = f"again after {rollbacks - 1} rollbacks"
+    if seen:
+        raise UserError(
+            f"{name} keeps diverging, {again}: {seen}. Lower it in a new workdir."
+        )
+    raise UserError(
+        f"{name} keeps diverging: loss or gradient was NaN or Inf in "
+        f"{config.max_skipped_in_row} steps in a row, {again}. Lower "
+        f"config.{name}.learning_rate, or T's growth by a higher "
+        "config.stage2.auc_threshold, in a new workdir."
+    )

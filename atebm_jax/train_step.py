@@ -30,6 +30,7 @@ def make(
     auc_threshold: float = 1.0,
     max_contrastive_steps: int = 0,
     num_micro_batches: int = 1,
+    rollback_factor: float = 1.0,
     gather: Callable[[Any], Any] = lambda params: params,
     scatter: Callable[[Any], Any] = lambda gradients: gradients,
 ) -> StepFn:
@@ -51,6 +52,8 @@ def make(
         and gradients alike, to need about 1/k of the memory. One update of the mean
         gradient follows, and the metrics are those of the whole batch. B must be a
         multiple of k, and of k times the devices it is split over.
+      rollback_factor: the learning rate is multiplied by it at each rollback that the
+        state counts; in (0, 1].
       gather: applied to the parameters once, before all loops; makes them whole on
         every device where the state is split over several.
       scatter: applied to the gradients, before everything elementwise; splits them as
@@ -79,7 +82,9 @@ def make(
         )
         gradients = scatter(gradients)
         metrics = stage.statistics(outputs)
-        rate = learning_rate(state.step)
+        # Exactly the schedule's rate where nothing was rolled back: x ** 0 is 1.
+        lowered = jnp.float32(rollback_factor) ** state.rollbacks.astype(jnp.float32)
+        rate = learning_rate(state.step) * lowered
         gradient_norm = optax.tree.norm(gradients)
         applied = _apply(state, optimizer, gradients, batch_stats, rate, max_decay)
         if "auc" in metrics:

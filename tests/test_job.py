@@ -101,9 +101,10 @@ def test_metrics_hold_what_a_user_watches(finished):
     watched = (
         "loss loss_ce loss_bce auc auc_seeds T score_real score_seeds "
         "score_contrastive gradient_norm travel images_per_second learning_rate "
-        "accuracy_adv skipped"
+        "accuracy_adv logit_spread skipped health_signs"
     )
     assert set(watched.split()) <= step.keys()
+    assert {r["health_signs"] for r in records if "loss" in r} == {0}
     held_out = next(r for r in records if "eval_sample_distance" in r)
     assert {"eval_clean_accuracy", "eval_robust_accuracy"} <= held_out.keys()
 

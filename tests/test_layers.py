@@ -17,6 +17,7 @@ ORDER = (
     "models",
     "curriculum",
     "optim",
+    "health",
     "stages",
     "train_state",
     "train_step",
@@ -53,7 +54,7 @@ ORDER = (
 
 # Rooms that may know less than their place in the order allows.
 FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
-FREE += ("samplers",)
+FREE += ("samplers", "health")
 FREE += ("data", "sharding", "config", "preemption", "reporting")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
@@ -72,7 +73,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
 
 # No file, no clock, no log, no process: nothing but what these offer.
 PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models", "samplers")
-PURE += ("constraints",)
+PURE += ("constraints", "health")
 PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
 PURE_IMPORTS |= {"itertools", "math", "numpy", "scipy", "typing"}
 IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}

@@ -67,6 +67,9 @@ def sample_grid(
 def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Losses, T, AUC, scores and held-out evaluation over the steps of both stages.
 
+    A line marks where a sign of a dying network, or of one that has nothing left to
+    learn from, was seen.
+
     Args:
       path: the PNG file.
       records: the lines of `metrics.jsonl`.
@@ -90,21 +93,41 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
                 marker = "o-" if name.startswith("eval_") else "-"
                 axis.plot(*zip(*points, strict=True), marker, label=name, markersize=3)
         for stage, start in starts.items():
-            axis.axvline(start, color="grey", linewidth=0.5)
-            axis.text(
-                start,
-                1.0,
-                f" {stage}",
-                fontsize=7,
-                va="top",
-                color="grey",
-                transform=axis.get_xaxis_transform(),
-            )
+            _mark(axis, start, f" {stage}", color="grey")
+        for step, sign in _signs(records, starts):
+            _mark(axis, step, f" {sign}", color="red", rotation=90)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         if axis.lines and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     save(figure, path)
+
+
+def _mark(axis: Any, step: int, text: str, *, color: str, rotation: int = 0) -> None:
+    """A vertical line with a word at its upper end."""
+    axis.axvline(step, color=color, linewidth=0.5)
+    axis.text(
+        step,
+        1.0,
+        text,
+        fontsize=7,
+        va="top",
+        color=color,
+        rotation=rotation,
+        transform=axis.get_xaxis_transform(),
+    )
+
+
+def _signs(
+    records: Sequence[Mapping[str, Any]], starts: Mapping[str, int]
+) -> list[tuple[int, str]]:
+    """(step on the common axis, name) of each sign of `atebm_jax.health`."""
+    return [
+        (starts[record["stage"]] + step, name.removeprefix("sign_"))
+        for record in records
+        for name, step in record.items()
+        if name.startswith("sign_")
+    ]
 
 
 def _stage_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
