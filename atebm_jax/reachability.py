@@ -88,7 +88,8 @@ def measure(
     return Reachability(
         distance,
         least,
-        *(way.farthest for way in ways),
+        ways[0].farthest,
+        ways[1].farthest,
         _sentence(distance, least, ways),
     )
 
