@@ -195,12 +195,14 @@ def _why_unwritable(error: BaseException | None) -> str | None:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
+    # Of names of files that are no UTF-8, which Python holds as surrogates.
+    content = text.encode("utf-8", "backslashreplace")
     if in_bucket(path):
         # An object appears when it is complete; renaming would copy it.
-        path.write_text(text)
+        path.write_bytes(content)
         return
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
