@@ -1,6 +1,7 @@
 """What the commands share: config files, overrides, quiet libraries, exit code 2."""
 
 import inspect
+import io
 import logging
 import os
 import sys
@@ -76,6 +77,9 @@ def load_config(path_and_row: str) -> ConfigDict:
 
 def quiet_libraries() -> None:
     """Leaves only errors of the libraries, but warnings of this package, on screen."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal cannot show is no reason to end.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     # What fails in a thread that saves is raised again where the job waits for it.

@@ -205,7 +205,8 @@ def _why_unwritable(error: BaseException | None) -> str | None:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
-    replace_bytes(path, text.encode())
+    # Of names of files that are no UTF-8, which Python holds as surrogates.
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:

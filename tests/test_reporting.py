@@ -2,13 +2,14 @@
 
 import io
 import json
+import warnings
 
 import numpy as np
 import pytest
 from etils import epath
 from rich.console import Console
 
-from atebm_jax.evaluate import plots, report, samples
+from atebm_jax.evaluate import figures, plots, report, samples
 from atebm_jax.reporting import (
     MetricWriter,
     ProgressLine,
@@ -124,6 +125,29 @@ def test_grid_is_drawn_for_grey_and_colour_and_for_broken_images(tmp_path, chann
     path = epath.Path(tmp_path) / "grid.png"
     plots.sample_grid(path, {"a": (images, labels)}, num_classes=3, num_rows=2)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    names = ["caf\udce9", "$a_{$", "\u6f22 50 % \\ ^"]
+    images, labels = np.zeros((3, 8, 8, 1)), np.arange(3)
+    path = epath.Path(tmp_path) / "grid.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.sample_grid(
+            path,
+            {"a": (images, labels)},
+            num_classes=3,
+            num_rows=1,
+            class_names=names,
+        )
+        figures.strips(path, {"a": images}, names)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_that_are_no_utf8_are_escaped_in_reports(tmp_path):
+    replace_text(epath.Path(tmp_path) / "report.md", "caf\udce9, caf\u00e9")
+    text = (tmp_path / "report.md").read_bytes().decode()
+    assert text == "caf\\udce9, caf\u00e9"
 
 
 def test_curves_are_drawn_from_one_stage_alone(tmp_path):

@@ -1,16 +1,30 @@
 """Encoded images to arrays, and arrays to and from Pillow."""
 
+import functools
 import io
+import zlib
 
 import numpy as np
 from PIL import Image
 
 from atebm_jax.errors import UserError
 
-# No others: Pillow would hand some, such as PostScript, to programs of the system.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# No others: Pillow would hand some, such as PostScript, to programs of the system, and
+# takes others by little more than their length.
+FORMATS = (
+    *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
+)
+# Begins as a JPEG and is read as one: telephones put a preview behind it.
+_LIKE_JPEG = "MPO"
 
 _MOST_PIXELS = 2**26
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Endings of the names of image files, as ".jpg", that Pillow has for `FORMATS`."""
+    known = Image.registered_extensions().items()
+    return frozenset(end for end, form in known if form in (*FORMATS, _LIKE_JPEG))
 
 
 def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
@@ -37,18 +51,66 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
             return image
         return _pixels(to_pillow(image), channels)
     try:
-        return _pixels(_open(image), channels)
+        return _pixels(open_image(image), channels)
     except MemoryError:
         raise
     except Exception as error:  # broken files raise nearly anything in Pillow
         raise ValueError(f"cannot decode the image: {error}") from error
 
 
-def _open(encoded: bytes) -> Image.Image:
+def open_image(encoded: bytes) -> Image.Image:
+    """Opens and loads an image file.
+
+    A PNG whose pixels are whole is read whatever its other parts hold: texts, colour
+    profiles and camera data may be damaged, or larger than Pillow takes.
+
+    Raises:
+      Exception: of many kinds, where it is broken or not of `FORMATS`.
+    """
+    try:
+        return _load(encoded)
+    except MemoryError:
+        raise
+    except Exception:
+        plain = _pixels_alone(encoded) if encoded.startswith(_PNG) else encoded
+        if plain == encoded:
+            raise
+        return _load(plain)
+
+
+def _load(encoded: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     check_size(image)
+    if image.format == "JPEG2000" and not _ends_as_jpeg2000(encoded):
+        raise ValueError("it is truncated")
     image.load()
     return image
+
+
+def _ends_as_jpeg2000(encoded: bytes) -> bool:
+    """Whether the mark of the end comes after the data: Pillow does not ask for it."""
+    data, end = b"\xff\x93", b"\xff\xd9"
+    return encoded.rfind(end) > encoded.find(data) >= 0
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Optional chunks that pixels depend on: transparency, and frames of animations.
+_NEEDED = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
+
+
+def _pixels_alone(png: bytes) -> bytes:
+    """A PNG without its optional chunks; camera data stay if they are intact."""
+    parts, place = [_PNG], len(_PNG)
+    while place + 12 <= len(png):
+        length = int.from_bytes(png[place : place + 4], "big")
+        chunk = png[place : place + 12 + length]
+        name, check = chunk[4:8], int.from_bytes(chunk[-4:], "big")
+        intact = name == b"eXIf" and zlib.crc32(chunk[4:-4]) == check
+        # A small letter in front: a reader may leave it out.
+        if not name[:1].islower() or name in _NEEDED or intact:
+            parts.append(chunk)
+        place += 12 + length
+    return b"".join(parts) + png[place:]
 
 
 def check_size(image: Image.Image) -> None:

@@ -101,7 +101,7 @@ def select(
     display = {label: name for label, name in rows if label != "LabelName"}
     hierarchy = _hierarchy(hierarchy_file) if hierarchy_file else None
     overlap = overlapping_labels(display, names_of_classes(classes_file), hierarchy)
-    with decisions.open("w", newline="") as file:
+    with decisions.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "name", "overlaps"])
         writer.writerows([k, name, overlap.get(k, "")] for k, name in display.items())

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from atebm_jax.data import decoding, openimages, prepared
-from atebm_jax.data.sources import Source, open_source
+from atebm_jax.data.sources import FolderSource, Source, open_source
 from atebm_jax.errors import UserError
 
 # Of this command alone: several may be imported side by side.
@@ -298,13 +298,14 @@ def _sha256(path: Path) -> str:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def _open(to: str) -> tuple[Source, np.ndarray | None]:
     """The source of the flags, and which of its images."""
     kind, _, folder = str(_FROM.value).partition(":")
+    source: Source
     if kind != "openimages":
         source = open_source(str(_FROM.value), _DATA_DIR.value)
         candidates = np.arange(len(source))
@@ -317,7 +318,7 @@ def _open(to: str) -> tuple[Source, np.ndarray | None]:
         missing = [f"--{name}" for name, value in needed.items() if not value]
         if missing:
             raise UserError(f"openimages needs {' and '.join(missing)} too.")
-        source = open_source(f"folder:{folder}")
+        images = FolderSource(folder)
         decisions = Path(f"{to.rstrip(os.sep)}.labels.csv").expanduser()
         decisions.parent.mkdir(parents=True, exist_ok=True)
         allowed = openimages.select(
@@ -327,7 +328,8 @@ def _open(to: str) -> tuple[Source, np.ndarray | None]:
             _HIERARCHY.value,
             decisions,
         )
-        names = [Path(source.describe(i)).stem for i in range(len(source))]
+        names = [Path(images.path(i)).stem for i in range(len(images))]
+        source = images
         candidates = np.flatnonzero([name in allowed for name in names])
         print(
             f"{len(candidates)} of {len(source)} images overlap no class; the decision "

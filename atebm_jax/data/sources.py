@@ -5,6 +5,8 @@ threads or processes of the pipeline, and can name each image for messages. Ever
 source can be pickled: worker processes receive a copy.
 """
 
+import collections
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -13,11 +15,12 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
+from atebm_jax.names import printable
 
-IMAGE_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-)
+_log = logging.getLogger(__name__)
+
 UNLABELLED = -1
 
 _EXAMPLES = (
@@ -197,46 +200,51 @@ class FolderSource:
     """Image files below a folder.
 
     With sub-folders each of them is a class (labels by sorted name, images at any
-    depth); without, the images are unlabelled. Names beginning with a dot are passed
-    over, and files are told to be images by their extension.
+    depth); without, the images are unlabelled. Files are told to be images by their
+    extension; how many others there are is said. Names beginning with a dot, folders
+    that systems put among images (`@eaDir`, `__MACOSX`) and links to a folder above
+    them are passed over.
 
     Raises:
-      UserError: the folder is missing, holds no image, has a class without images,
-        or mixes images with class folders.
+      UserError: a folder is missing or cannot be read, it holds no image, has a class
+        without images, or mixes images with class folders.
     """
 
     def __init__(self, path: str):
-        self.spec = f"folder:{path}"
+        self.spec = f"folder:{printable(path)}"
         self._root = os.path.expanduser(path)
         if not path or not os.path.isdir(self._root):
             raise UserError(
                 f"{self.spec}: there is no such folder; give the folder that holds "
                 "the images, or one sub-folder for each class"
             )
-        folders, flat = _scan(self._root)
+        tree = _Tree(self._root)
+        folders, flat = tree.top()
         if folders and flat:
             raise UserError(
-                f"{self.spec}: both images ({flat[0]}, ...) and class folders "
-                f"({folders[0]}, ...) found; move the images into class folders, or "
-                "away"
+                f"{self.spec}: both images ({printable(flat[0])}, ...) and class "
+                f"folders ({printable(folders[0])}, ...) found; move the images into "
+                "class folders, or away"
             )
         # Paths below the root: a million of them travel to each worker.
         self._paths = list(flat)
         labels = [UNLABELLED] * len(flat)
         for label, folder in enumerate(folders):
-            paths = _walk(self._root, folder)
+            paths = tree.below(folder)
             self._paths += paths
             labels += [label] * len(paths)
         self._labels = np.array(labels, np.int32)
-        self.class_names = tuple(folders) or None
+        self.class_names = tuple(map(printable, folders)) or None
         self.num_classes = len(folders) or None
-        self._check_not_empty(folders)
+        _say_passed_over(self.spec, tree.passed_over)
+        self._check_not_empty(self.class_names or ())
+        _warn_of_numbers(self.spec, self.class_names or ())
 
-    def _check_not_empty(self, folders: list[str]) -> None:
+    def _check_not_empty(self, folders: Sequence[str]) -> None:
         if not self._paths:
             raise UserError(
                 f"{self.spec}: no images found (looked for "
-                f"{', '.join(sorted(IMAGE_EXTENSIONS))}, in class folders too)"
+                f"{', '.join(sorted(decoding.extensions()))}, in class folders too)"
             )
         present = set(self._labels.tolist())
         empty = [name for label, name in enumerate(folders) if label not in present]
@@ -251,37 +259,139 @@ class FolderSource:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        image = Path(self.describe(index)).read_bytes()
+        image = Path(self.path(index)).read_bytes()
         return {"image": image, "label": int(self._labels[index])}
 
-    def describe(self, index: int) -> str:
+    def path(self, index: int) -> str:
+        """Where image `index` is; `describe` is for people."""
         return os.path.join(self._root, self._paths[index])
 
-
-def _scan(folder: str) -> tuple[list[str], list[str]]:
-    """Sorted names of the sub-folders and of the image files in `folder`."""
-    folders, images = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS:
-                images.append(entry.name)
-    return sorted(folders), sorted(images)
+    def describe(self, index: int) -> str:
+        return printable(self.path(index))
 
 
-def _walk(root: str, below: str) -> list[str]:
-    """Paths from `root` of all images below `root/below`, in a fixed order."""
-    paths: list[str] = []
-    pending = [below]
-    while pending:
-        folder = pending.pop()
-        folders, images = _scan(os.path.join(root, folder))
-        paths += [os.path.join(folder, name) for name in images]
-        pending += [os.path.join(folder, name) for name in reversed(folders)]
-    return paths
+# Put beside images by network disks, archives and systems, with small images in some.
+_NOT_CLASSES = frozenset(
+    ("@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found")
+    + ("system volume information", "__pycache__")
+)
+
+# A folder, whatever its paths: device and number.
+_Identity = tuple[int, int]
+
+
+class _Tree:
+    """The folders and image files below a root.
+
+    Attributes:
+      passed_over: what is neither, by ending or by name of the folder.
+    """
+
+    def __init__(self, root: str):
+        self.passed_over: collections.Counter[str] = collections.Counter()
+        self._root = root
+
+    def top(self) -> tuple[list[str], list[str]]:
+        """Sorted names of the sub-folders and of the image files in the root."""
+        return self._scan("", frozenset((self._identity(""),)))
+
+    def below(self, folder: str) -> list[str]:
+        """Paths from the root of all images below a folder in it, in a fixed order."""
+        paths: list[str] = []
+        pending = [(folder, frozenset((self._identity(""),)))]
+        while pending:
+            folder, above = pending.pop()
+            above = above | {self._identity(folder)}
+            folders, images = self._scan(folder, above)
+            paths += [os.path.join(folder, name) for name in images]
+            pending += [(os.path.join(folder, name), above) for name in folders[::-1]]
+        return paths
+
+    def _scan(
+        self, folder: str, above: frozenset[_Identity]
+    ) -> tuple[list[str], list[str]]:
+        """Sorted names of the sub-folders and of the image files in a folder."""
+        folders, images = [], []
+        endings = decoding.extensions()
+        try:
+            with os.scandir(os.path.join(self._root, folder)) as entries:
+                for entry in entries:
+                    ending = os.path.splitext(entry.name)[1].lower()
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        if self._is_to_be_read(entry, above):
+                            folders.append(entry.name)
+                    elif ending in endings:
+                        images.append(entry.name)
+                    else:
+                        self.passed_over[printable(ending) or "no ending"] += 1
+        except OSError as error:
+            raise self._unreadable(folder, error) from error
+        return sorted(folders), sorted(images)
+
+    def _is_to_be_read(self, entry: os.DirEntry, above: frozenset[_Identity]) -> bool:
+        if entry.name.lower() in _NOT_CLASSES:
+            self.passed_over[f"folder {entry.name}"] += 1
+            return False
+        if entry.is_symlink():
+            status = entry.stat()
+            # It would lead round and round.
+            if (status.st_dev, status.st_ino) in above:
+                self.passed_over[f"link {printable(entry.name)} to above it"] += 1
+                return False
+        return True
+
+    def _identity(self, folder: str) -> _Identity:
+        try:
+            status = os.stat(os.path.join(self._root, folder))
+        except OSError as error:
+            raise self._unreadable(folder, error) from error
+        return status.st_dev, status.st_ino
+
+    def _unreadable(self, folder: str, error: OSError) -> UserError:
+        path = printable(os.path.join(self._root, folder))
+        return UserError(
+            f"folder:{printable(self._root)}: {path} cannot be read "
+            f"({error.strerror}): make it readable, or move it away"
+        )
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _say_passed_over(spec: str, passed_over: collections.Counter[str]) -> None:
+    if passed_over:
+        kinds = [f"{kind}: {count}" for kind, count in passed_over.most_common(5)]
+        more = f" and {len(passed_over) - 5} more kinds" * (len(passed_over) > 5)
+        _log.warning(
+            "%s: %d files and folders that are no images are passed over (%s%s)",
+            spec,
+            passed_over.total(),
+            ", ".join(kinds),
+            more,
+        )
+
+
+def _warn_of_numbers(spec: str, names: Sequence[str]) -> None:
+    """Says that folders "1", "10", "2" are classes 0, 1 and 2."""
+    if not all(name.isdecimal() for name in names):
+        return
+    wrong = [k for k, name in enumerate(sorted(names, key=int)) if name != names[k]]
+    if wrong:
+        _log.warning(
+            "%s: the class folders are numbers in the order of their letters (%s, "
+            "...): class %d is the folder %s. Leading zeros (%s) keep their order",
+            spec,
+            ", ".join(names[:4]),
+            wrong[0],
+            names[wrong[0]],
+            str(wrong[0]).zfill(len(str(len(names)))),
+        )
 
 
 class TfdsSource:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from atebm_jax.evaluate.plots import save, subplots
+from atebm_jax.evaluate.plots import as_they_are, save, subplots
 from atebm_jax.metrics import Reliability, roc_curve
+from atebm_jax.names import printable
 
 
 def reliability(path: epath.Path, diagrams: Mapping[str, Reliability]) -> None:
@@ -86,7 +87,7 @@ def detection(
             bottom.plot(*roc_curve(inside[score], rows[score]), label=moment)
         bottom.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         bottom.set_xlabel("false positive rate", fontsize=8)
-    axes[0, 0].legend(fontsize=7)
+    as_they_are(axes[0, 0].legend(fontsize=7).get_texts())
     axes[1, 0].legend(fontsize=7)
     axes[1, 0].set_ylabel("true positive rate", fontsize=8)
     save(figure, path)
@@ -117,7 +118,7 @@ def strips(
         line[0].set_yticks([])
         line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     for axis, title in zip(axes[0], columns_are):
-        axis.set_title(title, fontsize=7)
+        as_they_are([axis.set_title(printable(title), fontsize=7)])
     save(figure, path)
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from atebm_jax import attacks, energy, metrics, models
 from atebm_jax.evaluate import figures
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
+from atebm_jax.names import for_files, printable
 
 ScoreFn = Callable[[models.LogitsFn, jax.Array], jax.Array]
 
@@ -115,7 +116,9 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
                 values |= _figures(context, prefix, inside[name], outside[name])
         name = f"ood_{_file_name(role)}.png"
         plots.append(name if name not in plots else f"{len(plots)}_{name}")
-        figures.detection(out / plots[-1], role, tuple(DETECTORS), inside, sets)
+        figures.detection(
+            out / plots[-1], printable(role), tuple(DETECTORS), inside, sets
+        )
     protocol = {
         "positive": "test images; higher scores mean in distribution",
         "sets": {role: context.describe_data(role) for role in context.options.ood},
@@ -177,4 +180,4 @@ def _figures(
 
 
 def _file_name(role: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in role)
+    return for_files("".join(c if c.isalnum() else "_" for c in role))

@@ -1,12 +1,15 @@
 """Pictures of a run: sample grids and training curves, as PNG."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+
+from atebm_jax.names import printable
 
 
 def subplots(
@@ -56,9 +59,10 @@ def sample_grid(
         names = class_names or [str(k) for k in range(num_classes)]
         axis.set_xticks(
             [(k + 0.5) * width for k in range(columns)],
-            [names[k] for k in range(columns)],
+            [printable(names[k]) for k in range(columns)],
             fontsize=7,
         )
+        as_they_are(axis.get_xticklabels())
         axis.set_yticks([])
         axis.tick_params(length=0)
     save(figure, path)
@@ -152,10 +156,19 @@ def _tile(
     return np.nan_to_num(canvas)
 
 
+def as_they_are(texts: Iterable[Any]) -> None:
+    """Names of files and classes are no formulas: "$" is a dollar."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
 def save(figure: Figure, path: epath.Path) -> None:
     """Writes a figure as PNG; only the first process writes."""
     if jax.process_index() != 0:
         return
-    figure.tight_layout()
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=110, format="png")
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.tight_layout()
+        with path.open("wb") as file:
+            figure.savefig(file, dpi=110, format="png")

@@ -7,6 +7,7 @@ shows them: turned as their EXIF entry says. Data sets pass through the config's
 
 import hashlib
 import re
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from atebm_jax import data
+from atebm_jax import data, names
 from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
+from atebm_jax.names import printable
 
 _SOURCES = ("digits:", "tfds:", "folder:", "prepared:")
 # 32 bits a value, and no range that is known.
 _MODES_WITHOUT_RANGE = ("I", "F")
+
+
+# What Pillow raises for it: nearly anything.
+_DAMAGED_EXIF = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError),
+    *(SyntaxError, TypeError, ValueError, struct.error),
+)
 
 
 class Picture(NamedTuple):
@@ -32,12 +41,14 @@ class Picture(NamedTuple):
       origin: its path, or its place in a data set.
       label: its class in a data set; None where there is none.
       read: (H, W, C) -> [H, W, C] uint8; raises UserError.
+      path: of its file; None in a data set.
     """
 
     name: str
     origin: str
     label: int | None
     read: Callable[[tuple[int, ...]], np.ndarray]
+    path: Path | None = None
 
 
 def pictures(
@@ -69,7 +80,7 @@ def pictures(
         elif path.is_dir():
             source = data.FolderSource(text)
             places = _places(index or "all", len(source), text)
-            files = [Path(source.describe(place)) for place in places]
+            files = [Path(source.path(place)) for place in places]
             found += [_of_file(file, config, resize) for file in files]
         elif path.is_file():
             found.append(_of_file(path, config, resize))
@@ -98,14 +109,11 @@ def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
       UserError: no image, transparent, animated, or of another size without `resize`.
     """
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=decoding.FORMATS) as opened,
-        ):
-            decoding.check_size(opened)
+        with warnings.catch_warnings(action="ignore"):
+            opened = decoding.open_image(path.read_bytes())
             _check_readable(path, opened)
             deep = decoding.has_16_bits(opened)
-            picture = ImageOps.exif_transpose(opened)
+            picture = _turned(opened)
             alpha = "A" in picture.getbands() or "transparency" in picture.info
             if alpha and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
                 raise UserError(
@@ -183,6 +191,14 @@ def fingerprint(image: np.ndarray) -> str:
     return hashlib.sha256(described + image.tobytes()).hexdigest()
 
 
+def _turned(opened: Image.Image) -> Image.Image:
+    """An image as its EXIF entry says; as it is where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(opened)
+    except _DAMAGED_EXIF:
+        return opened
+
+
 def _check_readable(path: Path, opened: Image.Image) -> None:
     # Telephones put a preview behind the image, as MPO.
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
@@ -226,7 +242,7 @@ def _of_file(path: Path, config: Any, resize: bool) -> Picture:
     def read(shape: tuple[int, ...]) -> np.ndarray:
         return read_file(path, shape, config, resize)
 
-    return Picture(path.stem, str(path), None, read)
+    return Picture(names.for_files(path.stem), printable(str(path)), None, read, path)
 
 
 def _of_source(
@@ -240,7 +256,7 @@ def _of_source(
             "or --index=all."
         )
     labelled = source.num_classes == config.model.num_classes
-    prefix = re.sub(r"[^\w.-]+", "_", spec)
+    prefix = names.for_files(re.sub(r"[^\w.-]+", "_", printable(spec)))
 
     def picture(place: int) -> Picture:
         def read(shape: tuple[int, ...]) -> np.ndarray:
@@ -288,11 +304,9 @@ def _with_unique_names(found: list[Picture]) -> list[Picture]:
         lambda path: "_".join(path.absolute().parts[1:]),
     ]
     for way in ways:
-        paths = [Path(picture.origin) for picture in found]
-        names = [
-            way(path) if path.is_file() else picture.name
-            for path, picture in zip(paths, found, strict=True)
+        made = [
+            p.name if p.path is None else names.for_files(way(p.path)) for p in found
         ]
-        if len(set(names)) == len(names):
-            return [p._replace(name=n) for p, n in zip(found, names, strict=True)]
+        if len(set(made)) == len(made):
+            return [p._replace(name=n) for p, n in zip(found, made, strict=True)]
     raise UserError("an image is named twice: name each once.")

@@ -1,5 +1,7 @@
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -228,3 +230,56 @@ def test_decode_refuses_truncated_files(image, encode, kind, part):
 def test_decode_refuses_text():
     with pytest.raises(ValueError, match="cannot decode"):
         decode(b"<html>not found</html>", 3)
+
+
+def chunk(name, body, check=None):
+    check = zlib.crc32(name + body) if check is None else check
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", check)
+
+
+LARGE = zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"key\0\0" + LARGE),
+        chunk(b"iTXt", b"key\0\1\0\0\0" + LARGE),
+        chunk(b"iCCP", b"name\0\0" + LARGE),
+        chunk(b"eXIf", b"no camera"),
+        chunk(b"eXIf", b"no camera", check=7),
+        chunk(b"tEXt", b"key\0value", check=7),
+        chunk(b"pHYs", b""),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "eXIf", "eXIf, check", "tEXt, check", "pHYs"],
+)
+def test_png_is_read_whatever_stands_beside_its_pixels(image, encode, extra):
+    whole = encode(image, "PNG")
+    for place in (33, len(whole) - 12):  # before the pixels, behind them
+        encoded = whole[:place] + extra + whole[place:]
+        np.testing.assert_array_equal(decode(encoded, 3), image)
+    for cut in (whole[: len(whole) // 2], whole[:33] + extra + whole[33:90]):
+        with pytest.raises(ValueError, match="cannot decode"):
+            decode(cut, 3)
+
+
+def test_png_keeps_its_transparency_without_its_texts(encode):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).convert("P").save(buffer, "PNG", transparency=3)
+    whole = buffer.getvalue()
+    encoded = whole[:33] + chunk(b"zTXt", b"key\0\0" + LARGE) + whole[33:]
+    np.testing.assert_array_equal(decode(encoded, 3), decode(whole, 3))
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "QOI"])
+def test_newer_formats_are_decoded_whole_or_refused(image, encode, kind):
+    image = image // 8 + 100
+    whole = encode(image, kind)
+    expected = decode(whole, 3)
+    np.testing.assert_allclose(expected, image, atol=40)
+    for length in range(0, len(whole), max(len(whole) // 60, 1)):
+        try:
+            np.testing.assert_array_equal(decode(whole[:length], 3), expected)
+        except ValueError as error:
+            assert "cannot decode the image" in str(error)

@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 import pickle
 import sys
 import tarfile
@@ -174,6 +176,100 @@ def test_class_folders_are_labelled_in_order_of_name(tmp_path, encode, image):
     expected = ("ant/deep/er/3.jpeg", "cat/1.png", "cat/2.JPG")
     assert names == [str(tmp_path / path) for path in expected]
     np.testing.assert_array_equal(decode(source[1]["image"], 3), image)
+
+
+def put(path, content=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_every_ending_that_is_decoded_is_read_and_others_are_said(
+    tmp_path, encode, image, caplog
+):
+    known = ("jfif", "jpe", "JPG", "pgm", "pbm", "pnm", "apng", "mpo", "avif", "jp2")
+    for ending in known:
+        put(tmp_path / "cat" / f"a.{ending}", encode(image, "PNG"))
+    for ending in ("eps", "ps", "pdf", "wmf", "psd", "txt", "db", "mp4"):
+        put(tmp_path / "cat" / f"b.{ending}")
+    put(tmp_path / "cat" / "README")
+    put(tmp_path / "cat" / ".hidden.txt")
+    source = open_source(f"folder:{tmp_path}")
+    assert len(source) == len(known)
+    assert "9 files and folders that are no images are passed over" in caplog.text
+    assert ".pdf: 1" in caplog.text or "more kinds" in caplog.text
+
+
+def test_folders_of_systems_are_no_classes(tmp_path, encode, image, caplog):
+    for name in ("ant", "@eaDir", "__MACOSX", "ant/@eaDir", ".git", "bee"):
+        put(tmp_path / name / "a.png", encode(image, "PNG"))
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ("ant", "bee") and len(source) == 2
+    assert "folder @eaDir: 2" in caplog.text and "folder __MACOSX: 1" in caplog.text
+
+
+def test_links_that_lead_above_themselves_are_passed_over(
+    tmp_path, encode, image, caplog
+):
+    root = tmp_path / "root"
+    put(root / "ant" / "deep" / "a.png", encode(image, "PNG"))
+    put(tmp_path / "elsewhere" / "b.png", encode(image, "PNG"))
+    (root / "bee").symlink_to(tmp_path / "elsewhere")
+    (root / "bee" / "to_bee").symlink_to(root / "bee")
+    (root / "all").symlink_to(root)
+    (root / "ant" / "deep" / "up").symlink_to("..")
+    (root / "ant" / "to_bee").symlink_to(root / "bee")
+    (root / "ant" / "self").symlink_to("self")
+    source = open_source(f"folder:{root}")
+    assert source.class_names == ("ant", "bee")
+    assert [source[i]["label"] for i in range(len(source))] == [0, 0, 1]
+    assert "to above it" in caplog.text
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path, encode, image, monkeypatch):
+    for name in ("ant", "bee"):
+        put(tmp_path / name / "a.png", encode(image, "PNG"))
+    scan = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path.rstrip("/")) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for closed in ("bee", tmp_path.name):
+        with pytest.raises(UserError, match=f"{closed}.? cannot be read .Permission"):
+            open_source(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [(range(1, 11), True), (range(10), False), (["01", "2"], False)],
+)
+def test_numbers_in_the_order_of_letters_are_said(
+    tmp_path, encode, image, caplog, numbers, said
+):
+    for number in numbers:
+        put(tmp_path / str(number) / "a.png", encode(image, "PNG"))
+    open_source(f"folder:{tmp_path}")
+    assert ("class 1 is the folder 10" in caplog.text) == said
+
+
+def test_names_that_are_no_utf8_are_escaped_where_they_are_shown(
+    tmp_path, encode, image
+):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    for name in (b"th\xe9.png", "tea\n\u00e9.png".encode()):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(encode(image, "PNG"))
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ("caf\\xe9",)
+    shown = [source.describe(i).rpartition("/")[2] for i in range(2)]
+    assert shown == ["tea\\n\u00e9.png", "th\\xe9.png"]
+    for i in range(2):
+        np.testing.assert_array_equal(decode(source[i]["image"], 3), image)
+    whole = open_source("folder:" + os.fsdecode(folder))
+    assert len(whole) == 2 and whole.spec.endswith("caf\\xe9")
 
 
 def test_flat_folder_is_unlabelled(flat_folder):

@@ -1,5 +1,6 @@
 """Images that users name: formats, sizes, names."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,15 @@ def test_exif_turns_the_image(tmp_path):
     exif[0x0112] = 6  # to be turned clockwise
     turned = saved(tmp_path, Image.fromarray(GREY), "x.png", exif=exif)
     np.testing.assert_array_equal(read(turned)[..., 0], np.rot90(GREY, -1))
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    for ending in ("png", "jpg", "webp"):
+        options = {"exif": b"Exif\0\0no camera", "quality": 95}
+        path = saved(tmp_path, Image.fromarray(COLOUR), f"x.{ending}", **options)
+        np.testing.assert_allclose(read(path, (8, 8, 3)), COLOUR, atol=60)
+        if ending == "png":
+            np.testing.assert_array_equal(read(path, (8, 8, 3)), COLOUR)
 
 
 def test_other_sizes_are_refused_or_cover_the_frame(tmp_path):
@@ -143,6 +153,21 @@ def test_names_of_files_tell_images_apart(tmp_path):
     assert names("b/dog.png", "b/dog.bmp") == ["dog.png", "dog.bmp"]
     assert names("a/cat.png", "b/cat.png") == ["a_cat.png", "b_cat.png"]
     assert names("b") == ["cat.png", "dog.bmp", "dog.png"]
+
+
+def test_names_of_results_are_short_and_can_be_written_everywhere(tmp_path):
+    given = (b"n" * 233, b"n" * 232 + b"m", "\u00e9".encode() * 120, b"caf\xe9")
+    for name in given:
+        path = os.path.join(os.fsencode(tmp_path), name + b".png")
+        Image.fromarray(GREY).save(os.fsdecode(path))
+    found = inputs.pictures([str(tmp_path)], None, CONFIG)
+    made = {picture.name for picture in found}
+    assert len(made) == 4 and "caf\\xe9" in made
+    for name in made:
+        assert len(name.encode()) <= 128
+    for picture in found:
+        assert picture.origin.encode()
+        np.testing.assert_array_equal(picture.read((8, 8, 1))[..., 0], GREY)
 
 
 def test_places_are_numbers_and_runs():
