@@ -57,7 +57,7 @@ def cpu() -> ConfigDict:
 def hour() -> ConfigDict:
     config = cifar_cpu("cifar10", num_classes=10)
     config.stage1.num_epochs = 5.0
-    config.stage2.num_steps = 300
+    config.stage2.num_steps = 200
     config.stage2.eval_every_steps = 100
     return config
 

@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "atebm_jax"
 # From what knows nothing to what knows everything: a room imports earlier ones only.
 ORDER = (
     "errors",
+    "names",
+    "local_path",
     "energy",
     "losses",
     "attacks",
@@ -58,6 +60,7 @@ FREE += ("samplers", "health")
 FREE += ("data", "sharding", "config", "preemption", "reporting")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
+    "data": {"names"},
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
     "train_step": {"stages", "train_state", "curriculum", "optim"},

@@ -193,9 +193,13 @@ def test_large_photographs_reach_others_and_noise_does_not(tfds_dir):
     config = load_config(f"{CONFIGS}/imagenet256.py:resnet50_t15")
     halves = ("tfds:imagenet_sample:train[:50%]", "tfds:imagenet_sample:train[50%:]")
     train, seeds = (data.open_source(half, tfds_dir) for half in halves)
+    config.data.seeds = halves[1]
     near = reachability.of_config(config, {"train": train, "seeds": seeds})
+    config.data.seeds = "gaussian"
+    drawn = reachability.of_config(config, {"train": train})
+    config.data.seeds = "noise"
     noise = reachability.of_config(config, {"train": train})
-    assert near.sentence is None
+    assert near.sentence is None and drawn.sentence is None
     assert near.distance > 100 and noise.distance > 100
     assert near.least_distance < 30 and noise.least_distance > 100
     assert "contrastive images go no farther than 30" in noise.sentence
