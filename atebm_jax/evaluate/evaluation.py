@@ -15,7 +15,7 @@ from rich.console import Console
 from atebm_jax import checkpoint, data, sharding
 from atebm_jax.evaluate import accuracy, plots, report, samples
 from atebm_jax.preemption import StopSignal
-from atebm_jax.reporting import read_metrics
+from atebm_jax.reporting import read_metrics, say
 
 
 class Evaluation:
@@ -66,7 +66,7 @@ class Evaluation:
             result = self._measure(folders)
         if jax.process_index() == 0:
             report.show(console, result)
-            console.print(f"report, pictures and checkpoints are in {self._workdir}")
+            say(console, f"report, pictures and checkpoints are in {self._workdir}")
         return result
 
     def _holds(self, result: dict[str, Any], steps: dict[str, int]) -> bool:

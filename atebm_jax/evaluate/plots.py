@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 
 def subplots(
@@ -133,6 +134,9 @@ def save(figure: Figure, path: epath.Path) -> None:
     """Writes a figure as PNG; only the first process writes."""
     if jax.process_index() != 0:
         return
+    # Names of classes and data sets are no formulas: "$" is a dollar.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, dpi=110, format="png")
