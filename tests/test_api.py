@@ -10,7 +10,6 @@ import tiny
 import atebm_jax
 from atebm_jax import UserError, constraints
 
-
 # Packages that take long to import; none is needed before something asks for it.
 HEAVY = ("IPython", "PIL", "array_record", "clu", "grain", "matplotlib", "pandas")
 HEAVY += ("safetensors", "scipy", "sklearn", "tensorboardX", "tensorflow")
