@@ -90,6 +90,51 @@ def quiet_libraries() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
 
 
+# Variables that make JAX insist on a platform.
+_PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+
+
+def check_platform() -> None:
+    """Refuses a platform that the environment asks for and this machine does not have.
+
+    Must run after the processes of a job were joined: it looks at the devices.
+
+    Raises:
+      UserError: says what there is.
+    """
+    import jax
+
+    asked = [f"{k}={os.environ[k]}" for k in _PLATFORM_VARIABLES if os.environ.get(k)]
+    try:
+        jax.devices()
+    # Without the plugin of a platform JAX fails by an assertion.
+    except (RuntimeError, AssertionError) as error:
+        if not asked:
+            raise
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split())
+        raise UserError(
+            f"{' and '.join(asked)}: JAX cannot use that here"
+            f"{f' ({reason[:300]})' if reason else ''}; available: "
+            f"{', '.join(_platforms())}. Set JAX_PLATFORMS to one of these, leave it "
+            "out, or install the package's extra for the hardware: "
+            "pip install 'atebm_jax[cuda]' or 'atebm_jax[tpu]'."
+        ) from error
+
+
+def _platforms() -> list[str]:
+    """The platforms that JAX finds by itself; it is left as it was."""
+    import jax
+    from jax.extend import backend
+
+    asked = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        return sorted(backend.backends())
+    finally:
+        backend.clear_backends()
+        jax.config.update("jax_platforms", asked)
+
+
 def fail(error: Exception) -> NoReturn:
     """Ends the process with the one sentence and exit code 2."""
     print(f"error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atebm_jax import (
     archs,
@@ -35,6 +36,7 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import say
 from atebm_jax.train import build_step
 
 GIB = 2**30
@@ -425,16 +427,17 @@ def _show(
     figures: dict[str, Any],
 ) -> None:
     size = "x".join(map(str, config.data.image_shape[:2]))
-    table = Table(
-        title=f"{archs.describe(config.model)} at {size}, {config.model.dtype}, "
-        f"{name}, batch {figures['batch_size']} on {figures['devices']} devices",
-        show_header=False,
+    title = (
+        f"{archs.describe(config.model)} at {size}, {config.model.dtype}, "
+        f"{name}, batch {figures['batch_size']} on {figures['devices']} devices"
     )
+    table = Table(title=Text(title, style="table.title"), show_header=False)
     image_mib = max(figures["loss_bytes"], figures["pgd_bytes"]) / 2**20
     table.add_row("parameters", f"{figures['parameters']:,}")
     state = figures["state_bytes"] / GIB
     passing = (figures["gradient_bytes"] + figures["gathered_bytes"]) / GIB
-    table.add_row(f"state, a device (mesh {config.mesh})", f"{state:.2f} GiB")
+    where = Text(f"state, a device (mesh {config.mesh})")
+    table.add_row(where, f"{state:.2f} GiB")
     table.add_row("gradient and gathered parameters, a device", f"{passing:.2f} GiB")
     table.add_row("activations, an image of each stream", f"{image_mib:.0f} MiB")
     for part, flops in figures["flops"].items():
@@ -458,4 +461,4 @@ def _show(
             verdict += f" It would with {'; or '.join(figures['remedies'])}."
         else:
             verdict += " No split, rematerialisation or number of devices would help."
-    console.print(f"{name} {verdict}", highlight=False, soft_wrap=True)
+    say(console, f"{name} {verdict}")

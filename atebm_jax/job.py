@@ -299,18 +299,15 @@ def _gaussian(
 
 
 def _greet(console: Console, job: Job) -> None:
-    if jax.process_index() != 0:
-        return
     variables = jax.eval_shape(lambda: _random_variables(job.model, job.config))
     number = parameter_overview.count_parameters(variables["params"])
     config = job.config.model
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    console.print(
+    say(
+        console,
         f"atebm_jax {importlib.metadata.version('atebm_jax')}: "
         f"{archs.describe(config)}, {number:,} parameters, {config.dtype}, "
         f"on {devices}; workdir {job.workdir}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

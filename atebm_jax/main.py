@@ -10,7 +10,12 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from atebm_jax.command_line import check_overrides, fail, quiet_libraries
+from atebm_jax.command_line import (
+    check_overrides,
+    check_platform,
+    fail,
+    quiet_libraries,
+)
 from atebm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -67,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
         initialize_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
+        check_platform()
         use_cache(_CACHE.value or "off", str(_WORKDIR.value))
         job.run(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CHANGE.value)
     except UserError as error:
@@ -87,6 +93,7 @@ def _dry_run() -> None:
         _DEVICES.value, _MEMORY.value, _PEAK.value, _UTILISATION.value
     )
     try:
+        check_platform()
         dry_run.run(_CONFIG.value, machine, json_file=_DRY_RUN_JSON.value)
     except UserError as error:
         fail(error)

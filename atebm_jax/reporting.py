@@ -19,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from atebm_jax.errors import UserError
 
@@ -221,9 +222,13 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line as it is, once for all processes.
+
+    Whatever holds a user's text (a path, a name) is printed so, or stands in a table as
+    `Text`: rich reads plain strings as markup, and "[bold]" is a fine name of a folder.
+    """
     if jax.process_index() == 0:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(Text(text), soft_wrap=True)
 
 
 # Metrics of the progress line, in this order, with their format.
@@ -247,11 +252,11 @@ class ProgressLine:
         self._next_line = time.monotonic()
         if jax.process_index() == 0 and console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
+                TextColumn("{task.fields[shown]}", markup=False),
                 console=console,
             )
             self._task = self._bar.add_task(
@@ -267,9 +272,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif jax.process_index() == 0 and time.monotonic() >= self._next_line:
-            self._console.print(
-                f"{self._stage} step {step}/{self._total}  {shown}", soft_wrap=True
-            )
+            say(self._console, f"{self._stage} step {step}/{self._total}  {shown}")
             self._next_line = time.monotonic() + 5
 
     def note(self, text: str) -> None:

@@ -71,7 +71,8 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "intact": {"checkpoint", "train_state"},
     "compilation": {"checkpoint", "reporting"},
     "reachability": {"data", "metrics", "sampling", "seeds"},
-    "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"},
+    "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
+    | {"reporting"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.
@@ -160,6 +161,20 @@ def test_energies_are_formed_in_one_room(path):
         if isinstance(node, ast.Attribute)
     }
     assert ("logsumexp" in names) == (room(path) == "energy")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_texts_are_never_parsed_as_markup(path):
+    """rich takes "[bold]" in a plain string for a style, also in a user's path."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(call, ast.Call):
+            continue
+        function = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        if function == "print" and isinstance(call.func, ast.Attribute):
+            shown = ast.unparse(call.args[0])
+            assert shown.startswith(("Text(", "table", "_table(")), shown
+        if function == "TextColumn":
+            assert any(ast.unparse(k) == "markup=False" for k in call.keywords)
 
 
 def test_guard_sees_lazy_imports_and_names_of_packages(tmp_path):

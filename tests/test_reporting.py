@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from atebm_jax.evaluate import figures, plots, report, samples
+from atebm_jax.evaluate import figures, plots, report, samples, suite_report
+from atebm_jax.evaluate.progress import progress
 from atebm_jax.reporting import (
     MetricWriter,
     ProgressLine,
     read_metrics,
     replace_text,
+    say,
 )
 
 METRICS = {
@@ -93,6 +96,61 @@ def test_table_has_a_row_a_stage_and_only_measured_columns():
     assert "0.9750" in printed.getvalue() and "agreement" not in printed.getvalue()
     assert "0.051" in printed.getvalue()
     assert "how it was measured" in printed.getvalue()
+
+
+# Fine names of folders, which rich would take for styles, faults or a picture.
+NAMES = ("[bold]a", "a [/x]", "[link=x]a[/link]", "a:smile:b", "[red]")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are(name, terminal):
+    printed = io.StringIO()
+    console = Console(file=printed, width=200, force_terminal=terminal)
+    say(console, f"it is in {name}")
+    line = ProgressLine(console, name, 0, 9)
+    line.show(3, METRICS)
+    line.note(f"moved {name}")
+    line.close()
+    with progress(console) as show:
+        show(f"scores of {name}", 1, 2)
+    shown = without_styles(printed.getvalue())
+    for words in (f"it is in {name}", f"moved {name}", f"scores of {name}"):
+        assert words in shown
+    assert f"{name} step 3/9" in shown or f"{name} " in shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_stand_in_tables_as_they_are(name):
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    content = {
+        "stages": {name: {"step": 6, "clean_accuracy": 0.5}},
+        "real_test": {},
+        "data": {"test": f"folder:{name}"},
+        "seed": 0,
+        "notes": [f"images of {name}"],
+    }
+    report.show(console, content)
+    figures = {f"{name}/clean/auroc": {"value": 0.5}}
+    suite_report.show(console, {"metrics": {"ood": {"figures": figures}}})
+    shown = printed.getvalue()
+    assert f"folder:{name}, seed 0" in shown and f"images of {name}" in shown
+    assert f"{name} (6 steps)" in shown and f"{name}/clean/auroc" in shown
+
+
+def without_styles(text):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_names_in_plots_are_no_formulas(tmp_path):
+    path = epath.Path(tmp_path) / "grid.png"
+    samples_of_all = {r"$\frac$": (np.zeros((2, 8, 8, 1)), np.arange(2))}
+    names = [r"$\x$", r"$y_1$"]
+    plots.sample_grid(
+        path, samples_of_all, num_classes=2, num_rows=1, class_names=names
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_is_read_as_it_was_written(tmp_path):

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atebm_jax.command_line import fail, quiet_libraries
+from atebm_jax.command_line import check_platform, fail, quiet_libraries
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import say
 
 if TYPE_CHECKING:
     from atebm_jax.convert.importing import Imported
@@ -74,6 +75,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     flags = _parser().parse_args(argv)
     console = console or Console()
     quiet_libraries()
+    check_platform()
     if flags.export is not None:
         _export(flags, console)
     else:
@@ -84,14 +86,14 @@ def _export(flags: argparse.Namespace, console: Console) -> None:
     from atebm_jax.convert import exporting
 
     made = exporting.export(flags.source, flags.to, kind=flags.export)
-    _say(
+    say(
         console,
         f"{made.num_arrays} arrays with {made.num_parameters:,} numbers "
         f"({made.metadata['atebm_jax.arch']}) are in {flags.to}",
     )
     mean = made.metadata["atebm_jax.mean"]
     if mean != "[]":
-        _say(
+        say(
             console,
             f"they expect normalised images: mean {mean}, std "
             f"{made.metadata['atebm_jax.std']} (in the file's metadata)",
@@ -116,25 +118,25 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
     )
     importing.write(made, flags.to)
     _show(console, made, flags.verbose)
-    _say(console, f"the checkpoint is in {flags.to}")
+    say(console, f"the checkpoint is in {flags.to}")
 
 
 def _show(console: Console, made: "Imported", verbose: bool) -> None:
     record, model = made.record, made.config.model
-    _say(console, f"{record['source']}, SHA-256 {record['sha256']}")
+    say(console, f"{record['source']}, SHA-256 {record['sha256']}")
     for step in record["unwrapped"]:
-        _say(console, f"  {step}")
+        say(console, f"  {step}")
     normal = record["normalization"]
     numbers = (
         f"mean {normal['mean']}, std {normal['std']}" if normal["mean"] else "none"
     )
-    _say(
+    say(
         console,
         f"{record['arch']}, {model.num_classes} classes; input normalisation: "
         f"{numbers} ({normal['origin']})",
     )
     console.print(_table(made.matches, verbose))
-    _say(
+    say(
         console,
         f"all {record['arrays_matched']} arrays with {record['numbers_matched']:,} "
         "numbers matched; none missing, none left over",
@@ -143,7 +145,7 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
     shown = " ".join(f"{x:.5f}" for x in probe["logits"][:_SHOWN_LOGITS])
     more = " ..." if len(probe["logits"]) > _SHOWN_LOGITS else ""
     side = " x ".join(map(str, probe["image_shape"]))
-    _say(console, f"logits of the fixed image ({side}): {shown}{more}")
+    say(console, f"logits of the fixed image ({side}): {shown}{more}")
 
 
 def _table(matches: "list[Match]", verbose: bool) -> Table:
@@ -164,10 +166,6 @@ def _table(matches: "list[Match]", verbose: bool) -> Table:
     for name, sizes in groups.items():
         table.add_row(Text(name), str(len(sizes)), f"{sum(sizes):,}")
     return table
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)
 
 
 def cli() -> None:

@@ -14,7 +14,13 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from atebm_jax.command_line import check_overrides, fail, flag_values, quiet_libraries
+from atebm_jax.command_line import (
+    check_overrides,
+    check_platform,
+    fail,
+    flag_values,
+    quiet_libraries,
+)
 from atebm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +79,7 @@ _RADII = flags.DEFINE_list(
 _TARGET = flags.DEFINE_string(
     "target",
     "next",
-    "Of counterfactuals: next, runner_up or a class.",
+    "Of counterfactuals: next, runner_up or a class by number or name.",
     flag_values=_FLAGS,
 )
 _NORM = flags.DEFINE_string(
@@ -142,6 +148,7 @@ def main(argv: Sequence[str]) -> None:
 
     from atebm_jax.evaluate import suite, suite_report
     from atebm_jax.evaluate.progress import progress
+    from atebm_jax.reporting import say
     from atebm_jax.sharding import initialize_processes
 
     quiet_libraries()
@@ -153,6 +160,7 @@ def main(argv: Sequence[str]) -> None:
         initialize_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
+        check_platform()
         # One report from all processes.
         console = Console(quiet=jax.process_index() != 0)
         with progress(console) as show:
@@ -176,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
         )
         sys.exit(128 + signal.SIGINT)
     suite_report.show(console, report)
-    console.print(f"report and plots are in {out}", highlight=False, soft_wrap=True)
+    say(console, f"report and plots are in {out}")
 
 
 def _metric_names(known: dict) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import scipy.stats
 from etils import epath
 
 from atebm_jax import attacks, energy, metrics, sampling
+from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors, figures
 from atebm_jax.evaluate.context import Context, Network, RowsFn, check_finite, figure
@@ -59,22 +60,29 @@ def targets_of(
     return jnp.full_like(labels, int(target))
 
 
+def _target(context: Context) -> str:
+    """As `targets_of` takes it: the option, or the place of the class that it names."""
+    target, number = context.options.target, context.config.model.num_classes
+    names = classes.names_of(context.sources["test"].class_names, number)
+    if target in ("next", "runner_up"):
+        classes.check_keyword("--target", target, names)
+        return target
+    return str(classes.find("--target", target, names, ", or next or runner_up"))
+
+
 def check(context: Context) -> None:
     """Refuses targets that are none, and features that are not there.
 
     Raises:
       UserError: says which.
     """
-    number = context.config.model.num_classes
-    targets_of(
-        jnp.zeros((1, number)), jnp.zeros(1, int), context.options.target, number
-    )
+    _target(context)
     extractors.of(context)
 
 
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Validity, distance and realism of counterfactuals at every radius."""
-    settings = context.config.evaluate.samples
+    settings, target = context.config.evaluate.samples, _target(context)
     extractor = extractors.of(context)
     real = context.map_images(
         "features of test",
@@ -99,7 +107,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             radius=radius,
             step_size=step_size,
             num_steps=settings.num_steps,
-            target=context.options.target,
+            target=target,
         )
         check_finite("features", real["features"], found[radius]["features"])
         values |= _figures(context, radius, found[radius])
@@ -110,7 +118,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             per_class[f"radius_{radius:g}"] = classes
     _draw(context, out, found)
     protocol = {
-        "target": context.options.target,
+        "target": target,
         "judge": context.judge.fingerprint if context.judge else "none",
         "norm": "l2",
         "num_steps": settings.num_steps,
@@ -136,7 +144,7 @@ def _draw(
     context: Context, out: epath.Path, found: dict[float, dict[str, np.ndarray]]
 ) -> None:
     number = context.config.model.num_classes
-    names = context.sources["test"].class_names or [str(k) for k in range(number)]
+    names = classes.names_of(context.sources["test"].class_names, number)
     first = next(iter(found.values()))
     strips = {f"radius {radius:g}": rows["images"] for radius, rows in found.items()}
     figures.strips(
@@ -163,7 +171,7 @@ def _explain(
     context: Context, extractor: Extractor, radius: float, step_size: float
 ) -> RowsFn:
     num_steps = context.config.evaluate.samples.num_steps
-    num_classes = context.config.model.num_classes
+    num_classes, target = context.config.model.num_classes, _target(context)
 
     def explain(
         network: Network,
@@ -172,7 +180,7 @@ def _explain(
         variables: Any,
         judge_variables: Any,
     ) -> dict[str, jax.Array]:
-        targets = targets_of(network.logits(x), y, context.options.target, num_classes)
+        targets = targets_of(network.logits(x), y, target, num_classes)
         result = sampling.counterfactual(
             network.logits,
             x,

@@ -79,7 +79,7 @@ class Evaluation:
                 result = self._measure(folders, show)
         if jax.process_index() == 0:
             report.show(console, result)
-            console.print(f"report, pictures and checkpoints are in {self._workdir}")
+            say(console, f"report, pictures and checkpoints are in {self._workdir}")
         return result
 
     def _holds(self, result: dict[str, Any], steps: dict[str, int]) -> bool:

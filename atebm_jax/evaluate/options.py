@@ -15,7 +15,7 @@ class Options:
       epsilons: radii of the curve of robust accuracy; () for those around the config's.
       ood: sources of out-of-distribution images, "noise" among them.
       radii: of counterfactuals, L2 pixels.
-      target: of counterfactuals: "next", "runner_up" or a class number.
+      target: of counterfactuals: "next", "runner_up", or a class by place or name.
       num_resamples: of each bootstrap interval.
       norm, epsilon: threat of AutoAttack; None for that of config.evaluate.attack.
       version: of AutoAttack.

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from atebm_jax.names import printable
 
@@ -166,6 +167,9 @@ def save(figure: Figure, path: epath.Path) -> None:
     """Writes a figure as PNG; only the first process writes."""
     if jax.process_index() != 0:
         return
+    # Names of classes and data sets are no formulas: "$" is a dollar.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     with warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing")

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from atebm_jax.evaluate.context import ShowFn
+from atebm_jax.reporting import say
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -41,7 +42,7 @@ def progress(console: Console) -> Iterator[ShowFn]:
 
 def _bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -78,6 +79,6 @@ def _in_lines(console: Console) -> ShowFn:
         if first < done < total:
             seconds = round((now - start) / (done - first) * (total - done))
             left = f", {datetime.timedelta(seconds=seconds)} left"
-        console.print(f"{name} {done}/{total}{left}", highlight=False, soft_wrap=True)
+        say(console, f"{name} {done}/{total}{left}")
 
     return show

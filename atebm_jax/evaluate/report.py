@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atebm_jax.reporting import replace_text
 
@@ -41,7 +42,8 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
         for name in COLUMNS
         if any(name in stage for stage in report["stages"].values())
     ]
-    table = Table(title=f"{report['data']['test']}, seed {report['seed']}")
+    title = f"{report['data']['test']}, seed {report['seed']}"
+    table = Table(title=Text(title, style="table.title"))
     table.add_column("after")
     for name in columns:
         table.add_column(COLUMNS[name][0], justify="right")
@@ -56,7 +58,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             COLUMNS[name][1].format(figures[name]) if name in figures else "-"
             for name in columns
         ]
-        table.add_row(title, *cells)
+        table.add_row(*map(Text, (title, *cells)))
     console.print(table)
     for note in report["notes"]:
-        console.print(note, highlight=False)
+        console.print(Text(note))

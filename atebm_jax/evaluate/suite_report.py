@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atebm_jax.errors import UserError
 from atebm_jax.reporting import replace_text
@@ -84,7 +85,8 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     table.add_column("figure", overflow="fold")
     for name, result in report["metrics"].items():
         for index, row in enumerate(_rows(result["figures"])):
-            table.add_row(name if index == 0 else "", *row[1:], row[0])
+            cells = (name if index == 0 else "", *row[1:], row[0])
+            table.add_row(*map(Text, cells))
         table.add_section()
     console.print(table)
 

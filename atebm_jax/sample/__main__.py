@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from atebm_jax.command_line import fail, quiet_libraries
+from atebm_jax.command_line import check_platform, fail, quiet_libraries
 from atebm_jax.errors import UserError
 from atebm_jax.sample import flags
 
@@ -28,15 +28,18 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     command, rest = (arguments[0] if arguments else ""), arguments[1:]
     if command == "explain":
         given = flags.of_explain().parse_args(rest)
+        check_platform()
         from atebm_jax.sample import explain
 
         return explain.run(given, console)
     if command == "edit":
         given = flags.of_edit().parse_args(rest)
+        check_platform()
         from atebm_jax.sample import edit
 
         return edit.run(given, console)
     given = flags.of_sampling().parse_args(arguments)
+    check_platform()
     from atebm_jax.sample import draw
 
     return draw.run(given, console)

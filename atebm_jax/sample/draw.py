@@ -11,6 +11,7 @@ from rich.progress import track
 
 from atebm_jax import data, seeds
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import say
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
 
@@ -81,7 +82,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             files.write_image(path, image)
     files.finish(out, paths, labels if recipe.conditional else None, shape)
     said = "1 sample is" if flags.count == 1 else f"{flags.count} samples are"
-    console.print(f"{said} in {out}", highlight=False, soft_wrap=True)
+    say(console, f"{said} in {out}")
 
 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:

@@ -12,7 +12,9 @@ import numpy as np
 from rich.console import Console
 
 from atebm_jax import constraints, metrics, sampling
+from atebm_jax.data import classes
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import say
 from atebm_jax.sample import edits, files, inputs, loading, process, records, strips
 from atebm_jax.sample.loading import Loaded
 from atebm_jax.sample.process import Item
@@ -110,11 +112,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         json=_JSON,
     )
     results = process.run(loaded, pictures, task, out, console)
-    console.print(
-        f"{len(results)} images are in {out}{_mean_gain(results)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"{len(results)} images are in {out}{_mean_gain(results)}")
 
 
 def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
@@ -215,6 +213,8 @@ def _add_noise(sigma: float, seed: int, images: np.ndarray) -> np.ndarray:
 
 
 def _label(given: argparse.Namespace, names: Sequence[str]) -> int | None:
+    if given.target in ("any", "guess"):
+        classes.check_keyword("--target", given.target, names)
     if given.target in (None, "any"):
         if given.task == "translate":
             raise UserError("--task=translate needs a class: give --target=3, say.")

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from atebm_jax import constraints, sampling
+from atebm_jax.reporting import say
 from atebm_jax.sample import edits, files, inputs, loading, process, records, strips
 from atebm_jax.sample.process import Item
 
@@ -79,11 +80,10 @@ def run(given: argparse.Namespace, console: Console) -> None:
     )
     results = process.run(loaded, pictures, task, out, console)
     reached = sum(result["reached"] for result in results)
-    console.print(
+    say(
+        console,
         f"counterfactuals: {len(results)}, of images: {len(pictures)}, in {out}; of "
         f"their target to the model: {reached}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from atebm_jax import checkpoint, data, models
 from atebm_jax import config as configuration
+from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.store import weights_fingerprint
 from atebm_jax.seeds import Gaussian, from_arrays
@@ -69,30 +70,21 @@ def class_names(config: Any, data_dir: str = "") -> list[str]:
     try:
         source = data.open_source(config.data.test, data_dir or config.data.data_dir)
     except (UserError, ImportError):
-        return [str(k) for k in range(number)]
-    names = source.class_names or ()
-    return list(names) if len(names) == number else [str(k) for k in range(number)]
+        return classes.names_of(None, number)
+    return classes.names_of(source.class_names, number)
 
 
 def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
-    """[M] int32 of "3,7", of names, or of "all".
+    """[M] int32 of "3,7", of names, or of "all"; one name may have commas itself.
 
     Raises:
-      UserError: no such class.
+      UserError: no such class, or more than one, as of `classes.find`.
     """
     if text == "all":
+        classes.check_keyword(flag, text, names)
         return np.arange(len(names), dtype=np.int32)
-    by_name = {name.lower(): k for k, name in enumerate(names)}
-    chosen = []
-    for word in (part.strip() for part in text.split(",")):
-        k = int(word) if word.isdecimal() else by_name.get(word.lower(), -1)
-        if not 0 <= k < len(names):
-            raise UserError(
-                f"{flag}={text}: expected numbers from 0 to {len(names) - 1} or names "
-                "of classes, with commas."
-            )
-        chosen.append(k)
-    return np.asarray(chosen, np.int32)
+    words = [text] if text in names else [part.strip() for part in text.split(",")]
+    return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
 
 
 def named(k: int, names: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The sample command: what it writes, that images keep their identity, mistakes."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from atebm_jax import UserError
 from atebm_jax.sample import __main__ as command
@@ -33,6 +35,15 @@ def test_command_writes_pictures_grid_arrays_and_protocol(workdir, tmp_path):
     np.testing.assert_array_equal(picture, stored["arr_0"][3, ..., 0])
     protocol = json.loads((tmp_path / "samples.json").read_text())
     assert protocol["num_steps"] == 3 and protocol["classes"] == [3, 7]
+
+
+@pytest.mark.parametrize("name", ["[bold]a", "[/x]"])
+def test_folder_is_named_as_it_is(workdir, tmp_path, name):
+    printed = io.StringIO()
+    console = Console(file=printed, width=300, force_terminal=True)
+    out = tmp_path / name
+    command.main([f"--workdir={workdir}", f"--out={out}", "--count=1"], console)
+    assert f"1 sample is in {out}" in printed.getvalue()
 
 
 def test_more_samples_begin_with_the_same(workdir, tmp_path):
