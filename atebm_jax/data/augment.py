@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from atebm_jax.data.autoaugment import autoaugment_cifar10
-from atebm_jax.data.decoding import from_pillow, to_pillow
+from atebm_jax.data.decoding import BadImage, from_pillow, to_pillow
 from atebm_jax.errors import UserError
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -65,15 +65,34 @@ def resize(
     size: int,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """Scales the shorter side to `size` pixels, antialiased; the longer is floored."""
+    """Scales the shorter side to `size` pixels, antialiased; the longer is floored.
+
+    Raises:
+      BadImage: the longer side would be so long that the image takes gigabytes.
+    """
+    height, width = _resized_shape(image, size)
+    if (height, width) == image.shape[:2]:
+        return image
+    if height * width > _room(size):
+        raise BadImage(
+            f"{image.shape[1]} x {image.shape[0]} pixels would become {width} x "
+            f"{height}; only a center_crop that follows at once makes less of it"
+        )
+    return _scale(image, height, width, interpolation)
+
+
+def _resized_shape(image: np.ndarray, size: int) -> tuple[int, int]:
     height, width = image.shape[:2]
     if min(height, width) == size:
-        return image
+        return height, width
     if height <= width:
-        height, width = size, int(size * width / height)
-    else:
-        height, width = int(size * height / width), size
-    return _scale(image, height, width, interpolation)
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def _room(size: int) -> int:
+    """The most pixels of a resized image: it is bounded by what shall become of it."""
+    return max(4 * size**2, 2**24)
 
 
 def center_crop(
@@ -84,6 +103,28 @@ def center_crop(
     top = max(round((height - size) / 2), 0)
     left = max(round((width - size) / 2), 0)
     return image[top : top + size, left : left + size]
+
+
+def resize_and_center_crop(
+    image: np.ndarray,
+    rng: np.random.Generator | None,
+    size: int,
+    crop: int,
+    interpolation: str = "bilinear",
+) -> np.ndarray:
+    """`resize(size)`, then `center_crop(crop)`; of thin images nothing but the middle.
+
+    A line of pixels, scaled to a shorter side of 256, is an image of gigabytes, of
+    which the crop keeps the middle. Pillow makes that alone, to rounding the same.
+    """
+    height, width = _resized_shape(image, size)
+    if height * width <= _room(size):
+        return center_crop(resize(image, rng, size, interpolation), rng, crop)
+    top, left = max(round((height - crop) / 2), 0), max(round((width - crop) / 2), 0)
+    rows, columns = min(crop, height), min(crop, width)
+    down, across = image.shape[0] / height, image.shape[1] / width
+    box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
+    return _scale(image, rows, columns, interpolation, box)
 
 
 def random_resized_crop(
@@ -124,9 +165,14 @@ def _random_box(
 
 
 def _scale(
-    image: np.ndarray, height: int, width: int, interpolation: str
+    image: np.ndarray,
+    height: int,
+    width: int,
+    interpolation: str,
+    box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    scaled = to_pillow(image).resize((width, height), _FILTERS[interpolation])
+    """Scales an image, or what lies in a box of it: left, top, right, bottom."""
+    scaled = to_pillow(image).resize((width, height), _FILTERS[interpolation], box)
     return from_pillow(scaled)
 
 
@@ -174,7 +220,18 @@ def parse(spec: str) -> Augmentation:
     calls = (
         [_parse_call(call, spec) for call in spec.split("|")] if spec.strip() else []
     )
-    return functools.partial(_apply, tuple(calls))
+    return functools.partial(_apply, tuple(_joined(calls)))
+
+
+def _joined(calls: list[functools.partial]) -> list[functools.partial]:
+    """The same operations, a crop that follows a resize together with it."""
+    joined: list[functools.partial] = []
+    for call in calls:
+        if call.func is center_crop and joined and joined[-1].func is resize:
+            settings = joined.pop().keywords | {"crop": call.keywords["size"]}
+            call = functools.partial(resize_and_center_crop, **settings)
+        joined.append(call)
+    return joined
 
 
 def _apply(
@@ -185,7 +242,7 @@ def _apply(
     return image
 
 
-def _parse_call(call: str, spec: str) -> Augmentation:
+def _parse_call(call: str, spec: str) -> functools.partial:
     match = _CALL.fullmatch(call)
     name = match[1] if match else call.strip()
     if match is None or name not in OPS:

@@ -113,6 +113,10 @@ def _pixels_alone(png: bytes) -> bytes:
     return b"".join(parts) + png[place:]
 
 
+class BadImage(ValueError):
+    """An image that nothing can be made of; counted like one that is broken."""
+
+
 def check_size(image: Image.Image) -> None:
     """Refuses an opened image by its header: a few bytes may ask for gigabytes.
 

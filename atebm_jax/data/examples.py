@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from atebm_jax.data.augment import Augmentation
-from atebm_jax.data.decoding import decode
+from atebm_jax.data.decoding import BadImage, decode
 from atebm_jax.data.sources import Source
 from atebm_jax.errors import UserError
 
@@ -28,13 +28,12 @@ def train_example(
 ) -> dict[str, Any]:
     """One example of a stream, or of the next image that can be decoded."""
     bad: list[int] = []
-    while (decoded := _decode(source, index, image_shape[2])) is None:
+    while (made := _made(source, index, augment, rng, image_shape)) is None:
         bad.append(index)
         if len(bad) > max_bad_images or len(bad) == len(source):
             raise too_many_bad([source.describe(i) for i in bad], max_bad_images)
         index = (index + 1) % len(source)
-    image, label = decoded
-    image = _augment(source, index, image, augment, rng, image_shape)
+    image, label = made
     # The first one stands for all: the order brings the others up in their turn.
     first_bad = bad[0] if bad else NOT_BAD
     example = {f"x_{name}": image, bad_field(name): np.int64(first_bad)}
@@ -57,19 +56,15 @@ def eval_example(
     position = (batch * process_count + process_index) * local_size + row
     in_range = position < num_images
     index = position * len(source) // num_images
-    decoded = _decode(source, index, image_shape[2]) if in_range else None
-    if decoded is None:
-        image, label = np.zeros(image_shape, np.uint8), 0
-    else:
-        # Evaluation is a function of the image: nothing random may be asked for.
-        rng = np.random.default_rng(index)
-        image = _augment(source, index, decoded[0], preprocess, rng, image_shape)
-        label = decoded[1]
-    bad = index if in_range and decoded is None else NOT_BAD
+    # Evaluation is a function of the image: nothing random may be asked for.
+    rng = np.random.default_rng(index)
+    made = _made(source, index, preprocess, rng, image_shape) if in_range else None
+    image, label = (np.zeros(image_shape, np.uint8), 0) if made is None else made
+    bad = index if in_range and made is None else NOT_BAD
     return {
         "images": image,
         "labels": np.int32(label),
-        "mask": np.bool_(decoded is not None),
+        "mask": np.bool_(made is not None),
         bad_field("images"): np.int64(bad),
     }
 
@@ -87,18 +82,30 @@ def _decode(source: Source, index: int, channels: int) -> tuple[np.ndarray, int]
         raise _told_plainly(source, index, error) from error
 
 
-def _augment(
+def _made(
     source: Source,
     index: int,
-    image: np.ndarray,
     augment: Augmentation,
     rng: np.random.Generator,
     image_shape: ImageShape,
-) -> np.ndarray:
+) -> tuple[np.ndarray, int] | None:
+    """Augmented image and label, or None if nothing can be made of its file."""
+    decoded = _decode(source, index, image_shape[2])
+    if decoded is None:
+        return None
     try:
-        image = augment(image, rng)
+        image = augment(decoded[0], rng)
+    except BadImage:
+        return None
     except Exception as error:
         raise _told_plainly(source, index, error) from error
+    _check_shape(source, index, image, image_shape)
+    return image, decoded[1]
+
+
+def _check_shape(
+    source: Source, index: int, image: np.ndarray, image_shape: ImageShape
+) -> None:
     if image.shape != tuple(image_shape):
         height, width = image_shape[:2]
         remedy = (
@@ -112,7 +119,6 @@ def _augment(
             f"channels]): add an augmentation such as {remedy}, or change "
             "image_shape"
         )
-    return image
 
 
 def _told_plainly(source: Source, index: int, error: Exception) -> UserError:

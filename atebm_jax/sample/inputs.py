@@ -126,7 +126,10 @@ def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
     except Exception as error:  # broken files raise nearly anything in Pillow
         raise UserError(f"{path} cannot be read as an image: {error}.") from error
     if array.shape[:2] != shape[:2] and resize:
-        array = _resized(array, shape, config)
+        try:
+            array = _resized(array, shape, config)
+        except decoding.BadImage as error:
+            raise UserError(f"{path} cannot be resized: {error}.") from error
     if array.shape[:2] != shape[:2]:
         raise UserError(
             f"{path} has {_size(array.shape)} pixels and {_size(shape)} are needed: "

@@ -1,5 +1,6 @@
 import io
 import pickle
+import resource
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from atebm_jax.data import augment, autoaugment, decode
 from atebm_jax.data.augment import parse
+from atebm_jax.data.decoding import BadImage
 from atebm_jax.errors import UserError
 
 SIGNS = {"p": 1, "n": -1}
@@ -144,6 +146,54 @@ def test_random_box_of_a_sliver_stays_inside(height, width):
     for _ in range(50):
         top, left, h, w = augment._random_box(height, width, rng)
         assert h >= 1 and w >= 1 and top + h <= height and left + w <= width
+
+
+LINES = [(1, 6000), (6000, 1), (1, 60_000), (2, 60_001), (60_000, 1), (300, 40_000)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", LINES)
+def test_memory_of_thin_images_is_that_of_the_result(shape, channels):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, channels), np.uint8)
+    prepare = parse("resize(292,bicubic)|center_crop(256)")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = prepare(image, np.random.default_rng(0))
+    assert out.shape == (256, 256, channels)
+    # KiB; whole, these would take 1.5 to 26 GB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["resize(292,bicubic)|center_crop(256)", "resize(8)|center_crop(8)"]
+    + ["resize(32)|center_crop(64)", "resize(5)|center_crop(4)|resize(9)"],
+)
+@pytest.mark.parametrize("shape", [(1, 100), (9, 300), (16, 20), (40, 41), (301, 200)])
+def test_crop_that_follows_a_resize_changes_no_bit(spec, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    one_by_one = image
+    for call in spec.split("|"):
+        one_by_one = parse(call)(one_by_one, np.random.default_rng(0))
+    np.testing.assert_array_equal(parse(spec)(image, None), one_by_one)
+
+
+@pytest.mark.parametrize("shape", [(9, 300), (16, 20), (301, 200), (7, 7), (2, 5000)])
+@pytest.mark.parametrize("filter_", ["bilinear", "bicubic"])
+def test_thin_way_gives_the_same_picture(monkeypatch, shape, filter_):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    for size, crop in ((29, 25), (5, 4), (32, 64)):
+        settings = {"size": size, "crop": crop, "interpolation": filter_}
+        whole = augment.resize_and_center_crop(image, None, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(augment, "_room", lambda size: 0)
+            thin = augment.resize_and_center_crop(image, None, **settings)
+        np.testing.assert_allclose(thin.astype(int), whole, rtol=0, atol=1)
+
+
+def test_thin_image_that_no_crop_follows_is_a_bad_one():
+    image = np.zeros((1, 60_000, 3), np.uint8)
+    with pytest.raises(BadImage, match="60000 x 1 pixels would become 17520000 x 292"):
+        parse("resize(292)|flip|center_crop(256)")(image, np.random.default_rng(0))
 
 
 def test_random_resized_crop_keeps_a_flat_image():

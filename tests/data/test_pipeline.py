@@ -4,6 +4,7 @@ import logging
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from atebm_jax.data import (
     ArraySource,
@@ -359,3 +360,19 @@ def test_materialise_gathers_decodable_images_from_the_whole_source(flat_folder)
     source = open_source(f"folder:{flat_folder(6, bad=(1,))}")
     images, labels = materialise(source, "", (8, 8, 3))
     assert images.shape == (5, 8, 8, 3) and labels.tolist() == [-1] * 5
+
+
+def test_images_too_thin_to_be_resized_are_counted_as_bad(tmp_path):
+    for name, shape in (("a", (8, 8)), ("b", (1, 60_000)), ("c", (9, 8))):
+        Image.fromarray(np.full(shape, 9, np.uint8)).save(tmp_path / f"{name}.png")
+    source = open_source(f"folder:{tmp_path}")
+    thin = "resize(292)|flip|center_crop(8)"
+    with eval_batches(
+        source, preprocess=thin, batch_size=3, image_shape=(8, 8, 3)
+    ) as batches:
+        assert next(batches)["mask"].tolist() == [True, False, True]
+        assert [name[-5:] for name in batches.bad_images["images"]] == ["b.png"]
+    streams = {"gen": Stream(source, thin, labels=False)}
+    with pytest.raises(UserError, match="b.png"):
+        take(2, streams, max_bad_images=0)
+    assert len(take(2, streams)) == 2
