@@ -126,7 +126,7 @@ def _platforms() -> list[str]:
     import jax
     from jax.extend import backend
 
-    asked = jax.config.jax_platforms
+    asked = getattr(jax.config, "jax_platforms")  # noqa: B009  (no field for mypy)
     jax.config.update("jax_platforms", None)
     try:
         return sorted(backend.backends())
