@@ -24,8 +24,7 @@ from atebm_jax import data, metrics, sampling, seeds
 # Of each set; fewer where images are large, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
 # Share of the least distance below which steps are too short. Contrastive images need
-# not become training images: photographs taught WRN-10-2 on CIFAR-10 at 0.6 of it, and
-# noise nothing at 0.3, nor digits at 0.4 (docs/curriculum.md).
+# not become training images; noise taught digits nothing at 0.4 (docs/curriculum.md).
 _ENOUGH = 0.5
 
 

@@ -8,13 +8,20 @@ Rows, with the paper's numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
 * `wrn34_10_t40`: 91.92 / 75.75 / 9.12 at T = 40
 * `wrn34_10_t50`: 90.72 / 74.65 / 7.57 at T = 50
 * `small`: WRN-16-4 in bfloat16, 20 + 10 epochs; about 25 minutes on one H100
-  (estimated)
+  (estimated, not run). Its stage 2 is that of `hour`, which was run.
+
+Rows for two CPU cores, WRN-10-2 in float32 (JAX_NUM_CPU_DEVICES=2 in front):
+
+* `hour`: 5 epochs and 200 steps of stage 2; an hour. Run: docs/results.md.
+* `cpu`: 25 epochs and 1,500 steps of stage 2; about five hours (estimated, not run)
+* `noise`: as `hour`, from uniform noise with steps that can cross (not run to its end)
 
 Hardware of the WRN-34-10 rows: one 80 GB GPU, some 30 hours for stage 1, ten for stage
-2 (estimated). The paper's seeds come from 80 Million Tiny Images, which its makers
-have withdrawn; the default here is uniform noise, at some cost in sample quality.
-`--config.data.seeds=folder:PATH` or `tfds:NAME:SPLIT` uses images instead, of any
-size. The paper does not fix the length of stage 2: the budgets here are ours.
+2 (estimated, not run). The paper's seeds come from 80 Million Tiny Images, which its
+makers have withdrawn; the default here are draws of a Gaussian fitted to the training
+images, which needs no other data set. `--config.data.seeds=folder:PATH` or
+`tfds:NAME:SPLIT` uses images instead, of any size. The paper does not fix the length of
+stage 2: the budgets here are ours.
 The evaluation while training uses the test set, so that the best checkpoints are chosen
 on it; the report is of the last ones. `--config.data.train='tfds:cifar10:train[:45000]'
 --config.data.eval='tfds:cifar10:train[45000:]'` keeps them apart.
