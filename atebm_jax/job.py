@@ -331,7 +331,7 @@ def _tell_ahead(job: Job, evaluation: Evaluation) -> None:
     evaluated = [s for s in reached if reached[s] or s in totals]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
     if "stage2" in to_train and not reached["stage2"]:
-        for line in reachability.lines(evaluation.reachability()):
+        for line in reachability.lines(evaluation.measured_reachability()):
             say(job.console, line)
 
 

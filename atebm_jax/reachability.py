@@ -68,28 +68,26 @@ def measure(
     """
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)
-    ways = (
-        _Way(
-            "contrastive images",
-            t_max,
-            contrastive_step_size,
-            "stage2.t_max",
-            "stage2.contrastive_step_size",
-        ),
-        _Way(
-            "samples",
-            num_sampling_steps,
-            sampling_step_size,
-            "evaluate.samples.num_steps",
-            "evaluate.samples.step_size",
-        ),
+    contrastive = _Way(
+        "contrastive images",
+        t_max,
+        contrastive_step_size,
+        "stage2.t_max",
+        "stage2.contrastive_step_size",
+    )
+    samples = _Way(
+        "samples",
+        num_sampling_steps,
+        sampling_step_size,
+        "evaluate.samples.num_steps",
+        "evaluate.samples.step_size",
     )
     return Reachability(
         distance,
         least,
-        ways[0].farthest,
-        ways[1].farthest,
-        _sentence(distance, least, ways),
+        contrastive.farthest,
+        samples.farthest,
+        _sentence(distance, least, (contrastive, samples)),
     )
 
 

@@ -110,7 +110,7 @@ class Evaluation:
             read_metrics(self._workdir),
         )
 
-    def reachability(self) -> reachability.Reachability:
+    def measured_reachability(self) -> reachability.Reachability:
         """How far seeds are from training images, and how far steps go."""
         if self._reachability is None:
             self._reachability = reachability.of_config(
@@ -163,7 +163,7 @@ class Evaluation:
         real, labels = self._images("test", settings.samples.num_test)
         reached = {}
         if "stage2" in configuration.stages_to_run(self._config):
-            reached = {"reachability": self.reachability()._asdict()}
+            reached = {"reachability": self.measured_reachability()._asdict()}
         return {
             "stages": stages,
             **reached,
