@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,21 @@ def golden():
         pytest.skip(f"reference outputs are not here ({name}.npz)")
 
     return load
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small file system; its size or mode can be changed."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("file systems cannot be mounted here")
+
+    def remount(option):
+        subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", str(folder)], check=True)

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -163,24 +162,6 @@ def test_newest_intact_step_is_chosen(finished, tmp_path):
 
 
 # --- The workdir ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Mounts a small file system; its size or mode can be changed."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("file systems cannot be mounted here")
-
-    def remount(option):
-        subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
-
-    yield folder, remount
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_full_disk_ends_the_job_and_with_room_it_ends_alike(mounted, finished):

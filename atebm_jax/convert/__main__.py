@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -170,10 +171,15 @@ def _table(matches: "list[Match]", verbose: bool) -> Table:
 
 def cli() -> None:
     """Entry point of the command line."""
+    # A stopped command clears away what it has begun.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("stopped: nothing was written.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

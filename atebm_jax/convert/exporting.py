@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from atebm_jax import archs, checkpoint
 from atebm_jax.convert.names import to_torch
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import appears_whole
 
 FORMATS = ("safetensors",)
 
@@ -54,14 +54,8 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     parameters = sum(array.size for array in arrays.values())
     arrays |= _counters(arrays)
     metadata = _metadata(model)
-    try:
-        os.makedirs(os.path.dirname(to), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(to)) as folder:
-            made = os.path.join(folder, "weights.safetensors")
-            save_file(arrays, made, metadata=metadata)
-            os.replace(made, to)
-    except OSError as error:
-        raise UserError(f"--to={to} cannot be written: {error}.") from error
+    with appears_whole(to) as made:
+        save_file(arrays, made, metadata=metadata)
     return Exported(len(arrays), int(parameters), metadata)
 
 

@@ -3,8 +3,6 @@
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from atebm_jax.convert import detect, layouts, matching, normalization, probe
 from atebm_jax.convert.files import Source, open_source
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import appears_whole
 
 
 class Imported(NamedTuple):
@@ -236,27 +235,17 @@ def write(imported: Imported, to: str | os.PathLike) -> None:
     Raises:
       UserError: something is there, or it cannot be written.
     """
-    folder = check_target(to)
+    check_target(to)
     config = checkpoint.as_json(imported.config)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-    except OSError as error:
-        raise UserError(f"--to={to} cannot be written: {error}.") from error
-    try:
-        os.chmod(made, 0o755)
-        _save_weights(epath.Path(made), imported, config)
+    with appears_whole(to) as made:
+        folder = epath.Path(made)
+        folder.mkdir()
+        _save_weights(folder, imported, config)
         for name, content in (
             ("config.json", config),
             ("import.json", imported.record),
         ):
-            text = json.dumps(content, indent=2) + "\n"
-            (epath.Path(made) / name).write_text(text)
-        os.replace(made, folder)
-    except OSError as error:
-        raise UserError(f"--to={to} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _save_weights(

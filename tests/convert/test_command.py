@@ -1,20 +1,24 @@
 """The command: PyTorch networks in, the same function here, and back."""
 
+import errno
 import io
 import json
+import os
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import tiny
 import torch_networks
 from rich.console import Console
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint
-from atebm_jax.convert import exporting, importing, probe
+from atebm_jax.convert import exporting, importing, names, probe
 from atebm_jax.convert.__main__ import cli, main
+from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN, STD = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
 
@@ -283,17 +287,56 @@ def test_what_is_there_is_not_overwritten(imported, network, tmp_path):
     assert atebm_jax.load(tmp_path / "empty").num_classes == 10
 
 
-def test_nothing_half_written_stays(imported, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        # Tensorstore and safetensors give a text alone.
+        ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"),
+    ],
+)
+def test_nothing_half_written_stays(error, tmp_path, monkeypatch):
     made = importing.Imported({"params": {"a": np.ones(1)}}, None, [], {})
 
-    def fail(*_):
-        raise OSError("disk full")
+    def fail(folder, *_):
+        (folder / "begun").touch()
+        raise error
 
     monkeypatch.setattr(importing, "_save_weights", fail)
     monkeypatch.setattr(checkpoint, "as_json", lambda _: {})
-    with pytest.raises(UserError, match="disk full"):
-        importing.write(made, tmp_path / "out")
+    with pytest.raises(UserError, match=r"--to=.*out cannot be written \(No space"):
+        importing.write(made, tmp_path / "deep" / "er" / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_is_told_and_leaves_nothing_behind(mounted, tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    variables = reference.random_variables(WideResNet(10, 1, 3), (8, 8, 1))
+    save_file(names.to_torch("wide_resnet", variables), tmp_path / "w.safetensors")
+    folder, remount = mounted
+    remount("size=200k")
+    flags = [f"--from={tmp_path / 'w.safetensors'}", "--image_size=8"]
+    message = r"cannot be written \(No space left on device\): nothing is left"
+    with pytest.raises(UserError, match=message):
+        run(*flags, f"--to={folder / 'new' / 'in'}")
+    assert not list(folder.iterdir())
+    run(*flags, f"--to={tmp_path / 'in'}")
+    flags = [f"--from={tmp_path / 'in'}", "--export=safetensors"]
+    with pytest.raises(UserError, match=message):
+        run(*flags, f"--to={folder / 'new' / 'w.safetensors'}")
+    assert not list(folder.iterdir())
+    remount("size=9m")
+    run(*flags, f"--to={folder / 'new' / 'w.safetensors'}")
+    assert [path.name for path in folder.rglob("*")] == ["new", "w.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["file/below", "x" * 300])
+def test_place_that_cannot_be_made_is_told(name, tmp_path):
+    made = importing.Imported({"params": {}}, tiny.config(), [], {})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--to=.* cannot be written"):
+        importing.write(made, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_verbose_lists_every_parameter(network, tmp_path):
