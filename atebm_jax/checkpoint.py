@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
 A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state and a
-small JSON that says what it is (`meta`: format, stage, step, T, config). The last two
+small JSON that says what it is (`meta`: format, stage, step, T, config, names of the
+classes). The last two
 steps are kept, the best by robust accuracy and the best by sample distance. A step
 appears under its number only when it is complete, with the checksums of its files, and
 is moved to `trash/` before it is deleted, so that a killed process leaves no broken
@@ -111,6 +112,7 @@ def save(
     stage: str,
     config: ml_collections.ConfigDict,
     metrics: Mapping[str, float] | None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Saves a state under its step; does nothing if it is there with its metrics.
 
@@ -120,6 +122,7 @@ def save(
       stage: name of the stage.
       config: the whole config, stored beside the state.
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
+      class_names: what the network's outputs mean, by number; None if nobody knows.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
@@ -132,6 +135,7 @@ def save(
             _remove_leftovers(epath.Path(checkpoints.directory))
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
     meta["T"] = int(state.curriculum.num_steps)
+    meta["class_names"] = None if class_names is None else list(class_names)
     checkpoints.save(
         step,
         args=ocp.args.Composite(
@@ -218,6 +222,24 @@ def load_weights(
             f"reads format {FORMAT}."
         )
     return weights, meta
+
+
+def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What a network's outputs mean, by number; None where its `meta` does not say."""
+    names = meta.get("class_names")
+    return tuple(map(str, names)) if names else None
+
+
+def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
+    """The `meta` of the last step of a stage that has a readable one, None if none."""
+    for step in reversed(steps_in(folder)):
+        try:
+            meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(meta, dict):
+            return meta
+    return None
 
 
 def damage(folder: epath.Path) -> str | None:

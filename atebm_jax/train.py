@@ -53,6 +53,7 @@ class Job(NamedTuple):
     console: Console
     stop: StopSignal
     lock: Lock
+    class_names: tuple[str, ...] | None = None  # what the network's outputs mean
 
 
 class Diverged(Exception):
@@ -362,7 +363,14 @@ def _save(
     job.lock.check()
     # A job that goes on from here will not write again what came before.
     job.writer.flush()
-    checkpoint.save(checkpoints, state, stage=name, config=job.config, metrics=metrics)
+    checkpoint.save(
+        checkpoints,
+        state,
+        stage=name,
+        config=job.config,
+        metrics=metrics,
+        class_names=job.class_names,
+    )
 
 
 def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:

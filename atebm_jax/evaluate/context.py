@@ -66,6 +66,7 @@ class Context:
       options: of the command line.
       show: progress.
       judge: an independent classifier, or None.
+      notes: what the report says about the data.
     """
 
     config: ml_collections.ConfigDict
@@ -78,6 +79,7 @@ class Context:
     options: Options
     show: ShowFn = lambda name, done, total: None
     judge: Judge | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atebm_jax import UserError
+from atebm_jax import UserError, checksums
 from atebm_jax.sample import __main__ as command
 from atebm_jax.sample import chunks
 
@@ -33,6 +34,23 @@ def test_command_writes_pictures_grid_arrays_and_protocol(workdir, tmp_path):
     np.testing.assert_array_equal(picture, stored["arr_0"][3, ..., 0])
     protocol = json.loads((tmp_path / "samples.json").read_text())
     assert protocol["num_steps"] == 3 and protocol["classes"] == [3, 7]
+
+
+def test_classes_are_those_of_the_checkpoint(workdir, tmp_path, caplog):
+    named = tmp_path / "named"
+    shutil.copytree(workdir, named)
+    for meta in named.rglob("meta/metadata"):
+        names = [*"zyxwvutsr", "two"]
+        content = json.loads(meta.read_text())
+        meta.write_text(json.dumps(content | {"class_names": names}))
+        (meta.parents[1] / checksums.FILE).unlink()
+    stored = draw(named, tmp_path / "a", "--classes=two,z", "--count=2")
+    np.testing.assert_array_equal(stored["arr_1"], [9, 0])
+    for meta in named.rglob("meta/metadata"):
+        content = json.loads(meta.read_text())
+        meta.write_text(json.dumps(content | {"class_names": None}))
+    stored = draw(named, tmp_path / "b", "--classes=3", "--count=1")
+    assert "does not name its classes" in caplog.text
 
 
 def test_more_samples_begin_with_the_same(workdir, tmp_path):
