@@ -1,13 +1,13 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
 A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state, a small
-JSON that says what it is (`meta`: format, stage, step, T, config, and what the watch
-over the stage's health remembers) and, where seeds are drawn from Gaussians, these
-(`seeds`), so that samples need no data. The last two steps are kept, the best by robust
-accuracy and the best by sample distance. A step appears under its number only when it
-is complete, with the checksums of its files, and is moved to `trash/` before it is
-deleted, so that a killed process leaves no broken step behind. `intact` chooses the
-step to go on from.
+JSON that says what it is (`meta`: format, stage, step, T, config, names of the classes,
+and what the watch over the stage's health remembers) and, where seeds are drawn from
+Gaussians, these (`seeds`), so that samples need no data. The last two steps are kept,
+the best by robust accuracy and the best by sample distance. A step appears under its
+number only when it is complete, with the checksums of its files, and is moved to
+`trash/` before it is deleted, so that a killed process leaves no broken step behind.
+`intact` chooses the step to go on from.
 """
 
 import contextlib
@@ -116,6 +116,7 @@ def save(
     metrics: Mapping[str, float] | None,
     gaussian: Gaussian | None = None,
     watch: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Saves a state under its step; does nothing if it is there with its metrics.
 
@@ -127,6 +128,7 @@ def save(
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
       gaussian: what seeds are drawn from; None where they are noise or a data set.
       watch: what a resumed job must know besides the state, as plain JSON values.
+      class_names: what the network's outputs mean, by number; None if nobody knows.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
@@ -136,6 +138,7 @@ def save(
         delete(checkpoints, step)
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
     meta["T"] = int(state.curriculum.num_steps)
+    meta["class_names"] = None if class_names is None else list(class_names)
     if watch is not None:
         meta["watch"] = dict(watch)
     items: dict[str, ocp.args.CheckpointArgs] = {
@@ -249,6 +252,24 @@ def load_weights(
             f"reads format {FORMAT}."
         )
     return weights, meta
+
+
+def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What a network's outputs mean, by number; None where its `meta` does not say."""
+    names = meta.get("class_names")
+    return tuple(map(str, names)) if names else None
+
+
+def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
+    """The `meta` of the last step of a stage that has a readable one, None if none."""
+    for step in reversed(steps_in(folder)):
+        try:
+            meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(meta, dict):
+            return meta
+    return None
 
 
 def damage(folder: epath.Path) -> str | None:

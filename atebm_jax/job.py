@@ -49,6 +49,7 @@ def run(
     *,
     sources: Mapping[str, data.Source] | None = None,
     allow_config_change: bool = False,
+    classes_by_place: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Runs a job to its end, or goes on with it from where it stopped.
@@ -59,6 +60,8 @@ def run(
       sources: data sets to use instead of those that config.data names, by "train",
         "eval", "test" and "seeds" (`data.ArraySource` for images in memory).
       allow_config_change: go on with a workdir that was made by another config.
+      classes_by_place: class k of the data is class k of the weights that are gone on
+        from, and of the other data, whatever their names.
       console: where to show progress and table; default the terminal.
 
     Returns:
@@ -82,6 +85,7 @@ def run(
                 workdir,
                 sources or {},
                 allow_config_change,
+                classes_by_place,
                 console or Console(),
                 lock,
             )
@@ -94,6 +98,7 @@ def _run(
     workdir: epath.Path,
     given: Mapping[str, data.Source],
     allow_config_change: bool,
+    classes_by_place: bool,
     console: Console,
     lock: Lock,
 ) -> dict[str, Any]:
@@ -101,6 +106,8 @@ def _run(
     mesh = sharding.make_mesh(config.mesh)
     model = models.build(config.model)
     sources = _open_sources(config, given)
+    note = partial(say, console)
+    names = _follow_names(config, workdir, sources, classes_by_place, note)
     # Everything that can be refused is refused before anything is written.
     _check_rooms(config, mesh, model, len(sources["train"]))
     _check_images(config, sources)
@@ -124,6 +131,7 @@ def _run(
             console=console,
             stop=stop,
             lock=lock,
+            class_names=names,
         )
         _greet(console, job)
         _tell_ahead(job, evaluation)
@@ -174,17 +182,54 @@ def _open_sources(
                 f"config.model.num_classes is {config.model.num_classes}: they must "
                 "be the same."
             )
-        names, trained = sources[role].class_names, sources["train"].class_names
-        if role != "seeds" and names and trained and names != trained:
-            differing = next(
-                p for p in zip(trained, names, strict=True) if p[0] != p[1]
-            )
-            raise UserError(
-                f"config.data.train and config.data.{role} name their classes "
-                f"differently, {differing[0]!r} and {differing[1]!r} say: labels must "
-                "mean the same in both."
-            )
     return sources
+
+
+def _follow_names(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    sources: dict[str, data.Source],
+    by_place: bool,
+    note: Callable[[str], None],
+) -> tuple[str, ...] | None:
+    """Has all labels mean what those of the weights mean that are gone on from.
+
+    Returns:
+      The names of the classes, by number; None where neither weights nor data say.
+    """
+    meta = _known_meta(config, workdir)
+    names = None if meta is None else checkpoint.class_names(meta)
+    if meta is not None and names is None and sources["train"].class_names:
+        note(
+            "the weights to go on from do not name their classes: class k of the data "
+            "is taken for their class k."
+        )
+    for role in ("train", "eval", "test"):
+        what = f"config.data.{role}={sources[role].spec}"
+        sources[role] = data.relabel.follow(
+            sources[role], names, what, by_place=by_place, note=note
+        )
+        if role == "train":
+            names = sources[role].class_names or names
+    return names
+
+
+def _known_meta(
+    config: ml_collections.ConfigDict, workdir: epath.Path
+) -> dict[str, Any] | None:
+    """The `meta` of the weights that the job goes on or starts from; None if none."""
+    stages = configuration.stages_to_run(config)
+    metas = {
+        stage: checkpoint.newest_meta(checkpoint.stage_folder(workdir, stage))
+        for stage in checkpoint.STAGE_ORDER
+    }
+    if config.init_from and metas[stages[0]] is None:
+        try:
+            folder = checkpoint.find(config.init_from)
+        except UserError:
+            return None  # told where the weights are read
+        return checkpoint.newest_meta(folder.parent)
+    return metas[stages[-1]] or metas["stage1"]
 
 
 def _open_source(config: ml_collections.ConfigDict, role: str) -> data.Source:

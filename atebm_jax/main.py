@@ -27,6 +27,11 @@ _WORKDIR = flags.DEFINE_string(
 _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with a workdir made by another config."
 )
+_BY_PLACE = flags.DEFINE_bool(
+    "classes_by_place",
+    False,
+    "Class k of the data is class k of the weights, whatever their names.",
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     "workdir",
@@ -74,7 +79,12 @@ def main(argv: Sequence[str]) -> None:
         )
         check_platform()
         use_cache(_CACHE.value or "off", str(_WORKDIR.value))
-        job.run(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW_CHANGE.value)
+        job.run(
+            _CONFIG.value,
+            _WORKDIR.value,
+            allow_config_change=_ALLOW_CHANGE.value,
+            classes_by_place=_BY_PLACE.value,
+        )
     except UserError as error:
         fail(error)
     except preemption.Interrupted as error:

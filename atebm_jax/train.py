@@ -56,6 +56,7 @@ class Job(NamedTuple):
     console: Console
     stop: StopSignal
     lock: Lock
+    class_names: tuple[str, ...] | None = None  # what the network's outputs mean
 
 
 # Keeps the seeds of training apart from those of samples, whose numbers are below.
@@ -458,6 +459,7 @@ def _save(
         metrics=metrics,
         gaussian=job.gaussian,
         watch=health.as_json(log.watch),
+        class_names=job.class_names,
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, data
+from atebm_jax import UserError, checkpoint, checksums, data
 from atebm_jax.evaluate import accuracy
 from atebm_jax.preemption import Interrupted
 from atebm_jax.reporting import MetricWriter, read_metrics
@@ -223,6 +223,66 @@ def test_test_set_with_other_class_names_is_refused(tmp_path):
     other = data.ArraySource(images, np.arange(10), class_names=names)
     with pytest.raises(UserError, match="'0' and 'class 0'"):
         tiny.run(tiny.config(), tmp_path / "new", sources={"test": other})
+
+
+def renamed(split, names):
+    """The digits with other names, sorted as folders are."""
+    source = data.open_source(f"digits:{split}")
+    images, labels = data.materialise(source, "", (8, 8, 1), 200)
+    places = {name: k for k, name in enumerate(sorted(names))}
+    moved = np.array([places[names[label]] for label in labels])
+    return data.ArraySource(images, moved, class_names=sorted(names))
+
+
+def test_classes_are_known_by_name_whatever_goes_on(tmp_path):
+    """A resume, stage 2 from stage 1, other weights: labels follow the names."""
+    letters = [f"digit {9 - k}" for k in range(10)]
+    roles = {role: renamed("train", letters) for role in ("train", "eval", "test")}
+    few = {"stage1.num_steps": 2, "stage2.num_steps": 2, "data.train": "mine"}
+    settings = tiny.config(stages="stage1", **few)
+    tiny.run(settings, tmp_path / "one", sources=roles)
+    stage1 = tmp_path / "one" / "checkpoints" / "stage1"
+    assert checkpoint.load_weights(stage1)[1]["class_names"] == sorted(letters)
+    images, labels = data.materialise(roles["train"], "", (8, 8, 1))
+    turned = data.ArraySource(images, 9 - labels, class_names=sorted(letters)[::-1])
+    both, weights = tiny.config(**few), []
+    for name, train in (("same", roles["train"]), ("turned", turned)):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        given = roles | {"train": train}
+        # The data count as changed; what is asked here is what becomes of the labels.
+        _, printed = tiny.run(
+            both, tmp_path / name, sources=given, allow_config_change=True
+        )
+        assert ("its labels follow the names" in printed) == (name == "turned")
+        found, meta = checkpoint.load_weights(tmp_path / name)
+        assert meta["stage"] == "stage2" and meta["class_names"] == sorted(letters)
+        weights.append(found)
+    assert_equal_bits(*weights)
+    other = renamed("train", ["two", *letters[1:]])
+    from_it = tiny.config(init_from=str(stage1), **few)
+    for folder, changed in (("same", both), ("new", from_it)):
+        options = {"sources": roles | {"train": other}, "allow_config_change": True}
+        with pytest.raises(UserError, match="'digit 9' and 'two' say.*_by_place"):
+            tiny.run(changed, tmp_path / folder, **options)
+    assert not (tmp_path / "new").exists()
+    given = dict.fromkeys(("train", "eval", "test"), other)
+    tiny.run(from_it, tmp_path / "new", sources=given, classes_by_place=True)
+    meta = checkpoint.load_weights(tmp_path / "new")[1]
+    assert meta["class_names"] == list(other.class_names)
+
+
+def test_checkpoint_of_an_earlier_version_names_no_classes_and_that_is_said(
+    finished, tmp_path
+):
+    workdir = tmp_path / "old"
+    shutil.copytree(finished[0], workdir)
+    for meta in workdir.rglob("meta/metadata"):
+        content = json.loads(meta.read_text())
+        assert content.pop("class_names") == [str(k) for k in range(10)]
+        meta.write_text(json.dumps(content))
+        (meta.parents[1] / checksums.FILE).unlink()
+    _, printed = tiny.run(tiny.config(), workdir)
+    assert printed.count("do not name their classes") == 1
 
 
 def test_relative_paths_of_workdir_and_checkpoint_are_taken(tmp_path, monkeypatch):

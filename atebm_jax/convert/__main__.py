@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--normalization", help="imagenet, cifar10 or none")
     parser.add_argument("--activation", help="relu (default) or swish: no file says it")
     parser.add_argument("--image_size", type=int, help="side of the images in pixels")
+    parser.add_argument(
+        "--classes_file", help="names of the classes, one a line: no file says them"
+    )
     parser.add_argument("--export", help="safetensors: PyTorch's names and layouts")
     parser.add_argument("--verbose", action="store_true", help="list every parameter")
     return parser
@@ -117,6 +120,8 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
         activation=flags.activation,
         image_size=flags.image_size,
     )
+    if flags.classes_file is not None:
+        made = importing.with_class_names(made, flags.classes_file)
     importing.write(made, flags.to)
     _show(console, made, flags.verbose)
     say(console, f"the checkpoint is in {flags.to}")

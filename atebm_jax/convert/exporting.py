@@ -54,6 +54,9 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     parameters = sum(array.size for array in arrays.values())
     arrays |= _counters(arrays)
     metadata = _metadata(model)
+    names = checkpoint.class_names(meta)
+    if names is not None:
+        metadata["atebm_jax.class_names"] = json.dumps(names)
     with appears_whole(to) as made:
         save_file(arrays, made, metadata=metadata)
     return Exported(len(arrays), int(parameters), metadata)

@@ -1,5 +1,6 @@
 """A PyTorch checkpoint becomes one of this project: what `--from` and `--to` do."""
 
+import collections
 import importlib.metadata
 import json
 import os
@@ -28,12 +29,14 @@ class Imported(NamedTuple):
       config: a complete config whose `model` computes what the original did.
       matches: every parameter with its name there and here.
       record: what `import.json` says.
+      class_names: what the outputs mean, by number; None where nobody says.
     """
 
     variables: dict[str, Any]
     config: ml_collections.ConfigDict
     matches: list[matching.Match]
     record: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
 
 
 def read(
@@ -98,7 +101,19 @@ def read(
     logits = probe.logits(network, variables, shape)
     record = _record(source, weights, name, matches, chosen, config)
     record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
-    return Imported(variables, config, matches, record)
+    return Imported(variables, config, matches, record, _exported_names(source, model))
+
+
+def _exported_names(
+    source: Source, model: ml_collections.ConfigDict
+) -> tuple[str, ...] | None:
+    """Names of the classes that an export of this project wrote."""
+    try:
+        names = json.loads(source.metadata.get("atebm_jax.class_names", "null"))
+    except ValueError:
+        return None
+    whole = isinstance(names, list) and len(names) == model.num_classes
+    return tuple(map(str, names)) if whole else None
 
 
 def _architecture(
@@ -208,6 +223,28 @@ def _record(
     }
 
 
+def with_class_names(imported: Imported, path: str | os.PathLike) -> Imported:
+    """The same with names of its classes from a file, one a line, by number.
+
+    Raises:
+      UserError: it cannot be read, or does not name each class once.
+    """
+    try:
+        text = epath.Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes_file={path} cannot be read: {error}.") from error
+    names = [line.strip() for line in text.strip().splitlines()]
+    number = imported.config.model.num_classes
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if len(names) != number or twice or "" in names:
+        found = f"{twice[0]!r} twice" if twice else f"{len(names)} lines"
+        raise UserError(
+            f"--classes_file={path} has {found}: expected the names of the network's "
+            f"{number} classes, one a line, in their order."
+        )
+    return imported._replace(class_names=tuple(names))
+
+
 def check_target(to: str | os.PathLike) -> epath.Path:
     """The folder to write, which must not be there or be empty.
 
@@ -254,6 +291,8 @@ def _save_weights(
     """One step with the averaged weights alone: all that other commands read."""
     meta = {"format": checkpoint.FORMAT, "stage": checkpoint.IMPORTED, "step": 0}
     meta |= {"T": 0, "config": config, "import": imported.record}
+    names = imported.class_names
+    meta["class_names"] = None if names is None else list(names)
     state = {
         "average_params": imported.variables["params"],
         "average_batch_stats": imported.variables.get("batch_stats", {}),

@@ -1,5 +1,6 @@
 """Images in: sources, augmentations, and batches for training and evaluation."""
 
+from atebm_jax.data import classes, relabel
 from atebm_jax.data.augment import Augmentation, parse
 from atebm_jax.data.decoding import decode
 from atebm_jax.data.pipeline import (
@@ -27,10 +28,12 @@ __all__ = [
     "Source",
     "Stream",
     "TfdsSource",
+    "classes",
     "decode",
     "eval_batches",
     "materialise",
     "open_source",
     "parse",
+    "relabel",
     "train_batches",
 ]

@@ -58,6 +58,12 @@ _BEST_BY = flags.DEFINE_string(
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where TFDS data sets lie.", flag_values=_FLAGS
 )
+_BY_PLACE = flags.DEFINE_bool(
+    "classes_by_place",
+    False,
+    "Class k of the data is class k of the network, whatever their names.",
+    flag_values=_FLAGS,
+)
 _NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples", 1000, "Of each set; 0 for all.", flag_values=_FLAGS
 )
@@ -172,6 +178,7 @@ def main(argv: Sequence[str]) -> None:
                 best_by=_BEST_BY.value,
                 data_dir=_DATA_DIR.value,
                 judge=_JUDGE.value,
+                classes_by_place=_BY_PLACE.value,
                 options=options,
                 show=show,
             )

@@ -68,6 +68,7 @@ class Context:
       show: progress.
       judge: an independent classifier, or None.
       gaussian: what seeds are drawn from; None where they are noise or read.
+      notes: what the report says about the data.
     """
 
     config: ml_collections.ConfigDict
@@ -81,6 +82,7 @@ class Context:
     show: ShowFn = lambda name, done, total: None
     judge: Judge | None = None
     gaussian: Gaussian | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from atebm_jax.evaluate.context import (
     source_fingerprint,
 )
 from atebm_jax.evaluate.store import Store, weights_fingerprint
+
+_log = logging.getLogger(__name__)
 
 # What `--metrics` may name, in the order of the report.
 METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
@@ -67,6 +70,7 @@ def evaluate(
     best_by: str | None = None,
     data_dir: str | None = None,
     judge: str | None = None,
+    classes_by_place: bool = False,
     options: Options = Options(),  # noqa: B008  (frozen)
     show: ShowFn = lambda name, done, total: None,
 ) -> dict[str, Any]:
@@ -83,6 +87,8 @@ def evaluate(
       best_by: the best checkpoint instead of the last (`checkpoint.BEST_BY`).
       data_dir: instead of config.data.data_dir.
       judge: checkpoint of an independent classifier for counterfactuals.
+      classes_by_place: class k of the data is class k of the network, whatever their
+        names.
       options: sizes, seeds, sets and radii.
       show: progress.
 
@@ -102,9 +108,12 @@ def evaluate(
     settings = _settings(meta, config, data_dir)
     wanted = tuple(name for name in METRICS if name in metrics)
     folder = checkpoint.absolute(out)
-    context = _context(weights, settings, folder, options, show, wanted)
+    names = checkpoint.class_names(meta)
+    context = _context(
+        weights, settings, folder, options, show, wanted, names, classes_by_place
+    )
     if judge is not None:
-        context = _with_judge(context, judge)
+        context = _with_judge(context, judge, names, classes_by_place)
     for name in wanted:
         CHECKS.get(name, lambda context: None)(context)
     try:
@@ -203,6 +212,8 @@ def _context(
     options: Options,
     show: ShowFn,
     wanted: Sequence[str],
+    names: tuple[str, ...] | None,
+    by_place: bool,
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
@@ -224,6 +235,7 @@ def _context(
         },
     )
     sources = _sources(settings, options, wanted)
+    notes = _follow_names(sources, names, by_place)
     shape = tuple(settings.data.image_shape)
     bad = settings.data.max_bad_images
     return Context(
@@ -239,7 +251,32 @@ def _context(
         store=store,
         options=options,
         show=show,
+        notes=notes,
     )
+
+
+def _follow_names(
+    sources: dict[str, data.Source], names: tuple[str, ...] | None, by_place: bool
+) -> tuple[str, ...]:
+    """Has the labels mean what the network's outputs mean; what is to be said of it."""
+    notes: list[str] = []
+    for role in ("test", "eval"):
+        if role in sources:
+            what = f"config.data.{role}={sources[role].spec}"
+            sources[role] = data.relabel.follow(
+                sources[role], names, what, by_place=by_place, note=notes.append
+            )
+    if by_place:
+        notes.append("Classes were compared by place, not by name.")
+    elif names is None and sources["test"].class_names:
+        notes.append(
+            "The checkpoint does not name its classes: class k of the data is taken "
+            "for its class k."
+        )
+    if jax.process_index() == 0:
+        for text in notes:
+            _log.warning(text)
+    return tuple(notes)
 
 
 def _sources(
@@ -290,7 +327,9 @@ def _with_gaussian(
     )
 
 
-def _with_judge(context: Context, path: str) -> Context:
+def _with_judge(
+    context: Context, path: str, names: tuple[str, ...] | None, by_place: bool
+) -> Context:
     weights, meta = checkpoint.load_weights(path)
     config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     same = (
@@ -304,6 +343,9 @@ def _with_judge(context: Context, path: str) -> Context:
             f"{context.image_shape} of {context.config.model.num_classes}: an "
             "independent classifier must take the same."
         )
+    order, own = None, checkpoint.class_names(meta)
+    if names and own and not by_place:
+        order = data.relabel.same_order(own, names, f"--judge={path}")
     sha256 = weights_fingerprint(weights)
     if sha256 == weights_fingerprint(context.variables):
         raise UserError(
@@ -313,7 +355,8 @@ def _with_judge(context: Context, path: str) -> Context:
     model = models.build(config.model)
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return models.logits_fn(model, variables)(images)
+        found = models.logits_fn(model, variables)(images)
+        return found if order is None else found[:, np.asarray(order)]
 
     placed = sharding.put_replicated(weights, context.mesh)
     return dataclasses.replace(
@@ -341,4 +384,4 @@ def _notes(context: Context) -> list[str]:
             f"At most {context.options.num_examples} images of each set, evenly spread "
             f"over it (--num_examples{fewer})."
         )
-    return notes
+    return [*notes, *context.notes]

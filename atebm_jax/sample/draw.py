@@ -28,7 +28,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     loaded = loading.load(flags)
     config, shape = loaded.config, loaded.image_shape
     recipe = _recipe(flags, config)
-    classes = _classes(flags, config)
+    classes = _classes(flags, loaded)
     if not 1 <= flags.count <= _MOST_IMAGES:
         raise UserError(
             f"--count is {flags.count}: expected 1 to {_MOST_IMAGES} images in one "
@@ -101,12 +101,12 @@ def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
     return recipe
 
 
-def _classes(flags: argparse.Namespace, config: Any) -> np.ndarray:
+def _classes(flags: argparse.Namespace, loaded: loading.Loaded) -> np.ndarray:
     if flags.classes is None:
-        return np.arange(config.model.num_classes, dtype=np.int32)
+        return np.arange(loaded.num_classes, dtype=np.int32)
     if flags.unconditional:
         raise UserError("--classes and --unconditional exclude each other: give one.")
-    names = loading.class_names(config, flags.data_dir)
+    names = loading.class_names(loaded, flags)
     return loading.parse_classes("--classes", flags.classes, names)
 
 

@@ -59,7 +59,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     """
     given = _checked(given)
     loaded = loading.load(given)
-    names = loading.class_names(loaded.config, given.data_dir)
+    names = loading.class_names(loaded, given)
     problem = _problem(given, loaded)
     label = _label(given, names)
     out = Path(given.out).expanduser()
@@ -87,6 +87,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
         loaded.config,
         data_dir=given.data_dir,
         resize=given.resize,
+        class_names=loaded.class_names,
+        by_place=given.classes_by_place,
     )
     references = _references(given, pictures, loaded)
     task = process.Task(

@@ -23,7 +23,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
       UserError: a flag, the checkpoint, an image or the folder cannot be used.
     """
     loaded = loading.load(given)
-    names = loading.class_names(loaded.config, given.data_dir)
+    names = loading.class_names(loaded, given)
     targets = loading.parse_classes("--target", given.target, names).tolist()
     radii = loading.parse_radii(given.radius)
     asked = [(target, radius) for target in dict.fromkeys(targets) for radius in radii]
@@ -52,6 +52,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
         loaded.config,
         data_dir=given.data_dir,
         resize=given.resize,
+        class_names=loaded.class_names,
+        by_place=given.classes_by_place,
     )
     task = process.Task(
         shape=loaded.image_shape,

@@ -128,6 +128,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="workdir, or one of its checkpoints")
     add("--best_by", help="robust_accuracy or sample_distance: that checkpoint")
+    add(
+        "--classes_by_place",
+        action="store_true",
+        help="class k of data sets is class k of the network, whatever their names",
+    )
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ shows them: turned as their EXIF entry says. Data sets pass through the config's
 """
 
 import hashlib
+import logging
 import re
 import struct
 import warnings
@@ -20,6 +21,8 @@ from atebm_jax import data, names
 from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
 from atebm_jax.names import printable
+
+_log = logging.getLogger(__name__)
 
 _SOURCES = ("digits:", "tfds:", "folder:", "prepared:")
 # 32 bits a value, and no range that is known.
@@ -58,6 +61,8 @@ def pictures(
     *,
     data_dir: str = "",
     resize: bool = False,
+    class_names: Sequence[str] | None = None,
+    by_place: bool = False,
 ) -> list[Picture]:
     """The images that the command line names.
 
@@ -68,6 +73,8 @@ def pictures(
       config: complete config of the network.
       data_dir: where TFDS data sets lie; "" for the config's.
       resize: whether files of another size are brought to the network's.
+      class_names: of the network, by number; None where it has none.
+      by_place: class k of a data set is class k of the network.
 
     Raises:
       UserError: one is not there, or `index` does not fit.
@@ -76,7 +83,12 @@ def pictures(
     for text in named:
         path = Path(text).expanduser()
         if text.startswith(_SOURCES):
-            found += _of_source(text, index, config, data_dir)
+            source = data.open_source(text, data_dir or config.data.data_dir)
+            if source.num_classes == config.model.num_classes:
+                source = data.relabel.follow(
+                    source, class_names, text, by_place=by_place, note=_log.warning
+                )
+            found += _of_source(source, index, config)
         elif path.is_dir():
             source = data.FolderSource(text)
             places = _places(index or "all", len(source), text)
@@ -248,18 +260,15 @@ def _of_file(path: Path, config: Any, resize: bool) -> Picture:
     return Picture(names.for_files(path.stem), printable(str(path)), None, read, path)
 
 
-def _of_source(
-    spec: str, index: str | None, config: Any, data_dir: str
-) -> list[Picture]:
-    settings = config.data
-    source = data.open_source(spec, data_dir or settings.data_dir)
+def _of_source(source: data.Source, index: str | None, config: Any) -> list[Picture]:
+    settings, spec = config.data, source.spec
     if index is None:
         raise UserError(
             f"{spec} holds {len(source)} images: choose some, --index=0,5,10:20 say, "
             "or --index=all."
         )
     labelled = source.num_classes == config.model.num_classes
-    prefix = names.for_files(re.sub(r"[^\w.-]+", "_", printable(spec)))
+    prefix = names.for_files(re.sub(r"[^\w.-]+", "_", spec))
 
     def picture(place: int) -> Picture:
         def read(shape: tuple[int, ...]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from atebm_jax.errors import UserError
 from atebm_jax.evaluate.store import weights_fingerprint
 from atebm_jax.seeds import Gaussian, from_arrays
 
+_log = logging.getLogger(__name__)
+
 
 class Loaded(NamedTuple):
     """A trained model.
@@ -28,6 +31,7 @@ class Loaded(NamedTuple):
       num_classes: K.
       described: for protocols.
       gaussian: what seeds of training were drawn from; None where they were not.
+      class_names: K names, or None where the checkpoint has none.
     """
 
     model: nn.Module
@@ -36,7 +40,8 @@ class Loaded(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int
     described: dict[str, Any]
-    gaussian: Gaussian | None
+    gaussian: Gaussian | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def load(flags: argparse.Namespace) -> Loaded:
@@ -61,17 +66,36 @@ def load(flags: argparse.Namespace) -> Loaded:
         config.model.num_classes,
         described,
         from_arrays(meta["seeds"], shape) if "seeds" in meta else None,
+        checkpoint.class_names(meta),
     )
 
 
-def class_names(config: Any, data_dir: str = "") -> list[str]:
-    """K names: those of the config's test images where these are here, or numbers."""
-    number = config.model.num_classes
+def class_names(loaded: Loaded, flags: argparse.Namespace) -> list[str]:
+    """K names: those of the checkpoint, or numbers where it has none.
+
+    With --classes_by_place such a checkpoint takes them from the config's test images,
+    where these are here.
+    """
+    number = loaded.num_classes
+    if loaded.class_names is not None:
+        return list(loaded.class_names)
+    if flags.classes_by_place:
+        found = _names_of_data(loaded.config, flags.data_dir)
+        if len(found) == number:
+            return list(found)
+    _log.warning(
+        "the checkpoint does not name its classes: they go by their numbers, 0 to %d",
+        number - 1,
+    )
+    return [str(k) for k in range(number)]
+
+
+def _names_of_data(config: Any, data_dir: str) -> tuple[str, ...]:
     try:
         source = data.open_source(config.data.test, data_dir or config.data.data_dir)
     except (UserError, ImportError):
-        return classes.names_of(None, number)
-    return classes.names_of(source.class_names, number)
+        return ()
+    return source.class_names or ()
 
 
 def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:

@@ -156,6 +156,24 @@ def test_export_and_import_give_the_same_bits(activation, tmp_path):
     wide_resnet().load_state_dict(load_file(exported), strict=True)
 
 
+def test_classes_are_named_by_a_file_and_stay_through_an_export(network, tmp_path):
+    names = [f"class {k}" for k in range(10)]
+    file, listed = save(network.state_dict(), tmp_path / "w.pth"), tmp_path / "names"
+    flags = (f"--from={file}", "--normalization=none", f"--classes_file={listed}")
+    for text, found in (("a\nb\n", "2 lines"), ("a\n" * 10, "'a' twice")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=f"{found}.*10 classes, one a line"):
+            run(*flags, f"--to={tmp_path / 'first'}")
+    listed.write_text("\n".join(names) + "\n", encoding="utf-8-sig")
+    run(*flags, f"--to={tmp_path / 'first'}")
+    exported = tmp_path / "w.safetensors"
+    run(f"--from={tmp_path / 'first'}", "--export=safetensors", f"--to={exported}")
+    run(f"--from={exported}", f"--to={tmp_path / 'second'}")
+    for folder in ("first", "second"):
+        meta = checkpoint.load_weights(tmp_path / folder)[1]
+        assert meta["class_names"] == names
+
+
 def test_stage_2_starts_from_imported_weights(tmp_path):
     theirs = wide_resnet(channels=1)
     file = save(theirs.state_dict(), tmp_path / "w.pt")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 from absl.testing import flagsaver
+from PIL import Image
 
-from atebm_jax import UserError, autoattack, checkpoint
+from atebm_jax import UserError, autoattack, checkpoint, data
 from atebm_jax.evaluate import __main__ as command
 from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
@@ -113,6 +114,46 @@ def test_counterfactuals_gain_confidence_and_stay_in_their_ball(report):
     near, far = (figures[f"radius_{r}/target_confidence"]["value"] for r in (1, 4))
     assert near < far
     assert figures["radius_1/l2_distance"]["value"] <= 1.0 + 1e-5
+
+
+def folders_of_digits(root, names):
+    """The first test images of the digits, a folder a class."""
+    images, labels = data.materialise(
+        data.open_source("digits:test"), "", (8, 8, 1), 80
+    )
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = root / names[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(path)
+    return f"folder:{root}"
+
+
+def accuracy_on(workdir, out, spec, **options):
+    config = tiny.config(**{"data.test": spec})
+    result = suite.evaluate(
+        workdir, out, metrics=("accuracy",), config=config, **options
+    )
+    return result["metrics"]["accuracy"]["figures"]["clean_accuracy"]["value"], result
+
+
+def test_classes_of_test_images_are_known_by_name(report, workdir, tmp_path):
+    digits = [str(k) for k in range(10)]
+    expected = report[0]["metrics"]["accuracy"]["figures"]["clean_accuracy"]["value"]
+    spec = folders_of_digits(tmp_path / "same", digits)
+    assert accuracy_on(workdir, tmp_path / "a", spec)[0] == pytest.approx(expected)
+    # As text 10 comes before 2.
+    for name, names in (
+        ("two", [*digits[:2], "two", *digits[3:]]),
+        ("from_one", [str(k + 1) for k in range(10)]),
+    ):
+        spec = folders_of_digits(tmp_path / name, names)
+        with pytest.raises(UserError, match="name their classes differently.*by_place"):
+            accuracy_on(workdir, tmp_path / "b", spec)
+        _, result = accuracy_on(
+            workdir, tmp_path / name / "c", spec, classes_by_place=True
+        )
+        assert "Classes were compared by place, not by name." in result["notes"]
+    assert not (tmp_path / "b").exists()
 
 
 class Stopped(Exception):

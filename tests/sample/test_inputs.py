@@ -170,6 +170,22 @@ def test_names_of_results_are_short_and_can_be_written_everywhere(tmp_path):
         np.testing.assert_array_equal(picture.read((8, 8, 1))[..., 0], GREY)
 
 
+def test_labels_of_data_sets_follow_the_names_of_the_network():
+    names = [str(9 - k) for k in range(10)]
+
+    def chosen(**options):
+        return inputs.pictures(["digits:test"], "0:4", CONFIG, **options)
+
+    own = [picture.label for picture in chosen()]
+    followed = [picture.label for picture in chosen(class_names=names)]
+    assert followed == [9 - label for label in own]
+    names[0] = "nine"
+    with pytest.raises(UserError, match="'nine' and '9' say"):
+        chosen(class_names=names)
+    by_place = chosen(class_names=names, by_place=True)
+    assert [picture.label for picture in by_place] == own
+
+
 def test_places_are_numbers_and_runs():
     chosen = inputs.pictures(["digits:test"], "7,0:3,2", CONFIG)
     numbers = [int(p.name.rpartition("_")[2]) for p in chosen]

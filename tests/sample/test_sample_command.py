@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from atebm_jax import UserError
+from atebm_jax import UserError, checksums
 from atebm_jax.sample import __main__ as command
 from atebm_jax.sample import chunks
 
@@ -44,6 +45,23 @@ def test_folder_is_named_as_it_is(workdir, tmp_path, name):
     out = tmp_path / name
     command.main([f"--workdir={workdir}", f"--out={out}", "--count=1"], console)
     assert f"1 sample is in {out}" in printed.getvalue()
+
+
+def test_classes_are_those_of_the_checkpoint(workdir, tmp_path, caplog):
+    named = tmp_path / "named"
+    shutil.copytree(workdir, named)
+    for meta in named.rglob("meta/metadata"):
+        names = [*"zyxwvutsr", "two"]
+        content = json.loads(meta.read_text())
+        meta.write_text(json.dumps(content | {"class_names": names}))
+        (meta.parents[1] / checksums.FILE).unlink()
+    stored = draw(named, tmp_path / "a", "--classes=two,z", "--count=2")
+    np.testing.assert_array_equal(stored["arr_1"], [9, 0])
+    for meta in named.rglob("meta/metadata"):
+        content = json.loads(meta.read_text())
+        meta.write_text(json.dumps(content | {"class_names": None}))
+    stored = draw(named, tmp_path / "b", "--classes=3", "--count=1")
+    assert "does not name its classes" in caplog.text
 
 
 def test_more_samples_begin_with_the_same(workdir, tmp_path):

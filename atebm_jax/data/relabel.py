@@ -1,0 +1,105 @@
+"""Classes are known by their names, wherever images meet a network."""
+
+from collections.abc import Callable, Sequence
+
+from atebm_jax.data.sources import UNLABELLED, Example, Source
+from atebm_jax.errors import UserError
+
+
+class Relabelled:
+    """A labelled source whose classes have the numbers of a network.
+
+    Args:
+      source: its class names are those of the network, in another order.
+      names: of the network's classes, by number.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str]):
+        number_of = {name: number for number, name in enumerate(names)}
+        self.spec = source.spec
+        self.num_classes: int | None = len(names)
+        self.class_names: tuple[str, ...] | None = tuple(names)
+        self._source = source
+        self._numbers = [number_of[name] for name in source.class_names or ()]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        label = example["label"]
+        known = UNLABELLED if label == UNLABELLED else self._numbers[label]
+        return {"image": example["image"], "label": known}
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(index)
+
+
+def follow(
+    source: Source,
+    names: Sequence[str] | None,
+    what: str,
+    *,
+    by_place: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Source:
+    """A source whose labels mean what a network's outputs mean.
+
+    Args:
+      source: labelled images.
+      names: of the network's classes, by number; None where it names none.
+      what: which images they are, for messages: "config.data.test=folder:PATH".
+      by_place: class k of the source is class k of the network, whatever their names.
+      note: takes a line for the user, where labels had to follow the names.
+
+    Returns:
+      The source itself, or the same images with labels that follow the names.
+
+    Raises:
+      UserError: it names other classes, and `by_place` was not given.
+    """
+    own = source.class_names
+    if by_place or names is None or own is None or own == tuple(names):
+        return source
+    if sorted(own) == sorted(names) and len(set(own)) == len(own):
+        moved = next(k for k, pair in enumerate(zip(own, names)) if len(set(pair)) > 1)
+        note(
+            f"{what} has the classes of the network in another order (class {moved} is "
+            f"{own[moved]!r} there and {names[moved]!r} here): its labels follow the "
+            "names."
+        )
+        return Relabelled(source, names)
+    raise UserError(f"{what} {_difference(own, names)}")
+
+
+def same_order(own: Sequence[str], names: Sequence[str], what: str) -> list[int] | None:
+    """Where the classes of a network stand in another one: names[k] == own[order[k]].
+
+    Returns:
+      None where the order is the same.
+
+    Raises:
+      UserError: the classes are others.
+    """
+    if tuple(own) == tuple(names):
+        return None
+    if sorted(own) != sorted(names) or len(set(own)) < len(own):
+        raise UserError(f"{what} {_difference(own, names)}")
+    return [list(own).index(name) for name in names]
+
+
+def _difference(own: Sequence[str], names: Sequence[str]) -> str:
+    """How two lists of classes differ, by their first other name."""
+    foreign = [name for name in own if name not in names]
+    absent = [name for name in names if name not in own]
+    if foreign and absent:
+        first = f"{absent[0]!r} and {foreign[0]!r} say"
+    elif foreign or absent:
+        first = f"only one of them has {(foreign + absent)[0]!r}"
+    else:
+        first = "one name stands for two classes"
+    return (
+        f"and the network name their classes differently, {first}: labels must mean "
+        "the same in both. Rename the classes, or give --classes_by_place if class 0 "
+        "of the one is class 0 of the other, and so on."
+    )
