@@ -393,7 +393,7 @@ def _reachability(
     else:
         told, result = reachability.lines(found), found._asdict()
     for line in told:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
     return result
 
 

@@ -1,6 +1,6 @@
 """Stage 2 from one stage 1 with each of several settings: what learns and what dies.
 
-    python benchmarks/stage2.py --config=configs/cifar10.py:hour \\
+    python benchmarks/trials.py --config=configs/cifar10.py:hour \\
         --init_from=runs/hour/checkpoints/stage1 --workdir=runs/trials --num_steps=40 \\
         --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 --seeds=gaussian \\
         --config.data.data_dir=TFDS_FOLDER
