@@ -8,6 +8,7 @@ from atebm_jax.data.pipeline import (
     Stream,
     eval_batches,
     materialise,
+    seed_images,
     train_batches,
 )
 from atebm_jax.data.sources import (
@@ -34,5 +35,6 @@ __all__ = [
     "materialise",
     "open_source",
     "parse",
+    "seed_images",
     "train_batches",
 ]

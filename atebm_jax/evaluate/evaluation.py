@@ -158,9 +158,7 @@ class Evaluation:
 
     def _draw(self, variables: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
         if "seeds" in self._sources and self._seed_images is None:
-            self._seed_images = self._images(
-                "seeds", self._config.evaluate.samples.num_test
-            )[0]
+            self._seed_images = self._seeds()
         return samples.draw(
             self._sample,
             variables,
@@ -174,6 +172,16 @@ class Evaluation:
             check_stop=self._stop.check,
         )
 
+    def _seeds(self) -> np.ndarray:
+        settings = self._config.data
+        return data.seed_images(
+            self._sources["seeds"],
+            settings.preprocess_seeds,
+            tuple(settings.image_shape),
+            self._config.evaluate.samples.num_test,
+            settings.max_bad_images,
+        )[0]
+
     def _fitted_reference(self) -> samples.Reference:
         if self._reference is None:
             settings = self._config.evaluate.samples
@@ -185,7 +193,7 @@ class Evaluation:
         settings = self._config.data
         return data.materialise(
             self._sources[role],
-            settings.preprocess_seeds if role == "seeds" else settings.preprocess,
+            settings.preprocess,
             tuple(settings.image_shape),
             limit,
             settings.max_bad_images,

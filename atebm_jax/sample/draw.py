@@ -11,11 +11,14 @@ from rich.progress import track
 
 from atebm_jax import data
 from atebm_jax.errors import UserError
+from atebm_jax.evaluate import drawing
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
 
 # Names have six digits, and one entry each in memory.
 _MOST_IMAGES = 10**6
+# In the protocol: numbers of samples whose seed cannot be decoded.
+_STAND_INS = "undecodable_seeds"
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
@@ -33,8 +36,13 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             f"--count is {flags.count}: expected 1 to {_MOST_IMAGES} images in one "
             "folder; for more give another --seed and --out."
         )
-    to_bytes = _rounding(flags.quantise)
-    seeds, spec = _seeds(flags, config)
+    if flags.quantise not in drawing.QUANTISE:
+        raise UserError(
+            f"--quantise is {flags.quantise!r}: choose one of "
+            f"{', '.join(drawing.QUANTISE)}."
+        )
+    to_bytes = drawing.QUANTISE[flags.quantise]
+    seeds, spec, stand_ins = _seeds(flags, config)
     out = Path(flags.out).expanduser()
     if spec.startswith("folder:"):
         files.check_outside(out, spec)
@@ -46,9 +54,9 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         "quantise": flags.quantise,
         "count": flags.count,
     }
-    files.claim(
-        out, protocol, [k for k in protocol if k not in ("checkpoint", "count")]
-    )
+    clash = [k for k in protocol if k not in ("checkpoint", "count")]
+    content = files.claim(out, protocol, clash, keep=[_STAND_INS])
+    stand_ins.update(content.get(_STAND_INS, ()))
 
     def labels_of(indices: np.ndarray) -> np.ndarray:
         return classes[indices % len(classes)]
@@ -76,11 +84,25 @@ def run(flags: argparse.Namespace, console: Console) -> None:
                 f"samples {number * size} and on are not finite numbers: the network "
                 "has diverged; give another checkpoint as --workdir."
             )
-        for path, image in zip(paths[number * size :], to_bytes(images)):
+        _note_stand_ins(out, content, stand_ins)
+        levels = np.asarray(to_bytes(images))
+        for path, image in zip(paths[number * size :], levels):
             files.write_image(path, image)
     files.finish(out, paths, labels if recipe.conditional else None, shape)
     said = "1 sample is" if flags.count == 1 else f"{flags.count} samples are"
-    console.print(f"{said} in {out}", highlight=False, soft_wrap=True)
+    began = sum(index < flags.count for index in stand_ins)
+    more = f"; seeds that cannot be decoded, the next one instead: {began}" * bool(
+        began
+    )
+    console.print(f"{said} in {out}{more}", highlight=False, soft_wrap=True)
+
+
+def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> None:
+    """Keeps which samples began at another seed, before they are written."""
+    if content.get(_STAND_INS, []) != sorted(stand_ins):
+        content[_STAND_INS] = sorted(stand_ins)
+        with files.told(out):
+            files.write_json(out / "samples.json", content)
 
 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
@@ -108,20 +130,14 @@ def _classes(flags: argparse.Namespace, loaded: loading.Loaded) -> np.ndarray:
     return loading.parse_classes("--classes", flags.classes, names)
 
 
-def _rounding(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    choices: dict[str, Callable] = {"nearest": np.round, "reference": np.floor}
-    if name not in choices:
-        raise UserError(f"--quantise is {name!r}: choose nearest or reference.")
-    return lambda images: choices[name](images * np.float32(255)).astype(np.uint8)
-
-
 def _seeds(
     flags: argparse.Namespace, config: Any
-) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str]:
-    """Image i of the seeds, over and over, and the name of their source."""
+) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str, set[int]]:
+    """Image i of the seeds, over and over; their source; where another one stood in."""
+    stand_ins: set[int] = set()
     spec = config.data.seeds if flags.seeds == "own" else flags.seeds
     if spec == "noise":
-        return None, spec
+        return None, spec, stand_ins
     source = data.open_source(spec, flags.data_dir or config.data.data_dir)
     settings = config.data
 
@@ -132,6 +148,8 @@ def _seeds(
                 source, position % len(source), settings.preprocess_seeds, settings
             )
             if image is not None:
+                if position > index:
+                    stand_ins.add(index)
                 return image / np.float32(255)
         raise UserError(
             f"--seeds={spec}: {source.describe(index % len(source))} and the "
@@ -142,4 +160,4 @@ def _seeds(
         return np.stack([seed_of(int(index)) for index in indices])
 
     seed_of(0)  # Seeds that do not fit are told before a folder is made.
-    return seeds_of, spec
+    return seeds_of, spec, stand_ins
