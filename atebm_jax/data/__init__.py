@@ -8,6 +8,7 @@ from atebm_jax.data.pipeline import (
     Stream,
     eval_batches,
     materialise,
+    seed_images,
     train_batches,
 )
 from atebm_jax.data.sources import (
@@ -35,5 +36,6 @@ __all__ = [
     "open_source",
     "parse",
     "relabel",
+    "seed_images",
     "train_batches",
 ]

@@ -50,8 +50,13 @@ def eval_example(
     local_size: int,
     process_index: int,
     process_count: int,
+    next_if_bad: int | None = None,
 ) -> dict[str, Any]:
-    """One example of this process's part; blank beyond the end and if undecodable."""
+    """One example of this process's part; blank beyond the end and if undecodable.
+
+    With `next_if_bad` the next decodable image of the source stands in for one that
+    cannot be decoded, and the mask tells so; more than that many in a row are refused.
+    """
     batch, row = divmod(local_index, local_size)
     position = (batch * process_count + process_index) * local_size + row
     in_range = position < num_images
@@ -59,14 +64,35 @@ def eval_example(
     # Evaluation is a function of the image: nothing random may be asked for.
     rng = np.random.default_rng(index)
     made = _made(source, index, preprocess, rng, image_shape) if in_range else None
-    image, label = (np.zeros(image_shape, np.uint8), 0) if made is None else made
     bad = index if in_range and made is None else NOT_BAD
+    image, label = (np.zeros(image_shape, np.uint8), 0) if made is None else made
+    if bad != NOT_BAD and next_if_bad is not None:
+        image, label = _next(source, index, preprocess, image_shape, next_if_bad)
     return {
         "images": image,
         "labels": np.int32(label),
         "mask": np.bool_(made is not None),
         bad_field("images"): np.int64(bad),
     }
+
+
+def _next(
+    source: Source,
+    index: int,
+    preprocess: Augmentation,
+    image_shape: ImageShape,
+    max_bad_images: int,
+) -> tuple[np.ndarray, int]:
+    """Image and label of the first one after `index`, round and round, that is good."""
+    bad = [index]
+    while len(bad) <= max_bad_images and len(bad) < len(source):
+        place = (index + len(bad)) % len(source)
+        rng = np.random.default_rng(place)
+        made = _made(source, place, preprocess, rng, image_shape)
+        if made is not None:
+            return made
+        bad.append(place)
+    raise too_many_bad([source.describe(i) for i in bad], max_bad_images)
 
 
 def _decode(source: Source, index: int, channels: int) -> tuple[np.ndarray, int] | None:

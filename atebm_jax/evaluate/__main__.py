@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,9 +22,7 @@ from atebm_jax.command_line import (
     quiet_libraries,
 )
 from atebm_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from atebm_jax.evaluate.context import Options
+from atebm_jax.evaluate.options import Options
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -118,7 +116,11 @@ _TEXTS: dict[str, Any] = {
         ("feature_extractor", "", "inception, model, or a checkpoint."),
         ("inception_weights", None, "Path of Inception-v3's weights, for FID."),
         ("reference_statistics", None, "An .npz with mu and sigma of real images."),
-        ("quantise", "reference", "Samples to bytes: reference (down) or nearest."),
+        (
+            "quantise",
+            Options.quantise,
+            "Samples to bytes: reference (down) or nearest.",
+        ),
         ("score_protocol", "reference", "Of the Inception Score; or torch_fidelity."),
         ("cache_dir", None, "Of statistics of data sets."),
     )
@@ -198,9 +200,7 @@ def _metric_names(known: dict) -> tuple[str, ...]:
     return tuple(known) if _METRICS.value == ["all"] else tuple(_METRICS.value)
 
 
-def _options() -> "Options":
-    from atebm_jax.evaluate.context import Options
-
+def _options() -> Options:
     for name, flag in {
         "num_examples": _NUM_EXAMPLES,
         "num_samples": _NUM_SAMPLES,

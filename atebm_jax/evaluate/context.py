@@ -206,7 +206,9 @@ class Context:
         """How images of a source come to the network's size."""
         return preprocess_of(self.config, role)
 
-    def batches(self, role: str, limit: int, start: int) -> Iterator[dict[str, Any]]:
+    def batches(
+        self, role: str, limit: int, start: int, next_if_bad: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Batches of at most so many images spread over a source, from one on."""
         settings = self.config.data
         with data.eval_batches(
@@ -220,6 +222,7 @@ class Context:
             process_count=jax.process_count(),
             num_threads=settings.num_threads,
             max_bad_images=settings.max_bad_images,
+            next_if_bad=next_if_bad,
         ) as batches:
             yield from batches
 

@@ -14,10 +14,14 @@ from atebm_jax.evaluate.extractors import Extractor, score_inputs
 from atebm_jax.evaluate.store import Arrays
 
 # How floats become bytes: as the published scores were made, or without their bias.
-QUANTISE: dict[str, Callable[[jax.Array], jax.Array]] = {
+QUANTISE: dict[str, Callable[[Any], jax.Array]] = {
     "reference": lambda x: jnp.floor(x * 255.0).astype(jnp.uint8),
     "nearest": lambda x: jnp.round(x * 255.0).astype(jnp.uint8),
 }
+
+
+# [B, H, W, C] float32 in [0, 1] on the devices; [B] bool, which stand in for another.
+Seeds = tuple[jax.Array, np.ndarray]
 
 
 class Plan(NamedTuple):
@@ -45,7 +49,8 @@ def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays
 
     Yields:
       "features" [B, R, D] for R numbers of steps; "logits" [B, K'] and "bytes"
-      [B, H, W, C] uint8 (empty beyond those to be shown) after the last of them.
+      [B, H, W, C] uint8 (empty beyond those to be shown) after the last of them;
+      "stand_in" [B] bool, whose seed is the next image, as its own cannot be decoded.
     """
     size = context.config.evaluate.batch_size
     total = -(-plan.number // size)
@@ -60,8 +65,9 @@ def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays
         quantise=context.options.quantise,
         score_protocol=plan.score_protocol,
         num_shown=plan.num_shown,
+        undecodable_seeds="the next image",
     )
-    seeds: Iterator[jax.Array] = iter(())
+    seeds: Iterator[Seeds] = iter(())
     position, draw = -1, None
     for index in range(total):
         unit = store.load(f"{index:06d}")
@@ -69,7 +75,8 @@ def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays
             draw = draw or _drawer(context, extractor, plan)
             if position != index:
                 seeds, position = _seeds(context, index), index
-            unit = draw(next(seeds), index * size)
+            images, stand_in = next(seeds)
+            unit = draw(images, index * size) | {"stand_in": stand_in}
             store.save(f"{index:06d}", unit)
             position += 1
         context.show(plan.name, index + 1, total)
@@ -136,8 +143,8 @@ def _sampler(
     return sample
 
 
-def _seeds(context: Context, start: int) -> Iterator[jax.Array]:
-    """Batches of seeds [B, H, W, C] float32 in [0, 1] from the one of that number."""
+def _seeds(context: Context, start: int) -> Iterator[Seeds]:
+    """Batches of seeds from the one of that number."""
     size, spec = context.config.evaluate.batch_size, context.config.data.seeds
     if spec == "noise":
         key = jax.random.key(context.options.seed)
@@ -149,29 +156,33 @@ def _seeds(context: Context, start: int) -> Iterator[jax.Array]:
 
         compiled = jax.jit(noise, out_shardings=split)
         for index in itertools.count(start):
-            yield compiled(np.int32(index * size))
+            yield compiled(np.int32(index * size)), np.zeros(size, bool)
     if context.gaussian is not None:
         for index in itertools.count(start):
             numbers = np.arange(index * size, (index + 1) * size)
             labels = numbers % context.config.model.num_classes
             drawn = context.gaussian.batch(context.options.seed, numbers, labels)
-            yield _split(drawn, context)
+            yield _split(drawn, context), np.zeros(size, bool)
     source = context.sources["seeds"]
     rounds = len(source) // size
     if rounds == 0:
-        images = _few_seeds(context)
+        images, stand_in = _few_seeds(context)
         while True:
-            yield _split(images, context)
+            yield _split(images, context), stand_in
+    everywhere = sharding.replicated(context.mesh)
+    whole = jax.jit(lambda mask: ~mask, out_shardings=everywhere)
     for index in itertools.count(start // rounds):
         first = start % rounds if index == start // rounds else 0
-        for batch in context.batches("seeds", rounds * size, first):
-            placed = sharding.put_batch({"images": batch["images"]}, context.mesh)
-            yield placed["images"].astype(jnp.float32) / 255.0
+        for batch in context.batches("seeds", rounds * size, first, next_if_bad=True):
+            fields = {key: batch[key] for key in ("images", "mask")}
+            placed = sharding.put_batch(fields, context.mesh)
+            seeds = placed["images"].astype(jnp.float32) / 255.0
+            yield seeds, np.asarray(whole(placed["mask"]))
 
 
-def _few_seeds(context: Context) -> np.ndarray:
+def _few_seeds(context: Context) -> tuple[np.ndarray, np.ndarray]:
     """Fewer seeds than a batch has places: over and over."""
-    images, _ = data.materialise(
+    images, stand_in = data.seed_images(
         context.sources["seeds"],
         context.preprocess("seeds"),
         context.image_shape,
@@ -179,7 +190,7 @@ def _few_seeds(context: Context) -> np.ndarray:
         context.config.data.max_bad_images,
     )
     rows = np.arange(context.config.evaluate.batch_size) % len(images)
-    return images[rows].astype(np.float32) / np.float32(255)
+    return images[rows].astype(np.float32) / np.float32(255), stand_in[rows]
 
 
 def _split(array: np.ndarray, context: Context) -> jax.Array:

@@ -236,8 +236,14 @@ class Evaluation:
         if "seeds" not in self._sources:
             return None
         if self._seed_images is None:
-            number = self._config.evaluate.samples.num_test
-            self._seed_images = self._images("seeds", number)[0]
+            settings = self._config.data
+            self._seed_images = data.seed_images(
+                self._sources["seeds"],
+                settings.preprocess_seeds,
+                tuple(settings.image_shape),
+                self._config.evaluate.samples.num_test,
+                settings.max_bad_images,
+            )[0]
         images = self._seed_images
 
         def read(numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -258,7 +264,7 @@ class Evaluation:
         settings = self._config.data
         return data.materialise(
             self._sources[role],
-            settings.preprocess_seeds if role == "seeds" else settings.preprocess,
+            settings.preprocess,
             tuple(settings.image_shape),
             limit,
             settings.max_bad_images,

@@ -33,6 +33,7 @@ class Seen:
       features: [M, D] of the first samples.
       shown: [S, H, W, C] uint8 of the first samples.
       agreeing: samples that the extractor's network calls by the class asked for.
+      stand_ins: samples that began at the next seed, as theirs cannot be decoded.
     """
 
     groups: list[Moments]
@@ -40,6 +41,7 @@ class Seen:
     features: np.ndarray
     shown: np.ndarray
     agreeing: int = 0
+    stand_ins: int = 0
 
 
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
@@ -66,6 +68,12 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     if jax.process_index() == 0:
         _write(context, out, seen, reference, curve, names, num_steps)
     protocol = _protocol(context, extractor, reference, curve, num_steps)
+    protocol["undecodable_seeds"] = seen.stand_ins
+    if seen.stand_ins:
+        protocol["notes"].append(
+            f"{seen.stand_ins} samples began at the next image of the seeds, as theirs "
+            "cannot be decoded"
+        )
     names_of_plots = ["sampling_steps.png"] * bool(curve) + ["samples.png"]
     return {"protocol": protocol, "figures": values, "plots": names_of_plots}
 
@@ -179,6 +187,7 @@ def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
         seen.agreeing += int((logits.argmax(-1) == asked_for).sum())
         kept.append(features[: max(options.num_pairs - first, 0)])
         shown.append(unit["bytes"])
+        seen.stand_ins += int(unit["stand_in"].sum())
         first = here.stop
     assert seen is not None
     seen.features, seen.shown = np.concatenate(kept), np.concatenate(shown)
@@ -328,7 +337,7 @@ def _protocol(
         "num_steps": num_steps,
         "sweep": {str(k): round(v, 4) for k, v in curve.items()},
         "sweep_samples": min(options.sweep_samples, options.num_samples),
-        "bytes": options.quantise,
+        "quantise": options.quantise,
         "inception_score": f"{options.score_protocol} protocol, {_SPLITS} splits, "
         f"images shuffled with seed {options.seed}",
         "kernel_distance": f"{_GROUPS} blocks of at most {_KERNEL_BLOCK}",

@@ -11,12 +11,15 @@ from rich.progress import track
 
 from atebm_jax import data, seeds
 from atebm_jax.errors import UserError
+from atebm_jax.evaluate import drawing
 from atebm_jax.reporting import say
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
 
 # Names have six digits, and one entry each in memory.
 _MOST_IMAGES = 10**6
+# In the protocol: numbers of samples whose seed cannot be decoded.
+_STAND_INS = "undecodable_seeds"
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
@@ -34,12 +37,17 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             f"--count is {flags.count}: expected 1 to {_MOST_IMAGES} images in one "
             "folder; for more give another --seed and --out."
         )
-    to_bytes = _rounding(flags.quantise)
+    if flags.quantise not in drawing.QUANTISE:
+        raise UserError(
+            f"--quantise is {flags.quantise!r}: choose one of "
+            f"{', '.join(drawing.QUANTISE)}."
+        )
+    to_bytes = drawing.QUANTISE[flags.quantise]
 
     def labels_of(indices: np.ndarray) -> np.ndarray:
         return classes[indices % len(classes)]
 
-    seeds_of, spec = _seeds(flags, loaded, labels_of)
+    seeds_of, spec, stand_ins = _seeds(flags, loaded, labels_of)
     out = Path(flags.out).expanduser()
     if spec.startswith("folder:"):
         files.check_outside(out, spec)
@@ -51,9 +59,9 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         "quantise": flags.quantise,
         "count": flags.count,
     }
-    files.claim(
-        out, protocol, [k for k in protocol if k not in ("checkpoint", "count")]
-    )
+    clash = [k for k in protocol if k not in ("checkpoint", "count")]
+    content = files.claim(out, protocol, clash, keep=[_STAND_INS])
+    stand_ins.update(content.get(_STAND_INS, ()))
 
     paths, labels = [], []
     for index in range(flags.count):
@@ -78,11 +86,25 @@ def run(flags: argparse.Namespace, console: Console) -> None:
                 f"samples {number * size} and on are not finite numbers: the network "
                 "has diverged; give another checkpoint as --workdir."
             )
-        for path, image in zip(paths[number * size :], to_bytes(images)):
+        _note_stand_ins(out, content, stand_ins)
+        levels = np.asarray(to_bytes(images))
+        for path, image in zip(paths[number * size :], levels):
             files.write_image(path, image)
     files.finish(out, paths, labels if recipe.conditional else None, shape)
     said = "1 sample is" if flags.count == 1 else f"{flags.count} samples are"
-    say(console, f"{said} in {out}")
+    began = sum(index < flags.count for index in stand_ins)
+    more = f"; seeds that cannot be decoded, the next one instead: {began}" * bool(
+        began
+    )
+    say(console, f"{said} in {out}{more}")
+
+
+def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> None:
+    """Keeps which samples began at another seed, before they are written."""
+    if content.get(_STAND_INS, []) != sorted(stand_ins):
+        content[_STAND_INS] = sorted(stand_ins)
+        with files.told(out):
+            files.write_json(out / "samples.json", content)
 
 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
@@ -110,26 +132,20 @@ def _classes(flags: argparse.Namespace, loaded: loading.Loaded) -> np.ndarray:
     return loading.parse_classes("--classes", flags.classes, names)
 
 
-def _rounding(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    choices: dict[str, Callable] = {"nearest": np.round, "reference": np.floor}
-    if name not in choices:
-        raise UserError(f"--quantise is {name!r}: choose nearest or reference.")
-    return lambda images: choices[name](images * np.float32(255)).astype(np.uint8)
-
-
 def _seeds(
     flags: argparse.Namespace,
     loaded: loading.Loaded,
     labels_of: Callable[[np.ndarray], np.ndarray],
-) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str]:
-    """Image i of the seeds, over and over, and the name of their source."""
+) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str, set[int]]:
+    """Image i of the seeds, over and over; their source; where another one stood in."""
+    stand_ins: set[int] = set()
     config = loaded.config
     own = config.data.seeds
     spec = own if flags.seeds == "own" else flags.seeds
     if spec is None:
         spec = own if own in seeds.DRAWN else seeds.NOISE
     if spec == seeds.NOISE:
-        return None, spec
+        return None, spec, stand_ins
     if spec in seeds.FITTED:
         gaussian = loaded.gaussian
         if gaussian is None or spec != own:
@@ -137,7 +153,7 @@ def _seeds(
                 f"--seeds={spec}: this checkpoint was trained from {own!r}, so that it "
                 f"holds no Gaussians of that kind: choose noise, own or a data set."
             )
-        return lambda i: gaussian.batch(flags.seed, i, labels_of(i)), spec
+        return lambda i: gaussian.batch(flags.seed, i, labels_of(i)), spec, stand_ins
     source = data.open_source(spec, flags.data_dir or config.data.data_dir)
     settings = config.data
 
@@ -148,6 +164,8 @@ def _seeds(
                 source, position % len(source), settings.preprocess_seeds, settings
             )
             if image is not None:
+                if position > index:
+                    stand_ins.add(index)
                 return image / np.float32(255)
         raise UserError(
             f"--seeds={spec}: {source.describe(index % len(source))} and the "
@@ -158,4 +176,4 @@ def _seeds(
         return np.stack([seed_of(int(index)) for index in indices])
 
     seed_of(0)  # Seeds that do not fit are told before a folder is made.
-    return seeds_of, spec
+    return seeds_of, spec, stand_ins

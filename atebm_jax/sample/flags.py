@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from atebm_jax.command_line import fail
 from atebm_jax.errors import UserError
+from atebm_jax.evaluate.options import Options
 
 _PROGRAM = "python -m atebm_jax.sample"
 
@@ -45,7 +46,11 @@ def of_sampling() -> Parser:
     add("--target_energy", type=float, help="an image stops at this energy")
     add("--smooth", type=float, default=0.0, help="Gaussian blur of the seeds, pixels")
     add("--seed", type=int, default=0, help="of noise")
-    add("--quantise", default="nearest", help="to bytes: nearest, or reference (down)")
+    add(
+        "--quantise",
+        default=Options.quantise,
+        help="to bytes: reference (down, default: as evaluate does) or nearest",
+    )
     return parser
 
 

@@ -1,16 +1,18 @@
 """Scores of samples: names, cached statistics, sweep, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
-import atebm_jax
-from atebm_jax import UserError, metrics
-from atebm_jax.evaluate import drawing, generation, references, suite
-from atebm_jax.evaluate.context import Options
+from atebm_jax import UserError, data, load, metrics, sharding
+from atebm_jax.evaluate import drawing, extractors, generation, references, suite
+from atebm_jax.evaluate.context import Context, Options
+from atebm_jax.sample import __main__ as sample
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,26 @@ def test_scores_of_other_features_are_not_called_fid(scored):
     }
     assert result["figures"]["frechet_distance_model_features"]["count"] == 60
     assert any("biased" in note for note in result["protocol"]["notes"])
+
+
+def test_sample_command_gives_the_bytes_that_were_scored(scored, workdir, tmp_path):
+    """What another tool measures on its files is what the report says."""
+    protocol = scored[0]["protocol"]
+    flags = [f"--workdir={workdir}", f"--out={tmp_path}", "--count=60"]
+    sample.main([*flags, f"--num_steps={protocol['num_steps']}"])
+    assert (
+        json.loads((tmp_path / "samples.json").read_text())["quantise"]
+        == (protocol["quantise"])
+    )
+    with np.load(tmp_path / "samples.npz") as file:
+        images = file["arr_0"]
+    model = load(workdir)
+    network = extractors.from_model("model", model._model, model._variables)
+    features, _ = network.apply(model._variables, images / np.float32(255))
+    mean, covariance = metrics.feature_statistics(np.asarray(features, np.float64))
+    with np.load(scored[1] / "sample_statistics.npz") as file:
+        np.testing.assert_allclose(mean, file["mu"], atol=1e-4)
+        np.testing.assert_allclose(covariance, file["sigma"], atol=1e-4)
 
 
 def test_sweep_tries_numbers_of_steps_and_takes_the_best(scored):
@@ -123,15 +145,51 @@ def test_photographs_can_be_the_seeds(workdir, options, tmp_path):
         workdir, tmp_path, metrics=("generation",), options=options, config=config
     )["metrics"]["generation"]
     assert figures["protocol"]["seeds"] == "digits:test"
+    assert figures["protocol"]["undecodable_seeds"] == 0
     # Fewer seeds than a batch has places are used again.
     config.evaluate.batch_size = 400
-    suite.evaluate(
+    config.data.seeds = f"folder:{folder_of_seeds(tmp_path / 'seeds', 10, bad=2)}"
+    figures = suite.evaluate(
         workdir,
         tmp_path / "more",
         metrics=("generation",),
         options=replace(options, sweep=0),
         config=config,
+    )["metrics"]["generation"]
+    assert figures["protocol"]["undecodable_seeds"] == 6
+    assert "6 samples began at the next image" in figures["protocol"]["notes"][-1]
+
+
+def folder_of_seeds(folder, number, bad):
+    """Images of grey level 10 i, one of them no image."""
+    folder.mkdir()
+    for level in range(number):
+        image = Image.fromarray(np.full((8, 8), 10 * level, np.uint8))
+        image.save(folder / f"{level:02d}.png")
+    (folder / f"{bad:02d}.png").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_seed_that_cannot_be_decoded_gives_way_to_the_next(tmp_path, size):
+    """Never a black image, whether seeds fill a batch or not."""
+    config = tiny.config(**{"evaluate.batch_size": size, "data.seeds": "mine"})
+    source = data.open_source(f"folder:{folder_of_seeds(tmp_path / 'seeds', 20, 5)}")
+    context = Context(
+        config=config,
+        model=None,
+        variables=None,
+        mesh=sharding.make_mesh(),
+        sources={"seeds": source},
+        fingerprints={},
+        store=None,
+        options=Options(),
     )
+    images, stand_in = next(drawing._seeds(context, 0))
+    places = np.arange(8) * 20 // 16 if size == 8 else np.arange(24) % 20
+    levels = 10 * np.where(places == 5, 6, places)
+    np.testing.assert_allclose(np.asarray(images)[:, 0, 0, 0] * 255, levels, atol=1e-4)
+    np.testing.assert_array_equal(stand_in, places == 5)
 
 
 def test_another_network_names_its_scores(workdir, options, tmp_path):
@@ -140,7 +198,7 @@ def test_another_network_names_its_scores(workdir, options, tmp_path):
     figures = report["metrics"]["generation"]["figures"]
     assert "frechet_distance_network_features" in figures
     # The judge's opinion, computed again from the samples themselves.
-    model, classes = atebm_jax.load(workdir), np.arange(60) % 10
+    model, classes = load(workdir), np.arange(60) % 10
     calls = model.classify(model.sample(classes)).argmax(-1)
     agreement = figures["agreement_network_classes"]
     assert agreement["count"] == 60

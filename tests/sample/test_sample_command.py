@@ -111,7 +111,7 @@ def test_seeds_can_be_a_data_set(workdir, tmp_path):
     assert "arr_1" not in stored
 
 
-def test_seed_that_cannot_be_decoded_gives_way_to_the_next(workdir, tmp_path):
+def test_seed_that_cannot_be_decoded_gives_way_to_the_next(workdir, tmp_path, capsys):
     seeds = tmp_path / "seeds"
     seeds.mkdir()
     levels = {"a": 40, "c": 200}
@@ -121,6 +121,9 @@ def test_seed_that_cannot_be_decoded_gives_way_to_the_next(workdir, tmp_path):
     arguments = [f"--seeds=folder:{seeds}", "--num_steps=0", "--count=4"]
     stored = draw(workdir, tmp_path / "out", *arguments)
     np.testing.assert_array_equal(stored["arr_0"][:, 0, 0, 0], [40, 200, 200, 40])
+    assert "the next one instead: 1" in capsys.readouterr().out
+    protocol = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert protocol["undecodable_seeds"][:2] == [1, 4]
 
 
 def test_damaged_files_are_named(workdir, tmp_path):
