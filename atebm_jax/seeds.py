@@ -13,6 +13,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import ml_collections
@@ -20,9 +21,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from atebm_jax import data, sharding
+from atebm_jax import sharding
 from atebm_jax.errors import UserError
 from atebm_jax.reporting import replace_bytes
+
+if TYPE_CHECKING:
+    from atebm_jax import data
 
 NOISE = "noise"
 GAUSSIAN = "gaussian"
@@ -217,6 +221,8 @@ def of_source(
 def _images(
     source: data.Source, config: ml_collections.ConfigDict, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    from atebm_jax import data  # its pipeline is slow to import
+
     return data.materialise(
         source,
         config.preprocess,
