@@ -98,7 +98,8 @@ def test_each_step_from_a_stored_image_gives_the_next(case):
         ]
     )
     away = distances(made, trajectory[1:])
-    assert (away < 1e-5).mean() >= 0.95, away
+    # 95 %, and one pair where there are so few that it would be more than the rest.
+    assert (away >= 1e-5).sum() <= max(0.05 * away.size, 1), away
     if CASES[name][2].norm == "linf":
         # A flipped unit shows as single pixels that went the other way.
         assert (np.abs(made - trajectory[1:]) > 1e-5).mean() <= 0.005
@@ -129,7 +130,10 @@ def test_free_run_follows_the_reference(case, golden):
         tolerance = 1e-4 if count <= 2 else 0.1 if linf else 0.03
         for curve, values in curves.items():
             expected = stored[f"{name}/{curve}"][count]
-            np.testing.assert_allclose(values, expected, rtol=0, atol=tolerance)
+            # In float32 a unit of one image may lie on the other side of zero, on
+            # which processor it depends; in float64 below none does.
+            close = np.abs(values - expected) <= tolerance
+            assert (~close).sum() <= 1, (curve, count, values, expected)
 
 
 def test_free_run_in_float64_ends_where_the_reference_does(case, golden, monkeypatch):

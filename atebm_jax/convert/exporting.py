@@ -8,8 +8,8 @@ import numpy as np
 
 from atebm_jax import archs, checkpoint
 from atebm_jax.convert.names import to_torch
+from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import appears_whole
 
 FORMATS = ("safetensors",)
 

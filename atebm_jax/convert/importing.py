@@ -17,8 +17,8 @@ from atebm_jax import config as configuration
 from atebm_jax.convert import detect, layouts, matching, normalization, probe
 from atebm_jax.convert.files import Source, open_source
 from atebm_jax.convert.normalization import Normalization
+from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import appears_whole
 
 
 class Imported(NamedTuple):
