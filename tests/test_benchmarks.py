@@ -142,7 +142,8 @@ theirs = torch_reference.Stage2(twin, config.stage2, twin).contrastive(
 )
 ours = attacks.pgd(
     lambda x: energy.score(logits_fn(x), jnp.asarray(y)), jnp.asarray(x),
-    threat=attacks.unbounded(), step_size=0.1, num_steps=3,
+    threat=attacks.unbounded(), num_steps=3,
+    step_size=config.stage2.contrastive_step_size,
 )
 assert ours.dtype == jnp.float64
 assert np.abs(ours - x).max() > 0.01
