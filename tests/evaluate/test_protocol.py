@@ -97,7 +97,7 @@ def test_report_names_data_versions_and_its_own_plots_only(workdir, tmp_path):
 
 def test_what_cannot_be_measured_is_told_before_anything_is(workdir, tmp_path):
     for change, message in (
-        ({"target": "10"}, "--target is '10'"),
+        ({"target": "10"}, "--target=10: expected"),
         ({"num_samples": 3}, "--num_samples is 3"),
         ({"version": "best"}, "unknown version 'best'"),
         ({"version": "custom"}, "needs a list"),
