@@ -91,7 +91,26 @@ def test_explanation_of_an_image_does_not_depend_on_those_beside_it(
         json.loads((tmp_path / name / "explain.json").read_text())["results"]
         for name in ("many", "one")
     )
-    assert len(many) == 40 and len(one) == 10 and many[30:] == one
+    assert len(many) == 40 and len(one) == 10
+    # The pictures are the same bit by bit. Numbers are to rounding: on some processors
+    # XLA multiplies the last rows of a chunk by another kernel than the first ones.
+    for there, here in zip(many[30:], one, strict=True):
+        assert_close(there, here)
+
+
+def assert_close(there, here):
+    if isinstance(here, dict):
+        assert there.keys() == here.keys()
+        for key in here:
+            assert_close(there[key], here[key])
+    elif isinstance(here, list):
+        assert len(there) == len(here)
+        for pair in zip(there, here, strict=True):
+            assert_close(*pair)
+    elif isinstance(here, float):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-5)
+    else:
+        assert there == here
 
 
 def test_data_sets_are_named_by_place_and_know_their_labels(
