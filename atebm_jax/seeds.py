@@ -19,7 +19,6 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from atebm_jax import sharding
 from atebm_jax.errors import UserError
@@ -96,7 +95,7 @@ class Gaussian:
         flat = z @ factors.reshape(len(factors), -1)
         pixels = self.means[group] + flat.reshape(factors.shape[1:])
         levels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-        return _resized(levels, self.image_shape, Image.Resampling.BICUBIC)
+        return _resized(levels, self.image_shape, "BICUBIC")
 
     def batch(self, seed: int, numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Several: numbers [B] and labels [B] -> float32 [B, H, W, C] in [0, 1]."""
@@ -122,9 +121,7 @@ def fit(
     image_shape = images.shape[1:]
     shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
     small_shape = tuple(max(side // shrink, 1) for side in image_shape[:2])
-    small = np.stack(
-        [_resized(image, small_shape, Image.Resampling.BOX) for image in images]
-    )
+    small = np.stack([_resized(image, small_shape, "BOX") for image in images])
     size = small[0].size
     groups = 1 if labels is None else num_classes
     rank = min(_MOST_DIRECTIONS, _MOST_NUMBERS // (groups * size), size)
@@ -165,16 +162,16 @@ def _principal(
     return found.mean_.astype(np.float32).reshape(shape), factors.reshape(-1, *shape)
 
 
-def _resized(
-    image: np.ndarray, shape: tuple[int, ...], method: Image.Resampling
-) -> np.ndarray:
-    """uint8 [H, W, C] at another size."""
+def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarray:
+    """uint8 [H, W, C] at another size, by one of Pillow's methods."""
+    from PIL import Image  # not needed to import the package
+
     height, width = shape[:2]
     if image.shape[:2] == (height, width):
         return image
     grey = image.shape[2] == 1
     picture = Image.fromarray(image[..., 0] if grey else image)
-    resized = np.asarray(picture.resize((width, height), method))
+    resized = np.asarray(picture.resize((width, height), Image.Resampling[method]))
     return resized[..., None] if grey else resized
 
 
