@@ -95,12 +95,12 @@ def cifar_cpu(name: str, num_classes: int) -> ConfigDict:
     for stage in (config.stage1, config.stage2):
         stage.adversary = adversary(epsilon=0.5, step_size=0.3, num_steps=2)
         stage.checkpoint_every_steps = 200
-    config.stage1.num_epochs = 25.0
+    config.stage1.num_epochs = 14.0
     config.stage1.warmup_steps = 200
     config.stage1.eval_every_steps = 1000
 
     config.stage2.num_epochs = 0.0
-    config.stage2.num_steps = 1500
+    config.stage2.num_steps = 500
     config.stage2.eval_every_steps = 250
     _small_stage2(config)
 
