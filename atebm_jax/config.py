@@ -63,7 +63,13 @@ def default() -> ml_collections.ConfigDict:
 
 
 def adversary(
-    *, norm: str = "l2", epsilon: float = 0.5, step_size: float, num_steps: int
+    *,
+    norm: str = "l2",
+    epsilon: float = 0.5,
+    step_size: float,
+    num_steps: int,
+    momentum: float = 0.0,
+    keep_best: bool = False,
 ) -> ml_collections.ConfigDict:
     """An attack on the classifier's cross-entropy."""
     block = ml_collections.ConfigDict()
@@ -75,9 +81,9 @@ def adversary(
     block.step_size = step_size
     block.num_steps = num_steps
     # Decay of the velocity; 0 is plain PGD (the paper's published stage 1: 0.9).
-    block.momentum = 0.0
+    block.momentum = momentum
     # Return the iterate with the highest loss (the paper's published stage 1: True).
-    block.keep_best = False
+    block.keep_best = keep_best
     return block
 
 

@@ -135,6 +135,22 @@ def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsil
     assert (after[rows, labels] < before[rows, labels]).all()
 
 
+def test_attack_keeps_the_best_of_its_iterates(model, images):
+    """Steps as long as the ball is wide lead on and back again."""
+    labels = model.classify(images).argmax(1)
+    options = {"norm": "linf", "epsilon": 0.2, "step_size": 0.4, "momentum": 0.9}
+    losses = np.stack(
+        [
+            -np.log(model.classify(attacked)[np.arange(6), labels])
+            for steps in range(5)
+            for attacked in [model.attack(images, labels, num_steps=steps, **options)]
+        ]
+    )
+    best = model.attack(images, labels, num_steps=4, keep_best=True, **options)
+    loss = -np.log(model.classify(best)[np.arange(6), labels])
+    np.testing.assert_allclose(loss, losses.max(axis=0), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("norm", "radius"), [("l2", 0.8), ("linf", 0.1)])
 def test_counterfactuals_stay_in_their_ball_and_raise_their_class(
     model, images, norm, radius
@@ -221,7 +237,11 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
         (lambda m, x: m.attack(x, 1, norm="linf"), "give epsilon and step_size too"),
         (lambda m, x: m.attack(x, 1, norm="l3"), "unknown threat norm 'l3'"),
         (lambda m, x: m.attack(x, 1, epsilon=-1.0), "must be positive"),
+        (lambda m, x: m.attack(x, 1, epsilon="a"), "epsilon is 'a'"),
         (lambda m, x: m.attack(x, 1, num_steps=-1), "num_steps is -1"),
+        (lambda m, x: m.attack(x, 1, momentum=1.0), r"momentum is 1.0.*\[0, 1\)"),
+        (lambda m, x: m.attack(x, 1, momentum="a"), "momentum is 'a'"),
+        (lambda m, x: m.attack(x, 1, keep_best="no"), "keep_best is 'no'"),
     ],
 )
 def test_wrong_input_gets_one_clear_sentence(model, images, call, message):

@@ -186,7 +186,9 @@ class Evaluation:
         components = self._fitted_reference().pca.n_components_
         robust = (
             f"robust: {attack.num_steps}-step PGD, {attack.norm} radius "
-            f"{attack.epsilon:g}, step {attack.step_size:g}, averaged weights."
+            f"{attack.epsilon:g}, step {attack.step_size:g}, momentum "
+            f"{attack.momentum:g}, {'best' if attack.keep_best else 'last'} iterate, "
+            "averaged weights."
         )
         drawn = (
             f"samples: {sample.num_test}, {sample.num_steps} steps of "
