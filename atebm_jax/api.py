@@ -13,7 +13,15 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, checkpoint, constraints, energy, models, sampling
+from atebm_jax import (
+    attacks,
+    checkpoint,
+    constraints,
+    energy,
+    models,
+    samplers,
+    sampling,
+)
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, edits
@@ -99,7 +107,7 @@ class Model:
         step_size: float | None = None,
         num_steps: int | None = None,
         seed: int = 0,
-        sampler: str = "pgd",
+        sampler: str | None = None,
         schedule: str = "constant",
         target_energy: float | None = None,
         smooth: float = 0.0,
@@ -118,7 +126,8 @@ class Model:
             Linf pixels); default the config's.
           num_steps: steps, >= 0; default the config's.
           seed: of the noise, 0 to 2**32 - 1.
-          sampler: "pgd" (the paper's), "momentum", "adam", "sgld" or "sign".
+          sampler: "pgd" (the paper's), "momentum", "adam", "sgld" or "sign", with
+            settings in parentheses: "sgld(noise=0.005)"; default the config's.
           schedule: of the step size: "constant", "linear" or "cosine".
           target_energy: an image stops where its energy is this or lower: E(x, y), or
             E(x) without labels.
@@ -134,7 +143,7 @@ class Model:
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
         recipe = chunks.Recipe(
-            sampler,
+            samplers.resolved(settings.sampler if sampler is None else sampler),
             schedule,
             settings.step_size if step_size is None else step_size,
             settings.num_steps if num_steps is None else num_steps,
@@ -246,8 +255,8 @@ class Model:
           step_size: > 0, as of the sampler; default the config's for samples, in a
             ball radius / 5 where that is less.
           num_steps: steps, >= 0; default the config's for samples.
-          sampler: a key of `samplers.SAMPLERS`; default "pgd", in a ball of the maximum
-            norm "sign".
+          sampler: as of `sample`; default in a ball "pgd", in one of the maximum norm
+            "sign".
           schedule: of the step size: "constant", "linear" or "cosine".
           seed: of the sampler's noise, which images share, 0 to 2**32 - 1.
 

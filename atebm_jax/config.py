@@ -217,7 +217,10 @@ def _evaluate() -> ml_collections.ConfigDict:
     # Samples in each periodic evaluation and in the final report.
     samples.num = 100
     samples.num_test = 1000
-    # L2 pixels per step, and steps.
+    # "pgd" (the paper's), "momentum", "adam", "sgld" or "sign", with settings where
+    # they are not the defaults: "sgld(noise=0.005)" (`atebm_jax.samplers`).
+    samples.sampler = "pgd"
+    # As of the sampler, L2 pixels per step ("sgld": factor of the gradient), and steps.
     samples.step_size = 0.2
     samples.num_steps = 35
     # Rows of the grid, one column a class.

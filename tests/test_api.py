@@ -103,6 +103,19 @@ def test_image_is_the_same_bits_in_every_batch(model, workdir):
     np.testing.assert_array_equal(noisy, again[:2])
 
 
+def test_sampler_of_the_config_is_the_default(workdir):
+    model = atebm_jax.load(workdir, batch_size=4)
+    options = {"count": 2, "num_steps": 3, "step_size": 0.5}
+    drawn = {
+        text: model.sample(sampler=text, **options)
+        for text in ("pgd", "sgld(noise=0.05)", "sgld(noise=0.1)")
+    }
+    np.testing.assert_array_equal(model.sample(**options), drawn["pgd"])
+    model._config.evaluate.samples.sampler = "sgld(noise=0.05)"
+    np.testing.assert_array_equal(model.sample(**options), drawn["sgld(noise=0.05)"])
+    assert not np.allclose(drawn["sgld(noise=0.05)"], drawn["sgld(noise=0.1)"])
+
+
 def test_samples_stop_at_a_target_energy(model):
     start = model.sample(count=8, num_steps=0)
     target = float(np.median(model.energy(start)))
@@ -234,6 +247,8 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
         (lambda m, x: m.sample(1, target_energy="low"), "target_energy is 'low'"),
         (lambda m, x: m.sample(1, num_steps=2.5), "num_steps is 2.5"),
         (lambda m, x: m.sample(1, step_size="a"), "step_size 'a'"),
+        (lambda m, x: m.sample(1, sampler="sgld(nois=1)"), "no setting 'nois'"),
+        (lambda m, x: m.sample(1, sampler=3), "unknown sampler 3"),
         (lambda m, x: m.attack(x, 1, norm="linf"), "give epsilon and step_size too"),
         (lambda m, x: m.attack(x, 1, norm="l3"), "unknown threat norm 'l3'"),
         (lambda m, x: m.attack(x, 1, epsilon=-1.0), "must be positive"),
