@@ -22,9 +22,10 @@ OPTIONS = Options(num_examples=80, num_resamples=10, radii=(2.0,))
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "digits"
-    attack = {"num_steps": 4, "step_size": 0.5, "momentum": 0.9, "keep_best": True}
+    # Steps as wide as two balls, which plain PGD makes less of.
+    attack = {"num_steps": 4, "step_size": 2.0, "momentum": 0.9, "keep_best": True}
     settings = {f"evaluate.attack.{name}": value for name, value in attack.items()}
-    settings["stage1.num_steps"] = 4
+    settings |= {"stage1.num_steps": 4, "evaluate.num_test_examples": 0}
     tiny.run(tiny.config(stages="stage1", **settings), folder)
     return folder
 
@@ -103,11 +104,11 @@ def test_report_names_data_versions_and_its_own_plots_only(workdir, tmp_path):
 def test_training_evaluation_and_model_have_one_adversary(workdir, tmp_path):
     """The momentum and the memory of the config's attack count in all of them."""
     trained = json.loads((workdir / "report.json").read_text())
-    options = replace(OPTIONS, num_examples=60, epsilons=(0.5,))
+    options = replace(OPTIONS, num_examples=0, epsilons=(0.5,))
     report = suite.evaluate(workdir, tmp_path, metrics=("pgd",), options=options)
     metric = report["metrics"]["pgd"]
     model = atebm_jax.load(workdir)
-    images, labels = digits("test", 60)
+    images, labels = digits("test", 359)
 
     def robust(**settings):
         attacked = model.attack(images, labels, **settings)
@@ -119,7 +120,7 @@ def test_training_evaluation_and_model_have_one_adversary(workdir, tmp_path):
     assert value < robust(momentum=0.0, keep_best=False)
     assert metric["protocol"]["momentum"] == 0.9
     assert metric["protocol"]["keep_best"] is True
-    assert "step 0.5, momentum 0.9, best iterate" in " ".join(trained["notes"])
+    assert "step 2, momentum 0.9, best iterate" in " ".join(trained["notes"])
 
 
 def attacks_of(epsilons=(), **settings):
