@@ -139,7 +139,9 @@ def _sampler(
         logits_fn = models.logits_fn(context.model, variables)
 
         # One trajectory passes through every number of steps.
-        def advance(carry: tuple[jax.Array, Any], last: jax.Array) -> tuple:
+        def advance(
+            carry: tuple[jax.Array, Any], last: jax.Array
+        ) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
             done, state = carry
             state = samplers.proceed(
                 method,
@@ -157,7 +159,8 @@ def _sampler(
             return (last, state), made
 
         start = (jnp.int32(0), method.init(seeds))
-        _, rows = jax.lax.scan(advance, start, np.asarray(steps, np.int32))
+        ends = jnp.asarray(np.asarray(steps, np.int32))
+        _, rows = jax.lax.scan(advance, start, ends)
         features = jnp.swapaxes(rows.pop("features"), 0, 1)
         return {"features": features} | {key: value[-1] for key, value in rows.items()}
 

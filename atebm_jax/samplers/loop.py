@@ -87,8 +87,8 @@ def proceed(
         project=clip,
         target=None,
     )
-    steps = (jnp.asarray(number, jnp.int32) for number in (first, last))
-    state, _ = jax.lax.fori_loop(*steps, advance, (state, None))
+    lower, upper = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
+    state, _ = jax.lax.fori_loop(lower, upper, advance, (state, None))
     return state
 
 
