@@ -13,12 +13,21 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, checkpoint, constraints, energy, losses, models, sampling
+from atebm_jax import (
+    attacks,
+    checkpoint,
+    constraints,
+    energy,
+    models,
+    samplers,
+    sampling,
+)
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, edits
 from atebm_jax.sampling import Edited
 from atebm_jax.seeds import Gaussian, from_arrays
+from atebm_jax.stages import classifier_adversary
 
 
 def load(
@@ -98,7 +107,7 @@ class Model:
         step_size: float | None = None,
         num_steps: int | None = None,
         seed: int = 0,
-        sampler: str = "pgd",
+        sampler: str | None = None,
         schedule: str = "constant",
         target_energy: float | None = None,
         smooth: float = 0.0,
@@ -117,7 +126,8 @@ class Model:
             Linf pixels); default the config's.
           num_steps: steps, >= 0; default the config's.
           seed: of the noise, 0 to 2**32 - 1.
-          sampler: "pgd" (the paper's), "momentum", "adam", "sgld" or "sign".
+          sampler: "pgd" (the paper's), "momentum", "adam", "sgld" or "sign", with
+            settings in parentheses: "sgld(noise=0.005)"; default the config's.
           schedule: of the step size: "constant", "linear" or "cosine".
           target_energy: an image stops where its energy is this or lower: E(x, y), or
             E(x) without labels.
@@ -133,7 +143,7 @@ class Model:
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
         recipe = chunks.Recipe(
-            sampler,
+            samplers.resolved(settings.sampler if sampler is None else sampler),
             schedule,
             settings.step_size if step_size is None else step_size,
             settings.num_steps if num_steps is None else num_steps,
@@ -245,8 +255,8 @@ class Model:
           step_size: > 0, as of the sampler; default the config's for samples, in a
             ball radius / 5 where that is less.
           num_steps: steps, >= 0; default the config's for samples.
-          sampler: a key of `samplers.SAMPLERS`; default "pgd", in a ball of the maximum
-            norm "sign".
+          sampler: as of `sample`; default in a ball "pgd", in one of the maximum norm
+            "sign".
           schedule: of the step size: "constant", "linear" or "cosine".
           seed: of the sampler's noise, which images share, 0 to 2**32 - 1.
 
@@ -286,8 +296,14 @@ class Model:
         epsilon: float | None = None,
         step_size: float | None = None,
         num_steps: int | None = None,
+        momentum: float | None = None,
+        keep_best: bool | None = None,
     ) -> np.ndarray:
-        """Plain PGD on the cross-entropy, by default as in the config's evaluation.
+        """PGD on the cross-entropy: the adversary of evaluation and training.
+
+        What is not given is the config's, `evaluate.attack`: with its defaults this is
+        the attack behind the robust accuracy of the job's report and of the evaluate
+        command's `pgd`.
 
         Args:
           images: to be attacked.
@@ -297,6 +313,9 @@ class Model:
           epsilon: radius in the norm's pixels of a [0, 1] image.
           step_size: > 0, pixels per step.
           num_steps: steps, >= 0.
+          momentum: decay of the velocity, in [0, 1); 0 is plain PGD.
+          keep_best: return of all iterates, the image among them, the one with the
+            highest loss, instead of the last.
 
         Returns:
           [N, H, W, C] float32 in [0, 1], inside the ball.
@@ -316,10 +335,24 @@ class Model:
                 f"norm is {norm!r} and the defaults are for {settings.norm!r}: give "
                 f"{' and '.join(missing)} too."
             )
+        decay = settings.momentum if momentum is None else momentum
+        best = settings.keep_best if keep_best is None else keep_best
+        number = int | float | np.number
+        if not isinstance(epsilon, number | None):
+            raise UserError(f"epsilon is {epsilon!r}: it must be a number, a radius.")
+        if not isinstance(decay, number) or not 0 <= decay < 1:
+            raise UserError(
+                f"momentum is {decay!r}: it must be a number in [0, 1), 0 for plain "
+                "PGD."
+            )
+        if not isinstance(best, bool | np.bool_):
+            raise UserError(f"keep_best is {best!r}: it must be True or False.")
         attack = _attacker(
             self._model,
             settings.norm if norm is None else norm,
             float(settings.epsilon if epsilon is None else epsilon),
+            float(decay),
+            bool(best),
         )
         size = settings.step_size if step_size is None else step_size
         steps = settings.num_steps if num_steps is None else num_steps
@@ -398,8 +431,20 @@ def _logits(model: nn.Module) -> Callable:
 
 
 @lru_cache
-def _attacker(model: nn.Module, norm: str, epsilon: float) -> Callable:
-    threat = attacks.threat(norm, epsilon)
+def _attacker(
+    model: nn.Module, norm: str, epsilon: float, momentum: float, keep_best: bool
+) -> Callable:
+    # Steps are arguments below: another number of them does not recompile.
+    adversary = classifier_adversary(
+        configuration.adversary(
+            norm=norm,
+            epsilon=epsilon,
+            step_size=1.0,
+            num_steps=0,
+            momentum=momentum,
+            keep_best=keep_best,
+        )
+    )
 
     def attack(
         variables: Any,
@@ -409,12 +454,6 @@ def _attacker(model: nn.Module, norm: str, epsilon: float) -> Callable:
         num_steps: jax.Array,
     ) -> jax.Array:
         logits_fn = models.logits_fn(model, variables)
-        return attacks.pgd(
-            lambda images: losses.cross_entropy(logits_fn(images), y),
-            x,
-            threat=threat,
-            step_size=step_size,
-            num_steps=num_steps,
-        )
+        return adversary(logits_fn, x, y, step_size=step_size, num_steps=num_steps)
 
     return jax.jit(attack)

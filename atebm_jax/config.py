@@ -63,7 +63,13 @@ def default() -> ml_collections.ConfigDict:
 
 
 def adversary(
-    *, norm: str = "l2", epsilon: float = 0.5, step_size: float, num_steps: int
+    *,
+    norm: str = "l2",
+    epsilon: float = 0.5,
+    step_size: float,
+    num_steps: int,
+    momentum: float = 0.0,
+    keep_best: bool = False,
 ) -> ml_collections.ConfigDict:
     """An attack on the classifier's cross-entropy."""
     block = ml_collections.ConfigDict()
@@ -75,9 +81,9 @@ def adversary(
     block.step_size = step_size
     block.num_steps = num_steps
     # Decay of the velocity; 0 is plain PGD (the paper's published stage 1: 0.9).
-    block.momentum = 0.0
+    block.momentum = momentum
     # Return the iterate with the highest loss (the paper's published stage 1: True).
-    block.keep_best = False
+    block.keep_best = keep_best
     return block
 
 
@@ -211,7 +217,10 @@ def _evaluate() -> ml_collections.ConfigDict:
     # Samples in each periodic evaluation and in the final report.
     samples.num = 100
     samples.num_test = 1000
-    # L2 pixels per step, and steps.
+    # "pgd" (the paper's), "momentum", "adam", "sgld" or "sign", with settings where
+    # they are not the defaults: "sgld(noise=0.005)" (`atebm_jax.samplers`).
+    samples.sampler = "pgd"
+    # As of the sampler, L2 pixels per step ("sgld": factor of the gradient), and steps.
     samples.step_size = 0.2
     samples.num_steps = 35
     # Rows of the grid, one column a class.

@@ -28,7 +28,7 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import samples
+from atebm_jax.evaluate import drawing, samples
 from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.preemption import StopSignal
 from atebm_jax.reporting import (
@@ -253,6 +253,7 @@ def _check_rooms(
         sharding.check_batch_size(size, mesh.size, f"config.{field}", parts)
     classifier_adversary(config.evaluate.attack)
     samples.check_judge(config.evaluate.samples.judge)
+    drawing.check_sampler(config.evaluate.samples.sampler)
 
 
 # Which operations meet the images of which role.

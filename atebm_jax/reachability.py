@@ -11,7 +11,7 @@ that kind (`metrics.spectral_distance`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from atebm_jax import data, metrics, sampling, seeds
+from atebm_jax import data, metrics, samplers, sampling, seeds
 
 # Of each set; fewer where images are large, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
@@ -36,14 +36,15 @@ class Reachability(NamedTuple):
       least_distance: at least so far seeds lie from images with the spectrum of the
         training images.
       farthest_contrastive: T_max steps of the contrastive loop in a straight line.
-      farthest_sampling: the steps of evaluation's samples in a straight line.
+      farthest_sampling: the steps of evaluation's samples in a straight line; None
+        where the sampler's steps have no given length.
       sentence: what cannot come near and what would do; None if nothing was found.
     """
 
     distance: float
     least_distance: float
     farthest_contrastive: float
-    farthest_sampling: float
+    farthest_sampling: float | None
     sentence: str | None
 
 
@@ -54,7 +55,7 @@ def measure(
     t_max: int,
     contrastive_step_size: float,
     num_sampling_steps: int,
-    sampling_step_size: float,
+    sampling_step_size: float | None,
 ) -> Reachability:
     """Compares seeds with training images, and the distance with what steps can cover.
 
@@ -64,7 +65,7 @@ def measure(
       t_max: greatest number of contrastive steps.
       contrastive_step_size: L2 pixels.
       num_sampling_steps: of evaluation's samples.
-      sampling_step_size: L2 pixels.
+      sampling_step_size: L2 pixels; None where steps have no given length.
     """
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)
@@ -75,19 +76,21 @@ def measure(
         "stage2.t_max",
         "stage2.contrastive_step_size",
     )
-    samples = _Way(
-        "samples",
-        num_sampling_steps,
-        sampling_step_size,
-        "evaluate.samples.num_steps",
-        "evaluate.samples.step_size",
-    )
+    samples = None
+    if sampling_step_size is not None:
+        samples = _Way(
+            "samples",
+            num_sampling_steps,
+            sampling_step_size,
+            "evaluate.samples.num_steps",
+            "evaluate.samples.step_size",
+        )
     return Reachability(
         distance,
         least,
         contrastive.farthest,
-        samples.farthest,
-        _sentence(distance, least, (contrastive, samples)),
+        None if samples is None else samples.farthest,
+        _sentence(distance, least, [w for w in (contrastive, samples) if w]),
     )
 
 
@@ -119,13 +122,15 @@ def of_config(
     if config.data.seeds in seeds.FITTED and gaussian is None:
         # Of one a class the mixture is near enough: it is a matter of whole pixels.
         gaussian = seeds.fit(images)
+    drawn = config.evaluate.samples
+    length = samplers.step_length(drawn.sampler, drawn.step_size)
     return measure(
         seed_images(config, sources, num, gaussian),
         images.astype(np.float32) / np.float32(255),
         t_max=config.stage2.t_max,
         contrastive_step_size=config.stage2.contrastive_step_size,
-        num_sampling_steps=config.evaluate.samples.num_steps,
-        sampling_step_size=config.evaluate.samples.step_size,
+        num_sampling_steps=drawn.num_steps,
+        sampling_step_size=length if math.isfinite(length) else None,
     )
 
 
@@ -155,11 +160,13 @@ def seed_images(
 
 def lines(found: Reachability) -> list[str]:
     """The figures in one line, and the warning where there is one."""
+    farthest = found.farthest_sampling
+    samples = "as their gradients take them" if farthest is None else f"{farthest:.3g}"
     figures = (
         f"reachability (L2): a seed lies {found.distance:.3g} from a training image on "
         f"average, at least {found.least_distance:.3g} from any images of that kind; "
         f"contrastive images go {found.farthest_contrastive:.3g} at most, samples "
-        f"{found.farthest_sampling:.3g}."
+        f"{samples}."
     )
     return [figures, *([f"warning: {found.sentence}"] if found.sentence else [])]
 
@@ -196,7 +203,7 @@ class _Way(NamedTuple):
         return f"--config.{self.step_size_field}={size:g} or {steps}"
 
 
-def _sentence(distance: float, least: float, ways: tuple[_Way, ...]) -> str | None:
+def _sentence(distance: float, least: float, ways: Sequence[_Way]) -> str | None:
     """What cannot come near, and what would do.
 
     The warning compares what is certain on both sides: the least distance, and a

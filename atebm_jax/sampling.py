@@ -14,6 +14,8 @@ from atebm_jax.samplers.schedules import ScheduleFn
 
 # A label for `edit`: the class that the model takes the start for.
 GUESS = -1
+# Beyond every image's index: the steps' noise is not that of a seed.
+_STEPS = 2**31
 
 
 def noise_seeds(
@@ -32,6 +34,15 @@ def noise_seeds(
     return jax.vmap(
         lambda index: jax.random.uniform(jax.random.fold_in(key, index), image_shape)
     )(indices)
+
+
+def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """Keys [B] for samplers with noise, each image's by its own index.
+
+    Arguments as of `noise_seeds`, whose seeds have nothing to do with this noise.
+    """
+    steps_key = jax.random.fold_in(key, _STEPS)
+    return jax.vmap(lambda index: jax.random.fold_in(steps_key, index))(indices)
 
 
 def smooth(images: jax.Array, sigma: float) -> jax.Array:

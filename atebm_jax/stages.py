@@ -44,8 +44,10 @@ class Stage(NamedTuple):
 
 def classifier_adversary(
     config: ml_collections.ConfigDict,
-) -> Callable[[Callable, jax.Array, jax.Array], jax.Array]:
+) -> Callable[..., jax.Array]:
     """The adversary that maximises the cross-entropy inside a ball.
+
+    The one of training, evaluation and `Model.attack`: all of them make it here.
 
     Args:
       config: an `adversary` block: norm, epsilon, step_size, num_steps, momentum,
@@ -53,7 +55,11 @@ def classifier_adversary(
 
     Returns:
       (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
-      Plain PGD unless momentum or keep_best is set.
+      Plain PGD unless momentum or keep_best is set. `step_size` and `num_steps` are
+      keyword arguments too, for others than the config's that do not recompile.
+
+    Raises:
+      UserError: no such norm, or a value that makes no attack.
     """
     threat = attacks.threat(config.norm, config.epsilon)
     if config.num_steps < 0 or not 0 <= config.momentum < 1:
@@ -62,10 +68,17 @@ def classifier_adversary(
             f"{config.momentum}: the steps must not be negative, the momentum lies in "
             "[0, 1)."
         )
-    step_size, num_steps = config.step_size, config.num_steps
+    own_step_size, own_num_steps = config.step_size, config.num_steps
     momentum, keep_best = config.momentum, config.keep_best
 
-    def adversary(logits_fn: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
+    def adversary(
+        logits_fn: Callable,
+        x: jax.Array,
+        y: jax.Array,
+        *,
+        step_size: jax.Array | float = own_step_size,
+        num_steps: jax.Array | int = own_num_steps,
+    ) -> jax.Array:
         def objective(images: jax.Array) -> jax.Array:
             return losses.cross_entropy(logits_fn(images), y)
 

@@ -273,7 +273,8 @@ def _plot(
     markers: dict[str, int] = {}
     for name, row in summary.items():
         sampler, _, schedule = name.split(":")
-        # Step sizes of one sampler are told apart by their markers.
+        sampler = sampler.partition("(")[0].strip()
+        # Step sizes and settings of one sampler are told apart by their markers.
         marker = "os^Dv*"[markers.setdefault(sampler, 0) % 6]
         markers[sampler] += 1
         for axis, quality in zip(axes, shown, strict=True):

@@ -103,6 +103,19 @@ def test_image_is_the_same_bits_in_every_batch(model, workdir):
     np.testing.assert_array_equal(noisy, again[:2])
 
 
+def test_sampler_of_the_config_is_the_default(workdir):
+    model = atebm_jax.load(workdir, batch_size=4)
+    options = {"count": 2, "num_steps": 3, "step_size": 0.5}
+    drawn = {
+        text: model.sample(sampler=text, **options)
+        for text in ("pgd", "sgld(noise=0.05)", "sgld(noise=0.1)")
+    }
+    np.testing.assert_array_equal(model.sample(**options), drawn["pgd"])
+    model._config.evaluate.samples.sampler = "sgld(noise=0.05)"
+    np.testing.assert_array_equal(model.sample(**options), drawn["sgld(noise=0.05)"])
+    assert not np.allclose(drawn["sgld(noise=0.05)"], drawn["sgld(noise=0.1)"])
+
+
 def test_samples_stop_at_a_target_energy(model):
     start = model.sample(count=8, num_steps=0)
     target = float(np.median(model.energy(start)))
@@ -133,6 +146,22 @@ def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsil
     rows = np.arange(6)
     before, after = model.classify(images), model.classify(attacked)
     assert (after[rows, labels] < before[rows, labels]).all()
+
+
+def test_attack_keeps_the_best_of_its_iterates(model, images):
+    """Steps as long as the ball is wide lead on and back again."""
+    labels = model.classify(images).argmax(1)
+    options = {"norm": "linf", "epsilon": 0.2, "step_size": 0.4, "momentum": 0.9}
+    losses = np.stack(
+        [
+            -np.log(model.classify(attacked)[np.arange(6), labels])
+            for steps in range(5)
+            for attacked in [model.attack(images, labels, num_steps=steps, **options)]
+        ]
+    )
+    best = model.attack(images, labels, num_steps=4, keep_best=True, **options)
+    loss = -np.log(model.classify(best)[np.arange(6), labels])
+    np.testing.assert_allclose(loss, losses.max(axis=0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "radius"), [("l2", 0.8), ("linf", 0.1)])
@@ -218,10 +247,16 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
         (lambda m, x: m.sample(1, target_energy="low"), "target_energy is 'low'"),
         (lambda m, x: m.sample(1, num_steps=2.5), "num_steps is 2.5"),
         (lambda m, x: m.sample(1, step_size="a"), "step_size 'a'"),
+        (lambda m, x: m.sample(1, sampler="sgld(nois=1)"), "no setting 'nois'"),
+        (lambda m, x: m.sample(1, sampler=3), "unknown sampler 3"),
         (lambda m, x: m.attack(x, 1, norm="linf"), "give epsilon and step_size too"),
         (lambda m, x: m.attack(x, 1, norm="l3"), "unknown threat norm 'l3'"),
         (lambda m, x: m.attack(x, 1, epsilon=-1.0), "must be positive"),
+        (lambda m, x: m.attack(x, 1, epsilon="a"), "epsilon is 'a'"),
         (lambda m, x: m.attack(x, 1, num_steps=-1), "num_steps is -1"),
+        (lambda m, x: m.attack(x, 1, momentum=1.0), r"momentum is 1.0.*\[0, 1\)"),
+        (lambda m, x: m.attack(x, 1, momentum="a"), "momentum is 'a'"),
+        (lambda m, x: m.attack(x, 1, keep_best="no"), "keep_best is 'no'"),
     ],
 )
 def test_wrong_input_gets_one_clear_sentence(model, images, call, message):

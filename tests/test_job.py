@@ -118,6 +118,18 @@ def test_same_command_on_a_finished_workdir_only_shows_the_report(finished):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_report_says_how_samples_were_drawn(finished):
+    settings, notes = finished[1]["evaluate"], " ".join(finished[1]["notes"])
+    assert settings["samples"]["sampler"] == "pgd"
+    assert "3 steps of 0.3 by pgd from" in notes
+
+
+def test_wrong_sampler_is_told_before_the_first_step(tmp_path):
+    settings = tiny.config(**{"evaluate.samples.sampler": "sgld(nois=1)"})
+    with pytest.raises(UserError, match=r"samples\.sampler: .*no setting 'nois'"):
+        tiny.run(settings, tmp_path / "digits")
+
+
 def test_workdir_of_another_config_is_refused_by_name(finished):
     with pytest.raises(UserError, match=r"stage2\.t_max: 30 before, 31 now"):
         tiny.run(tiny.config(**{"stage2.t_max": 31}), finished[0])

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "atebm_jax"
 ORDER = (
     "errors",
     "names",
+    "calls",
     "local_path",
     "energy",
     "losses",
@@ -56,11 +57,12 @@ ORDER = (
 
 # Rooms that may know less than their place in the order allows.
 FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
-FREE += ("samplers", "health")
+FREE += ("calls", "samplers", "health")
 FREE += ("data", "sharding", "config", "preemption", "reporting")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
-    "data": {"names"},
+    "data": {"names", "calls"},
+    "samplers": {"calls"},
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
     "train_step": {"stages", "train_state", "curriculum", "optim"},
@@ -70,7 +72,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "workdir_lock": {"sharding", "reporting"},
     "intact": {"checkpoint", "train_state"},
     "compilation": {"checkpoint", "reporting"},
-    "reachability": {"data", "metrics", "sampling", "seeds"},
+    "reachability": {"data", "metrics", "samplers", "sampling", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
     | {"reporting"},
 }
@@ -79,7 +81,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
 PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models", "samplers")
 PURE += ("constraints", "health")
 PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
-PURE_IMPORTS |= {"itertools", "math", "numpy", "scipy", "typing"}
+PURE_IMPORTS |= {"inspect", "itertools", "math", "numpy", "scipy", "typing"}
 IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

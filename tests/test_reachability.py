@@ -94,6 +94,13 @@ def test_steps_that_are_too_short_for_the_seeds_are_told(sets, kind, t_max, step
     assert "samples go" not in found.sentence
 
 
+def test_steps_without_a_length_are_not_told_to_be_short(sets):
+    found = measured(sets, "noise", 40, 1.0, sampling_step_size=None)
+    assert found.farthest_sampling is None and found.sentence is None
+    (line,) = reachability.lines(found)
+    assert line.endswith("at most, samples as their gradients take them.")
+
+
 @pytest.mark.parametrize(
     ("kind", "t_max", "step"),
     [

@@ -65,6 +65,19 @@ ATTACKS: dict[str, Attack] = {
     "square": Attack("square", "", False, square.NORMS),
 }
 
+# Which attacks a setting is for.
+_APGD = tuple(name for name, attack in ATTACKS.items() if attack.family == "apgd")
+_HEEDED_BY: dict[str, tuple[str, ...]] = {
+    "num_steps": (*_APGD, "fab", "fab-t"),
+    "num_queries": ("square",),
+    "apgd_restarts": ("apgd-ce", "apgd-dlr"),
+    "fab_restarts": ("fab",),
+    "targets": ("apgd-t",),
+    "fab_targets": ("fab-t",),
+    "gradient_samples": _APGD,
+    "wide_ball": _APGD,
+}
+
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _PLUS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 
@@ -101,6 +114,8 @@ class Plan(NamedTuple):
       objectives: of the APGD attacks, as they are defined for so many classes.
       settings: how long.
       notes: what is done otherwise than asked, one sentence each.
+      title: what runs: "AutoAttack" and the version where all of its attacks do, their
+        names where some of them do, or where they were chosen.
     """
 
     norm: str
@@ -109,6 +124,21 @@ class Plan(NamedTuple):
     objectives: dict[str, str]
     settings: Settings
     notes: tuple[str, ...]
+    title: str
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """Names of the attacks that run, in their order."""
+        return tuple(dict.fromkeys(round_.attack for round_ in self.rounds))
+
+    def settings_in_use(self) -> dict[str, Any]:
+        """The settings that an attack which runs heeds."""
+        return {
+            name: value
+            for name, value in self.settings._asdict().items()
+            if set(_HEEDED_BY[name]) & set(self.attacks)
+            and (name != "wide_ball" or self.norm == "l1")
+        }
 
 
 def plan(
@@ -159,7 +189,10 @@ def plan(
         reason = "the radius is 0" if epsilon == 0 else "there is a single class"
         notes.append(f"No attack is run: {reason}, so that none can succeed.")
         rounds = []
-    return Plan(norm, epsilon, tuple(rounds), used, wanted, tuple(notes))
+    ran = dict.fromkeys(round_.attack for round_ in rounds)
+    whole = version != "custom" and tuple(ran) == chosen
+    title = f"AutoAttack {version}" if whole else ", ".join(ran) or "no attack"
+    return Plan(norm, epsilon, tuple(rounds), used, wanted, tuple(notes), title)
 
 
 def _check_threat(threat: Threat) -> tuple[str, float]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from atebm_jax import calls
 from atebm_jax.data.autoaugment import autoaugment_cifar10
 from atebm_jax.data.decoding import BadImage, from_pillow, to_pillow
 from atebm_jax.errors import UserError
@@ -206,8 +207,6 @@ OPS: dict[str, Op] = {
 _LARGEST = 8192
 _SIZE = re.compile(r"[1-9][0-9]{0,4}")
 
-_CALL = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*")
-
 
 def parse(spec: str) -> Augmentation:
     """Reads a pipeline such as `"pad_crop(4)|flip"`; applied from left to right.
@@ -217,16 +216,16 @@ def parse(spec: str) -> Augmentation:
     Raises:
       UserError: an unknown operation or a wrong argument.
     """
-    calls = (
+    operations = (
         [_parse_call(call, spec) for call in spec.split("|")] if spec.strip() else []
     )
-    return functools.partial(_apply, tuple(_joined(calls)))
+    return functools.partial(_apply, tuple(_joined(operations)))
 
 
-def _joined(calls: list[functools.partial]) -> list[functools.partial]:
+def _joined(operations: list[functools.partial]) -> list[functools.partial]:
     """The same operations, a crop that follows a resize together with it."""
     joined: list[functools.partial] = []
-    for call in calls:
+    for call in operations:
         if call.func is center_crop and joined and joined[-1].func is resize:
             settings = joined.pop().keywords | {"crop": call.keywords["size"]}
             call = functools.partial(resize_and_center_crop, **settings)
@@ -235,17 +234,16 @@ def _joined(calls: list[functools.partial]) -> list[functools.partial]:
 
 
 def _apply(
-    calls: tuple[Augmentation, ...], image: np.ndarray, rng: np.random.Generator
+    operations: tuple[Augmentation, ...], image: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    for call in calls:
-        image = call(image, rng)
+    for operation in operations:
+        image = operation(image, rng)
     return image
 
 
 def _parse_call(call: str, spec: str) -> functools.partial:
-    match = _CALL.fullmatch(call)
-    name = match[1] if match else call.strip()
-    if match is None or name not in OPS:
+    name, words = calls.read(call) or (call.strip(), [])
+    if name not in OPS:
         near = difflib.get_close_matches(name, OPS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(
@@ -253,7 +251,6 @@ def _parse_call(call: str, spec: str) -> functools.partial:
             f"are {', '.join(op.example for op in OPS.values())}, joined by |"
         )
     op = OPS[name]
-    words = [word.strip() for word in match[2].split(",")] if match[2] else []
     keywords = _keywords(op, words)
     if keywords is None:
         raise UserError(

@@ -1,14 +1,18 @@
 """Clean accuracy, and accuracy under PGD against the radius (method: section 6)."""
 
+import math
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, losses, metrics
+from atebm_jax import metrics
+from atebm_jax.errors import UserError
 from atebm_jax.evaluate import figures
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
+from atebm_jax.stages import classifier_adversary
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
@@ -35,66 +39,88 @@ def accuracy(context: Context, out: epath.Path) -> dict[str, Any]:
     return {"protocol": {"data": "test", "interval": "Wilson"}, "figures": values}
 
 
+def check_pgd(context: Context) -> None:
+    """Refuses an attack that there is not, at any radius of the curve.
+
+    Raises:
+      UserError: says which.
+    """
+    for attack in _attacks(context).values():
+        classifier_adversary(attack)
+
+
 def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
     """Accuracy under the config's PGD, and its curve over radii.
 
-    An image is robust if it is classified correctly both as it is and attacked. The
-    step length is the config's at the config's radius and grows with the radius.
+    The adversary is that of the evaluation during training, momentum and memory of the
+    best iterate with it. An image is robust if it is classified correctly both as it is
+    and attacked. The step length is the config's at the config's radius and grows with
+    the radius.
     """
     settings = context.config.evaluate.attack
-    radii = tuple(context.options.epsilons) or tuple(
-        float(settings.epsilon) * factor for factor in (0.25, 0.5, 1.0, 1.5, 2.0)
-    )
     values, curve = {}, {}
-    for epsilon in sorted({*radii, float(settings.epsilon)}):
-        step_size = settings.step_size * epsilon / settings.epsilon
-        robust = _attacked(
-            context, settings.norm, epsilon, step_size, settings.num_steps
-        )
-        curve[epsilon] = _share(robust)
+    for epsilon, attack in _attacks(context).items():
+        curve[epsilon] = _share(_attacked(context, attack))
         values[f"robust_accuracy_{settings.norm}_{epsilon:g}"] = curve[epsilon]
-    scores, labels = logits(context, "test")
-    clean = _share(scores.argmax(axis=1) == labels)
-    figures.robust_curve(
-        out / "robust_accuracy.png", {0.0: clean} | curve, settings.norm
-    )
+    plots = []
+    if all(map(math.isfinite, curve)):
+        scores, labels = logits(context, "test")
+        curve[0.0] = _share(scores.argmax(axis=1) == labels)
+        plots = ["robust_accuracy.png"]
+        figures.robust_curve(out / plots[0], curve, settings.norm)
     protocol = {
         "attack": "PGD on the cross-entropy, no random start, no restart",
         "norm": settings.norm,
         "num_steps": settings.num_steps,
-        "step_size": f"{settings.step_size:g} at radius {settings.epsilon:g}, in "
+        "step_size": f"{settings.step_size:g} at radius {_radius(settings):g}, in "
         "proportion elsewhere",
+        "momentum": settings.momentum,
+        "keep_best": settings.keep_best,
         "interval": "Wilson",
     }
-    return {
-        "protocol": protocol,
-        "figures": values,
-        "plots": ["robust_accuracy.png"],
-    }
+    return {"protocol": protocol, "figures": values, "plots": plots}
 
 
-def _attacked(
-    context: Context, norm: str, epsilon: float, step_size: float, num_steps: int
-) -> np.ndarray:
-    threat = attacks.threat(norm, epsilon)
+def _attacks(context: Context) -> dict[float, ml_collections.ConfigDict]:
+    """The config's attack at every radius of the curve, in their order."""
+    settings, radii = context.config.evaluate.attack, context.options.epsilons
+    own = _radius(settings)
+    if radii and math.isinf(max(own, *radii)):
+        raise UserError(
+            f"--epsilons={','.join(f'{r:g}' for r in radii)}, and the radius of "
+            f"config.evaluate.attack is {own:g}: step lengths grow with the radius, so "
+            "that all must be finite; leave out the flag or the infinite radius."
+        )
+    factors = (1.0,) if math.isinf(own) else (0.25, 0.5, 1.0, 1.5, 2.0)
+    made = {}
+    for epsilon in sorted({own, *(radii or (own * factor for factor in factors))}):
+        # Exactly the config's own step at its own radius, which may be infinite.
+        factor = 1.0 if epsilon == own else epsilon / own
+        lengths = {"epsilon": float(epsilon), "step_size": settings.step_size * factor}
+        made[epsilon] = ml_collections.ConfigDict(settings.to_dict() | lengths)
+    return made
+
+
+def _radius(settings: ml_collections.ConfigDict) -> float:
+    return math.inf if settings.norm == "unbounded" else float(settings.epsilon)
+
+
+def _attacked(context: Context, attack: ml_collections.ConfigDict) -> np.ndarray:
+    adversary = classifier_adversary(attack)
 
     def robust(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-        attacked = attacks.pgd(
-            lambda images: losses.cross_entropy(network.logits(images), y),
-            x,
-            threat=threat,
-            step_size=step_size,
-            num_steps=num_steps,
-        )
+        attacked = adversary(network.logits, x, y)
         clean = metrics.accuracy(network.logits(x), y)
         return {"robust": clean & metrics.accuracy(network.logits(attacked), y)}
 
     rows = context.map_images(
-        f"PGD {norm} {epsilon:g}",
+        f"PGD {attack.norm} {attack.epsilon:g}",
         "test",
         robust,
-        step_size=step_size,
-        num_steps=num_steps,
+        step_size=attack.step_size,
+        num_steps=attack.num_steps,
+        momentum=attack.momentum,
+        keep_best=attack.keep_best,
     )
     return rows["robust"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, sampling
+from atebm_jax import attacks, energy, metrics, samplers, sampling
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors, figures
@@ -83,6 +83,7 @@ def check(context: Context) -> None:
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Validity, distance and realism of counterfactuals at every radius."""
     settings, target = context.config.evaluate.samples, _target(context)
+    longest = samplers.step_length(settings.sampler, settings.step_size)
     extractor = extractors.of(context)
     real = context.map_images(
         "features of test",
@@ -95,7 +96,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     per_class: dict[str, dict[str, Any]] = {}
     found = {}
     for radius in context.options.radii:
-        step_size = float(sampling.counterfactual_step_size(settings.step_size, radius))
+        step_size = float(sampling.counterfactual_step_size(longest, radius))
         found[radius] = context.map_images(
             f"counterfactuals {radius:g}",
             "test",
@@ -122,7 +123,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         "judge": context.judge.fingerprint if context.judge else "none",
         "norm": "l2",
         "num_steps": settings.num_steps,
-        "step_size": f"the smaller of {settings.step_size:g} and radius / 5",
+        "step_size": f"the smaller of {longest:g} and radius / 5",
         "count": "images that are not asked to become their own class",
         "extractor": extractor.description,
         "frechet_distance": f"between a class's counterfactuals and test images in the "

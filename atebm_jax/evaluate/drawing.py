@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import data, models, sampling, sharding
+from atebm_jax import data, energy, models, samplers, sampling, sharding
+from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.extractors import Extractor, score_inputs
 from atebm_jax.evaluate.store import Arrays
@@ -42,6 +43,18 @@ class Plan(NamedTuple):
     num_shown: int = 0
 
 
+def check_sampler(text: str) -> None:
+    """Refuses what is no sampler, or not with these settings.
+
+    Raises:
+      UserError: names the field of the config, and what there is.
+    """
+    try:
+        samplers.sampler(text)
+    except UserError as error:
+        raise UserError(f"config.evaluate.samples.sampler: {error}") from error
+
+
 def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays]:
     """Units of samples in order; those that are on disk are read.
 
@@ -60,6 +73,7 @@ def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays
         seeds=context.config.data.seeds,
         content=context.fingerprints.get("seeds", ""),
         extractor=extractor.fingerprint,
+        sampler=samplers.resolved(settings.sampler),
         step_size=settings.step_size,
         steps=list(plan.steps),
         quantise=context.options.quantise,
@@ -114,29 +128,39 @@ def _sampler(
 ) -> Callable[..., dict[str, jax.Array]]:
     size, settings = context.config.evaluate.batch_size, context.config.evaluate.samples
     quantise = QUANTISE[context.options.quantise]
-    # One trajectory passes through every number of steps.
-    counts = np.diff(np.asarray(steps, np.int32), prepend=np.int32(0))
+    method, seed = samplers.sampler(settings.sampler), context.options.seed
 
     def sample(
         variables: Any, weights: Any, seeds: jax.Array, first: jax.Array
     ) -> dict[str, jax.Array]:
-        labels = first + jnp.arange(size, dtype=jnp.int32)
-        labels = labels % context.config.model.num_classes
+        numbers = first + jnp.arange(size, dtype=jnp.int32)
+        labels = numbers % context.config.model.num_classes
+        keys = sampling.step_keys(jax.random.key(seed), numbers)
+        logits_fn = models.logits_fn(context.model, variables)
 
-        def advance(x: jax.Array, count: jax.Array) -> tuple[jax.Array, dict]:
-            x = sampling.conditional(
-                models.logits_fn(context.model, variables),
-                x,
-                labels,
+        # One trajectory passes through every number of steps.
+        def advance(
+            carry: tuple[jax.Array, Any], last: jax.Array
+        ) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
+            done, state = carry
+            state = samplers.proceed(
+                method,
+                lambda x: energy.score(logits_fn(x), labels),
+                state,
+                keys,
+                first=done,
+                last=last,
                 step_size=settings.step_size,
-                num_steps=count,
             )
-            levels = quantise(x)
+            levels = quantise(state.images)
             images = levels.astype(jnp.float32) / 255.0
             features, logits = extractor.apply(weights, images)
-            return x, {"features": features, "logits": logits, "bytes": levels}
+            made = {"features": features, "logits": logits, "bytes": levels}
+            return (last, state), made
 
-        _, rows = jax.lax.scan(advance, seeds, jnp.asarray(counts))
+        start = (jnp.int32(0), method.init(seeds))
+        ends = jnp.asarray(np.asarray(steps, np.int32))
+        _, rows = jax.lax.scan(advance, start, ends)
         features = jnp.swapaxes(rows.pop("features"), 0, 1)
         return {"features": features} | {key: value[-1] for key, value in rows.items()}
 

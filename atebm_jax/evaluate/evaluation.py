@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, data, reachability, sharding
+from atebm_jax import checkpoint, data, reachability, samplers, sharding
 from atebm_jax import config as configuration
 from atebm_jax.evaluate import accuracy, cost, plots, report, samples
 from atebm_jax.evaluate.context import ShowFn
@@ -41,7 +41,9 @@ class Evaluation:
         self._config, self._workdir, self._mesh = config, workdir, mesh
         self._model, self._sources, self._stop = model, sources, stop
         self._count = accuracy.make_counter(model, config.evaluate.attack, mesh)
-        self._sample = samples.make_sampler(model, config.evaluate.samples, mesh)
+        self._sample = samples.make_sampler(
+            model, config.evaluate.samples, mesh, config.seed
+        )
         self._reference: samples.Reference | None = None
         self._gaussian = gaussian
         self._seed_images: np.ndarray | None = None
@@ -90,6 +92,8 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         config = checkpoint.as_json(self._config)
+        drawn = config["evaluate"]["samples"]
+        drawn["sampler"] = samplers.resolved(drawn["sampler"])
         return {
             "seed": config["seed"],
             "data": {k: config["data"][k] for k in ("train", "eval", "test", "seeds")},
@@ -186,11 +190,13 @@ class Evaluation:
         components = self._fitted_reference().pca.n_components_
         robust = (
             f"robust: {attack.num_steps}-step PGD, {attack.norm} radius "
-            f"{attack.epsilon:g}, step {attack.step_size:g}, averaged weights."
+            f"{attack.epsilon:g}, step {attack.step_size:g}, momentum "
+            f"{attack.momentum:g}, {'best' if attack.keep_best else 'last'} iterate, "
+            "averaged weights."
         )
         drawn = (
             f"samples: {sample.num_test}, {sample.num_steps} steps of "
-            f"{sample.step_size:g} from "
+            f"{sample.step_size:g} by {samplers.resolved(sample.sampler)} from "
             f"{'uniform noise' if seeds == 'noise' else seeds}; distance: Frechet on "
             f"{components} principal components of the training pixels (not FID)."
         )

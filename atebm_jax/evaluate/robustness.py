@@ -87,11 +87,11 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     masks = {"clean": result.clean} | result.robust
     return {
         "protocol": {
-            "attack": f"AutoAttack {options.version} (native)",
+            "attack": f"{plan.title} (native)",
             "norm": norm,
             "epsilon": epsilon,
-            "attacks": list(dict.fromkeys(round_.attack for round_ in plan.rounds)),
-            "settings": plan.settings._asdict(),
+            "attacks": list(plan.attacks),
+            "settings": plan.settings_in_use(),
             "conv_gradient": model.conv_gradient,
             "count": "correct after this attack and all before it",
             "interval": "Wilson",

@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from atebm_jax import metrics, models, sampling, sharding
+from atebm_jax import energy, metrics, models, samplers, sampling, sharding
 from atebm_jax.errors import UserError
 
-SampleFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
+SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 # (numbers [B], labels [B]) -> seeds float32 [B, H, W, C] in [0, 1].
 SeedsFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -106,19 +106,31 @@ def score(
 
 
 def make_sampler(
-    model: nn.Module, config: ml_collections.ConfigDict, mesh: Mesh
+    model: nn.Module, config: ml_collections.ConfigDict, mesh: Mesh, seed: int
 ) -> SampleFn:
     """Compiles conditional sampling with the settings of `config.evaluate.samples`.
 
-    Returns:
-      (variables, seeds [B, H, W, C], labels [B]) -> images [B, H, W, C] in [0, 1].
-    """
+    Args:
+      model: images to logits.
+      config: `config.evaluate.samples`.
+      mesh: where batches live.
+      seed: of the noise of samplers that have some.
 
-    def sample(variables: Any, seeds: jax.Array, labels: jax.Array) -> jax.Array:
-        return sampling.conditional(
-            models.logits_fn(model, variables),
+    Returns:
+      (variables, seeds [B, H, W, C], labels [B], numbers [B] int32) -> images
+      [B, H, W, C] in [0, 1], each by its own seed, label and number.
+    """
+    method = samplers.sampler(config.sampler)
+
+    def sample(
+        variables: Any, seeds: jax.Array, labels: jax.Array, numbers: jax.Array
+    ) -> jax.Array:
+        logits_fn = models.logits_fn(model, variables)
+        return samplers.run(
+            method,
+            lambda x: energy.score(logits_fn(x), labels),
             seeds,
-            labels,
+            sampling.step_keys(jax.random.key(seed), numbers),
             step_size=config.step_size,
             num_steps=config.num_steps,
         )
@@ -169,7 +181,8 @@ def draw(
             start_images = seeds_of(indices, indices % num_classes)
         seeds = jax.device_put(start_images, target)
         labels = jax.device_put(indices % num_classes, target)
-        images.append(np.asarray(sample(variables, seeds, labels)))
+        numbers = jax.device_put(indices, target)
+        images.append(np.asarray(sample(variables, seeds, labels, numbers)))
     labels = np.asarray(sampling.cyclic_labels(num, num_classes))
     return np.concatenate(images)[:num], labels
 

@@ -50,6 +50,7 @@ METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
 
 # What must hold before any of them begins: a mistake is told before hours of work.
 CHECKS: dict[str, Callable[[Context], None]] = {
+    "pgd": classification.check_pgd,
     "autoattack": robustness.check,
     "generation": generation.check,
     "counterfactual": counterfactual.check,

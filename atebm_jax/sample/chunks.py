@@ -8,7 +8,7 @@ draw different chunks side by side.
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,8 +20,6 @@ from atebm_jax import energy, models, samplers, sampling
 from atebm_jax.errors import UserError
 
 CHUNK = 32
-# Beyond every image's index: the steps' noise is not that of a seed.
-_STEPS = 2**31
 # The blur is written out, a sum of 6 sigma + 1 images along each axis.
 _WIDEST_BLUR = 64
 _LARGEST = float(np.finfo(np.float32).max)
@@ -31,7 +29,7 @@ class Recipe(NamedTuple):
     """How samples are drawn; everything that decides them beside model and seeds.
 
     Attributes:
-      sampler: a key of `samplers.SAMPLERS`.
+      sampler: as of `samplers.sampler`; with all settings in a protocol.
       schedule: a key of `samplers.SCHEDULES`.
       step_size: > 0, as of the sampler; L2 pixels per step but for "sgld".
       num_steps: >= 0.
@@ -195,8 +193,6 @@ def _program(
         start = seeds[0] if given else sampling.noise_seeds(key, indices, image_shape)
         if recipe.smooth:
             start = sampling.smooth(start, recipe.smooth)
-        steps_key = jax.random.fold_in(key, _STEPS)
-        keys = jax.vmap(partial(jax.random.fold_in, steps_key))(indices)
         logits_fn = models.logits_fn(model, variables)
 
         def objective(x: jax.Array) -> jax.Array:
@@ -207,7 +203,7 @@ def _program(
             samplers.sampler(recipe.sampler),
             objective,
             start,
-            keys,
+            sampling.step_keys(key, indices),
             step_size=traced.step_size,
             num_steps=traced.num_steps,
             schedule=samplers.SCHEDULES[recipe.schedule],

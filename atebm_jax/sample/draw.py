@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from atebm_jax import data, seeds
+from atebm_jax import data, samplers, seeds
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing
 from atebm_jax.reporting import say
@@ -110,7 +110,9 @@ def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
     default = config.evaluate.samples
     recipe = Recipe(
-        sampler=flags.sampler,
+        sampler=samplers.resolved(
+            default.sampler if flags.sampler is None else flags.sampler
+        ),
         schedule=flags.schedule,
         step_size=default.step_size if flags.step_size is None else flags.step_size,
         num_steps=default.num_steps if flags.num_steps is None else flags.num_steps,

@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
     """How rows are edited.
 
     Attributes:
-      sampler: a key of `samplers.SAMPLERS`.
+      sampler: as of `samplers.sampler`, with all settings.
       schedule: a key of `samplers.SCHEDULES`.
       num_steps: >= 0.
       seed: of the noise of samplers that have some; images share it.
@@ -104,23 +104,27 @@ def prepare(
     Args:
       constraint: as of `check_constraint`.
       labels: as of `Rows`.
-      settings: `config.evaluate.samples`, whose step size (or a fifth of the radius of
-        a ball, where that is less) and number of steps are the defaults.
+      settings: `config.evaluate.samples`, whose sampler, step size (or a fifth of the
+        radius of a ball, where that is less) and number of steps are the defaults.
       step_size, num_steps, schedule, seed: as of `Recipe`.
-      sampler: default "pgd", in balls of the maximum norm "sign".
+      sampler: in balls by default "pgd", in those of the maximum norm "sign".
 
     Raises:
       UserError: a value that nothing can be edited with.
     """
     balls = constraints.balls(constraint)
-    signed = {ball.norm for ball in balls} == {"linf"}
+    chosen = longest = settings.step_size if step_size is None else step_size
+    if sampler is None and balls:
+        sampler = "sign" if {ball.norm for ball in balls} == {"linf"} else "pgd"
+        # The config's step size is its own sampler's, whose unit may be another.
+        if step_size is None:
+            longest = samplers.step_length(settings.sampler, chosen)
     recipe = Recipe(
-        ("sign" if signed else "pgd") if sampler is None else sampler,
+        samplers.resolved(settings.sampler if sampler is None else sampler),
         schedule,
         settings.num_steps if num_steps is None else num_steps,
         seed,
     )
-    chosen = settings.step_size if step_size is None else step_size
     chunks.check(
         chunks.Recipe(
             sampler=recipe.sampler,
@@ -135,7 +139,8 @@ def prepare(
             f"num_steps is {recipe.num_steps}: every step of an edit is recorded, give "
             f"{_MOST_STEPS} at most."
         )
-    sizes = np.full(len(jax.tree.leaves(constraint)[0]), chosen, np.float64)
+    number = len(jax.tree.leaves(constraint)[0])
+    sizes = np.full(number, longest, np.float64)
     for ball in balls if step_size is None else ():
         radii = np.asarray(ball.radius, np.float64)[:, 0, 0, 0]
         sizes = sampling.counterfactual_step_size(sizes, radii)

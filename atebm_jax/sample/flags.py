@@ -39,7 +39,11 @@ def of_sampling() -> Parser:
         "drawn, noise where they were read",
     )
     add("--data_dir", default="", help="where TFDS data sets lie")
-    add("--sampler", default="pgd", help="pgd, momentum, adam, sgld or sign")
+    add(
+        "--sampler",
+        help="pgd, momentum, adam, sgld or sign, with settings: 'sgld(noise=0.005)'; "
+        "default: the config's",
+    )
     add("--schedule", default="constant", help="constant, linear or cosine")
     add("--step_size", type=float, help="default: the config's")
     add("--num_steps", type=int, help="default: the config's")
@@ -122,7 +126,8 @@ def of_edit() -> Parser:
     )
     add(
         "--sampler",
-        help="pgd, momentum, adam, sgld or sign; default pgd, in linf balls sign",
+        help="pgd, momentum, adam, sgld or sign, with settings: 'sgld(noise=0.005)'; "
+        "default: the config's, in balls pgd, in linf balls sign",
     )
     add("--schedule", default="constant", help="constant, linear or cosine")
     add("--seed", type=int, default=0, help="of noise")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from atebm_jax.errors import UserError
-from atebm_jax.samplers.base import ProjectFn, Sampler, unit
+from atebm_jax.samplers.base import ProjectFn, Sampler, is_decay, unit
 
 _OFFSET = 1e-8
 
@@ -31,8 +31,11 @@ def adam(beta1: float = 0.9, beta2: float = 0.999) -> Sampler:
     Raises:
       UserError: any other decay.
     """
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise UserError(f"Adam's decays are {beta1!r}, {beta2!r}: expected [0, 1).")
+    if not (is_decay(beta1) and is_decay(beta2)):
+        raise UserError(
+            f"Adam's decays are beta1={beta1!r}, beta2={beta2!r}: expected numbers in "
+            "[0, 1), in float32 too."
+        )
 
     def init(seeds: jax.Array) -> State:
         zero = jnp.zeros_like(seeds)

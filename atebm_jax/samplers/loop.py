@@ -57,6 +57,41 @@ def run(
     return state.images
 
 
+def proceed(
+    sampler: Sampler,
+    objective: Callable[[jax.Array], jax.Array],
+    state: Any,
+    keys: jax.Array,
+    *,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    step_size: jax.Array | float,
+) -> Any:
+    """`run` in parts, at the same step size throughout: one trajectory, several ends.
+
+    Args:
+      state: after `first` steps; `sampler.init(seeds)` after none.
+      first, last: numbers of steps that are done and shall be; traced int32 never
+        recompile.
+
+    Returns:
+      The state after `last` steps; its `images` are those of `run`.
+    """
+    advance = _step(
+        sampler,
+        lambda x: (objective(x), None),
+        keys,
+        step_size=step_size,
+        num_steps=last,
+        schedule=SCHEDULES["constant"],
+        project=clip,
+        target=None,
+    )
+    lower, upper = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
+    state, _ = jax.lax.fori_loop(lower, upper, advance, (state, None))
+    return state
+
+
 def trace(
     sampler: Sampler,
     objective: Callable[[jax.Array], tuple[jax.Array, Any]],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from atebm_jax.errors import UserError
-from atebm_jax.samplers.base import ProjectFn, Sampler, unit
+from atebm_jax.samplers.base import ProjectFn, Sampler, is_decay, unit
 
 
 class State(NamedTuple):
@@ -25,8 +25,10 @@ def momentum(decay: float = 0.9) -> Sampler:
     Raises:
       UserError: any other decay.
     """
-    if not 0 <= decay < 1:
-        raise UserError(f"momentum decay is {decay!r}: it must lie in [0, 1).")
+    if not is_decay(decay):
+        raise UserError(
+            f"momentum decay is {decay!r}: it must lie in [0, 1), in float32 too."
+        )
 
     def init(seeds: jax.Array) -> State:
         return State(seeds, jnp.zeros_like(seeds))

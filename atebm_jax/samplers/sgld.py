@@ -1,12 +1,14 @@
 """Stochastic gradient Langevin dynamics, as JEM samples (Grathwohl et al., 2020)."""
 
-import math
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from atebm_jax.errors import UserError
 from atebm_jax.samplers.base import ProjectFn, Sampler
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class State(NamedTuple):
@@ -19,8 +21,8 @@ def sgld(noise: float = 0.01) -> Sampler:
     """x <- P(x + step_size * g + noise * n), n standard normal.
 
     The step size multiplies the gradient itself. JEM takes 1 with noise 0.01 on images
-    in [-1, 1]; on these, in [0, 1], that is step size 0.25 with noise 0.005. Langevin
-    dynamics proper would have noise = sqrt(2 * step_size).
+    in [-1, 1]; on these, in [0, 1], that is step size 0.25 with "sgld(noise=0.005)".
+    Langevin dynamics proper would have noise = sqrt(2 * step_size).
 
     Args:
       noise: standard deviation, pixels of a [0, 1] image, finite and >= 0.
@@ -28,9 +30,10 @@ def sgld(noise: float = 0.01) -> Sampler:
     Raises:
       UserError: it is negative or not finite.
     """
-    if not 0 <= noise < math.inf:
+    if not 0 <= noise <= _LARGEST:
         raise UserError(
-            f"SGLD's noise is {noise!r}: it must be finite and not negative."
+            f"SGLD's noise is {noise!r}: it must be finite and not negative, in "
+            "float32 too."
         )
 
     def step(
@@ -45,4 +48,4 @@ def sgld(noise: float = 0.01) -> Sampler:
         moved = state.images + step_size * gradients + noise * normal
         return State(project(moved))
 
-    return Sampler(State, step)
+    return Sampler(State, step, by_length=False)

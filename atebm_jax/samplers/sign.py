@@ -23,4 +23,4 @@ def sign() -> Sampler:
         del keys
         return State(project(state.images + step_size * jnp.sign(gradients)))
 
-    return Sampler(State, step)
+    return Sampler(State, step, by_length=False)

@@ -46,6 +46,42 @@ def test_few_classes_have_fewer_targets_and_a_plain_margin(num_classes):
     assert 0 < result.robust_accuracy < result.clean_accuracy
 
 
+@pytest.mark.parametrize(
+    ("version", "norm", "num_classes", "title"),
+    [
+        ("standard", "l2", 10, "AutoAttack standard"),
+        ("standard", "linf", 2, "AutoAttack standard"),
+        ("standard", "l1", 10, "apgd-ce, apgd-t"),
+        ("plus", "l1", 10, "apgd-ce, apgd-dlr, apgd-t"),
+        ("rand", "l1", 10, "AutoAttack rand"),
+        ("standard", "l2", 1, "no attack"),
+    ],
+)
+def test_plan_is_called_by_what_runs(version, norm, num_classes, title):
+    plan = versions.plan(version, (norm, 1.0), num_classes)
+    assert plan.title == title
+
+
+def test_chosen_attacks_are_called_by_their_names():
+    chosen = ("square", "apgd-ce")
+    plan = versions.plan("custom", ("linf", 0.1), 10, names=chosen)
+    assert plan.title == "square, apgd-ce" and plan.attacks == chosen
+
+
+def test_settings_of_attacks_that_do_not_run_are_not_told():
+    l1 = versions.plan("standard", ("l1", 1.0), 10)
+    assert l1.settings_in_use() == {
+        "num_steps": 100,
+        "apgd_restarts": 5,
+        "targets": 5,
+        "gradient_samples": 1,
+        "wide_ball": True,
+    }
+    l2 = versions.plan("standard", ("l2", 1.0), 10).settings_in_use()
+    assert l2["num_queries"] == 5000 and l2["fab_targets"] == 9
+    assert "wide_ball" not in l2 and "fab_restarts" not in l2
+
+
 def test_one_class_is_always_robust():
     labels = np.zeros(5, np.int32)
     _, images, _ = linear(2)

@@ -1,7 +1,9 @@
 """What stands behind the figures: data, units, held-out images, early refusals."""
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import tiny
 from PIL import Image
 
+import atebm_jax
 from atebm_jax import UserError, checkpoint, data
-from atebm_jax.evaluate import ood, suite, suite_report
+from atebm_jax.evaluate import classification, ood, suite, suite_report
 from atebm_jax.evaluate.options import Options
 
 OPTIONS = Options(num_examples=80, num_resamples=10, radii=(2.0,))
@@ -19,7 +22,10 @@ OPTIONS = Options(num_examples=80, num_resamples=10, radii=(2.0,))
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "digits"
-    settings = {"stage1.num_steps": 4, "evaluate.attack.num_steps": 2}
+    # Steps as wide as two balls, which plain PGD makes less of.
+    attack = {"num_steps": 4, "step_size": 2.0, "momentum": 0.9, "keep_best": True}
+    settings = {f"evaluate.attack.{name}": value for name, value in attack.items()}
+    settings |= {"stage1.num_steps": 4, "evaluate.num_test_examples": 0}
     tiny.run(tiny.config(stages="stage1", **settings), folder)
     return folder
 
@@ -93,6 +99,49 @@ def test_report_names_data_versions_and_its_own_plots_only(workdir, tmp_path):
     ):
         assert said in text
     assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_training_evaluation_and_model_have_one_adversary(workdir, tmp_path):
+    """The momentum and the memory of the config's attack count in all of them."""
+    trained = json.loads((workdir / "report.json").read_text())
+    options = replace(OPTIONS, num_examples=0, epsilons=(0.5,))
+    report = suite.evaluate(workdir, tmp_path, metrics=("pgd",), options=options)
+    metric = report["metrics"]["pgd"]
+    model = atebm_jax.load(workdir)
+    images, labels = digits("test", 359)
+
+    def robust(**settings):
+        attacked = model.attack(images, labels, **settings)
+        correct = [model.classify(x).argmax(1) == labels for x in (images, attacked)]
+        return np.logical_and(*correct).mean()
+
+    value = metric["figures"]["robust_accuracy_l2_0.5"]["value"]
+    assert value == trained["stages"]["stage1"]["robust_accuracy"] == robust()
+    assert value < robust(momentum=0.0, keep_best=False)
+    assert metric["protocol"]["momentum"] == 0.9
+    assert metric["protocol"]["keep_best"] is True
+    assert "step 2, momentum 0.9, best iterate" in " ".join(trained["notes"])
+
+
+def attacks_of(epsilons=(), **settings):
+    config = tiny.config(**{f"evaluate.attack.{k}": v for k, v in settings.items()})
+    options = Options(epsilons=epsilons)
+    given = SimpleNamespace(config=config, options=options)
+    attacks = classification._attacks(given)
+    return {epsilon: attack.step_size for epsilon, attack in attacks.items()}
+
+
+def test_steps_grow_with_the_radius_and_are_the_config_s_at_its_own():
+    steps = attacks_of(epsilon=0.3, step_size=0.1, epsilons=(0.6,))
+    assert steps == {0.3: 0.1, 0.6: 0.2}
+    assert len(attacks_of(epsilon=0.3)) == 5
+
+
+@pytest.mark.parametrize("settings", [{"norm": "unbounded"}, {"epsilon": math.inf}])
+def test_attack_without_a_ball_has_no_curve(settings):
+    assert attacks_of(**settings) == {math.inf: 0.1}
+    with pytest.raises(UserError, match="must be finite"):
+        attacks_of(epsilons=(0.5,), **settings)
 
 
 def test_what_cannot_be_measured_is_told_before_anything_is(workdir, tmp_path):
@@ -174,7 +223,9 @@ def test_custom_ensemble_runs_the_attacks_it_is_given(workdir, tmp_path):
     metric = result["metrics"]["autoattack"]
     assert list(metric["figures"]) == ["accuracy_after_clean", "accuracy_after_apgd-ce"]
     assert metric["protocol"]["attacks"] == ["apgd-ce"]
-    assert metric["protocol"]["settings"]["num_steps"] == 100
+    assert metric["protocol"]["attack"] == "apgd-ce (native)"
+    heeded = {"num_steps": 100, "apgd_restarts": 5, "gradient_samples": 1}
+    assert metric["protocol"]["settings"] == heeded | {"wide_ball": True}
     assert metric["protocol"]["conv_gradient"] == "joined"
 
 

@@ -56,16 +56,14 @@ def test_scores_of_other_features_are_not_called_fid(scored):
     assert any("biased" in note for note in result["protocol"]["notes"])
 
 
-def test_sample_command_gives_the_bytes_that_were_scored(scored, workdir, tmp_path):
-    """What another tool measures on its files is what the report says."""
+def assert_sample_gives_what_was_scored(scored, workdir, out, *flags):
     protocol = scored[0]["protocol"]
-    flags = [f"--workdir={workdir}", f"--out={tmp_path}", "--count=60"]
+    flags += (f"--workdir={workdir}", f"--out={out}", "--count=60")
     sample.main([*flags, f"--num_steps={protocol['num_steps']}"])
-    assert (
-        json.loads((tmp_path / "samples.json").read_text())["quantise"]
-        == (protocol["quantise"])
-    )
-    with np.load(tmp_path / "samples.npz") as file:
+    drawn = json.loads((out / "samples.json").read_text())
+    for name in ("quantise", "sampler", "step_size", "num_steps"):
+        assert drawn[name] == protocol[name], name
+    with np.load(out / "samples.npz") as file:
         images = file["arr_0"]
     model = load(workdir)
     network = extractors.from_model("model", model._model, model._variables)
@@ -74,6 +72,31 @@ def test_sample_command_gives_the_bytes_that_were_scored(scored, workdir, tmp_pa
     with np.load(scored[1] / "sample_statistics.npz") as file:
         np.testing.assert_allclose(mean, file["mu"], atol=1e-4)
         np.testing.assert_allclose(covariance, file["sigma"], atol=1e-4)
+
+
+def test_sample_command_gives_the_bytes_that_were_scored(scored, workdir, tmp_path):
+    """What another tool measures on its files is what the report says."""
+    assert scored[0]["protocol"]["sampler"] == "pgd"
+    assert_sample_gives_what_was_scored(scored, workdir, tmp_path)
+
+
+def test_sampler_of_the_config_is_scored_and_told(workdir, options, tmp_path):
+    """Its noise goes on through the sweep of steps, and is that of `sample`."""
+    settings = {"sampler": "sgld(noise=0.05)", "step_size": 0.1}
+    config = tiny.config(**{f"evaluate.samples.{k}": v for k, v in settings.items()})
+    out = tmp_path / "evaluation"
+    report = suite.evaluate(
+        workdir, out, metrics=("generation",), config=config, options=options
+    )
+    metric = report["metrics"]["generation"]
+    assert metric["protocol"]["sampler"] == "sgld(noise=0.05)"
+    flags = ("--sampler=sgld(noise=0.05)", "--step_size=0.1")
+    scored = (metric, out)
+    assert_sample_gives_what_was_scored(scored, workdir, tmp_path / "samples", *flags)
+    config.evaluate.samples.sampler = "sgld(nois=1)"
+    with pytest.raises(UserError, match="samples.sampler: sampler.*no setting 'nois'"):
+        suite.evaluate(workdir, tmp_path / "b", metrics=("generation",), config=config)
+    assert not (tmp_path / "b").exists()
 
 
 def test_sweep_tries_numbers_of_steps_and_takes_the_best(scored):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atebm_jax import UserError, data
+from atebm_jax import UserError, constraints, data
 from atebm_jax.sample import __main__ as command
 from atebm_jax.sample import draw, edits, loading, strips
 
@@ -47,6 +47,27 @@ def run(name, workdir, out, *more):
 
 def pixels(path):
     return np.asarray(Image.open(path))
+
+
+def test_edits_take_the_sampler_that_the_config_s_steps_are_of(loaded):
+    settings = loaded.config.evaluate.samples.copy_and_resolve_references()
+    settings.sampler, settings.step_size = "sgld(noise=0.005)", 0.001
+    images = np.full((2, 8, 8, 1), 0.5, np.float32)
+    hole = np.ones((8, 8), bool)
+    for constraint, sampler, size in (
+        (constraints.inpaint(images, hole), "sgld(noise=0.005)", 0.001),
+        # A ball is crossed in five steps of PGD, whatever SGLD's factor is.
+        (constraints.ball(images, 2.0), "pgd", 0.4),
+        (constraints.ball(images, 0.1, "linf"), "sign", 0.02),
+    ):
+        rows, recipe = edits.prepare(constraint, None, settings)
+        assert recipe.sampler == sampler
+        np.testing.assert_allclose(rows.step_sizes, size, rtol=1e-6)
+    rows, recipe = edits.prepare(
+        constraints.ball(images, 2.0), None, settings, sampler="sgld"
+    )
+    assert recipe.sampler == "sgld(noise=0.01)"
+    np.testing.assert_allclose(rows.step_sizes, 0.001, rtol=1e-6)
 
 
 def test_explain_writes_strip_results_and_json(workdir, digits, tmp_path):

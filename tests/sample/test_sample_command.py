@@ -168,6 +168,23 @@ def test_other_settings_do_not_mix_in_one_folder(workdir, tmp_path):
         draw(workdir, tmp_path, "--count=2", "--num_steps=4")
 
 
+def test_settings_of_the_sampler_reach_images_and_protocol(workdir, tmp_path):
+    flags = ["--count=2", "--step_size=0.25"]
+    drawn = {
+        noise: draw(
+            workdir, tmp_path / noise, *flags, f"--sampler=sgld(noise={noise})"
+        )["arr_0"]
+        for noise in ("0.01", "0.2")
+    }
+    assert not np.array_equal(*drawn.values())
+    protocol = json.loads((tmp_path / "0.01" / "samples.json").read_text())
+    assert protocol["sampler"] == "sgld(noise=0.01)"
+    # The same sampler in other words goes on; another one does not.
+    draw(workdir, tmp_path / "0.01", *flags, "--sampler=sgld")
+    with pytest.raises(UserError, match=r"sampler 'sgld\(noise=0.01\)' and now it is"):
+        draw(workdir, tmp_path / "0.01", *flags, "--sampler=sgld(noise=0.005)")
+
+
 def test_protocol_without_images_is_no_obstacle(workdir, tmp_path):
     def none(*arguments):
         raise KeyboardInterrupt
@@ -217,6 +234,8 @@ def test_seeds_of_another_size_leave_nothing_behind(workdir, tmp_path):
         (["--count=1000000000000"], "expected 1 to 1000000 images"),
         (["--step_size=1e39"], "positive"),
         (["--sampler=hmc"], "unknown sampler 'hmc'"),
+        (["--sampler=sgld(nois=1)"], "no setting 'nois'.*sgld.noise=0.01"),
+        (["--sampler=sgld(noise=-1)"], "noise is -1.0: it must be finite"),
         (["--schedule=step"], "unknown schedule 'step'"),
         (["--step_size=0"], "positive"),
         (["--num_steps=-1"], "must not be negative"),

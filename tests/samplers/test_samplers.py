@@ -173,6 +173,80 @@ def test_samplers_batch_under_vmap():
     np.testing.assert_allclose(jax.vmap(one)(seeds, keys), together, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_ascent_in_parts_is_one_ascent(name):
+    """Momentum and noise go on: nothing begins anew between the parts."""
+    seeds, keys = seeds_and_keys()
+    sampler = samplers.sampler(name)
+    state = sampler.init(seeds)
+    for first, last in ((0, 3), (3, 3), (3, 7)):
+        state = samplers.proceed(
+            sampler, score, state, keys, first=first, last=last, step_size=0.05
+        )
+    np.testing.assert_array_equal(state.images, draw(name, num_steps=7))
+
+
+@pytest.mark.parametrize(
+    ("text", "resolved"),
+    [
+        ("pgd", "pgd"),
+        ("sign()", "sign"),
+        ("sgld", "sgld(noise=0.01)"),
+        (" sgld( noise = 5e-3 ) ", "sgld(noise=0.005)"),
+        ("sgld(noise=0)", "sgld(noise=0.0)"),
+        ("momentum", "momentum(decay=0.9)"),
+        ("adam(beta2=0.99)", "adam(beta1=0.9,beta2=0.99)"),
+        ("adam(beta2=0.99,beta1=0.5)", "adam(beta1=0.5,beta2=0.99)"),
+    ],
+)
+def test_sampler_is_written_with_all_of_its_settings(text, resolved):
+    assert samplers.resolved(text) == resolved
+    assert samplers.resolved(resolved) == resolved
+
+
+def test_settings_in_the_text_are_those_of_the_sampler():
+    written, given = draw("sgld(noise=0.2)"), samplers.sampler("sgld", noise=0.2)
+    seeds, keys = seeds_and_keys()
+    options = {"step_size": 0.05, "num_steps": 60}
+    made = samplers.run(given, score, seeds, keys, **options)
+    np.testing.assert_array_equal(written, made)
+    assert not np.allclose(written, draw("sgld"), atol=0.05)
+
+
+def test_length_of_a_step_is_known_where_gradients_do_not_decide_it():
+    for name in ("pgd", "momentum(decay=0.5)", "adam"):
+        assert samplers.step_length(name, 0.3) == 0.3
+    assert samplers.step_length("sgld(noise=0)", 0.3) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hmc", r"unknown sampler 'hmc'.*momentum\(decay=0.9\).*sgld\(noise=0.01\)"),
+        ("sgld(noise=0.1", r"unknown sampler 'sgld\(noise=0.1': choose one of pgd"),
+        ("", "unknown sampler ''"),
+        (None, "unknown sampler None"),
+        ("sgld(step=1)", r"sgld has no setting 'step'; write sgld\(noise=0.01\)"),
+        ("sgld(0.005)", r"no setting '0.005'; write sgld\(noise=0.01\)"),
+        ("sgld(noise=high)", "noise is 'high', which is no number; write sgld"),
+        ("sgld(noise=)", "noise is '', which is no number"),
+        ("sgld(noise=1,noise=2)", "noise is given twice"),
+        ("sgld(noise=0.1,)", "sgld has no setting ''"),
+        ("pgd(decay=0.9)", "pgd has no setting 'decay'; write pgd[.]"),
+        ("sgld(noise=-0.1)", "noise is -0.1: it must be finite and not negative"),
+        ("sgld(noise=nan)", "noise is nan: it must be finite"),
+        ("sgld(noise=1e39)", "finite and not negative, in float32"),
+        ("momentum(decay=1)", r"decay is 1.0: it must lie in \[0, 1\)"),
+        # One in float32, where the correction of Adam's start would be a zero.
+        ("adam(beta2=0.999999999)", r"beta2=0.999999999: expected numbers in \[0, 1\)"),
+    ],
+)
+def test_text_that_is_no_sampler_gets_one_clear_sentence(text, message):
+    for read in (samplers.sampler, samplers.resolved):
+        with pytest.raises(UserError, match=message):
+            read(text)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -181,6 +255,8 @@ def test_samplers_batch_under_vmap():
         ("sgld", {"noise": -1.0}, "finite and not negative"),
         ("sgld", {"noise": float("inf")}, "finite and not negative"),
         ("adam", {"beta1": 1.0}, "expected"),
+        ("sgld", {"nois": 0.1}, "sgld has no setting 'nois'"),
+        ("sgld", {"noise": "0.1"}, "noise is '0.1', which is no number"),
     ],
 )
 def test_bad_settings_are_refused(name, settings, message):
