@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from atebm_jax.convert.names import canonical
@@ -27,6 +27,55 @@ def family_of(names: Mapping[str, Any]) -> str | None:
         if any(re.fullmatch(pattern, name) for name in names):
             return family
     return None
+
+
+# Networks that are not built here and have names of one that is, or are often met.
+_FOREIGN: tuple[tuple[str, str], ...] = (
+    (
+        r"(cls_attn_blocks|pos_embed(er)?\.token_projection|blocks\.\d+\.local_mp)\..*",
+        "an XCiT (cross-covariance attention)",
+    ),
+    (r"blocks_token_only\..*", "a CaiT (class attention)"),
+    (r"dist_token|head_dist\..*", "a distilled DeiT (a second token and head)"),
+    (r"(reg_token|register_tokens)", "a ViT with register tokens"),
+    (r"mask_token|decoder_blocks\..*", "a masked autoencoder's ViT"),
+    (r"blocks\.\d+\.(ls1\.gamma|gamma_1)", "a ViT with layer scale (BEiT, DeiT III)"),
+    (r".*\.relative_position_bias_table", "a transformer with relative positions"),
+    (r".*\.grn\.(weight|bias|gamma|beta)", "a ConvNeXt V2"),
+    (
+        r"init_conv\.weight|layer\.\d+\.block\.\d+\.conv_0\.weight",
+        "DeepMind's WideResNet (Gowal2020, Rebuffi2021, Wang2023)",
+    ),
+    (
+        r"layer\d\.\d+\.conv\d\.bias",
+        "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)",
+    ),
+    (
+        r"layer\d\.\d+\.shortcut\.\d\.weight",
+        "a ResNet for small images (a PreActResNet, say, or pytorch-cifar's ResNet)",
+    ),
+    (r"layer\d\.\d+\.se\..*", "a ResNet with squeeze and excitation"),
+    (r"root\.conv\.weight|block1\.unit01\..*", "a ResNet V2 (BiT)"),
+)
+
+
+def foreign(shapes: Shapes) -> str | None:
+    """What a network is that is not built here, though its names may look like one."""
+    for pattern, what in _FOREIGN:
+        if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in shapes):
+            return what
+    first, second = (
+        shapes.get(f"layer1.0.conv{k}.weight", ())[index : index + 1]
+        for k, index in ((1, 0), (2, 1))
+    )
+    return "a ResNeXt (grouped convolutions)" if () < second < first else None
+
+
+def looks_like_network(names: Iterable[str]) -> bool:
+    """Whether there is a network of some family among names, under any prefix."""
+    marks = "|".join(_MARKS.values())
+    pattern = re.compile(rf"(?:.*\.)?(?:{marks})")
+    return any(pattern.fullmatch(name) for name in names)
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:
