@@ -170,8 +170,10 @@ def _held(value: Any, name: str, depth: int, seen: set[int]) -> str | None:
     seen.add(id(value))
     children = _children(value)
     if any(is_array(v) and len(shape(v)) >= 2 for _, v in children):
-        kind = "too deep in the file" if isinstance(value, dict) else "without names"
-        return f"{name!r}, {len(children)} arrays {kind}"
+        named = any(not key.isdigit() for key, _ in children)
+        kind = "too deep in the file" if named else "without names"
+        plural = "s" * (len(children) != 1)
+        return f"{name!r}, {len(children)} array{plural} {kind}"
     inside = (_held(v, f"{name}.{k}", depth - 1, seen) for k, v in children)
     return next((found for found in inside if found), None)
 
@@ -214,16 +216,7 @@ def choose(
     """
     averaged = [n for n in entries if is_averaged(n)]
     plain = [n for n in entries if n not in averaged]
-    usual = [n for n in plain if not n or n.rpartition(".")[2] in NETWORKS]
-    if name is None and len(usual) == len(plain) == 1:
-        for n in list(averaged):
-            lacking = _lacking(entries[n], entries[usual[0]])
-            if lacking:
-                averaged.remove(n)
-                steps.append(
-                    f"averages that cannot be used, under {n!r}: no {lacking} by name; "
-                    f"{_COPY}"
-                )
+    usual = [n for n in plain if _is_usual(n)]
     if name is None and len(entries) == 1:
         name = next(iter(entries))
     elif name is None and len(averaged) == 1 and len(plain) == len(usual) <= 1:
@@ -239,13 +232,46 @@ def choose(
                 f"{flags}."
             )
         )
-    others = [repr(n) for n in entries if n != name]
+    others = [n for n in entries if n != name]
     if name or others:
-        beside = f" (beside it: {', '.join(others[:4])})" if others else ""
+        named = ", ".join(_beside(n, prefix) for n in others[:4])
         kind = "averaged weights" if is_averaged(name) else "weights"
         where = f"under {name!r}" if name else "without a prefix"
-        steps.append(f"took the {kind} {where}{beside}")
+        steps.append(f"took the {kind} {where}{f' (beside it: {named})' * bool(named)}")
     return name
+
+
+def _beside(name: str, prefix: str) -> str:
+    """A network that is not taken, and how it is."""
+    return (
+        f"{name!r}, with --entry={prefix}{name}" if name else "names without a prefix"
+    )
+
+
+def _is_usual(name: str) -> bool:
+    """Whether a network has no name of its own, or the usual one."""
+    return not name or name.rpartition(".")[2] in NETWORKS
+
+
+def whole(entries: Mapping[str, dict], steps: list[str]) -> dict[str, dict]:
+    """The networks without averages that lack parts of the network beside them.
+
+    Args:
+      entries: networks by name.
+      steps: what was left out, and why, is added.
+    """
+    plain = [n for n in entries if not is_averaged(n)]
+    if len(plain) != 1 or not _is_usual(plain[0]):
+        return dict(entries)
+    kept = {}
+    for name, names in entries.items():
+        lacking = _lacking(names, entries[plain[0]]) if name != plain[0] else ""
+        if lacking:
+            what = f"under {name!r}: no {lacking} by name"
+            steps.append(f"averages that cannot be used, {what}; {_COPY}")
+        else:
+            kept[name] = names
+    return kept
 
 
 def _lacking(averaged: Mapping[str, Any], network: Mapping[str, Any]) -> str:

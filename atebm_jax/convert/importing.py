@@ -124,7 +124,7 @@ def _match(
             raise
         flags = " or ".join(f"--entry={other}" for other in weights.others[:4])
         raise UserError(
-            f"{str(error).removesuffix('.')}; other weights of the file are taken with "
+            f"{str(error).removesuffix('.')}; one part of the file alone is taken with "
             f"{printable(flags)}."
         ) from error
 

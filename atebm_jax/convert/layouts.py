@@ -31,6 +31,7 @@ from atebm_jax.convert.entries import (
     shape,
     split,
     unusable_averages,
+    whole,
     without_inner_wrappers,
 )
 from atebm_jax.convert.files import Source, is_array
@@ -95,8 +96,10 @@ def find(source: Source, entry: str | None = None) -> Weights:
     if not entries:
         raise UserError(nothing(source))
     name, inside = split(entry, entries)
-    known = choose(entries, name, source.path, steps)
     steps += unusable_averages(source, entries)
+    if name is None:
+        entries = whole(entries, steps)
+    known = choose(entries, name, source.path, steps)
     weights = _unwrap_inside(entries[known], steps)
     if inside:
         weights = below(weights, without_inner_wrappers(inside), source.path)
@@ -307,11 +310,14 @@ def _strip(
         rivals = {g: x for g, x in wrapped.items() if _is_rival(g, x, rest)}
         if rivals:
             networks = {"": _outside(weights, rivals), **rivals}
+    networks = whole(networks, steps)
     name = choose(networks, None, source.path, steps, prefix)
     others += [f"{prefix}{n}" for n in networks if n and n != name]
     if "" not in networks:
         if rest.keys() & wrapped[name].keys():
             return weights, ""
+        if any(len(shape(value)) >= 2 for value in rest.values()):
+            others.append(f"{prefix}{name}")
         return wrapped[name] | rest, "" if is_transparent(name) else f"{name}."
     return networks[name], f"{name}." if name else ""
 

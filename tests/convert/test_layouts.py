@@ -212,6 +212,7 @@ def test_averaged_weights_go_first_and_others_can_be_chosen(tree):
     np.testing.assert_array_equal(found.arrays["fc.bias"], network(1)["fc.bias"])
     assert any("averaged" in step and "beside it" in step for step in found.steps)
     entry = "state_dict" if "state_dict" in tree else "model"
+    assert any(f"--entry={entry})" in step for step in found.steps)
     found = layouts.find(AsIs(tree), entry)
     np.testing.assert_array_equal(found.arrays["fc.bias"], network()["fc.bias"])
 
@@ -374,6 +375,15 @@ def test_network_that_is_not_built_here_is_called_what_it_is(name, what):
     assert what in detect.foreign(shapes)
     with pytest.raises(UserError, match=f"{what}.*not built here.*docs/convert.md"):
         importing._architecture("w.pt", "auto", shapes)
+
+
+def test_arrays_of_a_network_that_is_not_built_here_can_be_read():
+    arrays = {"cls_attn_blocks.0.attn.q.weight": np.ones((3, 3), np.float16)}
+    source = AsIs({"model": under("module", arrays)})
+    read = layouts.read_arrays(source, layouts.find(source))
+    assert {n: x.dtype.name for n, x in read.items()} == dict.fromkeys(
+        arrays, "float32"
+    )
 
 
 @pytest.mark.parametrize("family", models.MODELS)
