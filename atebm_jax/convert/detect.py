@@ -40,7 +40,10 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     (r"(reg_token|register_tokens)", "a ViT with register tokens"),
     (r"mask_token|decoder_blocks\..*", "a masked autoencoder's ViT"),
     (r"blocks\.\d+\.(ls1\.gamma|gamma_1)", "a ViT with layer scale (BEiT, DeiT III)"),
-    (r".*\.relative_position_bias_table", "a transformer with relative positions"),
+    (
+        r".*\.relative_position_bias_table",
+        "a transformer with relative positions (Swin, say)",
+    ),
     (r".*\.grn\.(weight|bias|gamma|beta)", "a ConvNeXt V2"),
     (
         r"init_conv\.weight|layer\.\d+\.block\.\d+\.conv_0\.weight",
@@ -55,7 +58,12 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
         "a ResNet for small images (a PreActResNet, say, or pytorch-cifar's ResNet)",
     ),
     (r"layer\d\.\d+\.se\..*", "a ResNet with squeeze and excitation"),
-    (r"root\.conv\.weight|block1\.unit01\..*", "a ResNet V2 (BiT)"),
+    (r"conv1\.\d\.weight", "a ResNet-D (three convolutions first)"),
+    (
+        r"root\.conv\.weight|block1\.unit01\..*|stages\.\d+\.blocks\.\d+\.conv3\.weight",
+        "a ResNet V2 (BiT)",
+    ),
+    (r"blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)", "an EVA transformer"),
 )
 
 
@@ -72,10 +80,20 @@ def foreign(shapes: Shapes) -> str | None:
 
 
 def looks_like_network(names: Iterable[str]) -> bool:
-    """Whether there is a network of some family among names, under any prefix."""
-    marks = "|".join(_MARKS.values())
-    pattern = re.compile(rf"(?:.*\.)?(?:{marks})")
-    return any(pattern.fullmatch(name) for name in names)
+    """Whether a whole network of some family is among names, under any prefix.
+
+    Its first layer must be there too: a stage of a hierarchical transformer (Swin) has
+    a ViT's names otherwise.
+    """
+    listed = list(names)
+    for family, pattern in _MARKS.items():
+        mark = re.compile(rf"((?:.*\.)?)(?:{pattern})")
+        prefixes = {match[1] for match in map(mark.fullmatch, listed) if match}
+        for prefix in prefixes:
+            inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+            if any(canonical(family, name) in _FIRST[family] for name in inner):
+                return True
+    return False
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:

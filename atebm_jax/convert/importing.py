@@ -210,7 +210,8 @@ def _architecture(
         some = ", ".join(sorted(shapes)[:4])
         raise UserError(
             f"{path} is of no known architecture (its names: {some}, ...): known are "
-            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX."
+            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX, "
+            "and docs/convert.md says under 'Another network' how to read its arrays."
         )
     sizes = {"resnet": "depth", "convnext": "size", "vit": "size"}
     if sizes.get(family, "name") not in found:

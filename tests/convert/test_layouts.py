@@ -367,6 +367,8 @@ def test_second_first_group_is_dropped_where_it_is_that():
         ("layer2.0.shortcut.0.weight", "a ResNet for small images"),
         ("layer1.0.conv1.bias", "JEM's"),
         ("layer1.0.conv2.weight", "a ResNeXt"),
+        ("conv1.0.weight", "a ResNet-D"),
+        ("blocks.0.mlp.fc1_g.weight", "an EVA"),
     ],
 )
 def test_network_that_is_not_built_here_is_called_what_it_is(name, what):
@@ -375,6 +377,15 @@ def test_network_that_is_not_built_here_is_called_what_it_is(name, what):
     assert what in detect.foreign(shapes)
     with pytest.raises(UserError, match=f"{what}.*not built here.*docs/convert.md"):
         importing._architecture("w.pt", "auto", shapes)
+
+
+def test_stages_of_a_swin_transformer_are_no_networks():
+    names = ["patch_embed.proj.weight", "head.fc.weight"]
+    names += [f"layers.{k}.blocks.0.attn.qkv.weight" for k in range(4)]
+    names += ["layers.0.blocks.0.attn.relative_position_bias_table"]
+    tree = dict.fromkeys(names, np.ones((3, 3), np.float32))
+    found = layouts.find(AsIs(tree))
+    assert set(found.arrays) == set(names) and not found.steps
 
 
 def test_arrays_of_a_network_that_is_not_built_here_can_be_read():
