@@ -142,7 +142,8 @@ def _model() -> ml_collections.ConfigDict:
     # Input normalisation inside the network, one number a channel; () for none.
     model.mean = ()
     model.std = ()
-    # "relu" or "swish", for WideResNets and ResNets; ConvNeXts and ViTs have GELU.
+    # "relu", "swish" or "gelu", for WideResNets and ResNets; ConvNeXts and ViTs have
+    # GELU.
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"

@@ -110,7 +110,11 @@ def torch_network(depth, width, classes, activation, seed):
     """A plain pre-activation WideResNet in PyTorch with random weights everywhere."""
     torch = pytest.importorskip("torch")
     nn, functional = torch.nn, torch.nn.functional
-    act = {"relu": functional.relu, "swish": functional.silu}[activation]
+    act = {
+        "relu": functional.relu,
+        "swish": functional.silu,
+        "gelu": functional.gelu,
+    }[activation]
 
     class Block(nn.Module):
         def __init__(self, inputs, outputs, stride):
@@ -165,7 +169,7 @@ def torch_network(depth, width, classes, activation, seed):
 
 @pytest.mark.parametrize(
     ("depth", "width", "classes", "activation", "size"),
-    [(10, 1, 3, "relu", 16), (16, 2, 7, "swish", 12)],
+    [(10, 1, 3, "relu", 16), (16, 2, 7, "swish", 12), (10, 1, 3, "gelu", 16)],
 )
 def test_random_network_computes_what_it_did_in_torch(
     depth, width, classes, activation, size

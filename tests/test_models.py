@@ -195,7 +195,7 @@ def test_config_describes_the_network():
         ("depth", 4, "6n \\+ 4"),
         ("widen_factor", 0, "widen_factor is 0"),
         ("num_classes", 0, "num_classes 0"),
-        ("activation", "gelu", "'gelu'.*relu, swish"),
+        ("activation", "tanh", "'tanh'.*relu, swish, gelu"),
     ],
 )
 def test_network_that_cannot_be_built_is_refused(field, value, message):

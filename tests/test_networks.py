@@ -227,7 +227,7 @@ def test_position_embedding_is_interpolated_to_the_images_grid():
         ("resnet50", "base_width", 0, "base_width is 0"),
         ("resnet18", "base_width", 128, "base_width is 128.*depth 18"),
         ("resnet50", "num_classes", 0, "num_classes is 0"),
-        ("resnet50", "activation", "gelu", "'gelu'.*relu, swish"),
+        ("resnet50", "activation", "tanh", "'tanh'.*relu, swish, gelu"),
         ("convnext_tiny", "size", "huge", "'huge' of a ConvNeXt.*tiny, small"),
         ("convnext_tiny", "stem", "conf", "'conf'.*patch, conv"),
         ("convnext_tiny", "num_classes", -1, "num_classes is -1"),

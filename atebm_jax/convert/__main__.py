@@ -55,8 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--entry", help="which of several networks in the file")
     parser.add_argument("--mean", help="input normalisation: one number a channel")
     parser.add_argument("--std", help="with --mean")
-    parser.add_argument("--normalization", help="imagenet, cifar10 or none")
-    parser.add_argument("--activation", help="relu (default) or swish: no file says it")
+    parser.add_argument(
+        "--normalization",
+        help="imagenet, cifar10 or none: needed where no file says it and networks of "
+        "the kind differ",
+    )
+    parser.add_argument(
+        "--activation", help="relu (default), silu (swish) or gelu: no file says it"
+    )
     parser.add_argument("--image_size", type=int, help="side of the images in pixels")
     parser.add_argument(
         "--classes_file", help="names of the classes, one a line: no file says them"
@@ -141,6 +147,8 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
         f"{record['arch']}, {model.num_classes} classes; input normalisation: "
         f"{numbers} ({normal['origin']})",
     )
+    for assumption in record["assumed"]:
+        say(console, f"ASSUMED {assumption}")
     console.print(_table(made.matches, verbose))
     say(
         console,

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from atebm_jax.convert.names import canonical
@@ -27,6 +27,73 @@ def family_of(names: Mapping[str, Any]) -> str | None:
         if any(re.fullmatch(pattern, name) for name in names):
             return family
     return None
+
+
+# Networks that are not built here and have names of one that is, or are often met.
+_FOREIGN: tuple[tuple[str, str], ...] = (
+    (
+        r"(cls_attn_blocks|pos_embed(er)?\.token_projection|blocks\.\d+\.local_mp)\..*",
+        "an XCiT (cross-covariance attention)",
+    ),
+    (r"blocks_token_only\..*", "a CaiT (class attention)"),
+    (r"dist_token|head_dist\..*", "a distilled DeiT (a second token and head)"),
+    (r"(reg_token|register_tokens)", "a ViT with register tokens"),
+    (r"mask_token|decoder_blocks\..*", "a masked autoencoder's ViT"),
+    (r"blocks\.\d+\.(ls1\.gamma|gamma_1)", "a ViT with layer scale (BEiT, DeiT III)"),
+    (
+        r".*\.relative_position_bias_table",
+        "a transformer with relative positions (Swin, say)",
+    ),
+    (r".*\.grn\.(weight|bias|gamma|beta)", "a ConvNeXt V2"),
+    (
+        r"init_conv\.weight|layer\.\d+\.block\.\d+\.conv_0\.weight",
+        "DeepMind's WideResNet (Gowal2020, Rebuffi2021, Wang2023)",
+    ),
+    (
+        r"layer\d\.\d+\.conv\d\.bias",
+        "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)",
+    ),
+    (
+        r"layer\d\.\d+\.shortcut\.\d\.weight",
+        "a ResNet for small images (a PreActResNet, say, or pytorch-cifar's ResNet)",
+    ),
+    (r"layer\d\.\d+\.se\..*", "a ResNet with squeeze and excitation"),
+    (r"conv1\.\d\.weight", "a ResNet-D (three convolutions first)"),
+    (
+        r"root\.conv\.weight|block1\.unit01\..*|stages\.\d+\.blocks\.\d+\.conv3\.weight",
+        "a ResNet V2 (BiT)",
+    ),
+    (r"blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)", "an EVA transformer"),
+)
+
+
+def foreign(shapes: Shapes) -> str | None:
+    """What a network is that is not built here, though its names may look like one."""
+    for pattern, what in _FOREIGN:
+        if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in shapes):
+            return what
+    first, second = (
+        shapes.get(f"layer1.0.conv{k}.weight", ())[index : index + 1]
+        for k, index in ((1, 0), (2, 1))
+    )
+    return "a ResNeXt (grouped convolutions)" if () < second < first else None
+
+
+def looks_like_network(names: Iterable[str]) -> bool:
+    """Whether a whole network of some family is among names, under any prefix.
+
+    Its first layer must be there too: a stage of a hierarchical transformer (Swin) has
+    a ViT's names otherwise.
+    """
+    listed = list(names)
+    for family, pattern in _MARKS.items():
+        mark = re.compile(rf"((?:.*\.)?)(?:{pattern})")
+        prefixes = {match[1] for match in map(mark.fullmatch, listed) if match}
+        for prefix in prefixes:
+            inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+            if any(canonical(family, name) in _FIRST[family] for name in inner):
+                return True
+    return False
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:

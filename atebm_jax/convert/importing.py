@@ -15,10 +15,12 @@ from etils import epath
 from atebm_jax import archs, checkpoint, checksums, models
 from atebm_jax import config as configuration
 from atebm_jax.convert import detect, layouts, matching, normalization, probe
+from atebm_jax.convert.entries import printable
 from atebm_jax.convert.files import Source, open_source
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
+from atebm_jax.models.layers import ACTIVATIONS
 
 
 class Imported(NamedTuple):
@@ -55,8 +57,9 @@ def read(
       arch: a key of `archs.ARCHS`, or "auto" to tell from names and shapes.
       entry: which of several networks in the file.
       asked: input normalisation, where the file does not say.
-      activation: of WideResNets and ResNets, which no file says; None for "relu" or
-        what an export of this project wrote.
+      activation: of WideResNets and ResNets, which no file says: "relu", "swish" (or
+        "silu", which is the same) or "gelu"; None for "relu" or what an export of this
+        project wrote.
       image_size: side of the images in pixels; None for the architecture's usual one.
 
     Raises:
@@ -67,9 +70,6 @@ def read(
     arrays = layouts.read_arrays(source, weights)
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
-    in_file = None
-    if weights.mean is not None and weights.std is not None:
-        in_file = weights.mean, weights.std
     channels = detect.channels(family, shapes)
     if channels not in (1, 3):
         raise UserError(
@@ -78,30 +78,95 @@ def read(
         )
     model = configuration.default().model
     model.update(fields)
-    usual = _usual(model)
+    model.mean, model.std = (), ()
+    model.activation, assumed = _activation(activation, source, family)
+    side = image_size or _side(model)
+    shape = (side, side, channels)
+    name = archs.name_of(model) or family
+    variables, matches = _match(source, weights, arrays, model, shape, name, arch)
+    # Later than the match, so that a file that does not fit is told so first.
     chosen = normalization.decide(
-        asked, in_file, (usual.get("mean", ()), usual.get("std", ())), channels
+        asked, _declared(source, weights), model, channels, source.path
     )
     model.mean, model.std = chosen.mean, chosen.std
-    model.activation = activation or source.metadata.get(
-        "atebm_jax.activation", model.activation
-    )
-    side = image_size or _side(model)
-    config = _config(model, (side, side, channels))
-    network = models.build(config.model)
-    name = archs.name_of(config.model) or family
-    variables, matches = matching.match(
-        family,
-        arrays,
-        matching.expected_variables(network, (side, side, channels)),
-        name if arch == "auto" else f"--arch={arch}",
-        source.path,
-    )
-    shape = (side, side, channels)
-    logits = probe.logits(network, variables, shape)
+    if chosen.assumed:
+        assumed.insert(0, normalization.assumption(chosen))
+    config = _config(model, shape)
+    logits = probe.logits(models.build(config.model), variables, shape)
     record = _record(source, weights, name, matches, chosen, config)
+    record["assumed"] = assumed
     record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
     return Imported(variables, config, matches, record, _exported_names(source, model))
+
+
+def _match(
+    source: Source,
+    weights: layouts.Weights,
+    arrays: dict[str, np.ndarray],
+    model: ml_collections.ConfigDict,
+    shape: tuple[int, int, int],
+    name: str,
+    arch: str,
+) -> tuple[dict[str, Any], list[matching.Match]]:
+    """Variables of a network from a file's arrays; says what else the file holds."""
+    arrays, dropped = matching.without_unused(model.name, arrays)
+    weights.steps.extend(dropped)
+    try:
+        return matching.match(
+            model.name,
+            arrays,
+            matching.expected_variables(models.build(model), shape),
+            name if arch == "auto" else f"--arch={arch}",
+            source.path,
+        )
+    except UserError as error:
+        if not weights.others:
+            raise
+        flags = " or ".join(f"--entry={other}" for other in weights.others[:4])
+        raise UserError(
+            f"{str(error).removesuffix('.')}; one part of the file alone is taken with "
+            f"{printable(flags)}."
+        ) from error
+
+
+def _declared(source: Source, weights: layouts.Weights) -> normalization.Declared:
+    """What the file says about the normalisation, arrays before all else."""
+    found = normalization.declared(source.tree, source.read)
+    if weights.mean is None or weights.std is None:
+        return found
+    said = found.normalizes if weights.mean else False
+    return normalization.Declared(said, weights.mean, weights.std)
+
+
+# The names of PyTorch and of this project for one function.
+_ACTIVATIONS = {"silu": "swish"} | {name: name for name in ACTIVATIONS}
+
+
+def _activation(
+    asked: str | None, source: Source, family: str
+) -> tuple[str, list[str]]:
+    """`config.model.activation`, and a sentence where it is assumed.
+
+    Raises:
+      UserError: an unknown one, or another than a family's only one.
+    """
+    default = configuration.default().model.activation
+    if asked is not None and asked not in _ACTIVATIONS:
+        raise UserError(
+            f"unknown --activation={asked}: choose one of {', '.join(_ACTIVATIONS)}."
+        )
+    if family in _WITH_GELU:
+        if asked not in (None, "gelu"):
+            raise UserError(
+                f"--activation={asked}: a {family} has gelu, whatever its weights: "
+                "leave the flag out."
+            )
+        return default, []
+    written = source.metadata.get("atebm_jax.activation")
+    if asked is not None or written is not None:
+        return _ACTIVATIONS[asked] if asked else str(written), []
+    sentence = f"activation: {default} (no file says it): --activation gives another"
+    return default, [sentence]
 
 
 def _exported_names(
@@ -116,10 +181,21 @@ def _exported_names(
     return tuple(map(str, names)) if whole else None
 
 
+# Families whose activation is part of what they are.
+_WITH_GELU = ("convnext", "vit")
+
+
 def _architecture(
     path: str, arch: str, shapes: detect.Shapes
 ) -> tuple[str, dict[str, Any]]:
     """Family and fields of `config.model`: what was asked for, else what fits."""
+    what = detect.foreign(shapes)
+    if what is not None:
+        raise UserError(
+            f"{path} is {what}, which is not built here: known are "
+            f"{', '.join(models.MODELS)}; for another network read its arrays into a "
+            "module of your own, as docs/convert.md says under 'Another network'."
+        )
     family = detect.family_of(shapes)
     found = detect.fields(family, shapes) if family else {}
     if arch != "auto":
@@ -134,7 +210,8 @@ def _architecture(
         some = ", ".join(sorted(shapes)[:4])
         raise UserError(
             f"{path} is of no known architecture (its names: {some}, ...): known are "
-            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX."
+            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX, "
+            "and docs/convert.md says under 'Another network' how to read its arrays."
         )
     sizes = {"resnet": "depth", "convnext": "size", "vit": "size"}
     if sizes.get(family, "name") not in found:
@@ -160,14 +237,6 @@ def _check_agreement(
             f"{name} {shapes[name]} and is a {family}; leave --arch out, or give the "
             "right one."
         )
-
-
-def _usual(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The public weights' normalisation of the architecture, or of its family."""
-    name = archs.name_of(model)
-    if name is not None:
-        return archs.arch(name)
-    return {"wide_resnet": archs.CIFAR10, "resnet": archs.IMAGENET}.get(model.name, {})
 
 
 def _side(model: ml_collections.ConfigDict) -> int:

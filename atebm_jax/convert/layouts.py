@@ -5,25 +5,34 @@ their normalisation in front all end as one plain state dict; whatever was taken
 said in `Weights.steps`.
 """
 
+import collections
 import json
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from atebm_jax.convert import normalization
+from atebm_jax.convert.detect import family_of, looks_like_network
 from atebm_jax.convert.entries import (
-    AVERAGED,
     NETWORKS,
+    ROLES,
     below,
     choose,
     collect,
+    is_averaged,
+    is_transparent,
     nothing,
     printable,
     shape,
     split,
+    unusable_averages,
+    whole,
+    without_inner_wrappers,
 )
 from atebm_jax.convert.files import Source, is_array
 from atebm_jax.errors import UserError
@@ -36,12 +45,14 @@ class Weights(NamedTuple):
       arrays: by PyTorch name, without wrappers; leaves of a source's tree.
       mean, std: input normalisation kept beside the weights; None where there is none.
       steps: what was chosen and taken off, a phrase each.
+      others: what `--entry` takes other weights of the file by.
     """
 
     arrays: dict[str, Any]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     steps: list[str]
+    others: tuple[str, ...] = ()
 
 
 _MOST_WRAPPERS = 32
@@ -60,6 +71,16 @@ _NORMALIZER = re.compile(
 )
 
 
+# Arrays of one number that say how long a network was trained or averaged.
+_COUNTERS = frozenset(
+    {
+        *("n_averaged", "num_updates", "n_updates", "updates", "initted", "inited"),
+        *("step", "steps", "global_step", "num_steps", "iteration", "iterations"),
+        *("iter", "iters", "num_iters", "epoch", "decay", "ema_decay"),
+    }
+)
+
+
 def find(source: Source, entry: str | None = None) -> Weights:
     """The plain state dict of a source.
 
@@ -75,25 +96,46 @@ def find(source: Source, entry: str | None = None) -> Weights:
     if not entries:
         raise UserError(nothing(source))
     name, inside = split(entry, entries)
-    mapping = choose(entries, name, source.path, steps)
-    weights = dict(mapping)
+    steps += unusable_averages(source, entries)
+    if name is None:
+        entries = whole(entries, steps)
+    known = choose(entries, name, source.path, steps)
+    weights = _unwrap_inside(entries[known], steps)
     if inside:
-        weights = below(weights, inside, source.path)
+        weights = below(weights, without_inner_wrappers(inside), source.path)
         steps.append(f"took the names under {inside!r}")
     dropped = [n for n, value in weights.items() if not is_array(value)]
     for n in dropped:
         del weights[n]
     if dropped:
         steps.append(f"passed over {', '.join(map(repr, dropped[:4]))}: no arrays")
-    known = next((n for n, found in entries.items() if found is mapping), "")
+    others = [n for n in entries if n and n != known]
     prefix = f"{known}." if known else ""
-    return _unwrap(source, weights, steps, chosen=bool(inside), prefix=prefix)
+    return _unwrap(source, weights, steps, others, chosen=bool(inside), prefix=prefix)
+
+
+def _unwrap_inside(named: dict[str, Any], steps: list[str]) -> dict[str, Any]:
+    """Takes out of the names what wraps modules inside of the network.
+
+    Two names that would become one stay as they are.
+    """
+    changed = {name: without_inner_wrappers(name) for name in named}
+    count = collections.Counter(changed.values())
+    weights, taken = {}, 0
+    for name, value in named.items():
+        alone = count[changed[name]] == 1
+        weights[changed[name] if alone else name] = value
+        taken += alone and changed[name] != name
+    if taken:
+        steps.append(f"took the names of wrapping modules out of {taken} names")
+    return weights
 
 
 def _unwrap(
     source: Source,
     weights: dict[str, Any],
     steps: list[str],
+    others: list[str],
     *,
     chosen: bool,
     prefix: str,
@@ -104,11 +146,12 @@ def _unwrap(
         steps.append("took mean and std from the file's metadata")
     for _ in range(_MOST_WRAPPERS):
         before = set(weights)
-        if weights.pop("n_averaged", None) is not None:
-            steps.append("weights of an AveragedModel ('n_averaged')")
+        _pass_over_counters(weights, steps)
         _take_normalizer(source, weights, constants, steps)
         _drop_attacker(source, weights, steps, prefix)
-        weights = _strip(source, weights, steps, chosen)
+        weights = _take_heads(weights, steps)
+        weights, taken = _strip(source, weights, steps, others, chosen, prefix)
+        prefix += taken
         if set(weights) == before:
             break
     else:
@@ -121,7 +164,46 @@ def _unwrap(
             f"{source.path} has only the {next(iter(constants))} of an input "
             "normalisation: give --mean and --std."
         )
-    return Weights(weights, constants.get("mean"), constants.get("std"), steps)
+    mean, std = constants.get("mean"), constants.get("std")
+    return Weights(weights, mean, std, steps, tuple(others))
+
+
+def _pass_over_counters(weights: dict[str, Any], steps: list[str]) -> None:
+    single = [n for n, value in weights.items() if math.prod(shape(value)) == 1]
+    counters = [n for n in single if n.rpartition(".")[2] in _COUNTERS]
+    # What they say is read where the normalisation is.
+    switches = [n for n in single if normalization.is_switch(n)]
+    for name in counters + switches:
+        del weights[name]
+    if "n_averaged" in counters:
+        steps.append("weights of an AveragedModel ('n_averaged')")
+    named = [repr(name) for name in counters if name != "n_averaged"]
+    if named:
+        steps.append(f"passed over counters: {', '.join(named[:4])}")
+
+
+def _take_heads(weights: dict[str, Any], steps: list[str]) -> dict[str, Any]:
+    """JEM's network `f` and its two heads, as one classifier.
+
+    `class_output` reads the features of `f`, whose own last layer nothing uses; the
+    energy is that of the classes, not `energy_output` (Grathwohl et al., 2020).
+    """
+    inner = {n[2:]: v for n, v in weights.items() if n.startswith("f.")}
+    heads = {n: v for n, v in weights.items() if not n.startswith("f.")}
+    parts = {n.partition(".")[0] for n in heads}
+    if not inner or parts not in ({"class_output"}, {"class_output", "energy_output"}):
+        return weights
+    unused = ("fc", "linear")
+    taken = {n: v for n, v in inner.items() if n.partition(".")[0] not in unused}
+    for name, value in heads.items():
+        first, _, leaf = name.partition(".")
+        if first == "class_output":
+            taken[f"fc.{leaf}"] = value
+    steps.append(
+        "took JEM's network under 'f' with 'class_output' as its last layer; "
+        "passed over 'energy_output' and the last layer of 'f', which it does not use"
+    )
+    return taken
 
 
 def _take_normalizer(
@@ -196,29 +278,67 @@ def _equal(source: Source, one: Any, other: Any) -> bool:
 
 
 def _strip(
-    source: Source, weights: dict[str, Any], steps: list[str], chosen: bool
-) -> dict[str, Any]:
-    """Takes the wrapper off that all names share, or one of the usual ones."""
+    source: Source,
+    weights: dict[str, Any],
+    steps: list[str],
+    others: list[str],
+    chosen: bool,
+    prefix: str,
+) -> tuple[dict[str, Any], str]:
+    """Takes the wrapper off that all names share, or one of the usual ones.
+
+    Returns:
+      (the weights, what `--entry` has in front of their names beside `prefix`).
+    """
     groups: dict[str, dict[str, Any]] = {}
     for name, value in weights.items():
         first, dot, rest = name.partition(".")
         if dot:
             groups.setdefault(first, {})[rest] = value
     shared = len(weights) > 1 and any(len(g) == len(weights) for g in groups.values())
-    if shared and not _OWN.fullmatch(next(iter(groups))):
-        steps.append(f"took off the prefix {next(iter(groups)) + '.'!r}")
-        return next(iter(groups.values()))
-    wrapped = {g: names for g, names in groups.items() if _is_wrapper(g)}
+    first = next(iter(groups), "")
+    if shared and not _OWN.fullmatch(first):
+        steps.append(f"took off the prefix {first + '.'!r}")
+        # `entries.below` passes over the transparent ones.
+        return groups[first], "" if is_transparent(first) else f"{first}."
+    wrapped = {g: names for g, names in groups.items() if _is_wrapper(g, names)}
     if not wrapped or chosen:
-        return weights
-    inner = choose(wrapped, None, source.path, steps)
-    others = {n: v for n, v in weights.items() if n.partition(".")[0] not in wrapped}
-    return weights if others.keys() & inner.keys() else inner | others
+        return weights, ""
+    networks, rest = wrapped, _outside(weights, wrapped)
+    if family_of(rest):
+        # A network without a prefix, and perhaps others beside it.
+        rivals = {g: x for g, x in wrapped.items() if _is_rival(g, x, rest)}
+        if rivals:
+            networks = {"": _outside(weights, rivals), **rivals}
+    networks = whole(networks, steps)
+    name = choose(networks, None, source.path, steps, prefix)
+    others += [f"{prefix}{n}" for n in networks if n and n != name]
+    if "" not in networks:
+        if rest.keys() & wrapped[name].keys():
+            return weights, ""
+        if any(len(shape(value)) >= 2 for value in rest.values()):
+            others.append(f"{prefix}{name}")
+        return wrapped[name] | rest, "" if is_transparent(name) else f"{name}."
+    return networks[name], f"{name}." if name else ""
 
 
-def _is_wrapper(name: str) -> bool:
-    usual = name in NETWORKS and not _OWN.fullmatch(name)
-    return usual or bool(AVERAGED & set(name.lower().split("_")))
+def _outside(weights: dict[str, Any], groups: Iterable[str]) -> dict[str, Any]:
+    """The names whose first part is none of `groups`."""
+    return {n: v for n, v in weights.items() if n.partition(".")[0] not in groups}
+
+
+def _is_wrapper(name: str, names: Iterable[str]) -> bool:
+    """Whether a first part of names stands for a network or for what wraps one."""
+    if not name or is_averaged(name):
+        return bool(name)
+    usual = name in NETWORKS | ROLES or is_transparent(name)
+    return (usual or looks_like_network(names)) and not _OWN.fullmatch(name)
+
+
+def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:
+    """Whether names under a prefix are another network than the rest."""
+    collide = any(n in rest for n in names)
+    return collide or is_averaged(name) or looks_like_network(names)
 
 
 def _is_bfloat16(array: np.ndarray) -> bool:

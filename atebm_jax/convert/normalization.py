@@ -1,12 +1,18 @@
 """Where the input normalisation of imported weights comes from."""
 
 import ast
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from atebm_jax import archs
 from atebm_jax.archs import CIFAR10, IMAGENET
+from atebm_jax.convert.entries import printable, shape
+from atebm_jax.convert.files import is_array
+from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError
 
 NORMALIZATIONS: dict[str, dict[str, Any]] = {
@@ -19,12 +25,115 @@ NORMALIZATIONS: dict[str, dict[str, Any]] = {
 _SAME = 1e-4
 
 
+# Whose weights of a family expect what, where two conventions are common.
+_WHO = {
+    "wide_resnet": (
+        "--normalization=none (TRADES, Carmon2019 and most WideResNets of "
+        "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
+        "(Hendrycks2019)"
+    ),
+    "convnext": (
+        "--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
+        "--normalization=none (DAT and others trained on pixels as they are)"
+    ),
+    "vit": (
+        "--normalization=imagenet (DeiT, torchvision), --mean=0.5 --std=0.5 (Google's "
+        "and timm's augreg weights) or --normalization=none (pixels as they are)"
+    ),
+}
+_WHO_GREY = "--normalization=none or --mean=0.1307 --std=0.3081 (PyTorch's MNIST), say"
+
+
 class Normalization(NamedTuple):
     """Input normalisation inside the network, and what it rests on."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     origin: str
+    assumed: bool = False
+
+
+class Declared(NamedTuple):
+    """What a file says about the normalisation beside its arrays.
+
+    Attributes:
+      normalizes: `normalize_input` and the like; None where nothing is said.
+      mean, std: as lists of numbers; () for none.
+      origin: where that stands, for messages.
+    """
+
+    normalizes: bool | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    origin: str = "the file"
+
+
+_SWITCH = re.compile(
+    r"normali[sz]ed?_(inputs?|images?)|(input|image)_normali[sz](e|ed|ation)"
+)
+
+# Where training states keep the settings of their run.
+_SETTINGS = ("args", "opt", "config", "cfg", "hparams", "hyper_parameters", "meta")
+
+
+def is_switch(name: str) -> bool:
+    """Whether a name's last part says that images are normalised, or not."""
+    return _SWITCH.fullmatch(name.rpartition(".")[2].lower()) is not None
+
+
+def declared(tree: Any, read: Callable[[Any], np.ndarray]) -> Declared:
+    """What stands beside the weights: a switch, or lists of mean and std.
+
+    Args:
+      tree: a source's tree.
+      read: turns one of its arrays into numbers.
+    """
+    found = Declared()
+    for place, values in _mappings(tree):
+        for key in [k for k in values if isinstance(k, str) and is_switch(k)]:
+            switch = _truth(values[key], read)
+            if switch is not None and found.normalizes is None:
+                origin = printable(f"the file: {place}{key} is {switch}")
+                found = found._replace(normalizes=switch, origin=origin)
+        if place and place.removesuffix(".") not in _SETTINGS:
+            continue
+        mean, std = (
+            next((_few(values[k], read) for k in keys if k in values), ())
+            for keys in (("mean", "mu"), ("std", "sigma"))
+        )
+        if mean and len(mean) == len(std) and not found.mean:
+            origin = printable(f"the file: {place}mean and {place}std")
+            found = found._replace(mean=mean, std=std, origin=origin)
+    return found
+
+
+def _mappings(tree: Any) -> Iterator[tuple[str, dict]]:
+    """The mapping itself and those in it, with the prefix of their names."""
+    if not isinstance(tree, dict):
+        return
+    yield "", tree
+    for name, inner in tree.items():
+        inner = inner.state if isinstance(inner, Inert) else inner
+        if isinstance(name, str) and isinstance(inner, dict):
+            yield f"{name}.", inner
+
+
+def _truth(value: Any, read: Callable[[Any], np.ndarray]) -> bool | None:
+    if is_array(value) and math.prod(shape(value)) == 1:
+        value = read(value)
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        value = value.item()
+    return bool(value) if isinstance(value, bool | int) and value in (0, 1) else None
+
+
+def _few(value: Any, read: Callable[[Any], np.ndarray]) -> tuple[float, ...]:
+    """One number a channel, in [0, 1]; () for anything else."""
+    if is_array(value) and math.prod(shape(value)) <= 3:
+        value = read(value).ravel().tolist()
+    if not isinstance(value, list | tuple) or len(value) not in (1, 3):
+        return ()
+    numbers = all(isinstance(x, float | int) and 0 <= x <= 1 for x in value)
+    return tuple(map(float, value)) if numbers else ()
 
 
 def parse(name: str | None, mean: str | None, std: str | None) -> Normalization | None:
@@ -73,41 +182,46 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
 
 def decide(
     asked: Normalization | None,
-    in_file: tuple[tuple[float, ...], tuple[float, ...]] | None,
-    by_architecture: tuple[Sequence[float], Sequence[float]],
+    in_file: Declared,
+    model: Mapping[str, Any],
     channels: int,
+    path: str,
 ) -> Normalization:
-    """The normalisation inside the network: flags, else the file, else the usual one.
+    """The normalisation inside the network: the file's, else the flags', else usual.
 
     Args:
       asked: as of `parse`.
-      in_file: (mean, std) that the file keeps beside the weights.
-      by_architecture: (mean, std) of the architecture's public weights; () for none.
+      in_file: what the file says.
+      model: `config.model` of the network.
       channels: of the images.
+      path: the file, for messages.
 
     Raises:
-      UserError: flags against the file, or numbers for another count of channels.
+      UserError: nobody says it and two conventions are common; flags against the file;
+        numbers for another count of channels.
     """
-    if in_file is not None:
-        given = Normalization(*in_file, "the file")
+    contradicts = in_file.normalizes is False and bool(in_file.mean)
+    if contradicts and asked is None:
+        raise UserError(
+            f"{path} has mean {in_file.mean} and std {in_file.std} and says that its "
+            "input is not normalised: give --normalization=none, or --mean and --std."
+        )
+    if not contradicts and (in_file.mean or in_file.normalizes is False):
+        given = Normalization(in_file.mean, in_file.std, in_file.origin)
         if asked is not None and not _same(asked, given):
             raise UserError(
                 f"{asked.origin} means mean {asked.mean} and std {asked.std}, the file "
-                f"itself has mean {given.mean} and std {given.std}: leave the flag out."
+                f"itself has mean {given.mean} and std {given.std} "
+                f"({given.origin}): leave the flag out."
             )
         chosen = given
-    elif asked is not None:
-        chosen = asked
-    else:
-        mean, std = map(tuple, by_architecture)
-        usual = (
-            "as usual for the architecture"
-            if not mean
-            else ("the usual one of the architecture, as the file has none")
+    elif in_file.normalizes and (asked is None or not asked.mean):
+        raise UserError(
+            f"{path} says that it normalises its input ({in_file.origin}) and not by "
+            "which mean and std: give --mean and --std, or --normalization."
         )
-        if len(mean) not in (0, channels):
-            mean, std, usual = (), (), "the usual one is for colour images"
-        chosen = Normalization(mean, std, usual)
+    else:
+        chosen = asked or _usual(model, channels, path)
     if len(chosen.mean) == 1 and channels > 1:
         chosen = chosen._replace(mean=chosen.mean * channels, std=chosen.std * channels)
     if len(chosen.mean) not in (0, channels) or len(chosen.mean) != len(chosen.std):
@@ -116,6 +230,34 @@ def decide(
             f"{len(chosen.std)} numbers, the network's images have {channels} channels."
         )
     return chosen
+
+
+def _usual(model: Mapping[str, Any], channels: int, path: str) -> Normalization:
+    """What all public weights of an architecture expect, where they agree.
+
+    ResNets of this form have ImageNet's normalisation everywhere; those with a ConvStem
+    are one release's (Singh et al., 2023).
+    """
+    agreed = model["name"] == "resnet" or model.get("stem") == "conv"
+    if channels == 1 or model["name"] == "wide_resnet" or not agreed:
+        who = _WHO_GREY if channels == 1 else _WHO[model["name"]]
+        raise UserError(
+            f"{path} does not say how its input is normalised, and two conventions are "
+            f"common for a {model['name']}: give {who}."
+        )
+    name = archs.name_of(model)  # type: ignore[arg-type]
+    values = IMAGENET if name is None else archs.arch(name)
+    usual = "the usual one of the architecture, as the file has none"
+    return Normalization(tuple(values["mean"]), tuple(values["std"]), usual, True)
+
+
+def assumption(chosen: Normalization) -> str:
+    """What was assumed, and how to say something else."""
+    numbers = f"mean {list(chosen.mean)}, std {list(chosen.std)}"
+    return (
+        f"input normalisation: {numbers if chosen.mean else 'none'} ({chosen.origin}): "
+        "--normalization, or --mean and --std, give another"
+    )
 
 
 def _same(one: Normalization, other: Normalization) -> bool:

@@ -27,11 +27,6 @@ from atebm_jax.models.products import (
     multiply,
 )
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "swish": nn.swish,
-}
-
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -328,6 +323,14 @@ def gelu(x: jax.Array) -> jax.Array:
     """
     wide = at_least_float32(x)
     return (wide * (0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+#: What `config.model.activation` may be; PyTorch calls swish SiLU.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "swish": nn.swish,
+    "gelu": gelu,
+}
 
 
 class Conv(nn.Module):

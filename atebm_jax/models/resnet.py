@@ -93,7 +93,7 @@ class ResNet(nn.Module):
       base_width: channels inside the first stage's bottlenecks: 64, for wide networks
         128 or 256.
       mean, std: input normalisation, one number a channel; empty for none.
-      activation: "relu" or "swish".
+      activation: "relu", "swish" or "gelu".
       dtype: compute dtype of the convolutions.
       conv_gradient: see `layers.chosen_form`.
       remat: compute a block's activations again in the backward pass.

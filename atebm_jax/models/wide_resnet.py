@@ -1,6 +1,6 @@
 """Pre-activation WideResNet for small images (Zagoruyko and Komodakis, 2016).
 
-WRN-34-10 is the paper's CIFAR network. Any depth 6n + 4 and width; ReLU or Swish;
+WRN-34-10 is the paper's CIFAR network. Any depth 6n + 4 and width; ReLU, Swish or GELU;
 input normalisation inside; global average pooling, so that any image size fits.
 """
 
@@ -51,7 +51,7 @@ class WideResNet(nn.Module):
       widen_factor: width k; the groups have 16k, 32k and 64k channels.
       num_classes: K.
       mean, std: input normalisation, one number a channel; empty for none.
-      activation: "relu" or "swish".
+      activation: "relu", "swish" or "gelu".
       dtype: compute dtype of the convolutions.
       conv_gradient: see `layers.chosen_form`.
       remat: compute a block's activations again in the backward pass.

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint
-from atebm_jax.convert import exporting, importing, names, probe
+from atebm_jax.convert import exporting, files, importing, names, probe
 from atebm_jax.convert.__main__ import cli, main
 from atebm_jax.models.wide_resnet import WideResNet
 
@@ -177,7 +177,8 @@ def test_classes_are_named_by_a_file_and_stay_through_an_export(network, tmp_pat
 def test_stage_2_starts_from_imported_weights(tmp_path):
     theirs = wide_resnet(channels=1)
     file = save(theirs.state_dict(), tmp_path / "w.pt")
-    run(f"--from={file}", f"--to={tmp_path / 'in'}", "--image_size=8")
+    flags = ("--image_size=8", "--normalization=none")
+    run(f"--from={file}", f"--to={tmp_path / 'in'}", *flags)
     settings = tiny.config(
         init_from=str(tmp_path / "in"),
         **{"stage2.num_steps": 2, "stage2.eval_every_steps": 0},
@@ -244,12 +245,78 @@ def test_architecture_against_the_file_is_refused(network, arch, message, tmp_pa
         run(f"--from={file}", f"--to={tmp_path / 'out'}", f"--arch={arch}")
 
 
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A WideResNet's arrays, and what writes changed ones; nothing is compiled."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    monkeypatch.setattr(probe, "logits", lambda *_: np.zeros(3))
+    variables = reference.random_variables(WideResNet(10, 1, 3), (8, 8, 3))
+
+    def write(arrays):
+        safetensors.save_file(arrays, tmp_path / "w.safetensors")
+        return f"--from={tmp_path / 'w.safetensors'}", f"--to={tmp_path / 'out'}"
+
+    return names.to_torch("wide_resnet", variables), write
+
+
+def test_normalisation_that_nobody_says_is_asked_for_by_who_has_which(small, tmp_path):
+    arrays, write = small
+    with pytest.raises(UserError, match=r"none \(TRADES.*cifar10 \(DAT, RATIO"):
+        run(*write(arrays))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_assumed_stands_on_a_line_of_its_own(small, tmp_path):
+    arrays, write = small
+    printed = run(*write(arrays), "--normalization=none")
+    lines = [x for x in printed.splitlines() if x.startswith("ASSUMED ")]
+    assert len(lines) == 1 and lines[0].startswith("ASSUMED activation: relu")
+    record = json.loads((tmp_path / "out" / "import.json").read_text())
+    assert [f"ASSUMED {said}" for said in record["assumed"]] == lines
+
+
+@pytest.mark.parametrize(
+    ("asked", "activation"), [("silu", "swish"), ("swish", "swish"), ("gelu", "gelu")]
+)
+def test_activation_that_is_given_is_not_assumed(asked, activation, small, tmp_path):
+    arrays, write = small
+    flags = ("--normalization=none", f"--activation={asked}")
+    assert "ASSUMED" not in run(*write(arrays), *flags)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model"]["activation"] == activation
+
+
+@pytest.mark.parametrize("family", ["convnext", "vit"])
+def test_activation_of_a_family_with_one_is_refused_if_another(family):
+    source = files.Source("w.pt", "", {}, np.asarray, {})
+    with pytest.raises(UserError, match=f"--activation=relu: a {family} has gelu"):
+        importing._activation("relu", source, family)
+    for asked in (None, "gelu"):
+        assert importing._activation(asked, source, family) == ("relu", [])
+
+
+def test_second_first_group_of_trades_is_dropped_with_a_printed_step(small):
+    arrays, write = small
+    for name in [n for n in arrays if n.startswith("block1.")]:
+        arrays[f"sub_{name}"] = arrays[name] + 1
+    printed = run(*write(arrays), "--normalization=none")
+    assert "dropped 10 arrays under 'sub_block1.'" in printed
+
+
+def test_entry_to_give_is_proposed_where_the_weights_do_not_fit(small):
+    arrays, write = small
+    other = {f"ema.{name}": x for name, x in arrays.items()}
+    del other["ema.fc.bias"]
+    with pytest.raises(UserError, match="missing: 1 .fc.bias.*--entry=model"):
+        run(*write(other | {f"model.{n}": x for n, x in arrays.items()}))
+
+
 def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
     torch, _ = torch_networks.torch_and_timm()
     plain = network.state_dict()
     with_mean = plain | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
     cases = [
-        (plain, [], (0.4914, 0.4822, 0.4465), "usual"),
+        (plain, ["--normalization=cifar10"], (0.4914, 0.4822, 0.4465), "--normal"),
         (plain, ["--normalization=imagenet"], (0.485, 0.456, 0.406), "--normal"),
         (plain, ["--normalization=none"], (), "--normal"),
         (plain, ["--mean=0.5", "--std=0.5"], (0.5,) * 3, "--mean"),
@@ -301,7 +368,7 @@ def test_what_is_there_is_not_overwritten(imported, network, tmp_path):
     with pytest.raises(UserError, match="is there already"):
         run(f"--from={imported[0]}", "--export=safetensors", f"--to={file}")
     (tmp_path / "empty").mkdir()
-    run(f"--from={file}", f"--to={tmp_path / 'empty'}")
+    run(f"--from={file}", f"--to={tmp_path / 'empty'}", "--normalization=none")
     assert atebm_jax.load(tmp_path / "empty").num_classes == 10
 
 
@@ -334,6 +401,7 @@ def test_full_disk_is_told_and_leaves_nothing_behind(mounted, tmp_path):
     folder, remount = mounted
     remount("size=200k")
     flags = [f"--from={tmp_path / 'w.safetensors'}", "--image_size=8"]
+    flags += ["--normalization=none"]
     message = r"cannot be written \(No space left on device\): nothing is left"
     with pytest.raises(UserError, match=message):
         run(*flags, f"--to={folder / 'new' / 'in'}")
@@ -359,7 +427,8 @@ def test_place_that_cannot_be_made_is_told(name, tmp_path):
 
 def test_verbose_lists_every_parameter(network, tmp_path):
     file = save(network.state_dict(), tmp_path / "w.pt")
-    printed = run(f"--from={file}", f"--to={tmp_path / 'out'}", "--verbose")
+    flags = (f"--to={tmp_path / 'out'}", "--normalization=none", "--verbose")
+    printed = run(f"--from={file}", *flags)
     for name in network.state_dict():
         assert (name in printed) == (not name.endswith("num_batches_tracked"))
 

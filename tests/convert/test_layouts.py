@@ -1,10 +1,21 @@
 """One network in every wrapper that checkpoints come in."""
 
+import re
+
+import flax
 import numpy as np
 import pytest
 
-from atebm_jax import UserError
-from atebm_jax.convert import detect, files, layouts
+from atebm_jax import UserError, archs, models
+from atebm_jax.convert import (
+    detect,
+    files,
+    importing,
+    layouts,
+    matching,
+    names,
+    values,
+)
 
 MEAN, STD = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
 
@@ -45,6 +56,27 @@ def robustness(own, copy):
     return {"model": model, "optimizer": {"state": {}}, "epoch": 3}
 
 
+def counters(prefix):
+    """What modules that average keep beside the weights."""
+    return {
+        f"{prefix}decay": np.array(0.999, np.float32),
+        f"{prefix}num_updates": np.array(3),
+        "initted": np.array([True]),
+        "step": np.array([7]),
+    }
+
+
+def renamed(arrays):
+    """With the last layer under the name that JEM has for it."""
+    return {n.replace("fc.", "class_output."): x for n, x in arrays.items()}
+
+
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
 NORMALIZED = {
     "robustness": lambda: robustness(network(), network()),
     "sequence by name": lambda: (
@@ -83,6 +115,45 @@ PLAIN = {
         "optimizer": {"state": {0: {"momentum_buffer": np.ones((3, 3))}}},
         "best_accuracy": np.float32(0.5),
     },
+    **{
+        f"{wrapper} inside": lambda wrapper=wrapper: {
+            name.replace("layer.0.", f"layer.{wrapper}.0.{wrapper}."): value
+            for name, value in network().items()
+        }
+        for wrapper in WRAPPERS
+    },
+    "wrappers everywhere": lambda: {
+        f"_orig_mod.module.{n.replace('.', '.module._orig_mod.', 1)}": value
+        for n, value in network().items()
+    },
+    "counters of averages": lambda: network() | counters("net_ema."),
+    "two networks, one averaged": lambda: (
+        {"initted": np.array(True), "step": np.array(7)}
+        | under("online_model", network(1))
+        | under("ema_model", network())
+    ),
+    "averages without dots": lambda: (
+        under("net", network())
+        | {f"net_ema.{n.replace('.', '')}": x for n, x in network(1).items()}
+        | counters("net_ema.")
+    ),
+    "averages without statistics": lambda: {
+        "model": network(),
+        "ema": {n: x for n, x in network(1).items() if "running" not in n},
+    },
+    "a network below a network's name": lambda: (
+        network() | under("teacher", network(1))
+    ),
+    "averages below a network's name": lambda: network(1) | under("ema", network()),
+    "energy model": lambda: {
+        f"{'' if name.startswith('class') else 'f.'}{name}": value
+        for name, value in renamed(network()).items()
+    },
+    "energy model with both heads": lambda: (
+        under("f", network() | {"fc.weight": np.ones((3, 16), np.float32)})
+        | {n: x for n, x in renamed(network()).items() if n.startswith("class")}
+        | under("energy_output", {"weight": np.ones((1, 16)), "bias": np.ones(1)})
+    ),
 }
 
 
@@ -141,6 +212,7 @@ def test_averaged_weights_go_first_and_others_can_be_chosen(tree):
     np.testing.assert_array_equal(found.arrays["fc.bias"], network(1)["fc.bias"])
     assert any("averaged" in step and "beside it" in step for step in found.steps)
     entry = "state_dict" if "state_dict" in tree else "model"
+    assert any(f"--entry={entry})" in step for step in found.steps)
     found = layouts.find(AsIs(tree), entry)
     np.testing.assert_array_equal(found.arrays["fc.bias"], network()["fc.bias"])
 
@@ -153,6 +225,73 @@ def test_several_networks_are_listed():
     np.testing.assert_array_equal(found.arrays["fc.bias"], network(1)["fc.bias"])
     with pytest.raises(UserError, match="--entry=other is not in the file"):
         layouts.find(AsIs(tree), "other")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"student": network(), "teacher": network(1)},
+        {"state_dict": under("student", network()) | under("teacher", network(1))},
+        under("module.student", network()) | under("module.teacher", network(1)),
+        under("model.student.module", network())
+        | under("model.teacher.module", network(1)),
+        under("backbone_a", network()) | under("backbone_b", network(1)),
+    ],
+)
+def test_teacher_and_student_are_told_apart_by_the_entries_to_give(tree):
+    with pytest.raises(UserError, match="holds several networks") as caught:
+        layouts.find(AsIs(tree))
+    flags = re.findall(r"--entry=([\w.]*\w)", str(caught.value))
+    assert len(flags) == 2
+    for seed, flag in enumerate(flags):
+        found = layouts.find(AsIs(tree), flag)
+        assert set(found.arrays) == set(network())
+        np.testing.assert_array_equal(found.arrays["fc.bias"], network(seed)["fc.bias"])
+
+
+def test_names_that_would_become_one_stay_two():
+    tree = network() | {"block1.module.layer.0.bn1.weight": np.ones((4, 4))}
+    found = layouts.find(AsIs(tree))
+    assert "block1.module.layer.0.bn1.weight" in found.arrays
+
+
+ARRAYS = [np.ones((3, 3), np.float32), np.ones(3, np.float32)]
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"ema": {"decay": 0.9, "shadow_params": ARRAYS}}, "ema.shadow_params"),
+        ({"shadow_params": ARRAYS, "decay": 0.9}, "shadow_params"),
+        ({"ema": values.Inert("timm.utils.ModelEmaV2")}, "class timm.utils.ModelEmaV2"),
+        ({"modelEMA": {"a": {"b": {"c": {"w": ARRAYS[0]}}}}}, "modelEMA.a.b.c"),
+        ({"optimizer_states": [{"opt": {}, "ema": ARRAYS}]}, "optimizer_states.0.ema"),
+    ],
+)
+def test_averages_that_cannot_be_used_are_named(beside, named):
+    found = layouts.find(AsIs({"model": network(), "epoch": 3} | beside))
+    np.testing.assert_array_equal(found.arrays["fc.bias"], network()["fc.bias"])
+    lines = [step for step in found.steps if "averages that cannot be used" in step]
+    assert len(lines) == 1 and named in lines[0]
+    assert "took the weights under 'model'" in found.steps
+
+
+def test_averages_alone_that_cannot_be_used_are_named():
+    with pytest.raises(UserError, match="holds no weights.*ema.shadow_params"):
+        layouts.find(AsIs({"ema": {"shadow_params": ARRAYS}}))
+
+
+def test_averages_of_gradients_and_losses_are_no_weights():
+    moments = {"exp_avg": [ARRAYS[0]], "grad_ema": [ARRAYS[0]]}
+    tree = {"model": network(), "state": moments, "loss_avg": [ARRAYS[0]]}
+    tree["accuracy_avg"] = [np.ones(()), np.ones(())]
+    steps = layouts.find(AsIs(tree)).steps
+    assert not any("averages" in step for step in steps)
+
+
+def test_number_in_a_layer_is_no_counter():
+    tree = network() | {"logit_scale": np.array(2, np.float32)}
+    assert "logit_scale" in layouts.find(AsIs(tree)).arrays
 
 
 def test_two_normalisations_that_differ_are_refused():
@@ -196,6 +335,82 @@ def test_other_precisions_become_float32_with_a_note():
     assert {x.dtype for x in arrays.values()} == {np.dtype(np.float32)}
     assert "bn1.num_batches_tracked" not in arrays
     assert "6 arrays were float16 and become float32" in found.steps
+
+
+def test_second_first_group_is_dropped_where_it_is_that():
+    first = {n: x for n, x in network().items() if n.startswith("block1.")}
+    tree = network() | {f"sub_{n}": x + 1 for n, x in first.items()}
+    kept, said = matching.without_unused("wide_resnet", tree)
+    assert kept.keys() == network().keys()
+    assert "dropped 2 arrays under 'sub_block1.'" in said[0]
+    name = "sub_block1.layer.0.conv1.weight"
+    for other in (
+        tree | {"head2.weight": np.ones((3, 3))},
+        tree | {name: np.ones((16, 16, 1, 1))},
+        {n: x for n, x in tree.items() if n != name},
+        tree | {name.replace(".0.", ".1."): tree[name]},
+    ):
+        kept, said = matching.without_unused("wide_resnet", other)
+        assert kept.keys() == other.keys() and not said
+    assert matching.without_unused("resnet", tree)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("cls_attn_blocks.0.attn.q.weight", "an XCiT"),
+        ("pos_embeder.token_projection.weight", "an XCiT"),
+        ("module.dist_token", "a distilled DeiT"),
+        ("layers.0.blocks.0.attn.relative_position_bias_table", "relative positions"),
+        ("stages.0.blocks.0.mlp.grn.weight", "a ConvNeXt V2"),
+        ("layer.0.block.0.conv_0.weight", "DeepMind's WideResNet"),
+        ("layer2.0.shortcut.0.weight", "a ResNet for small images"),
+        ("layer1.0.conv1.bias", "JEM's"),
+        ("layer1.0.conv2.weight", "a ResNeXt"),
+        ("conv1.0.weight", "a ResNet-D"),
+        ("blocks.0.mlp.fc1_g.weight", "an EVA"),
+    ],
+)
+def test_network_that_is_not_built_here_is_called_what_it_is(name, what):
+    shapes = {"blocks.0.attn.qkv.weight": (9, 3), "layer1.0.conv1.weight": (8, 8, 3, 3)}
+    shapes |= {name: (8, 4, 3, 3)}
+    assert what in detect.foreign(shapes)
+    with pytest.raises(UserError, match=f"{what}.*not built here.*docs/convert.md"):
+        importing._architecture("w.pt", "auto", shapes)
+
+
+def test_stages_of_a_swin_transformer_are_no_networks():
+    names = ["patch_embed.proj.weight", "head.fc.weight"]
+    names += [f"layers.{k}.blocks.0.attn.qkv.weight" for k in range(4)]
+    names += ["layers.0.blocks.0.attn.relative_position_bias_table"]
+    tree = dict.fromkeys(names, np.ones((3, 3), np.float32))
+    found = layouts.find(AsIs(tree))
+    assert set(found.arrays) == set(names) and not found.steps
+
+
+def test_arrays_of_a_network_that_is_not_built_here_can_be_read():
+    arrays = {"cls_attn_blocks.0.attn.q.weight": np.ones((3, 3), np.float16)}
+    source = AsIs({"model": under("module", arrays)})
+    read = layouts.read_arrays(source, layouts.find(source))
+    assert {n: x.dtype.name for n, x in read.items()} == dict.fromkeys(
+        arrays, "float32"
+    )
+
+
+@pytest.mark.parametrize("family", models.MODELS)
+def test_networks_that_are_built_here_are_not_called_others(family):
+    model = archs.model_config(
+        next(n for n, a in archs.ARCHS.items() if a["name"] == family)
+    )
+    expected = matching.expected_variables(models.build(model), (224, 224, 3))
+    flat = flax.traverse_util.flatten_dict(expected, sep="/")
+    torchs = {}
+    for path, x in flat.items():
+        like = np.broadcast_to(np.False_, x.shape)
+        name, array = names.one_to_torch(family, path, like)
+        torchs[name] = array.shape
+    assert detect.foreign(torchs) is None and detect.family_of(torchs) == family
+    assert detect.looks_like_network(f"a.b.{name}" for name in torchs)
 
 
 def test_architecture_is_told_from_names_and_shapes():

@@ -20,7 +20,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from atebm_jax import UserError
-from atebm_jax.convert import files, importing, layouts, names, probe
+from atebm_jax.convert import files, importing, layouts, names, normalization, probe
 from atebm_jax.models.wide_resnet import WideResNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
@@ -248,6 +248,7 @@ def test_any_header_of_safetensors_is_read_or_refused(tmp_path_factory, head, ro
     event("refused" if read(path) is None else "read")
 
 
+PIXELS = normalization.parse("none", None, None)
 NETWORK = WideResNet(depth=10, widen_factor=1, num_classes=3)
 
 
@@ -330,7 +331,7 @@ def test_any_state_dict_is_imported_whole_or_refused(tmp_path_factory, changes):
         # Its compilation takes seconds and sees nothing of the file.
         patch.setattr(probe, "logits", lambda *arguments: np.zeros(3))
         try:
-            made = importing.read(path)
+            made = importing.read(path, asked=PIXELS)
         except UserError as error:
             event("refused")
             assert "\n" not in str(error)
