@@ -27,15 +27,15 @@ ORDER = (
     "constraints",
     "sampling",
     "autoattack",
-    "data",
     "sharding",
+    "reporting",
+    "workdir_lock",
+    "data",
     "config",
     "command_line",
     "preemption",
-    "reporting",
     "seeds",
     "checksums",
-    "workdir_lock",
     "checkpoint",
     "compilation",
     "fitting",
@@ -60,7 +60,7 @@ FREE += ("samplers", "health")
 FREE += ("data", "sharding", "config", "preemption", "reporting")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
-    "data": {"names"},
+    "data": {"names", "reporting", "workdir_lock"},
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
     "train_step": {"stages", "train_state", "curriculum", "optim"},
