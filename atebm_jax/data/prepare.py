@@ -16,8 +16,6 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -231,6 +229,8 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{root} cannot be written: {error}.") from error
 
 
+# Seconds between two looks of a worker at its command.
+_LOOK_EVERY = 0.2
 # What a command that ended before its first file, or its lock, leaves in a folder.
 _OWN = (LOCK, ".settings.json.")
 
@@ -291,16 +291,22 @@ def _run(
 
 
 def _begin_worker() -> None:
-    """Leaves Ctrl-C to the command; once that is killed, its workers write no more."""
+    """Leaves Ctrl-C to the command; ends once that has been killed.
+
+    Until then the worker holds the folder's lock, as the command did. It looks by a
+    timer: beside another thread of Python the writer of records has crashed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if not hasattr(signal, "setitimer"):  # Windows
+        return
+    parent = os.getppid()
 
+    def look(number: int, frame: Any) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
 
-def _end_with(parent: int) -> None:
-    # Until then the worker holds the folder's lock as the command did.
-    while os.getppid() == parent:
-        time.sleep(0.1)
-    os._exit(1)
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY, _LOOK_EVERY)
 
 
 def _shard(

@@ -6,6 +6,7 @@ source can be pickled: worker processes receive a copy.
 """
 
 import collections
+import hashlib
 import logging
 import os
 import re
@@ -159,6 +160,12 @@ class ArraySource:
     def describe(self, index: int) -> str:
         return f"{self.spec}[{index}]"
 
+    def listing(self) -> Iterator[bytes]:
+        """SHA-256 of the labels and, where they take a GiB at most, of the images."""
+        yield hashlib.sha256(self._labels.astype("<i8").tobytes()).digest()
+        if self._images.nbytes <= _MOST_HASHED:
+            yield hashlib.sha256(np.ascontiguousarray(self._images)).digest()
+
 
 def _check_images(images: np.ndarray, spec: str) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -307,6 +314,8 @@ class FolderSource:
             return -1
 
 
+# Of images in memory, bytes that are hashed in a second or two.
+_MOST_HASHED = 2**30
 # Images of a folder whose sizes are looked at, and how many at once.
 _MOST_SIZES = 2**16
 _THREADS = 16

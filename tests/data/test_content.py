@@ -138,6 +138,15 @@ def test_arrays_are_known_by_their_values():
     turned = content.describe(data.ArraySource(images, np.arange(5)[::-1]))
     flat = content.describe(data.ArraySource(images.reshape(5, 1, 4, 3), np.arange(5)))
     assert len({d["content"] for d in (before, turned, flat)}) == 3
+    # All of them, not only those that are read.
+    many = np.zeros((600, 2, 2, 3), np.uint8)
+    labels = np.zeros(600, int)
+    same = content.describe(data.ArraySource(many, labels, num_classes=2))
+    many[1] = 1
+    pixels = content.describe(data.ArraySource(many, labels, num_classes=2))
+    labels[1] = 1
+    label = content.describe(data.ArraySource(many, labels, num_classes=2))
+    assert len({d["content"] for d in (same, pixels, label)}) == 3
 
 
 def test_source_that_lists_nothing_is_known_by_what_is_read(folder):
