@@ -34,6 +34,20 @@ def check_overrides(arguments: Sequence[str]) -> None:
             check_override(config, name.removeprefix("noconfig."), "false")
 
 
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the home in --config=~/file, where no shell puts it."""
+    made = list(arguments)
+    for place, argument in enumerate(made):
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        if equals:
+            made[place] = f"{name}={os.path.expanduser(value)}"
+        elif place + 1 < len(made):
+            made[place + 1] = os.path.expanduser(made[place + 1])
+    return made
+
+
 def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(name, value) of each flag, written --name=value or --name value."""
     for position, argument in enumerate(arguments):
@@ -54,7 +68,7 @@ def load_config(path_and_row: str) -> ConfigDict:
     Raises:
       UserError: no such file or row, or a file without `get_config`.
     """
-    path, _, row = path_and_row.partition(":")
+    path, _, row = os.path.expanduser(path_and_row).partition(":")
     if not os.path.isfile(path):
         raise UserError(f"there is no config file {path!r}: expected a .py file.")
     spec = util.spec_from_file_location("atebm_jax_config", path)

@@ -12,6 +12,8 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 import dataclasses
 import json
 import math
+import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -344,7 +346,7 @@ def run(
       config: a complete config.
       machine: devices, their memory and speed.
       console: where to print; default the terminal.
-      json_file: also write the figures there.
+      json_file: also write the figures there; `~` is the home.
 
     Returns:
       The figures, by stage.
@@ -354,25 +356,45 @@ def run(
     """
     machine.check()
     configuration.check(config)
-    console = console or Console()
-    figures = {}
     for name in configuration.stages_to_run(config):
         if config[name].batch_size % machine.devices:
             raise UserError(
                 f"config.{name}.batch_size is {config[name].batch_size}: it does not "
                 f"split over --devices={machine.devices}."
             )
+    console = console or Console()
+    path = None if json_file is None else _place_of(json_file)
+    figures = _estimate(config, machine, console)
+    if path:
+        try:
+            path.write_text(json.dumps(figures, indent=2))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}.") from error
+    return figures
+
+
+def _place_of(json_file: str) -> pathlib.Path:
+    """Where the figures go; refused before the work where they could not."""
+    path = pathlib.Path(os.path.expanduser(json_file))
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "is a folder" if path.is_dir() else f"{path.parent} is not there"
+        raise UserError(
+            f"--dry_run_json={json_file} cannot be written ({wrong}): give a file in a "
+            "folder that exists."
+        )
+    return path
+
+
+def _estimate(
+    config: ml_collections.ConfigDict, machine: Machine, console: Console
+) -> dict[str, Any]:
+    figures = {}
+    for name in configuration.stages_to_run(config):
         cost = measure(config, name, _fsdp(config, machine))
         figures[name] = _figures(config, name, cost, machine)
         _show(console, config, name, figures[name])
     if "stage2" in figures:
         figures["stage2"]["reachability"] = _reachability(config, console)
-    if json_file:
-        try:
-            with open(json_file, "w") as file:
-                json.dump(figures, file, indent=2)
-        except OSError as error:
-            raise UserError(f"{json_file} cannot be written: {error}.") from error
     return figures
 
 

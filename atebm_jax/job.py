@@ -59,7 +59,8 @@ def run(
       workdir: folder for everything the job writes; made if it is not there.
       sources: data sets to use instead of those that config.data names, by "train",
         "eval", "test" and "seeds" (`data.ArraySource` for images in memory).
-      allow_config_change: go on with a workdir that was made by another config.
+      allow_config_change: go on with a workdir that was made by another config or
+        from other images.
       classes_by_place: class k of the data is class k of the weights that are gone on
         from, and of the other data, whatever their names.
       console: where to show progress and table; default the terminal.
@@ -112,7 +113,12 @@ def _run(
     _check_rooms(config, mesh, model, len(sources["train"]))
     _check_images(config, sources)
     origins = _origins(config, workdir, model, len(sources["train"]))
-    _claim(workdir, config, allow_config_change, lock)
+    if not allow_config_change:
+        _check_config(workdir, config)
+    described = _describe(sources)
+    if not allow_config_change:
+        _check_data(workdir, sources, described, classes_by_place)
+    _claim(workdir, config, described, lock)
     stop = StopSignal()
     writer = MetricWriter(workdir)
     try:
@@ -289,41 +295,91 @@ def _check_images(
                 ) from error
 
 
+# In the workdir: what tells the images of each role from others.
+_DATA_FILE = "data.json"
+
+
+def _describe(sources: Mapping[str, data.Source]) -> dict[str, Any]:
+    """What tells the images of each role from others, in the first process alone."""
+    if jax.process_index() != 0:
+        return {}
+    distinct = {id(source): source for source in sources.values()}
+    found = {key: data.content.describe(source) for key, source in distinct.items()}
+    return {role: found[id(source)] for role, source in sources.items()}
+
+
+def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses a workdir that another config has made."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    stored = configuration.complete(_read_stored(path))
+    changed = configuration.differences(stored, checkpoint.as_json(config))
+    if changed:
+        raise UserError(
+            f"workdir {workdir} was made by another config: "
+            f"{'; '.join(changed)}. Give the same config, another --workdir, or "
+            "--allow_config_change to go on with this one."
+        )
+
+
+def _check_data(
+    workdir: epath.Path,
+    sources: Mapping[str, data.Source],
+    described: Mapping[str, Any],
+    by_place: bool,
+) -> None:
+    """Refuses other images than those that a workdir was made from.
+
+    An earlier version kept nothing of them; then there is nothing to compare.
+    """
+    path, refusal = workdir / _DATA_FILE, ""
+    try:
+        # Of the first process alone.
+        stored = _read_stored(path) if described and path.exists() else {}
+        for role, now in described.items():
+            data.content.check(
+                f"config.data.{role}={sources[role].spec}",
+                stored.get(role),
+                now,
+                since=f"workdir {workdir} was begun",
+                remedy="give another --workdir, or --allow_config_change to go on "
+                "with these",
+                by_place=by_place,
+            )
+    except UserError as error:
+        refusal = str(error)
+    refusal = sharding.first_said(refusal)
+    if refusal:
+        raise UserError(refusal)
+
+
 def _claim(
     workdir: epath.Path,
     config: ml_collections.ConfigDict,
-    allow_change: bool,
+    described: Mapping[str, Any],
     lock: Lock,
 ) -> None:
-    """Makes the workdir, or refuses one that another config or job has."""
-    path = workdir / "config.json"
-    now = checkpoint.as_json(config)
-    if path.exists() and not allow_change:
-        stored = configuration.complete(_read_config(path))
-        changed = configuration.differences(stored, now)
-        if changed:
-            raise UserError(
-                f"workdir {workdir} was made by another config: "
-                f"{'; '.join(changed)}. Give the same config, another --workdir, or "
-                "--allow_config_change to go on with this one."
-            )
+    """Makes the workdir, or refuses one that another job has."""
+    files = {"config.json": checkpoint.as_json(config), _DATA_FILE: described}
     try:
         for folder in ("checkpoints", "events", "samples"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
         lock.acquire()
         if jax.process_index() == 0:
-            replace_text(path, json.dumps(now, indent=2) + "\n")
+            for name, content in files.items():
+                replace_text(workdir / name, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error}.") from error
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
+def _read_stored(path: epath.Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. {_DAMAGED}") from error
     if not isinstance(stored, dict):
-        raise UserError(f"{path} holds no config. {_DAMAGED}")
+        raise UserError(f"{path} is not as it was written. {_DAMAGED}")
     return stored
 
 

@@ -15,6 +15,7 @@ from atebm_jax.command_line import (
     check_platform,
     fail,
     quiet_libraries,
+    with_home,
 )
 from atebm_jax.errors import UserError
 
@@ -25,7 +26,9 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics, samples and report."
 )
 _ALLOW_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Go on with a workdir made by another config."
+    "allow_config_change",
+    False,
+    "Go on with a workdir made by another config or from other images.",
 )
 _BY_PLACE = flags.DEFINE_bool(
     "classes_by_place",
@@ -117,6 +120,7 @@ def cli() -> None:
 def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
         return flags.FLAGS(argv)
+    argv = with_home(argv)
     try:
         check_overrides(argv[1:])
         rest = flags.FLAGS(argv)

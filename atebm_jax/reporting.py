@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import os
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -174,8 +175,17 @@ _UNWRITABLE = {
 
 
 @contextlib.contextmanager
-def told_plainly(workdir: epath.Path) -> Iterator[None]:
-    """Tells in one sentence that a workdir cannot be written any more.
+def told_plainly(
+    folder: str | os.PathLike,
+    what: str = "workdir",
+    then: str = "from the last checkpoint",
+) -> Iterator[None]:
+    """Tells in one sentence that a folder cannot be written any more.
+
+    Args:
+      folder: a job's workdir, or what else is gone on with by the same command.
+      what: it is.
+      then: where the same command goes on.
 
     Raises:
       UserError: in place of an error that says so, by whatever library it came.
@@ -189,8 +199,8 @@ def told_plainly(workdir: epath.Path) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(
-            f"workdir {workdir} cannot be written any more ({reason}): once it can, "
-            "the same command goes on from the last checkpoint."
+            f"{what} {os.fspath(folder)} cannot be written any more ({reason}): once "
+            f"it can, the same command goes on {then}."
         ) from error
 
 
@@ -204,21 +214,26 @@ def why_unwritable(error: BaseException | None) -> str | None:
     return None
 
 
-def replace_text(path: epath.Path, text: str) -> None:
+def replace_text(path: epath.Path | pathlib.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
     # Of names of files that are no UTF-8, which Python holds as surrogates.
     replace_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def replace_bytes(path: epath.Path, content: bytes) -> None:
+def replace_bytes(path: epath.Path | pathlib.Path, content: bytes) -> None:
     """As `replace_text`."""
     if in_bucket(path):
         # An object appears when it is complete; renaming would copy it.
         path.write_bytes(content)
         return
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def say(console: Console, text: str) -> None:

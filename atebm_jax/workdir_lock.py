@@ -1,12 +1,14 @@
-"""One job at a time on a workdir.
+"""One job at a time on a workdir, one command on any folder that is written to.
 
 Where the file system locks files, the kernel holds the lock and frees it with the
-process, however that ends. Elsewhere (buckets, some network mounts) each job writes a
-file of its own and then looks for those of others: of two that start at once at least
-one sees the other, however slow either is. The holder renews its file, and one that
-stays as it is for a minute is void; no clocks are compared.
+process, however that ends; the file that a killed one leaves keeps nobody out.
+Elsewhere (buckets, some network mounts) each job writes a file of its own and then
+looks for those of others: of two that start at once at least one sees the other,
+however slow either is. The holder renews its file, and one that stays as it is for a
+minute is void; no clocks are compared.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,6 +17,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -44,9 +47,25 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Lock:
-    """The lock of a job on its workdir; process 0 holds it for all."""
+    """The lock of a job on its workdir; process 0 holds it for all.
 
-    def __init__(self, workdir: epath.Path):
+    Args:
+      workdir: the folder.
+      what: it is, for messages.
+      flag: that gave it, for messages.
+      alone: this process is the whole job, and asks JAX for no others (which would take
+        hold of the devices).
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        what: str = "workdir",
+        flag: str = "--workdir",
+        alone: bool = False,
+    ):
+        self._what, self._flag, self._alone = what, flag, alone
         self._workdir = workdir
         self._path = workdir / FILE
         # Without locks of the file system.
@@ -71,7 +90,8 @@ class Lock:
           UserError: another job holds it, or the workdir cannot be written.
         """
         refusal = ""
-        if jax.process_index() == 0 and not self._held() and self._workdir.is_dir():
+        first = self._alone or jax.process_index() == 0
+        if first and not self._held() and self._workdir.is_dir():
             refusal = self._take()
         self._refuse(refusal)
 
@@ -86,8 +106,9 @@ class Lock:
         self._refuse("" if self._taken_by is None else self._in_use(self._taken_by))
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back, and leaves no file of it."""
         if self._file is not None:
+            self._unlink(self._file)
             os.close(self._file)
             self._file = None
         if self._beat is not None:
@@ -100,7 +121,8 @@ class Lock:
         return self._file is not None or self._beat is not None
 
     def _refuse(self, refusal: str) -> None:
-        refusal = sharding.first_said(refusal)
+        if not self._alone:
+            refusal = sharding.first_said(refusal)
         if refusal:
             raise UserError(refusal)
 
@@ -114,15 +136,15 @@ class Lock:
         except _InUse as error:
             return self._in_use(error.owner)
         except OSError as error:
-            return f"workdir {self._workdir} cannot be written: {error}."
+            return f"{self._what} {self._workdir} cannot be written: {error}."
         return ""
 
     def _in_use(self, owner: _Owner) -> str:
         return (
-            f"workdir {self._workdir} is in use by another job (process "
+            f"{self._what} {self._workdir} is in use by another job (process "
             f"{owner.get('pid', '?')} on {owner.get('host', '?')}, since "
             f"{owner.get('since', '?')}): wait for its end, stop it, or give another "
-            "--workdir."
+            f"{self._flag}."
         )
 
     # --- Held by the kernel ---
@@ -132,15 +154,36 @@ class Lock:
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(file, 0)
-            os.write(file, json.dumps(self._owner).encode())
+            in_place = self._is_in_place(file)
+            if in_place:
+                os.ftruncate(file, 0)
+                os.write(file, json.dumps(self._owner).encode())
         except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                self._unlink(file)
             os.close(file)
             if error.errno in _NO_LOCKS:
                 return False
             raise
+        if not in_place:
+            # Its holder has just removed it: others would lock a new one.
+            os.close(file)
+            return self._lock_file()
         self._file = file
         return True
+
+    def _unlink(self, file: int) -> None:
+        """Removes the open file, unless another one lies in its place."""
+        with contextlib.suppress(OSError):
+            if self._is_in_place(file):
+                self._path.unlink()
+
+    def _is_in_place(self, file: int) -> bool:
+        """Whether the open file is the one that others find."""
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     # --- Held by a sign of life ---
 
@@ -234,6 +277,30 @@ class Lock:
             for path in self._workdir.iterdir()
             if path.name.startswith(f"{FILE}.") and path.name != self._claim.name
         }
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike, flag: str) -> Iterator[None]:
+    """Makes a folder and holds it while one process writes into it.
+
+    Args:
+      folder: local.
+      flag: that gave it, for messages.
+
+    Raises:
+      UserError: another command writes there, or it cannot be written.
+    """
+    path = epath.Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {path} cannot be written: {error}.") from error
+    lock = Lock(path, what="folder", flag=flag, alone=True)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(path: epath.Path) -> _Owner:

@@ -55,3 +55,39 @@ def test_platform_without_its_library_is_told(error, reason, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(type(error)):
         command_line.check_platform()
+
+
+@pytest.mark.parametrize("row", ["", ":small"])
+def test_home_is_found_in_the_path_of_a_config(tmp_path, monkeypatch, row):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "def get_config(row='none'):\n    return row\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert command_line.load_config(f"~/mine.py{row}") == (row[1:] or "none")
+    there = f"{tmp_path}/mine.py{row}"
+    for given, made in (
+        ([f"--config=~/mine.py{row}", "--x=~/y"], [f"--config={there}", "--x=~/y"]),
+        (["--config", f"~/mine.py{row}"], ["--config", there]),
+        (["--config"], ["--config"]),
+        (["--config.data.train=folder:~/x"], ["--config.data.train=folder:~/x"]),
+    ):
+        assert command_line.with_home(given) == made
+
+
+@pytest.mark.parametrize("command", ["main", "evaluate"])
+def test_commands_take_a_config_from_the_home(tmp_path, command):
+    """In a process of its own: absl reads the file, not `load_config`."""
+    (tmp_path / "mine.py").write_text(
+        "from atebm_jax import config\n\n"
+        "def get_config():\n    return config.default()\n"
+    )
+    rest = ["--dry_run"] if command == "main" else ["--workdir=nowhere"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"atebm_jax.{command}", "--config=~/mine.py", *rest],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    told = {"main": "config.data.train is empty", "evaluate": "checkpoint at nowhere"}
+    assert told[command] in done.stderr and "Traceback" not in done.stderr

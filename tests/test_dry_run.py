@@ -122,6 +122,26 @@ def test_reachability_is_measured_where_there_are_data(tmp_path):
     assert found["sentence"] in console.file.getvalue()
 
 
+def test_figures_go_into_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(dry_run, "_estimate", lambda *arguments: {"stage2": 1})
+    dry_run.run(settings(), Machine(), console=quiet(), json_file="~/cost.json")
+    assert json.loads((tmp_path / "cost.json").read_text()) == {"stage2": 1}
+
+
+@pytest.mark.parametrize("place", ["~/nowhere/cost.json", "~", "~nobody/cost.json"])
+def test_figures_that_have_no_place_are_refused_before_the_work(
+    tmp_path, monkeypatch, place
+):
+    def work(*arguments):
+        raise AssertionError("work")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(dry_run, "_estimate", work)
+    with pytest.raises(UserError, match=f"--dry_run_json={place} cannot be written"):
+        dry_run.run(settings(), Machine(), console=quiet(), json_file=place)
+
+
 def test_without_data_it_says_that_reachability_was_not_measured():
     console = quiet()
     figures = dry_run.run(

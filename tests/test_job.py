@@ -144,6 +144,61 @@ def test_another_config_is_taken_when_told_so(finished, tmp_path):
     assert stored["evaluate"]["samples"]["grid_rows"] == 3
 
 
+def digits(split, number, names="0123456789"):
+    """The first digits of a split, as if their folder held no more."""
+    source = data.open_source(f"digits:{split}")
+    examples = [source[index] for index in range(number)]
+    return data.ArraySource(
+        np.stack([example["image"] for example in examples]),
+        [example["label"] for example in examples],
+        class_names=list(names),
+        spec=f"digits:{split}",
+    )
+
+
+@pytest.mark.parametrize("role", ["train", "test"])
+def test_workdir_is_not_gone_on_with_on_other_images(finished, role):
+    before = (finished[0] / "data.json").read_text()
+    then = len(data.open_source(f"digits:{role}"))
+    message = (
+        rf"config\.data\.{role}=digits:{role} has changed since workdir .* was begun: "
+        rf"{then} images then, {then - 1} now.*--allow_config_change"
+    )
+    with pytest.raises(UserError, match=message):
+        tiny.run(tiny.config(), finished[0], sources={role: digits(role, then - 1)})
+    assert (finished[0] / "data.json").read_text() == before
+
+
+def test_other_images_are_taken_when_told_so(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    few = {"sources": {"train": digits("train", 900)}}
+    tiny.run(tiny.config(), workdir, allow_config_change=True, **few)
+    stored = json.loads((workdir / "data.json").read_text())
+    assert stored["train"]["num_images"] == 900
+    tiny.run(tiny.config(), workdir, **few)
+    with pytest.raises(UserError, match="900 images then"):
+        tiny.run(tiny.config(), workdir)
+
+
+def test_workdir_of_an_earlier_version_has_no_images_to_compare(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    before = (workdir / "data.json").read_text()
+    (workdir / "data.json").unlink()
+    _, printed = tiny.run(tiny.config(), workdir)
+    assert (workdir / "data.json").read_text() == before
+    assert "changed" not in printed
+
+
+def test_classes_by_place_may_be_renamed_in_a_workdir(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    sizes = {
+        role: len(data.open_source(f"digits:{role}")) for role in ("train", "test")
+    }
+    train, test = (digits(role, n, "abcdefghij") for role, n in sizes.items())
+    given = {"train": train, "eval": test, "test": test}
+    tiny.run(tiny.config(), workdir, sources=given, classes_by_place=True)
+
+
 def test_each_stage_alone_ends_like_both_together(finished, tmp_path):
     workdir = tmp_path / "apart"
     tiny.run(tiny.config(stages="stage1"), workdir)

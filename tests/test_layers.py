@@ -28,15 +28,15 @@ ORDER = (
     "constraints",
     "sampling",
     "autoattack",
-    "data",
     "sharding",
+    "reporting",
+    "workdir_lock",
+    "data",
     "config",
     "command_line",
     "preemption",
-    "reporting",
     "seeds",
     "checksums",
-    "workdir_lock",
     "checkpoint",
     "compilation",
     "fitting",
@@ -61,7 +61,7 @@ FREE += ("calls", "samplers", "health")
 FREE += ("data", "sharding", "config", "preemption", "reporting")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
-    "data": {"names", "calls"},
+    "data": {"names", "calls", "reporting", "workdir_lock"},
     "samplers": {"calls"},
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},

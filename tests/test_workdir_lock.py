@@ -91,6 +91,49 @@ def test_lock_of_a_killed_job_is_free(lock_of, tmp_path):
     lock_of().acquire()
 
 
+def test_lock_that_is_given_back_leaves_no_file(lock_of, tmp_path):
+    lock_of().acquire()
+    (tmp_path / workdir_lock.FILE).unlink()
+    (tmp_path / workdir_lock.FILE).write_text("of somebody else")
+    lock = lock_of()
+    lock.acquire()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_whose_file_goes_as_it_is_taken_is_taken_anew(
+    lock_of, tmp_path, monkeypatch
+):
+    """Its holder removes it between the opening and the locking."""
+    flock, path = workdir_lock.fcntl.flock, tmp_path / workdir_lock.FILE
+    calls = []
+
+    def late(file, how):
+        calls.append(file)
+        if len(calls) == 1:
+            path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(workdir_lock.fcntl, "flock", late)
+    lock_of().acquire()
+    assert len(calls) == 2 and path.exists()
+    with pytest.raises(UserError, match="in use"):
+        lock_of().acquire()
+
+
+def test_any_folder_is_held_by_one_command(tmp_path):
+    out = tmp_path / "a" / "b"
+    taken = rf"^folder {out} is in use by another job.*another --out\.$"
+    with workdir_lock.held(out, "--out"):
+        with pytest.raises(UserError, match=taken), workdir_lock.held(out, "--out"):
+            pass
+        (out / "file").touch()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    wrong = pytest.raises(UserError, match="file cannot be written")
+    with wrong, workdir_lock.held(out / "file", "--out"):
+        pass
+
+
 def test_workdir_that_is_not_there_is_not_made(tmp_path):
     lock = Lock(epath.Path(tmp_path / "new"))
     lock.acquire()

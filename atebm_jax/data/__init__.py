@@ -1,6 +1,6 @@
 """Images in: sources, augmentations, and batches for training and evaluation."""
 
-from atebm_jax.data import classes, relabel
+from atebm_jax.data import classes, content, relabel
 from atebm_jax.data.augment import Augmentation, parse
 from atebm_jax.data.decoding import decode
 from atebm_jax.data.pipeline import (
@@ -30,6 +30,7 @@ __all__ = [
     "Stream",
     "TfdsSource",
     "classes",
+    "content",
     "decode",
     "eval_batches",
     "materialise",

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import replace_text
 
 
 def normalise(name: str) -> str:
@@ -94,6 +96,7 @@ def select(
 
     Raises:
       UserError: a file cannot be read or has other columns.
+      OSError: `decisions` cannot be written.
     """
     lines = _lines(descriptions_file, "--class_descriptions")
     with _told(f"--class_descriptions={descriptions_file}", "table (CSV)"):
@@ -101,10 +104,11 @@ def select(
     display = {label: name for label, name in rows if label != "LabelName"}
     hierarchy = _hierarchy(hierarchy_file) if hierarchy_file else None
     overlap = overlapping_labels(display, names_of_classes(classes_file), hierarchy)
-    with decisions.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label", "name", "overlaps"])
-        writer.writerows([k, name, overlap.get(k, "")] for k, name in display.items())
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["label", "name", "overlaps"])
+    writer.writerows([k, name, overlap.get(k, "")] for k, name in display.items())
+    replace_text(decisions, table.getvalue())
     return _without(labels_file, overlap)
 
 

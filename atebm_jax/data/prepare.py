@@ -3,8 +3,8 @@
     python -m atebm_jax.data.prepare --from=folder:PATH --to=DIR
 
 Images are decoded once, their shorter side scaled down to `--size`, and stored as JPEG
-in shards of ArrayRecord. A stopped run goes on with its finished shards. Exit codes: 0
-finished; 2 a mistake, said in one sentence.
+in shards of ArrayRecord. A stopped run goes on with its finished shards, from the same
+images. Exit codes: 0 finished; 2 a mistake, said in one sentence.
 """
 
 import concurrent.futures
@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,9 +27,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from atebm_jax.data import decoding, openimages, prepared
+from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.sources import FolderSource, Source, open_source
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import replace_text, told_plainly
+from atebm_jax.workdir_lock import FILE as LOCK
+from atebm_jax.workdir_lock import held
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -113,8 +116,9 @@ def prepare(
       The index, as in `index.json`.
 
     Raises:
-      UserError: the folder holds another set or cannot be written, settings do not
-        fit, or too many images cannot be read.
+      UserError: the folder holds another set, another command writes there, or it
+        cannot be written; settings do not fit, the images are not those that the set
+        was begun from, or too many cannot be read.
     """
     if size < 1 or shard_size < 1 or not 1 <= quality <= 100:
         raise UserError(
@@ -133,31 +137,50 @@ def prepare(
         "size": size,
         "quality": quality,
         "shard_size": shard_size,
+        "data": content.describe(source),
     }
-    root = Path(to).expanduser()
-    _claim(root, settings)
-    parts = [chosen[i : i + shard_size] for i in range(0, len(chosen), shard_size)]
-    jobs = [
+    root = Path(os.path.expanduser(to))
+    then = "with its finished shards"
+    with held(root, "--to"), told_plainly(root, "prepared set", then):
+        _claim(root, settings)
+        jobs = _jobs(source, chosen, root, settings)
+        shown = console or Console(stderr=True)
+        shards = _run(jobs, num_workers, max_bad_images, shown)
+        return _finish(root, settings, shards)
+
+
+def _jobs(
+    source: Source, chosen: np.ndarray, root: Path, settings: dict[str, Any]
+) -> list[Callable[[], dict[str, Any]]]:
+    """One for each shard; they travel to other processes."""
+    length = settings["shard_size"]
+    parts = [chosen[i : i + length] for i in range(0, len(chosen), length)]
+    return [
         functools.partial(
             _shard,
             source,
             part,
             root,
             prepared.shard_name(i, len(parts)),
-            size,
-            quality,
+            settings["size"],
+            settings["quality"],
         )
         for i, part in enumerate(parts)
     ]
-    shards = _run(jobs, num_workers, max_bad_images, console or Console(stderr=True))
+
+
+def _finish(
+    root: Path, settings: dict[str, Any], shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes the index, which makes a data set of the shards; returns it."""
     bad = [name for shard in shards for name in shard.pop("bad")]
     index = settings | {
         "shards": shards,
         "num_images": sum(shard["num_images"] for shard in shards),
         "num_bad_images": len(bad),
     }
-    _replace(root / "bad_images.txt", "".join(f"{name}\n" for name in bad))
-    _replace(root / prepared.INDEX, json.dumps(index, indent=2) + "\n")
+    replace_text(root / "bad_images.txt", "".join(f"{name}\n" for name in bad))
+    replace_text(root / prepared.INDEX, json.dumps(index, indent=2) + "\n")
     check(root)
     return index
 
@@ -171,7 +194,7 @@ def check(root: str | Path) -> int:
     Raises:
       UserError: names the shard that differs.
     """
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     index = prepared.read_index(root)
     for number, shard in enumerate(index["shards"]):
         path = root / prepared.shard_name(number, len(index["shards"]))
@@ -189,23 +212,55 @@ def check(root: str | Path) -> int:
 
 
 def _claim(root: Path, settings: dict[str, Any]) -> None:
+    """Begins a set, or goes on with one from the same images with the same settings."""
+    path = root / "settings.json"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        path = root / "settings.json"
         if path.exists():
-            if json.loads(path.read_text()) != settings:
-                raise UserError(
-                    f"{root} was begun from other images or with other settings: give "
-                    "the same ones, or another --to."
-                )
-            return
-        if any(root.iterdir()):
+            before = json.loads(path.read_text())
+            _check_same(root, before if isinstance(before, dict) else {}, settings)
+            if "data" in before:
+                return
+        elif any(not entry.name.startswith(_OWN) for entry in root.iterdir()):
             raise UserError(f"{root} is not empty: give another --to.")
-        _replace(path, json.dumps(settings))
+        replace_text(path, json.dumps(settings))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{root} cannot be written: {error}.") from error
+
+
+# Seconds between two looks of a worker at its command.
+_LOOK_EVERY = 0.2
+# What a command that ended before its first file, or its lock, leaves in a folder.
+_OWN = (LOCK, ".settings.json.")
+
+
+# What a setting is called for people, where it is not as the flag.
+_SHOWN = {"selection": "which of the images (a digest)"}
+
+
+def _check_same(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to mix shards of two sets of images, or of two settings."""
+    spec = now["source"]
+    if before.get("source") == spec:
+        since, remedy = f"{root} was begun", "give another --to"
+        content.check(spec, before.get("data"), now["data"], since=since, remedy=remedy)
+    changed = [
+        f"{_SHOWN.get(name, name)}: {_short(before.get(name))} then, "
+        f"{_short(value)} now"
+        for name, value in now.items()
+        if name != "data" and before.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{root} was begun from other images or with other settings "
+            f"({'; '.join(changed)}): give the same ones, or another --to."
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 def _run(
@@ -213,7 +268,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     results: dict[int, dict[str, Any]] = {}
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers or os.cpu_count(), initializer=_ignore_interrupts
+        num_workers or os.cpu_count(), initializer=_begin_worker
     ) as pool:
         waiting = {pool.submit(job): i for i, job in enumerate(jobs)}
         done = concurrent.futures.as_completed(waiting)
@@ -235,8 +290,23 @@ def _run(
     return [results[i] for i in range(len(jobs))]
 
 
-def _ignore_interrupts() -> None:
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the command; ends once that has been killed.
+
+    Until then the worker holds the folder's lock, as the command did. It looks by a
+    timer: beside another thread of Python the writer of records has crashed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "setitimer"):  # Windows
+        return
+    parent = os.getppid()
+
+    def look(number: int, frame: Any) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY, _LOOK_EVERY)
 
 
 def _shard(
@@ -247,7 +317,22 @@ def _shard(
     if description.exists():
         return json.loads(description.read_text())
     temporary = root / f".{name}.tmp"
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    try:
+        result = _written(source, indices, temporary, size, quality)
+        temporary.replace(root / name)
+        # Last, because it says that the shard is whole.
+        replace_text(description, json.dumps(result))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return result
+
+
+def _written(
+    source: Source, indices: np.ndarray, path: Path, size: int, quality: int
+) -> dict[str, Any]:
+    """Writes the records of a shard; its description."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     written, bad = 0, []
     for index in indices.tolist():
         try:
@@ -261,11 +346,7 @@ def _shard(
         writer.write(record)
         written += 1
     writer.close()
-    result = {"num_images": written, "sha256": _sha256(temporary), "bad": bad}
-    temporary.replace(root / name)
-    # Last, because it says that the shard is whole.
-    _replace(description, json.dumps(result))
-    return result
+    return {"num_images": written, "sha256": _sha256(path), "bad": bad}
 
 
 def resized(image: bytes | np.ndarray, size: int, quality: int) -> bytes:
@@ -296,12 +377,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _open(to: str) -> tuple[Source, np.ndarray | None]:
     """The source of the flags, and which of its images."""
     kind, _, folder = str(_FROM.value).partition(":")
@@ -319,15 +394,21 @@ def _open(to: str) -> tuple[Source, np.ndarray | None]:
         if missing:
             raise UserError(f"openimages needs {' and '.join(missing)} too.")
         images = FolderSource(folder)
-        decisions = Path(f"{to.rstrip(os.sep)}.labels.csv").expanduser()
-        decisions.parent.mkdir(parents=True, exist_ok=True)
-        allowed = openimages.select(
-            str(_LABELS.value),
-            str(_DESCRIPTIONS.value),
-            str(_CLASSES.value),
-            _HIERARCHY.value,
-            decisions,
-        )
+        decisions = Path(os.path.expanduser(f"{to.rstrip(os.sep)}.labels.csv"))
+        try:
+            decisions.parent.mkdir(parents=True, exist_ok=True)
+            allowed = openimages.select(
+                str(_LABELS.value),
+                str(_DESCRIPTIONS.value),
+                str(_CLASSES.value),
+                _HIERARCHY.value,
+                decisions,
+            )
+        except OSError as error:
+            raise UserError(
+                f"{decisions} cannot be written: {error}. Make room or give another "
+                "--to."
+            ) from error
         names = [Path(images.path(i)).stem for i in range(len(images))]
         source = images
         candidates = np.flatnonzero([name in allowed for name in names])

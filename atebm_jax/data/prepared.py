@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class PreparedSource:
                 "one; prepare the set again into the same folder."
             )
         self._length = sum(counts)
+        self._digests = [str(shard["sha256"]) for shard in index["shards"]]
         self._records: Any = None
 
     def __len__(self) -> int:
@@ -77,6 +79,10 @@ class PreparedSource:
 
     def describe(self, index: int) -> str:
         return f"{self.spec}[{index}]"
+
+    def listing(self) -> Iterator[bytes]:
+        """SHA-256 of every shard, as the index has it."""
+        return (digest.encode() for digest in self._digests)
 
     def labels(self) -> np.ndarray:
         """All labels [N] int32, read from the records; for checks, not for training."""

@@ -1,8 +1,8 @@
 """Classes are known by their names, wherever images meet a network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from atebm_jax.data.sources import UNLABELLED, Example, Source
+from atebm_jax.data.sources import UNLABELLED, Example, Source, listing
 from atebm_jax.errors import UserError
 
 
@@ -33,6 +33,10 @@ class Relabelled:
 
     def describe(self, index: int) -> str:
         return self._source.describe(index)
+
+    def listing(self) -> Iterator[bytes]:
+        """That of the source."""
+        return listing(self._source)
 
 
 def follow(

@@ -20,6 +20,7 @@ from atebm_jax.command_line import (
     fail,
     flag_values,
     quiet_libraries,
+    with_home,
 )
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
@@ -242,6 +243,7 @@ def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
         print(__doc__, _FLAGS.get_help(), sep="\n")
         sys.exit(0)
+    argv = with_home(argv)
     try:
         names = dict(flag_values(argv[1:]))
         if any(name.startswith(("config", "noconfig.")) for name in names):

@@ -75,9 +75,11 @@ def _split(context: Context) -> Split:
             return Split(held_out, (scores, labels), description)
     even = np.arange(len(labels)) % 2 == 0
     if len(labels) < 2:
+        asked = context.options.num_examples == 1
         raise UserError(
-            "calibration needs two test images or more: one to fit the temperature "
-            "on, one to report."
+            f"{'--num_examples' if asked else 'the number of test images'} is "
+            f"{len(labels)}: calibration needs two test images or more, one to fit the "
+            "temperature on, one to report."
         )
     return Split(
         (scores[even], labels[even]),

@@ -291,15 +291,16 @@ def image_digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def source_fingerprint(
     source: data.Source, preprocess: str, image_shape: tuple, max_bad_images: int
 ) -> str:
-    """SHA-256 of some images spread over a source, and of its length.
+    """SHA-256 of some images spread over a source, and of `data.content`'s digest.
 
     Quick enough for every start: it tells another folder or version of the same name,
-    not a single image that was replaced.
+    and of a folder an image whose file is of another size.
     """
     images, labels = data.materialise(
         source, preprocess, image_shape, _FINGERPRINT_IMAGES, max_bad_images
     )
     digest = hashlib.sha256(str(len(source)).encode())
+    digest.update(data.content.describe(source)["content"].encode())
     digest.update(image_digests(images, labels).tobytes())
     return digest.hexdigest()
 

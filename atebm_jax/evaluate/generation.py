@@ -82,7 +82,8 @@ def check(context: Context) -> None:
     """Refuses what could not be scored, before anything is drawn.
 
     Raises:
-      UserError: too few samples, an unknown choice, or a file that is not there.
+      UserError: too few samples or real images, an unknown choice, a file that is not
+        there, or a cache that cannot be written.
     """
     options = context.options
     drawing.check_sampler(context.config.evaluate.samples.sampler)
@@ -105,8 +106,7 @@ def check(context: Context) -> None:
                 f"--{name} is {value!r}: choose one of {', '.join(allowed)}."
             )
     extractor = extractors.of(context)
-    if options.reference_statistics:
-        references.read(options.reference_statistics, _dimensions(context, extractor))
+    references.check(context, extractor, _dimensions(context, extractor))
 
 
 def _names(extractor: Extractor) -> dict[str, str]:

@@ -19,6 +19,8 @@ from atebm_jax.metrics import Moments
 
 # Batches between two savings.
 _SAVE_EVERY = 50
+# Real images that statistics need.
+_FEWEST = 20
 
 
 class Reference(NamedTuple):
@@ -48,6 +50,31 @@ def load(context: Context, extractor: Extractor, dimensions: int) -> Reference:
     return (
         read(given, dimensions) if given else _of_data(context, extractor, dimensions)
     )
+
+
+def check(context: Context, extractor: Extractor, dimensions: int) -> None:
+    """Refuses statistics that could not be had or kept, before an image is looked at.
+
+    Raises:
+      UserError: as of `read`; too few images; the cache cannot be written.
+    """
+    options, train = context.options, context.sources["train"]
+    if options.reference_statistics:
+        read(options.reference_statistics, dimensions)
+        return
+    if 0 < options.num_reference < _FEWEST:
+        raise UserError(
+            f"--num_reference is {options.num_reference}: statistics of real images "
+            f"need {_FEWEST} or more; 0 takes all {len(train)} of config.data.train."
+        )
+    if len(train) < _FEWEST:
+        raise UserError(
+            f"config.data.train={train.spec} has {len(train)} images: statistics of "
+            f"real images need {_FEWEST} or more, or give --reference_statistics."
+        )
+    cache = _cache_of(context, extractor)[1]
+    if cache.load("statistics") is None:
+        cache.check_writable()
 
 
 def read(path: str, dimensions: int) -> Reference:
@@ -96,34 +123,47 @@ def write(path: epath.Path, mean: np.ndarray, covariance: np.ndarray) -> None:
 
 
 def _of_data(context: Context, extractor: Extractor, dimensions: int) -> Reference:
-    source = context.sources["train"]
-    limit = min(context.options.num_reference or len(source), len(source))
-    description = {
-        "source": source.spec,
-        "num_images": limit,
-        "images_sha256": context.fingerprints["train"],
-        "preprocess": context.preprocess("train"),
-        "image_shape": list(context.image_shape),
-    }
-    cache = _cache(context).within(
-        **description,
-        extractor=extractor.name,
-        weights=extractor.fingerprint,
-        kept=context.options.num_pairs,
-    )
+    description, cache = _cache_of(context, extractor)
     stored = cache.load("statistics")
     if stored is None:
+        limit = description["num_images"]
         stored = _compute(context, extractor, limit, cache, dimensions)
         cache.save("statistics", stored)
     described = description | {"num_decoded": int(stored["number"])}
     return Reference(stored["mu"], stored["sigma"], stored["features"], described)
 
 
-def _cache(context: Context) -> Store:
-    """Shared by every evaluation of this user: other models, the same data."""
-    given = context.options.cache_dir
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Store(checkpoint.absolute(given or f"{home}/atebm_jax/statistics"), {})
+def _cache_of(context: Context, extractor: Extractor) -> tuple[dict[str, Any], Store]:
+    """Which images statistics are of, and where they are kept.
+
+    Shared by every evaluation of this user: other models, the same data.
+    """
+    options, source = context.options, context.sources["train"]
+    description = {
+        "source": source.spec,
+        "num_images": min(options.num_reference or len(source), len(source)),
+        "images_sha256": context.fingerprints["train"],
+        "preprocess": context.preprocess("train"),
+        "image_shape": list(context.image_shape),
+    }
+    folder = checkpoint.absolute(options.cache_dir or _users_cache())
+    store = Store(folder, {}, "--cache_dir")
+    return description, store.within(
+        **description,
+        extractor=extractor.name,
+        weights=extractor.fingerprint,
+        kept=options.num_pairs,
+    )
+
+
+def _users_cache() -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise UserError(
+            "this user has no home to keep the statistics of real images in: give "
+            "--cache_dir, a folder for them."
+        )
+    return f"{home}/atebm_jax/statistics"
 
 
 def _compute(
@@ -152,10 +192,10 @@ def _compute(
         if index % _SAVE_EVERY == _SAVE_EVERY - 1:
             progress = moments._asdict() | {"kept": np.concatenate(kept)}
             cache.save("unfinished", progress | {"done": np.asarray(index + 1)})
-    if moments.number < 20:
+    if moments.number < _FEWEST:
         raise UserError(
-            f"config.data.train has {moments.number} images: statistics of real images "
-            "need 20 or more."
+            f"of {limit} images of config.data.train {moments.number} can be decoded: "
+            f"statistics of real images need {_FEWEST} or more."
         )
     mean, covariance = moments.statistics()
     return {

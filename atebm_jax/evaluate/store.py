@@ -8,6 +8,7 @@ their content (weights, data, settings); another protocol never meets them.
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from atebm_jax import sharding
 from atebm_jax.errors import UserError
+from atebm_jax.reporting import replace_bytes
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,16 +48,20 @@ class Store:
     Args:
       folder: made when the first unit is saved.
       settings: plain JSON that decides what the units hold.
+      flag: that gives another folder, for messages.
     """
 
-    def __init__(self, folder: epath.Path, settings: Mapping[str, Any]):
+    def __init__(
+        self, folder: epath.Path, settings: Mapping[str, Any], flag: str = "--out"
+    ):
         self._settings = dict(settings)
         self._base = folder
+        self._flag = flag
         self._folder = folder / fingerprint(self._settings)
 
     def within(self, **settings: Any) -> "Store":
         """The store of a part, with settings of its own beside these."""
-        return Store(self._base, self._settings | settings)
+        return Store(self._base, self._settings | settings, self._flag)
 
     def load(self, name: str) -> Arrays | None:
         """A unit, or None if it is absent or damaged (it is then made anew).
@@ -83,17 +90,40 @@ class Store:
         """
         if jax.process_index() != 0:
             return
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **dict(arrays))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary = self._folder / f".{name}.tmp"
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **dict(arrays))
-            temporary.replace(self._folder / f"{name}.npz")
+            replace_bytes(self._folder / f"{name}.npz", file.getvalue())
         except OSError as error:
-            raise UserError(
-                f"{self._folder} cannot be written: {error}. Make room or give another "
-                "--out; what is finished is kept."
-            ) from error
+            raise UserError(self._unwritable(error)) from error
+
+    def check_writable(self) -> None:
+        """Looks whether a unit could be written, before the work that makes it.
+
+        Every process must call it.
+
+        Raises:
+          UserError: the folder cannot be made, or no file in it.
+        """
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                probe = self._folder / f".{os.getpid()}.probe"
+                probe.write_bytes(b"probe")
+                probe.unlink()
+            except OSError as error:
+                refusal = self._unwritable(error)
+        refusal = sharding.first_said(refusal)
+        if refusal:
+            raise UserError(refusal)
+
+    def _unwritable(self, error: OSError) -> str:
+        return (
+            f"{self._folder} cannot be written: {error}. Make room or give another "
+            f"{self._flag}; what is finished is kept."
+        )
 
 
 def _from_first_process(arrays: Arrays | None) -> Arrays | None:

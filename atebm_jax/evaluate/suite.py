@@ -34,6 +34,7 @@ from atebm_jax.evaluate.context import (
     source_fingerprint,
 )
 from atebm_jax.evaluate.store import Store, weights_fingerprint
+from atebm_jax.workdir_lock import Lock
 
 _log = logging.getLogger(__name__)
 
@@ -121,31 +122,47 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
+    lock = Lock(folder, what="folder", flag="--out")
+    lock.acquire()
+    try:
+        report = _measure(context, meta, folder, wanted, path)
+        if jax.process_index() == 0:
+            suite_report.write(folder, report)
+    finally:
+        lock.release()
+    return report
+
+
+def _measure(
+    context: Context,
+    meta: Mapping[str, Any],
+    folder: epath.Path,
+    wanted: Sequence[str],
+    path: str | epath.Path,
+) -> dict[str, Any]:
+    """Runs the protocols that are wanted; the report."""
     if "generation" in wanted:
         context = _with_gaussian(context, meta, folder)
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
-        show("metrics", position + 1, len(wanted))
-    report = {
+        context.show("metrics", position + 1, len(wanted))
+    return {
         "checkpoint": {
             "path": str(path),
             "stage": meta["stage"],
             "step": meta["step"],
             "T": meta["T"],
-            "averaged_weights_sha256": weights_fingerprint(weights),
+            "averaged_weights_sha256": weights_fingerprint(context.variables),
         },
-        "network": checkpoint.as_json(settings.model),
+        "network": checkpoint.as_json(context.config.model),
         "data": {"test": context.describe_data("test")},
-        "seed": options.seed,
+        "seed": context.options.seed,
         "metrics": results,
         "versions": _versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "notes": _notes(context),
     }
-    if jax.process_index() == 0:
-        suite_report.write(folder, report)
-    return report
 
 
 def _settings(

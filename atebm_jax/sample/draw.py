@@ -1,9 +1,11 @@
 """Samples into a folder: the command without a name."""
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -15,11 +17,32 @@ from atebm_jax.evaluate import drawing
 from atebm_jax.reporting import say
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
+from atebm_jax.workdir_lock import held
 
 # Names have six digits, and one entry each in memory.
 _MOST_IMAGES = 10**6
 # In the protocol: numbers of samples whose seed cannot be decoded.
 _STAND_INS = "undecodable_seeds"
+# In the protocol: what tells the images that are the seeds from others.
+_SEEDS_DATA = "seeds_data"
+
+
+class Seeds(NamedTuple):
+    """What samples begin at.
+
+    Attributes:
+      of: indices [B] -> seeds [B, H, W, C] float32; None for uniform noise.
+      spec: noise, a kind of Gaussians, or a source.
+      labels_of: indices [B] -> classes [B] int32.
+      stand_ins: numbers of samples whose seed could not be decoded; grows.
+      data: what tells the images of a source from others; None without one.
+    """
+
+    of: Callable[[np.ndarray], np.ndarray] | None
+    spec: str
+    labels_of: Callable[[np.ndarray], np.ndarray]
+    stand_ins: set[int]
+    data: dict[str, Any] | None = None
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
@@ -29,8 +52,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
       UserError: a flag, the checkpoint, the seeds or the folder cannot be used.
     """
     loaded = loading.load(flags)
-    config, shape = loaded.config, loaded.image_shape
-    recipe = _recipe(flags, config)
+    recipe = _recipe(flags, loaded.config)
     classes = _classes(flags, loaded)
     if not 1 <= flags.count <= _MOST_IMAGES:
         raise UserError(
@@ -47,31 +69,53 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     def labels_of(indices: np.ndarray) -> np.ndarray:
         return classes[indices % len(classes)]
 
-    seeds_of, spec, stand_ins = _seeds(flags, loaded, labels_of)
-    out = Path(flags.out).expanduser()
-    if spec.startswith("folder:"):
-        files.check_outside(out, spec)
+    drawn_from = _seeds(flags, loaded, labels_of)
+    out = Path(os.path.expanduser(flags.out))
+    if drawn_from.spec.startswith("folder:"):
+        files.check_outside(out, drawn_from.spec)
     protocol = {
         **loaded.described,
         **recipe._asdict(),
         "classes": classes.tolist() if recipe.conditional else None,
-        "seeds": spec,
+        "seeds": drawn_from.spec,
+        _SEEDS_DATA: drawn_from.data,
         "quantise": flags.quantise,
         "count": flags.count,
     }
-    clash = [k for k in protocol if k not in ("checkpoint", "count")]
-    content = files.claim(out, protocol, clash, keep=[_STAND_INS])
-    stand_ins.update(content.get(_STAND_INS, ()))
+    labels = labels_of(np.arange(flags.count)).tolist()
+    with held(out, "--out"):
+        _draw(loaded, recipe, drawn_from, labels, protocol, to_bytes, out, console)
 
-    paths, labels = [], []
-    for index in range(flags.count):
-        labels.append(int(classes[index % len(classes)]))
-        label = labels[-1] if recipe.conditional else None
-        paths.append(files.image_path(out, index, label))
-    size = chunks.CHUNK
+
+def _draw(
+    loaded: loading.Loaded,
+    recipe: Recipe,
+    drawn_from: Seeds,
+    labels: list[int],
+    protocol: dict[str, Any],
+    to_bytes: Callable[[np.ndarray], Any],
+    out: Path,
+    console: Console,
+) -> None:
+    """Draws the samples that the folder lacks."""
+    conditional, count, size = recipe.conditional, len(labels), chunks.CHUNK
+    clash = [k for k in protocol if k not in ("checkpoint", "count", _SEEDS_DATA)]
+    same = partial(_check_seeds, out, drawn_from)
+    content = files.claim(out, protocol, clash, keep=[_STAND_INS], check=same)
+    drawn_from.stand_ins.update(content.get(_STAND_INS, ()))
+    paths = [
+        files.image_path(out, index, label if conditional else None)
+        for index, label in enumerate(labels)
+    ]
     missing = sorted({i // size for i, path in enumerate(paths) if not path.exists()})
     drawn = chunks.draw(
-        loaded.model, loaded.variables, recipe, shape, missing, labels_of, seeds_of
+        loaded.model,
+        loaded.variables,
+        recipe,
+        loaded.image_shape,
+        missing,
+        drawn_from.labels_of,
+        drawn_from.of,
     )
     for number, images in track(
         drawn,
@@ -86,17 +130,29 @@ def run(flags: argparse.Namespace, console: Console) -> None:
                 f"samples {number * size} and on are not finite numbers: the network "
                 "has diverged; give another checkpoint as --workdir."
             )
-        _note_stand_ins(out, content, stand_ins)
+        _note_stand_ins(out, content, drawn_from.stand_ins)
         levels = np.asarray(to_bytes(images))
         for path, image in zip(paths[number * size :], levels):
             files.write_image(path, image)
-    files.finish(out, paths, labels if recipe.conditional else None, shape)
-    said = "1 sample is" if flags.count == 1 else f"{flags.count} samples are"
-    began = sum(index < flags.count for index in stand_ins)
+    files.finish(out, paths, labels if conditional else None, loaded.image_shape)
+    said = "1 sample is" if count == 1 else f"{count} samples are"
+    began = sum(index < count for index in drawn_from.stand_ins)
     more = f"; seeds that cannot be decoded, the next one instead: {began}" * bool(
         began
     )
     say(console, f"{said} in {out}{more}")
+
+
+def _check_seeds(out: Path, drawn_from: Seeds, before: Mapping[str, Any]) -> None:
+    """Refuses other seeds than those of the samples that are there."""
+    if drawn_from.data is not None:
+        data.content.check(
+            f"--seeds={drawn_from.spec}",
+            before.get(_SEEDS_DATA),
+            drawn_from.data,
+            since=f"the samples in {out} were drawn",
+            remedy="give another --out",
+        )
 
 
 def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> None:
@@ -138,26 +194,38 @@ def _seeds(
     flags: argparse.Namespace,
     loaded: loading.Loaded,
     labels_of: Callable[[np.ndarray], np.ndarray],
-) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str, set[int]]:
-    """Image i of the seeds, over and over; their source; where another one stood in."""
-    stand_ins: set[int] = set()
+) -> Seeds:
     config = loaded.config
     own = config.data.seeds
     spec = own if flags.seeds == "own" else flags.seeds
     if spec is None:
         spec = own if own in seeds.DRAWN else seeds.NOISE
     if spec == seeds.NOISE:
-        return None, spec, stand_ins
-    if spec in seeds.FITTED:
-        gaussian = loaded.gaussian
-        if gaussian is None or spec != own:
-            raise UserError(
-                f"--seeds={spec}: this checkpoint was trained from {own!r}, so that it "
-                f"holds no Gaussians of that kind: choose noise, own or a data set."
-            )
-        return lambda i: gaussian.batch(flags.seed, i, labels_of(i)), spec, stand_ins
-    source = data.open_source(spec, flags.data_dir or config.data.data_dir)
-    settings = config.data
+        return Seeds(None, spec, labels_of, set())
+    if spec not in seeds.FITTED:
+        source = data.open_source(spec, flags.data_dir or config.data.data_dir)
+        return _read_seeds(source, spec, config.data, labels_of)
+    gaussian = loaded.gaussian
+    if gaussian is None or spec != own:
+        raise UserError(
+            f"--seeds={spec}: this checkpoint was trained from {own!r}, so that it "
+            f"holds no Gaussians of that kind: choose noise, own or a data set."
+        )
+
+    def drawn(indices: np.ndarray) -> np.ndarray:
+        return gaussian.batch(flags.seed, indices, labels_of(indices))
+
+    return Seeds(drawn, spec, labels_of, set())
+
+
+def _read_seeds(
+    source: data.Source,
+    spec: str,
+    settings: Any,
+    labels_of: Callable[[np.ndarray], np.ndarray],
+) -> Seeds:
+    """Image i of a source, over and over, `settings` being config.data."""
+    stand_ins: set[int] = set()
 
     def seed_of(index: int) -> np.ndarray:
         # The next one where an image cannot be decoded: never a black one.
@@ -178,4 +246,5 @@ def _seeds(
         return np.stack([seed_of(int(index)) for index in indices])
 
     seed_of(0)  # Seeds that do not fit are told before a folder is made.
-    return seeds_of, spec, stand_ins
+    described = data.content.describe(source)
+    return Seeds(seeds_of, spec, labels_of, stand_ins, described)

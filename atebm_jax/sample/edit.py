@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,7 +63,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     names = loading.class_names(loaded, given)
     problem = _problem(given, loaded)
     label = _label(given, names)
-    out = Path(given.out).expanduser()
+    out = Path(os.path.expanduser(given.out))
     for named in given.images:
         files.check_outside(out, named)
 
@@ -121,7 +122,7 @@ def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
     height, width, channels = shape = loaded.image_shape
     hole = None
     if given.mask is not None:
-        path = Path(given.mask).expanduser()
+        path = Path(os.path.expanduser(given.mask))
         hole = inputs.read_mask(path, shape, loaded.config, given.resize)
     degrade: Callable[[np.ndarray], np.ndarray] = constraints.as_images
     if hole is not None and given.degrade:
@@ -241,7 +242,7 @@ def _references(
         )
     found = {}
     for text, picture in zip(given.reference, pictures):
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if not path.is_file():
             raise UserError(f"there is no reference {text!r}: give an image file.")
         found[picture.name] = inputs.read_file(

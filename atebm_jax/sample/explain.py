@@ -1,6 +1,7 @@
 """Counterfactuals into a folder: `python -m atebm_jax.sample explain`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     targets = loading.parse_classes("--target", given.target, names).tolist()
     radii = loading.parse_radii(given.radius)
     asked = [(target, radius) for target in dict.fromkeys(targets) for radius in radii]
-    out = Path(given.out).expanduser()
+    out = Path(os.path.expanduser(given.out))
     for named in given.images:
         files.check_outside(out, named)
 

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def claim(
     name: str = "samples.json",
     what: str = "samples",
     keep: Sequence[str] = (),
+    check: Callable[[Mapping[str, Any]], None] = lambda before: None,
 ) -> dict[str, Any]:
     """Makes the folder, or refuses one with images of another protocol.
 
@@ -35,6 +37,8 @@ def claim(
       name: of the file with the protocol.
       what: lies there, for messages.
       keep: other keys of that file, which stay as they are.
+      check: is given what stands in that file, and raises if the folder's images do not
+        go with those to come.
 
     Returns:
       What stands in the file now.
@@ -54,6 +58,7 @@ def claim(
                 )
             before = _read_json(path)
             _check_same(folder, before, protocol, clash, what)
+            check(before)
         kept = {key: before[key] for key in keep if before and key in before}
         content = {**protocol, **kept}
         write_json(path, content)
@@ -109,7 +114,7 @@ def check_outside(out: Path, source: str | Path) -> None:
     Raises:
       UserError: `out` is the folder or lies in it.
     """
-    folder = Path(str(source).removeprefix("folder:")).expanduser()
+    folder = Path(os.path.expanduser(str(source).removeprefix("folder:")))
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(
             f"--out={out} lies in {folder}, whose images are read: give a folder "

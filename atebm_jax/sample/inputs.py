@@ -7,6 +7,7 @@ shows them: turned as their EXIF entry says. Data sets pass through the config's
 
 import hashlib
 import logging
+import os
 import re
 import struct
 import warnings
@@ -81,7 +82,7 @@ def pictures(
     """
     found: list[Picture] = []
     for text in named:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if text.startswith(_SOURCES):
             source = data.open_source(text, data_dir or config.data.data_dir)
             if source.num_classes == config.model.num_classes:

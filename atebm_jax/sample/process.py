@@ -14,6 +14,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, edits, files, inputs, records
 from atebm_jax.sample.inputs import Picture
 from atebm_jax.sample.loading import Loaded
+from atebm_jax.workdir_lock import held
 
 # What may differ between two commands that write to one folder.
 _FREE = ("checkpoint",)
@@ -75,6 +76,20 @@ def run(
             disable=not console.is_terminal,
         )
     ]
+    # One command at a time: another one would gather what this one makes.
+    with held(out, "--out"):
+        return _into(loaded, pictures, hashes, task, out, console)
+
+
+def _into(
+    loaded: Loaded,
+    pictures: Sequence[Picture],
+    hashes: Sequence[str],
+    task: Task,
+    out: Path,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """What `run` does once the folder is held; `hashes` are of the pictures."""
     clash = [key for key in task.protocol if key not in _FREE]
     content = files.claim(
         out, task.protocol, clash, name=task.json, keep=["results"], what="results"

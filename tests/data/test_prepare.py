@@ -1,16 +1,20 @@
 """Prepared data sets: made, resumed, checked, read; Open Images without ImageNet."""
 
+import errno
 import io
 import json
+import os
+import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from atebm_jax import UserError, data
+from atebm_jax import UserError, data, workdir_lock
 from atebm_jax.data import openimages, prepare, prepared
 
 
@@ -93,6 +97,148 @@ def test_folder_of_other_settings_is_refused(folder, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="is not empty"):
         make(folder, tmp_path / "full")
+
+
+def stop_before(folder, to, shard, **options):
+    """As if the command had been stopped before it wrote that shard."""
+    make(folder, to, **options)
+    name = prepared.shard_name(shard, 4)
+    for path in (to / name, to / f"{name}.json", to / prepared.INDEX):
+        path.unlink()
+
+
+def swap_classes(folder):
+    (folder / "cat").rename(folder / "x")
+    (folder / "dog").rename(folder / "cat")
+    (folder / "x").rename(folder / "dog")
+
+
+def one_image_less(folder):
+    (folder / "dog" / "4.png").unlink()
+
+
+def class_renamed(folder):
+    (folder / "dog").rename(folder / "elk")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap_classes, "10 images then and now, but not the same ones"),
+        (one_image_less, "10 images then, 9 now"),
+        (class_renamed, "class 1 was 'dog' then and is 'elk' now"),
+    ],
+)
+def test_images_of_two_sets_do_not_mix(folder, tmp_path, change, message):
+    to = tmp_path / "set"
+    stop_before(folder, to, 2)
+    before = {path.name: path.read_bytes() for path in to.iterdir()}
+    change(folder)
+    with pytest.raises(UserError, match=f"{message}.*give another --to"):
+        make(folder, to)
+    assert {path.name: path.read_bytes() for path in to.iterdir()} == before
+
+
+def test_set_of_an_earlier_version_is_gone_on_with(folder, tmp_path):
+    to = tmp_path / "set"
+    stop_before(folder, to, 2)
+    settings = json.loads((to / "settings.json").read_text())
+    described = settings.pop("data")
+    (to / "settings.json").write_text(json.dumps(settings))
+    assert make(folder, to)["num_images"] == 10
+    assert json.loads((to / "settings.json").read_text())["data"] == described
+
+
+def test_other_settings_are_named(folder, tmp_path):
+    make(folder, tmp_path / "set", indices=np.arange(4))
+    for options, message in (
+        ({"size": 9}, "size: 8 then, 9 now"),
+        ({"indices": np.arange(3)}, "num_source_images: 4 then, 3 now"),
+        ({"indices": np.arange(4)[::-1]}, "which of the images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(folder, tmp_path / "set", **{"indices": np.arange(4)} | options)
+
+
+def test_one_command_writes_a_set_at_a_time(folder, tmp_path):
+    to = tmp_path / "set"
+    with workdir_lock.held(to, "--to"):
+        with pytest.raises(UserError, match=r"in use by another job \(.*another --to"):
+            make(folder, to)
+        assert [path.name for path in to.iterdir()] == [workdir_lock.FILE]
+    # What one that was killed has left keeps nobody out.
+    (to / workdir_lock.FILE).write_text('{"pid": 1}')
+    (to / ".settings.json.tmp").touch()
+    assert make(folder, to)["num_images"] == 10
+    assert not (to / workdir_lock.FILE).exists()
+
+
+def test_workers_of_a_killed_command_give_the_folder_free(folder, tmp_path):
+    # A pipe that nobody writes to keeps one worker busy.
+    os.mkfifo(folder / "cat" / "9.png")
+    to = tmp_path / "set"
+    command = [sys.executable, "-m", "atebm_jax.data.prepare", "--num_workers=2"]
+    command += [f"--from=folder:{folder}", f"--to={to}", "--shard_size=3"]
+    command.append("--size=8")
+    # Described before that, so that the command itself does not wait for the pipe.
+    code = (
+        "from atebm_jax.data import content, prepare; "
+        "content.describe = lambda source: {'num_images': 11}; "
+        "prepare.main(prepare._parse(__import__('sys').argv))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *command[3:]])
+    while not list(to.glob("*.array_record.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    taken = pytest.raises(UserError, match="in use by another job")
+    with taken, workdir_lock.held(to, "--to"):
+        pass
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with workdir_lock.held(to, "--to"):
+                break
+        except UserError:
+            # The workers look now and then, and a loaded machine lets them seldom.
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_full_disk_is_told_and_with_room_the_set_is_made(
+    folder, tmp_path, mounted, num_workers
+):
+    to, remount = mounted
+    remount("size=60k")
+    # The shards of 64 KiB each do not fit.
+    with pytest.raises(UserError, match="cannot be written any more .No space left"):
+        make(folder, to, size=500, quality=100, num_workers=num_workers)
+    assert not [path for path in to.iterdir() if path.name.startswith(".")]
+    remount("size=3m")
+    index = make(folder, to, size=500, quality=100)
+    assert index == make(folder, tmp_path / "whole", size=500, quality=100)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "bad_images.txt", prepared.INDEX])
+def test_file_that_cannot_be_written_is_told_and_gone_on_with(
+    folder, tmp_path, monkeypatch, name
+):
+    """As on a full disk, where none can be mounted."""
+    write = pathlib.Path.write_bytes
+
+    def full(path, text):
+        write(path, text[: len(text) // 2])
+        if name in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    to = tmp_path / "set"
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", full)
+        with pytest.raises(UserError, match="cannot be written.*No space left"):
+            prepare.prepare(data.open_source(f"folder:{folder}"), to, size=8)
+    assert not list(to.glob(".*")) and not (to / prepared.INDEX).exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, data, load, metrics, sharding
+from atebm_jax import UserError, data, load, metrics, sharding, workdir_lock
 from atebm_jax.evaluate import drawing, extractors, generation, references, suite
 from atebm_jax.evaluate.context import Context, Options
 from atebm_jax.sample import __main__ as sample
@@ -158,6 +158,66 @@ def test_statistics_do_not_depend_on_the_size_of_batches(
     with np.load(scored[1] / name) as a, np.load(tmp_path / "out" / name) as b:
         for key in ("mu", "sigma"):
             np.testing.assert_allclose(a[key], b[key], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_reference": 2}, "--num_reference is 2: .* need 20 or more; 0 takes all"),
+        ({"num_reference": 19}, "--num_reference is 19"),
+        ({"cache_dir": "{file}/cache"}, "cannot be written.*another --cache_dir"),
+        ({"cache_dir": None}, "cannot be written.*another --cache_dir"),
+    ],
+)
+def test_statistics_that_cannot_be_had_are_refused_before_the_work(
+    workdir, options, tmp_path, monkeypatch, changed, message
+):
+    def compute(*arguments):
+        raise AssertionError("work")
+
+    monkeypatch.setattr(references, "_compute", compute)
+    (tmp_path / "file").touch()
+    # A home that nothing can be written to, whoever runs the test.
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if changed.get("cache_dir"):
+        changed = {"cache_dir": changed["cache_dir"].format(file=tmp_path / "file")}
+    with pytest.raises(UserError, match=message):
+        suite.evaluate(
+            workdir,
+            tmp_path / "out",
+            metrics=("generation",),
+            options=replace(options, **changed),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_user_without_a_home_is_told_what_helps(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(references.os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="no home.*--cache_dir"):
+        references._users_cache()
+
+
+def test_data_set_too_small_for_statistics_is_named(workdir, options, tmp_path):
+    config = tiny.config()
+    folder = folder_of_seeds(tmp_path / "few", 10, bad=2)
+    config.data.train = f"folder:{folder}"
+    with pytest.raises(UserError, match="config.data.train=folder:.* has 10 images"):
+        suite.evaluate(
+            workdir,
+            tmp_path / "out",
+            metrics=("generation",),
+            options=options,
+            config=config,
+        )
+
+
+def test_one_evaluation_writes_into_a_folder_at_a_time(workdir, options, tmp_path):
+    with workdir_lock.held(tmp_path, "--out"):
+        with pytest.raises(UserError, match="in use by another job.*another --out"):
+            suite.evaluate(workdir, tmp_path, metrics=("accuracy",), options=options)
+        assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
 
 
 def test_photographs_can_be_the_seeds(workdir, options, tmp_path):

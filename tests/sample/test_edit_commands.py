@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atebm_jax import UserError, constraints, data
+from atebm_jax import UserError, constraints, data, workdir_lock
 from atebm_jax.sample import __main__ as command
 from atebm_jax.sample import draw, edits, loading, strips
 
@@ -360,6 +360,31 @@ def test_mistakes_are_told_and_nothing_is_written(
     with pytest.raises(UserError, match=message):
         run(given[0], workdir, tmp_path / "out", *given[1:])
     assert not (tmp_path / "out").exists()
+
+
+def test_one_command_writes_into_a_folder_at_a_time(
+    workdir, loaded, digits, tmp_path, monkeypatch, plain
+):
+    monkeypatch.setattr(loading, "load", lambda flags: loaded)
+    commands = [
+        ("explain", digits / "0.png", "--target=1"),
+        ("edit", digits / "0.png", "--task=translate", "--target=1"),
+    ]
+    with workdir_lock.held(tmp_path, "--out"):
+        for command in commands:
+            with pytest.raises(UserError, match="in use by another job.*--out"):
+                run(command[0], workdir, tmp_path, *command[1:])
+        assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+
+
+def test_home_is_found_in_paths(workdir, loaded, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda flags: loaded)
+    monkeypatch.setenv("HOME", str(digits.parent))
+    flags = ["--task=inpaint", "--mask=~/none.png", "--target=1"]
+    with pytest.raises(UserError, match="black everywhere"):
+        run("edit", workdir, tmp_path, "~/digits/0.png", *flags)
+    with pytest.raises(UserError, match="no image '~nobody-here/0.png'"):
+        run("explain", workdir, tmp_path, "~nobody-here/0.png", "--target=1")
 
 
 def test_missing_and_unknown_flags_exit_with_2(capsys):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from atebm_jax import UserError, checksums
+from atebm_jax import UserError, checksums, workdir_lock
 from atebm_jax.sample import __main__ as command
 from atebm_jax.sample import chunks
 
@@ -183,6 +183,47 @@ def test_settings_of_the_sampler_reach_images_and_protocol(workdir, tmp_path):
     draw(workdir, tmp_path / "0.01", *flags, "--sampler=sgld")
     with pytest.raises(UserError, match=r"sampler 'sgld\(noise=0.01\)' and now it is"):
         draw(workdir, tmp_path / "0.01", *flags, "--sampler=sgld(noise=0.005)")
+
+
+def folder_of(folder, levels):
+    """Grey images of these levels, each file of one size."""
+    folder.mkdir(exist_ok=True)
+    for number, level in enumerate(levels):
+        path = folder / f"{number}.pgm"
+        path.write_bytes(b"P5 8 8 255 " + bytes([level]) * 64)
+    return folder
+
+
+def test_seeds_that_have_changed_do_not_mix_in_one_folder(workdir, tmp_path):
+    seeds, out = folder_of(tmp_path / "seeds", (40, 200)), tmp_path / "out"
+    arguments = [f"--seeds=folder:{seeds}", "--num_steps=0"]
+    few = draw(workdir, out, *arguments, "--count=2")["arr_0"]
+    folder_of(seeds, (200, 40))
+    with pytest.raises(UserError, match="not the same ones.*give another --out"):
+        draw(workdir, out, *arguments, "--count=4")
+    folder_of(seeds, (40, 200, 90))
+    with pytest.raises(UserError, match="2 images then, 3 now"):
+        draw(workdir, out, *arguments, "--count=4")
+    (seeds / "2.pgm").unlink()
+    more = draw(workdir, out, *arguments, "--count=4")["arr_0"]
+    np.testing.assert_array_equal(more[:2], few)
+    # What an earlier version wrote does not say of which images it was.
+    protocol = json.loads((out / "samples.json").read_text())
+    assert protocol.pop("seeds_data")["num_images"] == 2
+    (out / "samples.json").write_text(json.dumps(protocol))
+    folder_of(seeds, (1, 2, 3))
+    draw(workdir, out, *arguments, "--count=4")
+    assert "seeds_data" in json.loads((out / "samples.json").read_text())
+
+
+def test_one_command_draws_into_a_folder_at_a_time(workdir, tmp_path):
+    with workdir_lock.held(tmp_path, "--out"):
+        with pytest.raises(UserError, match="in use by another job.*another --out"):
+            draw(workdir, tmp_path, "--count=1")
+        assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+    # What one that was killed has left keeps nobody out.
+    (tmp_path / workdir_lock.FILE).write_text('{"pid": 1}')
+    draw(workdir, tmp_path, "--count=1")
 
 
 def test_protocol_without_images_is_no_obstacle(workdir, tmp_path):
