@@ -234,10 +234,12 @@ def choose(
         )
     others = [n for n in entries if n != name]
     if name or others:
-        named = ", ".join(_beside(n, prefix) for n in others[:4])
+        beside = ", ".join(_beside(n, prefix) for n in others[:4])
         kind = "averaged weights" if is_averaged(name) else "weights"
         where = f"under {name!r}" if name else "without a prefix"
-        steps.append(f"took the {kind} {where}{f' (beside it: {named})' * bool(named)}")
+        steps.append(
+            f"took the {kind} {where}{f' (beside it: {beside})' * bool(beside)}"
+        )
     return name
 
 

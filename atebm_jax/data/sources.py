@@ -164,7 +164,7 @@ class ArraySource:
         """SHA-256 of the labels and, where they take a GiB at most, of the images."""
         yield hashlib.sha256(self._labels.astype("<i8").tobytes()).digest()
         if self._images.nbytes <= _MOST_HASHED:
-            yield hashlib.sha256(np.ascontiguousarray(self._images)).digest()
+            yield hashlib.sha256(np.ascontiguousarray(self._images).data).digest()
 
 
 def _check_images(images: np.ndarray, spec: str) -> None:

@@ -266,6 +266,16 @@ def test_normalisation_that_nobody_says_is_asked_for_by_who_has_which(small, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_file_that_says_it_does_not_normalise_is_believed(small, tmp_path):
+    arrays, write = small
+    flags = write(arrays | {"normalize_input": np.array(False)})
+    with pytest.raises(UserError, match="the file itself.*normalize_input is False"):
+        run(*flags, "--normalization=cifar10")
+    printed = run(*flags)
+    assert "input normalisation: none (the file: normalize_input is False)" in printed
+    assert "ASSUMED input normalisation" not in printed
+
+
 def test_what_is_assumed_stands_on_a_line_of_its_own(small, tmp_path):
     arrays, write = small
     printed = run(*write(arrays), "--normalization=none")

@@ -192,3 +192,19 @@ def test_names_that_are_no_utf_8_are_compared(tmp_path):
     with open(path, "wb") as file:
         file.write(b"P5 1 1 255 x")
     assert describe(tmp_path)["num_images"] == 1
+
+
+def test_tfds_is_known_by_the_shards_of_its_split_wherever_it_lies(tfds_dir, tmp_path):
+    (tmp_path / "cifar10").symlink_to(os.path.join(tfds_dir, "cifar10"))
+    whole, moved, part = (
+        data.open_source(f"tfds:cifar10:{split}", folder)
+        for split, folder in (
+            ("test", tfds_dir),
+            ("test", str(tmp_path)),
+            ("test[:100]", tfds_dir),
+        )
+    )
+    assert [line.split()[0] for line in whole.listing()] == [b"test"]
+    assert content.describe(moved) == content.describe(whole)
+    said = difference(content.describe(whole), content.describe(part))
+    assert f"{len(whole)} images then, 100 now" in said
