@@ -27,7 +27,6 @@ from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, edits
 from atebm_jax.sampling import Edited
 from atebm_jax.seeds import Gaussian, from_arrays
-from atebm_jax.stages import classifier_adversary
 
 
 def load(
@@ -434,6 +433,8 @@ def _logits(model: nn.Module) -> Callable:
 def _attacker(
     model: nn.Module, norm: str, epsilon: float, momentum: float, keep_best: bool
 ) -> Callable:
+    from atebm_jax.stages import classifier_adversary  # SciPy, for its AUC, is slow
+
     # Steps are arguments below: another number of them does not recompile.
     adversary = classifier_adversary(
         configuration.adversary(

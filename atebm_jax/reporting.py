@@ -5,7 +5,6 @@ import errno
 import importlib.util
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -214,13 +213,13 @@ def why_unwritable(error: BaseException | None) -> str | None:
     return None
 
 
-def replace_text(path: epath.Path | pathlib.Path, text: str) -> None:
+def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
     # Of names of files that are no UTF-8, which Python holds as surrogates.
     replace_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def replace_bytes(path: epath.Path | pathlib.Path, content: bytes) -> None:
+def replace_bytes(path: epath.Path, content: bytes) -> None:
     """As `replace_text`."""
     if in_bucket(path):
         # An object appears when it is complete; renaming would copy it.

@@ -86,11 +86,13 @@ def workdir(monkeypatch):
 def test_config_is_claimed_and_another_one_refused(workdir):
     settings = tiny.config()
     lock = Unlocked()
-    job._claim(workdir, settings, False, lock)
-    job._claim(workdir, settings, False, lock)
+    for _ in range(2):
+        job._check_config(workdir, settings)
+        job._claim(workdir, settings, {"train": {"num_images": 7}}, lock)
     assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+    assert json.loads((workdir / "data.json").read_text())["train"]["num_images"] == 7
     with pytest.raises(UserError, match="seed: 0 before, 1 now"):
-        job._claim(workdir, tiny.config(seed=1), False, lock)
+        job._check_config(workdir, tiny.config(seed=1))
 
 
 def test_metrics_are_there_at_every_checkpoint_and_at_the_end(workdir):

@@ -157,7 +157,7 @@ def _cache_of(context: Context, extractor: Extractor) -> tuple[dict[str, Any], S
 
 
 def _users_cache() -> str:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("XDG_CACHE_HOME") or str(epath.Path("~/.cache").expanduser())
     if home.startswith("~"):
         raise UserError(
             "this user has no home to keep the statistics of real images in: give "
