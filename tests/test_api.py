@@ -149,9 +149,9 @@ def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsil
 
 
 def test_attack_keeps_the_best_of_its_iterates(model, images):
-    """Steps as long as the ball is wide lead on and back again."""
+    """Steps twice as long as the radius lead on and back again."""
     labels = model.classify(images).argmax(1)
-    options = {"norm": "linf", "epsilon": 0.2, "step_size": 0.4, "momentum": 0.9}
+    options = {"epsilon": 0.5, "step_size": 1.0, "momentum": 0.9}
     losses = np.stack(
         [
             -np.log(model.classify(attacked)[np.arange(6), labels])
