@@ -292,9 +292,9 @@ def _strip(
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, value in weights.items():
-        first, dot, below = name.partition(".")
+        first, dot, inner = name.partition(".")
         if dot:
-            groups.setdefault(first, {})[below] = value
+            groups.setdefault(first, {})[inner] = value
     shared = len(weights) > 1 and any(len(g) == len(weights) for g in groups.values())
     first = next(iter(groups), "")
     if shared and not _OWN.fullmatch(first):
