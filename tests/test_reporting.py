@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 
+from atebm_jax import UserError
 from atebm_jax.evaluate import figures, plots, report, samples, suite_report
 from atebm_jax.evaluate.progress import progress
 from atebm_jax.reporting import (
@@ -218,6 +219,13 @@ def test_curves_are_drawn_from_one_stage_alone(tmp_path):
 def reference(digits):
     settings = type("Settings", (), {"pca_components": 16, "judge": "svc"})
     return samples.make_reference(*digits, settings)
+
+
+def test_reference_of_one_class_is_told_by_the_field_that_took_it(digits):
+    settings = type("Settings", (), {"num_reference": 2, "judge": "svc"})
+    images, labels = digits
+    with pytest.raises(UserError, match="num_reference is 2, which takes 2 .* judge"):
+        samples.make_reference(images[:2], labels[:2] * 0, settings)
 
 
 @pytest.fixture

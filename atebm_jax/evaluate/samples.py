@@ -65,7 +65,16 @@ def make_reference(
       images: [N, H, W, C] uint8.
       labels: [N] int.
       config: `config.evaluate.samples`.
+
+    Raises:
+      UserError: a judge is to learn from images of one class.
     """
+    if config.judge and len(np.unique(labels)) < 2:
+        raise UserError(
+            f"config.evaluate.samples.num_reference is {config.num_reference}, which "
+            f"takes {len(images)} training images of one class: the judge needs two; "
+            "take more, or set config.evaluate.samples.judge to ''."
+        )
     pixels = _flatten(images)
     components = min(config.pca_components, *pixels.shape)
     pca = PCA(components, svd_solver="full").fit(pixels)
