@@ -8,15 +8,17 @@ images. Exit codes: 0 finished; 2 a mistake, said in one sentence.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,6 +145,8 @@ def prepare(
     then = "with its finished shards"
     with held(root, "--to"), told_plainly(root, "prepared set", then):
         _claim(root, settings)
+        for leftover in root.glob(".*.tmp"):  # of a command that was killed
+            leftover.unlink(missing_ok=True)
         jobs = _jobs(source, chosen, root, settings)
         shown = console or Console(stderr=True)
         shards = _run(jobs, num_workers, max_bad_images, shown)
@@ -264,37 +268,53 @@ def _short(value: Any) -> str:
 
 
 def _run(
-    jobs: Sequence[Any], num_workers: int, max_bad_images: int, console: Console
+    jobs: Sequence[Callable[[], dict[str, Any]]],
+    num_workers: int,
+    max_bad_images: int,
+    console: Console,
 ) -> list[dict[str, Any]]:
     results: dict[int, dict[str, Any]] = {}
+    with contextlib.closing(_finished(jobs, num_workers)) as finished:
+        for number, result in track(
+            finished, "shards", total=len(jobs), console=console, transient=True
+        ):
+            results[number] = result
+            bad = [name for r in results.values() for name in r["bad"]]
+            if len(bad) > max_bad_images:
+                raise UserError(
+                    f"{len(bad)} images cannot be read, {bad[0]} for one, and "
+                    f"--max_bad_images is {max_bad_images}: mend them, or allow more."
+                )
+    return [results[i] for i in range(len(jobs))]
+
+
+def _finished(
+    jobs: Sequence[Callable[[], dict[str, Any]]], num_workers: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and description of each shard, as soon as it is written."""
+    if num_workers == 1:
+        yield from enumerate(job() for job in jobs)
+        return
+    # Not forked: what a thread of the writer or reader of records holds locked in that
+    # moment stays locked in the child, which then waits for ever.
+    spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers or os.cpu_count(), initializer=_begin_worker
+        num_workers or os.cpu_count(), mp_context=spawn, initializer=_begin_worker
     ) as pool:
         waiting = {pool.submit(job): i for i, job in enumerate(jobs)}
-        done = concurrent.futures.as_completed(waiting)
         try:
-            for future in track(
-                done, "shards", total=len(jobs), console=console, transient=True
-            ):
-                results[waiting[future]] = future.result()
-                bad = [name for r in results.values() for name in r["bad"]]
-                if len(bad) > max_bad_images:
-                    raise UserError(
-                        f"{len(bad)} images cannot be read, {bad[0]} for one, and "
-                        f"--max_bad_images is {max_bad_images}: mend them, or allow "
-                        "more."
-                    )
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [results[i] for i in range(len(jobs))]
 
 
 def _begin_worker() -> None:
     """Leaves Ctrl-C to the command; ends once that has been killed.
 
-    Until then the worker holds the folder's lock, as the command did. It looks by a
-    timer: beside another thread of Python the writer of records has crashed.
+    Then another command may write the same shard already, which does no harm: each
+    writes into a file of its own, and the shard that takes its place is the same.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "setitimer"):  # Windows
@@ -316,7 +336,7 @@ def _shard(
     description = root / f"{name}.json"
     if description.exists():
         return json.loads(description.read_text())
-    temporary = root / f".{name}.tmp"
+    temporary = root / f".{name}.{os.getpid()}.tmp"
     try:
         result = _written(source, indices, temporary, size, quality)
         temporary.replace(root / name)
