@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -290,7 +290,7 @@ def _run(
 
 def _finished(
     jobs: Sequence[Callable[[], dict[str, Any]]], num_workers: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Number and description of each shard, as soon as it is written."""
     if num_workers == 1:
         yield from enumerate(job() for job in jobs)
