@@ -13,7 +13,7 @@ Rows, with the paper's numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
 Rows for two CPU cores, WRN-10-2 in float32 (JAX_NUM_CPU_DEVICES=2 in front):
 
 * `hour`: 5 epochs and 200 steps of stage 2; an hour. Run: docs/results.md.
-* `cpu`: 14 epochs and 500 steps of stage 2; two hours and a quarter. Stage 1 was run (80
+* `cpu`: 14 epochs and 500 steps of stage 2; over two hours. Stage 1 was run (80
   minutes; clean 0.748, 20-step PGD 0.580 of 500 test images), stage 2 not to its end.
 * `noise`: as `hour`, from uniform noise with steps that can cross (not run to its end)
 
