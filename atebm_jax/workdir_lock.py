@@ -280,12 +280,13 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike, flag: str) -> Iterator[None]:
-    """Makes a folder and holds it while one process writes into it.
+def held(folder: str | os.PathLike, flag: str, *, alone: bool = True) -> Iterator[None]:
+    """Makes a folder and holds it while one command writes into it.
 
     Args:
-      folder: local.
+      folder: local, unless all processes of a job call this.
       flag: that gave it, for messages.
+      alone: as of `Lock`.
 
     Raises:
       UserError: another command writes there, or it cannot be written.
@@ -295,7 +296,7 @@ def held(folder: str | os.PathLike, flag: str) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder {path} cannot be written: {error}.") from error
-    lock = Lock(path, what="folder", flag=flag, alone=True)
+    lock = Lock(path, what="folder", flag=flag, alone=alone)
     lock.acquire()
     try:
         yield

@@ -299,7 +299,10 @@ def _finished(
     # moment stays locked in the child, which then waits for ever.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers or os.cpu_count(), mp_context=spawn, initializer=_begin_worker
+        num_workers or os.cpu_count(),
+        mp_context=spawn,
+        initializer=_begin_worker,
+        initargs=(os.getpid(),),
     ) as pool:
         waiting = {pool.submit(job): i for i, job in enumerate(jobs)}
         try:
@@ -310,8 +313,8 @@ def _finished(
             raise
 
 
-def _begin_worker() -> None:
-    """Leaves Ctrl-C to the command; ends once that has been killed.
+def _begin_worker(command: int) -> None:
+    """Leaves Ctrl-C to the command, a process number; ends once that has been killed.
 
     Then another command may write the same shard already, which does no harm: each
     writes into a file of its own, and the shard that takes its place is the same.
@@ -319,10 +322,10 @@ def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "setitimer"):  # Windows
         return
-    parent = os.getppid()
 
+    # The number is given, as the command may be gone before its worker has begun.
     def look(number: int, frame: Any) -> None:
-        if os.getppid() != parent:
+        if os.getppid() != command:
             os._exit(1)
 
     signal.signal(signal.SIGALRM, look)

@@ -34,7 +34,7 @@ from atebm_jax.evaluate.context import (
     source_fingerprint,
 )
 from atebm_jax.evaluate.store import Store, weights_fingerprint
-from atebm_jax.workdir_lock import Lock
+from atebm_jax.workdir_lock import held
 
 _log = logging.getLogger(__name__)
 
@@ -118,18 +118,10 @@ def evaluate(
         context = _with_judge(context, judge, names, classes_by_place)
     for name in wanted:
         CHECKS.get(name, lambda context: None)(context)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}.") from error
-    lock = Lock(folder, what="folder", flag="--out")
-    lock.acquire()
-    try:
+    with held(folder, "--out", alone=False):
         report = _measure(context, meta, folder, wanted, path)
         if jax.process_index() == 0:
             suite_report.write(folder, report)
-    finally:
-        lock.release()
     return report
 
 

@@ -42,18 +42,18 @@ def run(
     Returns:
       [B, H, W, C] images in [0, 1].
     """
-    advance = _step(
+    state = proceed(
         sampler,
-        lambda x: (objective(x), None),
+        objective,
+        sampler.init(seeds),
         keys,
+        first=0,
+        last=num_steps,
         step_size=step_size,
-        num_steps=num_steps,
         schedule=schedule,
         project=project,
         target=target,
     )
-    first = (sampler.init(seeds), None)
-    state, _ = jax.lax.fori_loop(0, jnp.asarray(num_steps, jnp.int32), advance, first)
     return state.images
 
 
@@ -66,8 +66,11 @@ def proceed(
     first: jax.Array | int,
     last: jax.Array | int,
     step_size: jax.Array | float,
+    schedule: ScheduleFn = SCHEDULES["constant"],
+    project: ProjectFn = clip,
+    target: jax.Array | float | None = None,
 ) -> Any:
-    """`run` in parts, at the same step size throughout: one trajectory, several ends.
+    """`run` in parts: one trajectory, several ends. A schedule is that of `last` steps.
 
     Args:
       state: after `first` steps; `sampler.init(seeds)` after none.
@@ -83,9 +86,9 @@ def proceed(
         keys,
         step_size=step_size,
         num_steps=last,
-        schedule=SCHEDULES["constant"],
-        project=clip,
-        target=None,
+        schedule=schedule,
+        project=project,
+        target=target,
     )
     lower, upper = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
     state, _ = jax.lax.fori_loop(lower, upper, advance, (state, None))
