@@ -1,31 +1,42 @@
-"""CIFAR-10, the rows of the paper and a small one.
+"""CIFAR-10: the rows of the paper, and smaller rows of our own.
 
     python -m atebm_jax.main --config=configs/cifar10.py:wrn34_10_t50 \\
         --config.data.data_dir=TFDS_FOLDER --workdir=runs/cifar10_t50
 
-Rows, with the paper's numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
+Rows of the paper, with its numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
 
-* `wrn34_10_t40`: 91.92 / 75.75 / 9.12 at T = 40
-* `wrn34_10_t50`: 90.72 / 74.65 / 7.57 at T = 50
-* `small`: WRN-16-4 in bfloat16, 20 + 10 epochs; about 25 minutes on one H100
-  (estimated, not run). Its stage 2 is that of `hour`, which was run.
+* `wrn34_10_t40`: 91.92 / 75.75 / 9.12 at T = 40.
+* `wrn34_10_t50`: 90.72 / 74.65 / 7.57 at T = 50.
 
-Rows for two CPU cores, WRN-10-2 in float32 (JAX_NUM_CPU_DEVICES=2 in front):
+They need one 80 GB GPU, about 30 hours for stage 1 and ten hours for stage 2
+(estimated, not run).
 
-* `hour`: 5 epochs and 200 steps of stage 2; an hour. Run: docs/results.md.
-* `cpu`: 14 epochs and 500 steps of stage 2; over two hours. Stage 1 was run (80
-  minutes; clean 0.748, 20-step PGD 0.580 of 500 test images), stage 2 not to its end.
-* `noise`: as `hour`, from uniform noise with steps that can cross (not run to its end)
+Row for one GPU:
 
-Hardware of the WRN-34-10 rows: one 80 GB GPU, some 30 hours for stage 1, ten for stage
-2 (estimated, not run). The paper's seeds come from 80 Million Tiny Images, which its
-makers have withdrawn; the default here are draws of a Gaussian fitted to the training
-images, which needs no other data set. `--config.data.seeds=folder:PATH` or
-`tfds:NAME:SPLIT` uses images instead, of any size. The paper does not fix the length of
-stage 2: the budgets here are ours.
-The evaluation while training uses the test set, so that the best checkpoints are chosen
-on it; the report is of the last ones. `--config.data.train='tfds:cifar10:train[:45000]'
---config.data.eval='tfds:cifar10:train[45000:]'` keeps them apart.
+* `small`: WRN-16-4 in bfloat16, 20 + 10 epochs. It takes about 25 minutes on one H100
+  (estimated, not run). Its stage 2 has the settings of `hour`, which was run.
+
+Rows for two CPU cores, WRN-10-2 in float32. Put JAX_NUM_CPU_DEVICES=2 before the
+command:
+
+* `hour`: 5 epochs of stage 1 and 200 steps of stage 2. It takes about an hour.
+  Measured numbers: docs/results.md.
+* `cpu`: 14 epochs of stage 1 and 500 steps of stage 2. It takes over two hours.
+  Stage 1 was run: 80 minutes, clean 0.748, 20-step PGD 0.580 of 500 test images.
+  Stage 2 was not run to its end.
+* `noise`: like `hour`, but the seeds are uniform noise, and the steps are long enough
+  to cross from there to images. It was not run to its end.
+
+Seeds: the paper's come from 80 Million Tiny Images, which its makers have withdrawn.
+The default here is a Gaussian fitted to the training images, which needs no other data
+set. `--config.data.seeds=folder:PATH` or `tfds:NAME:SPLIT` uses images of any size.
+
+Length of stage 2: the paper does not give it. The budgets here are ours.
+
+Test set: the evaluation during training uses it too, so the best checkpoints are chosen
+on it. The report is of the last checkpoints.
+`--config.data.train='tfds:cifar10:train[:45000]'
+--config.data.eval='tfds:cifar10:train[45000:]'` keeps the two apart.
 """
 
 from ml_collections import ConfigDict
@@ -60,10 +71,10 @@ def small() -> ConfigDict:
 
 def cpu() -> ConfigDict:
     config = cifar_cpu("cifar10", num_classes=10)
-    # This network learns the training images no better than others: no crops.
+    # This network does not overfit, so it needs no crops.
     config.data.augment_cls = "flip"
     config.data.augment_gen = "flip"
-    # One step as long as the radius, half as much again images a second as two.
+    # One step as long as the radius: 1.5 times as many images per second as with two.
     config.stage1.adversary.num_steps = 1
     config.stage1.adversary.step_size = 0.5
     return config
@@ -80,7 +91,7 @@ def hour() -> ConfigDict:
 def noise() -> ConfigDict:
     config = hour()
     config.data.seeds = "noise"
-    # Noise lies about 16 pixels from where images are: 40 steps of 1 reach there.
+    # Noise is about 16 L2 pixels away from images: 40 steps of 1 can reach them.
     config.stage2.contrastive_step_size = 1.0
     config.stage2.t_max = 40
     config.evaluate.samples.step_size = 1.0

@@ -1,17 +1,17 @@
-"""CIFAR-100, the rows of the paper and a small one.
+"""CIFAR-100: the rows of the paper, and a small row of our own.
 
     python -m atebm_jax.main --config=configs/cifar100.py:wrn34_10_t50 \\
         --config.data.data_dir=TFDS_FOLDER --workdir=runs/cifar100_t50
 
 Rows, with the paper's numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
 
-* `wrn34_10_t45`: T = 45
-* `wrn34_10_t50`: 60.12 / 42.55 / 9.53 at T = 50
-* `small`: WRN-16-4 in bfloat16, 20 + 10 epochs; about 25 minutes on one H100
-  (estimated)
+* `wrn34_10_t45`: T = 45.
+* `wrn34_10_t50`: 60.12 / 42.55 / 9.53 at T = 50.
+* `small`: WRN-16-4 in bfloat16, 20 + 10 epochs. It takes about 25 minutes on one H100
+  (estimated, not run).
 
-Hardware, hours, seeds and the length of stage 2: as in configs/cifar10.py. Inputs are
-normalised by CIFAR-10's mean and standard deviation.
+Hardware, hours, seeds and the length of stage 2 are as in configs/cifar10.py.
+Inputs are normalised by CIFAR-10's mean and standard deviation.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ def wrn34_10_t45() -> ConfigDict:
 def wrn34_10_t50() -> ConfigDict:
     config = cifar("cifar100", num_classes=100)
     config.stage2.learning_rate = 1e-2
-    # The paper reports T = 50 and leaves T_max open.
+    # The paper reports T = 50 and does not give T_max.
     config.stage2.t_max = 50
     config.stage2.auc_threshold = 0.75
     return config

@@ -1,9 +1,11 @@
-"""Handwritten digits, the embedded default: both stages, evaluation and samples.
+"""Handwritten digits: both stages, evaluation and samples.
 
     python -m atebm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Data: scikit-learn's `load_digits` (1,797 real digits of 8x8 pixels, a fifth held out).
-Hardware: two CPU cores, a few minutes. Numbers: docs/results.md.
+Data: scikit-learn's `load_digits`, which comes with the packages. It has 1,797 real
+digits of 8x8 pixels; a fifth is held out.
+Hardware: two CPU cores, a few minutes.
+Expected numbers: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.test = "digits:test"
     config.data.seeds = "noise"
     config.data.image_shape = (8, 8, 1)
-    # Shifts of one pixel, in the classifier's batches only.
+    # Shifts of one pixel, only in the classifier's batches.
     config.data.augment_cls = "pad_crop(1)"
 
     config.model.depth = 10

@@ -1,29 +1,33 @@
-"""ImageNet at 256 pixels, stage 2 from an imported robust classifier: the paper's rows.
+"""ImageNet at 256 pixels: stage 2 from an imported robust classifier.
 
     python -m atebm_jax.convert --from=CHECKPOINT.pt --arch=resnet50 --to=runs/rn50
     python -m atebm_jax.main --config=configs/imagenet256.py:resnet50_t30 \\
         --config.init_from=runs/rn50 --config.data.data_dir=TFDS_FOLDER \\
         --workdir=runs/resnet50_t30
 
-Data: a prepared TFDS `imagenet2012`, or class folders:
+Rows: the docstring of each row below says where it starts and what the paper reports
+(clean / AutoAttack L2 3.0 / Inception Score / FID). The sizes of ConvNeXt other than L
+are not in the paper. No row has been run to its end yet.
+
+Hardware: the paper's stage 2 of ConvNeXt-L took about 20 hours on 8 accelerators of the
+MI300 class. ResNet-50 needs a fraction of that. To estimate memory, FLOPs and speed of
+a row on given devices, add `--dry_run --devices=8` to its command.
+
+Data: a prepared TFDS `imagenet2012`; or class folders,
 `--config.data.train=folder:PATH/train --config.data.eval=folder:PATH/val
---config.data.test=folder:PATH/val`, or `prepared:PATH`. Seeds of the contrastive images
-are drawn from a Gaussian fitted to the training images (at 32 pixels, enlarged), which
-works for small networks on CIFAR-10 (docs/curriculum.md) and has not been run here. The
-paper's are some 300,000 images of Open Images whose labels do not overlap ImageNet's:
-`--config.data.seeds=prepared:PATH`, made as docs/data.md says.
+--config.data.test=folder:PATH/val`; or `prepared:PATH` (docs/data.md).
 
-Each row's comment says where it starts and what the paper reports (clean / AutoAttack
-L2 3.0 / Inception Score / FID). The paper does not fix the length of stage 2: the
-budgets here are ours, and no row has been run to its end yet. Memory, FLOPs and hours
-to expect of a row on given devices: the same command with `--dry_run --devices=8`.
-The paper's stage 2 of ConvNeXt-L took about 20 hours on 8 accelerators of the MI300
-class; ResNet-50 needs a fraction of it.
+Seeds: the default is a Gaussian fitted to the training images (at 32 pixels, enlarged).
+This works for small networks on CIFAR-10 (docs/curriculum.md) but has not been run
+here. The paper uses some 300,000 images of Open Images whose labels do not overlap
+ImageNet's. docs/data.md says how to prepare them; then give
+`--config.data.seeds=prepared:PATH`.
 
-The row `smoke` runs both stages of a ResNet-18 at 64 pixels, 8 + 8 steps, for trying
-the whole chain on CPU; it needs any TFDS set of photographs called `imagenet_sample`
-(1,000 classes) in `--config.data.data_dir`, takes four minutes of CPU time, and its
-numbers mean nothing.
+Length of stage 2: the paper does not give it. The budgets here are ours.
+
+The row `smoke` tries both stages on a CPU with a ResNet-18 at 64 pixels, 8 + 8 steps.
+It needs a TFDS data set of photographs called `imagenet_sample` (1,000 classes) in
+`--config.data.data_dir`. It takes four minutes of CPU time. Its numbers mean nothing.
 """
 
 from ml_collections import ConfigDict
@@ -50,7 +54,7 @@ def resnet50_t30() -> ConfigDict:
 
 
 def wrn50_4_t30() -> ConfigDict:
-    """From a robust Wide-ResNet-50-4 (L2 eps 3). The shorter of two curricula."""
+    """From a robust Wide-ResNet-50-4 (L2 eps 3). The shorter of the two curricula."""
     config = imagenet("wide_resnet50_4")
     config.stage2.t_max = 30
     config.stage2.auc_threshold = 0.2

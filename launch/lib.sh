@@ -1,15 +1,15 @@
 # shellcheck shell=bash disable=SC2034  # what is set here is used by the launchers
-# What the launchers share: reading arguments, and running or showing commands.
-# Works with bash 3.2, which is what a Mac has.
+# Shared by the launchers: reads arguments, and runs or shows commands.
+# Works with bash 3.2, the version on a Mac.
 
-# One sentence and exit code 2, as python -m atebm_jax.main does.
+# Ends with one sentence and exit code 2, like python -m atebm_jax.main.
 die() {
     echo "error: $*" >&2
     exit 2
 }
 
-# parse "OPTION ..." ARGUMENT...: fills config, workdir, extra and the variables that
-# the options are named by; what is no option of a launcher goes to every process.
+# parse "OPTION ..." ARGUMENT...: sets config, workdir, extra, and one variable per
+# option, with the option's name. Arguments for the job itself go into extra.
 parse() {
     local known=" $1 dry_run " usage argument name
     usage="usage: launch/$(basename "$0")"
@@ -44,43 +44,43 @@ parse() {
         die "there is no config file ${config%%:*}: give one such as configs/digits.py, or configs/cifar10.py:small with a row."
 }
 
-# Every option that must have a value: need OPTION WHAT.
+# need OPTION WHAT: refuses an option without a value.
 need() {
     [ -n "${!1}" ] || die "--$1 is missing: give $2."
 }
 
-# A positive whole number: positive OPTION.
+# positive OPTION: refuses anything but a positive whole number.
 positive() {
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "--$1 is ${!1}: give a positive whole number."
 }
 
-# All hosts must see one workdir: only a bucket, or what is said to be shared.
+# Refuses a workdir outside a bucket: all hosts must reach the same folder.
 in_bucket() {
     [[ $workdir == gs://?*/?* ]] ||
         die "WORKDIR is $workdir: every host must reach the same folder, so give one in a bucket, gs://BUCKET/FOLDER."
 }
 
-# The command that every process runs: main_command PYTHON.
+# main_command PYTHON: sets command, which every process runs.
 main_command() {
     command=("$1" -m atebm_jax.main "--config=$config" "--workdir=$workdir"
         ${extra[@]+"${extra[@]}"})
 }
 
-# Words as one line that a shell reads back as the same words.
+# Prints words as one line, quoted so that a shell reads the same words again.
 quoted() {
     local line
     printf -v line '%q ' "$@"
     echo "${line% }"
 }
 
-# A name that is the same for the same workdir, of letters, digits and dashes.
+# Prints a name of letters, digits and dashes, always the same for the same workdir.
 job_name() {
     local digest
     digest=$(printf '%s' "$workdir" | cksum)
     echo "atebm-${digest%% *}"
 }
 
-# Runs a command, or with --dry_run only shows it.
+# Runs a command. With --dry_run, only shows it.
 run() {
     if [ -n "$dry_run" ]; then
         echo "would run: $(quoted "$@")"
@@ -89,7 +89,7 @@ run() {
     fi
 }
 
-# The tool of a launcher: have TOOL WHERE_FROM. A dry run needs none.
+# have TOOL WHERE_FROM: refuses to go on without the tool. A dry run needs no tool.
 have() {
     [ -n "$dry_run" ] || command -v "$1" >/dev/null ||
         die "$1 is not installed here: $2."

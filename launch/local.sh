@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs a job on this machine, on all of its devices; the same command goes on with it.
+# Runs a job on all devices of this machine. The same command continues it.
 #
 #   launch/local.sh configs/cifar10.py:small runs/cifar10_small --config.data.data_dir=TFDS_FOLDER
 #
-# --python=PROGRAM         interpreter; default $PYTHON, else python3
+# --python=PROGRAM         interpreter; default $PYTHON, otherwise python3
 # --coordinator=HOST:PORT --num_processes=N --process_id=I
-#                          this machine is one of several: the same on all but for I
-# --dry_run                only say what would run
+#                          if this machine is one of several: the same on all but I
+# --dry_run                only print what would run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
@@ -25,8 +25,8 @@ if [ -n "$coordinator$num_processes$process_id" ]; then
 fi
 have "$python" "give another with --python=PROGRAM"
 
-# Two jobs at once would write over each other. The lock goes with the process, and is
-# not in the workdir, which a refused config must not make.
+# Two jobs at once would overwrite each other's files. The lock ends with the process.
+# It is not in the workdir, because a refused config must not create the workdir.
 if [ -z "$dry_run$coordinator" ] && command -v flock >/dev/null; then
     [[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
     exec 9>"${TMPDIR:-/tmp}/$(id -u)-$(job_name).lock"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Starts a job on every host of a Cloud TPU slice, in the background; hosts on which it
-# runs already are left alone, and a job that ended or was preempted goes on.
+# Starts a job on every host of a Cloud TPU slice, in the background.
+# Hosts on which it already runs are left alone.
+# A job that ended or was preempted continues from its last checkpoint.
 #
 #   launch/tpu_pod.sh --tpu=NAME --zone=ZONE configs/cifar10.py:wrn34_10_t50 gs://BUCKET/FOLDER
 #
 # --tpu=NAME --zone=ZONE   the slice
-# --project=PROJECT        default: that of gcloud
-# --remote_dir=FOLDER      this repository on the hosts; default atebm_jax in the home
+# --project=PROJECT        default: gcloud's
+# --remote_dir=FOLDER      this repository on the hosts; default ~/atebm_jax
 # --python=PROGRAM         interpreter there; default .venv/bin/python in that folder
-# --dry_run                only say what would run
+# --dry_run                only print what would run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
@@ -22,8 +23,8 @@ in_bucket
 have gcloud "see https://cloud.google.com/sdk/docs/install"
 main_command "$python"
 
-# On a host: a lock, held by the job as long as it lives, keeps a second one away. One
-# job a host, whatever its workdir, as a TPU serves one process.
+# This runs on each host. The job holds a lock as long as it lives, which keeps a second
+# job away. There is one job per host, whatever its workdir: a TPU serves one process.
 remote="cd $(quoted "$remote_dir") && command -v $(quoted "$python") >/dev/null || {
     echo \"\$(hostname): no $(quoted "$remote_dir") with $(quoted "$python")\"
     exit 2

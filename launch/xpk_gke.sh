@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Submits a job to a GKE cluster of TPUs with XPK, one process a host; while it is
-# there, the same command does nothing, and afterwards it goes on.
+# Submits a job to a GKE cluster of TPUs with XPK, with one process per host.
+# While the job exists in the cluster, the same command does nothing.
+# Afterwards the same command continues the job.
 #
 #   launch/xpk_gke.sh --cluster=NAME --zone=ZONE --tpu_type=v5litepod-256 --image=IMAGE \
 #       configs/imagenet256.py:convnext_large_t110 gs://BUCKET/FOLDER
 #
-# --cluster=NAME --zone=ZONE   the cluster, made by xpk cluster create
-# --tpu_type=TYPE              of a slice, v5litepod-256 say
+# --cluster=NAME --zone=ZONE   the cluster, as made by xpk cluster create
+# --tpu_type=TYPE              type of a slice, such as v5litepod-256
 # --image=IMAGE                container with this repository as its working folder
-# --project=PROJECT            default: that of gcloud
-# --num_slices=N               default 1; more are joined over the data centre's network
-# --max_restarts=N             after preemption or a failed host; default 50
+# --project=PROJECT            default: gcloud's
+# --num_slices=N               default 1; several are joined over the data centre's network
+# --max_restarts=N             restarts after a preemption or a failed host; default 50
 # --python=PROGRAM             interpreter in the container; default python3
-# --dry_run                    only say what would run
+# --dry_run                    only print what would run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
@@ -41,15 +42,15 @@ if [ -z "$dry_run" ]; then
     case $line in
     "") ;;
     *[[:space:]]Finished[[:space:]]*)
-        # Its name is taken until it is deleted; what it saved lies in the bucket.
+        # Its name is taken until it is deleted. What it saved is in the bucket.
         xpk workload delete "${where[@]}" "--workload=$name" --force ;;
     *)
         echo "the job of $workdir is already there ($name): nothing to do."
         exit 0 ;;
     esac
 fi
-# XPK restarts what a signal has ended (exit codes from 128 on), not what ended with a
-# user's mistake (2). SIGTERM comes two minutes before the end, enough to save.
+# XPK restarts a job that a signal ended (exit codes from 128 on), but not one that ended
+# with a user's mistake (2). SIGTERM comes two minutes before the end: enough to save.
 run xpk workload create "${where[@]}" "--workload=$name" "--tpu-type=$tpu_type" \
     "--num-slices=$num_slices" "--docker-image=$image" "--max-restarts=$max_restarts" \
     --termination-grace-period-seconds=120 \
