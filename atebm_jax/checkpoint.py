@@ -27,8 +27,8 @@ from orbax.checkpoint import checkpoint_managers
 from atebm_jax import checksums, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import LocalPath
-from atebm_jax.reporting import in_bucket
 from atebm_jax.seeds import Gaussian
+from atebm_jax.storage import in_bucket
 from atebm_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import os
 import jax
 
 from atebm_jax import checkpoint
-from atebm_jax.reporting import in_bucket
+from atebm_jax.storage import in_bucket
 
 FOLDER = "compilation_cache"
 

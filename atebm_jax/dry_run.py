@@ -10,7 +10,6 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -35,10 +34,11 @@ from atebm_jax import (
     seeds,
     sharding,
     stages,
+    storage,
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import say
+from atebm_jax.progress import say
 from atebm_jax.train import build_step
 
 GIB = 2**30
@@ -366,16 +366,16 @@ def run(
     path = None if json_file is None else _place_of(json_file)
     figures = _estimate(config, machine, console)
     if path:
-        try:
-            path.write_text(json.dumps(figures, indent=2))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}.") from error
+        with storage.writing(path):
+            storage.write_json(path, figures)
     return figures
 
 
 def _place_of(json_file: str) -> pathlib.Path:
     """Where the figures go; refused before the work where they could not."""
     path = pathlib.Path(os.path.expanduser(json_file))
+    if path.is_file():
+        path = path.resolve()  # What a link points to is replaced, not the link.
     if path.is_dir() or not path.parent.is_dir():
         wrong = "is a folder" if path.is_dir() else f"{path.parent} is not there"
         raise UserError(

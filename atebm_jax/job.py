@@ -25,19 +25,15 @@ from atebm_jax import (
     reachability,
     seeds,
     sharding,
+    storage,
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing, samples
 from atebm_jax.evaluate.evaluation import Evaluation
+from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.preemption import StopSignal
-from atebm_jax.reporting import (
-    MetricWriter,
-    check_bucket,
-    replace_text,
-    say,
-    told_plainly,
-)
+from atebm_jax.progress import say
 from atebm_jax.stages import classifier_adversary
 from atebm_jax.train import Job, build_step, train_stage
 from atebm_jax.workdir_lock import Lock
@@ -75,12 +71,12 @@ def run(
     """
     configuration.check(config)
     workdir = checkpoint.absolute(workdir)
-    check_bucket(workdir)
+    storage.check_bucket(workdir)
     lock = Lock(workdir)
     try:
         # Before anything is read: nobody may be writing it.
         lock.acquire()
-        with told_plainly(workdir):
+        with storage.told_plainly(workdir):
             return _run(
                 config,
                 workdir,
@@ -362,15 +358,13 @@ def _claim(
 ) -> None:
     """Makes the workdir, or refuses one that another job has."""
     files = {"config.json": checkpoint.as_json(config), _DATA_FILE: described}
-    try:
+    with storage.writing(f"workdir {workdir}"):
         for folder in ("checkpoints", "events", "samples"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
         lock.acquire()
         if jax.process_index() == 0:
             for name, content in files.items():
-                replace_text(workdir / name, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error}.") from error
+                storage.write_json(workdir / name, content)
 
 
 def _read_stored(path: epath.Path) -> dict[str, Any]:
@@ -465,7 +459,7 @@ def _origins(
 
     def given() -> Any:
         try:
-            check_bucket(checkpoint.absolute(config.init_from))
+            storage.check_bucket(checkpoint.absolute(config.init_from))
             return loaded(config.init_from)
         except UserError as error:
             raise UserError(f"config.init_from: {error}") from error

@@ -20,9 +20,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import sharding
+from atebm_jax import sharding, storage
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import replace_bytes
 
 if TYPE_CHECKING:
     from atebm_jax import data
@@ -250,14 +249,8 @@ def from_arrays(
 
 
 def _write(path: epath.Path, gaussian: Gaussian, fingerprint: str) -> None:
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        means=gaussian.means,
-        factors=gaussian.factors,
-        fingerprint=np.asarray(fingerprint),
-    )
-    replace_bytes(path, buffer.getvalue())
+    arrays = {"means": gaussian.means, "factors": gaussian.factors}
+    storage.write_npz(path, arrays | {"fingerprint": np.asarray(fingerprint)})
 
 
 def _read(path: epath.Path, image_shape: tuple[int, int, int]) -> tuple[Gaussian, str]:

@@ -31,8 +31,9 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
+from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.preemption import Interrupted, StopSignal
-from atebm_jax.reporting import MetricWriter, ProgressLine, say
+from atebm_jax.progress import ProgressLine, say
 from atebm_jax.seeds import Gaussian
 from atebm_jax.train_state import TrainState
 from atebm_jax.workdir_lock import Lock

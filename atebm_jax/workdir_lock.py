@@ -23,9 +23,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from atebm_jax import sharding
+from atebm_jax import sharding, storage
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import in_bucket, replace_text
 
 try:
     import fcntl
@@ -129,7 +128,7 @@ class Lock:
     def _take(self) -> str:
         """Takes the lock; returns why it cannot, "" if it could."""
         try:
-            if in_bucket(self._path) or fcntl is None or not self._lock_file():
+            if storage.in_bucket(self._path) or fcntl is None or not self._lock_file():
                 self._claim_workdir()
         except BlockingIOError:
             return self._in_use(_read(self._path))
@@ -268,7 +267,7 @@ class Lock:
         self._signs_of_life += 1
         owner = {"holds": holds, "signs_of_life": self._signs_of_life}
         # Whole at every moment: half a line would pass for nobody's.
-        replace_text(self._claim, json.dumps(self._owner | owner))
+        storage.write_json(self._claim, self._owner | owner)
 
     def _others(self) -> dict[str, _Owner]:
         """The claims of other jobs by name."""
@@ -292,10 +291,8 @@ def held(folder: str | os.PathLike, flag: str, *, alone: bool = True) -> Iterato
       UserError: another command writes there, or it cannot be written.
     """
     path = epath.Path(folder)
-    try:
+    with storage.writing(f"folder {path}"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder {path} cannot be written: {error}.") from error
     lock = Lock(path, what="folder", flag=flag, alone=alone)
     lock.acquire()
     try:

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import json
 import os
 import platform
 import shlex
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
+from atebm_jax import storage
 from atebm_jax.command_line import load_config
 from atebm_jax.config import check_override, lookup
 from atebm_jax.errors import UserError
@@ -142,9 +142,6 @@ def write_json(path: str, record: dict[str, Any]) -> None:
     if not path:
         return
     try:
-        # Under another name first: a run cut off leaves no half record.
-        unfinished = Path(f"{path}.unfinished")
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
-        unfinished.replace(path)
+        storage.write_json(Path(path), record)
     except OSError as error:
         raise UserError(f"cannot write --json={path}: {error.strerror}.") from error

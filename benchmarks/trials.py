@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from atebm_jax import UserError, compilation, job
-from atebm_jax.reporting import read_metrics
+from atebm_jax.metric_writer import read_metrics
 
 COLUMNS = (
     "seeds",

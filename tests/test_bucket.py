@@ -23,12 +23,13 @@ from atebm_jax import (
     checksums,
     intact,
     job,
-    reporting,
+    pictures,
+    storage,
     workdir_lock,
 )
-from atebm_jax.evaluate import plots, report
+from atebm_jax.evaluate import report
 from atebm_jax.evaluate.store import Store
-from atebm_jax.reporting import MetricWriter, read_metrics
+from atebm_jax.metric_writer import MetricWriter, read_metrics
 
 PACKAGE = Path(__file__).parents[1] / "atebm_jax"
 
@@ -47,6 +48,13 @@ class Events:
 
     def close(self):
         pass
+
+
+class Stopping:
+    """Stands in for a command that is stopped while it writes."""
+
+    def __array__(self, *args, **options):
+        raise KeyboardInterrupt
 
 
 class Unlocked:
@@ -127,7 +135,7 @@ def test_metrics_after_the_restored_step_are_cut_away(workdir):
 
 def test_pictures_reports_and_units_are_written(workdir):
     images = np.zeros((4, 8, 8, 1), np.float32)
-    plots.sample_grid(
+    pictures.sample_grid(
         workdir / "samples.png",
         {"samples": (images, np.arange(4))},
         num_classes=4,
@@ -137,6 +145,9 @@ def test_pictures_reports_and_units_are_written(workdir):
     assert (workdir / "samples.png").read_bytes().startswith(b"\x89PNG")
     store = Store(workdir / "units", {"a": 1})
     store.save("000000", {"x": np.arange(3)})
+    assert store.load("000000")["x"].tolist() == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        store.save("000000", {"x": np.arange(9), "y": Stopping()})
     assert store.load("000000")["x"].tolist() == [0, 1, 2]
     report.write(workdir, {"stages": {}})
     assert json.loads((workdir / "report.json").read_text()) == {"stages": {}}
@@ -196,18 +207,19 @@ def test_workdir_is_held_by_a_sign_of_life(workdir, monkeypatch):
 
 
 def test_missing_packages_are_named(workdir, monkeypatch):
-    monkeypatch.setattr(reporting, "_found", lambda module: module == "gcsfs")
+    monkeypatch.setattr(storage, "_found", lambda module: module == "gcsfs")
     with pytest.raises(UserError, match="google-cloud-storage is not .*jax.gcs"):
         tiny.run(tiny.config(), workdir)
-    monkeypatch.setattr(reporting, "_found", lambda module: True)
-    reporting.check_bucket(workdir)
-    reporting.check_bucket(epath.Path("/a/b"))
+    monkeypatch.setattr(storage, "_found", lambda module: True)
+    storage.check_bucket(workdir)
+    storage.check_bucket(epath.Path("/a/b"))
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        *(PACKAGE / name for name in ("job.py", "train.py", "reporting.py")),
+        *(PACKAGE / name for name in ("job.py", "train.py", "storage.py")),
+        *(PACKAGE / name for name in ("metric_writer.py", "pictures.py")),
         *(PACKAGE / name for name in ("checkpoint.py", "checksums.py", "intact.py")),
         *sorted((PACKAGE / "evaluate").glob("*.py")),
     ],

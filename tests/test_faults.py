@@ -14,8 +14,8 @@ from etils import epath
 from PIL import Image
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, checksums, data, intact, reporting
-from atebm_jax.reporting import MetricWriter, read_metrics
+from atebm_jax import UserError, checkpoint, checksums, data, intact, storage
+from atebm_jax.metric_writer import MetricWriter, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
@@ -218,7 +218,7 @@ def test_storage_that_cannot_be_written_is_told_whoever_tried(tmp_path, number):
     for error in (own, passed_on, ValueError(text)):
         with (
             pytest.raises(UserError, match=message),
-            reporting.told_plainly(epath.Path(tmp_path)),
+            storage.told_plainly(epath.Path(tmp_path)),
         ):
             raise error
 
@@ -227,7 +227,7 @@ def test_other_errors_are_left_as_they_are(tmp_path):
     for error in (KeyError("x"), FileNotFoundError(2, "gone"), UserError("mine")):
         with (
             pytest.raises(type(error)) as raised,
-            reporting.told_plainly(epath.Path(tmp_path)),
+            storage.told_plainly(epath.Path(tmp_path)),
         ):
             raise error
         assert raised.value is error

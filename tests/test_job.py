@@ -16,8 +16,8 @@ import tiny
 import atebm_jax
 from atebm_jax import UserError, checkpoint, checksums, data
 from atebm_jax.evaluate import accuracy
+from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.preemption import Interrupted
-from atebm_jax.reporting import MetricWriter, read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,7 +29,9 @@ ORDER = (
     "sampling",
     "autoattack",
     "sharding",
-    "reporting",
+    "storage",
+    "progress",
+    "metric_writer",
     "workdir_lock",
     "data",
     "config",
@@ -45,6 +47,7 @@ ORDER = (
     "convert",
     "presets",
     "reachability",
+    "pictures",
     "evaluate",
     "sample",
     "train",
@@ -58,10 +61,10 @@ ORDER = (
 # Rooms that may know less than their place in the order allows.
 FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
 FREE += ("calls", "samplers", "health")
-FREE += ("data", "sharding", "config", "preemption", "reporting")
+FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
-    "data": {"names", "calls", "reporting", "workdir_lock"},
+    "data": {"names", "calls", "storage", "progress", "workdir_lock"},
     "samplers": {"calls"},
     "stages": {"energy", "losses", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
@@ -69,12 +72,14 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "constraints": {"attacks"},
     "sampling": {"energy", "attacks", "samplers", "constraints"},
     "autoattack": {"energy", "losses", "attacks"},
-    "workdir_lock": {"sharding", "reporting"},
+    "metric_writer": {"storage"},
+    "workdir_lock": {"sharding", "storage"},
     "intact": {"checkpoint", "train_state"},
-    "compilation": {"checkpoint", "reporting"},
+    "compilation": {"checkpoint", "storage"},
+    "pictures": {"names", "metrics", "data", "storage"},
     "reachability": {"data", "metrics", "samplers", "sampling", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
-    | {"reporting"},
+    | {"storage", "progress"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

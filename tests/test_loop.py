@@ -17,7 +17,7 @@ import tiny
 
 from atebm_jax import checkpoint, compilation, sharding, train
 from atebm_jax.evaluate.evaluation import Evaluation
-from atebm_jax.reporting import read_metrics
+from atebm_jax.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[1]
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -10,7 +10,7 @@ import reference
 from etils import epath
 
 from atebm_jax import checkpoint, checksums
-from atebm_jax.reporting import read_metrics
+from atebm_jax.metric_writer import read_metrics
 from atebm_jax.workdir_lock import Lock
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))

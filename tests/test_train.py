@@ -11,7 +11,7 @@ import tiny
 
 from atebm_jax import UserError, checkpoint, health, optim, train, train_step
 from atebm_jax.evaluate.evaluation import Evaluation
-from atebm_jax.reporting import MetricWriter, read_metrics
+from atebm_jax.metric_writer import MetricWriter, read_metrics
 
 
 def poison(monkeypatch, broken):

@@ -12,6 +12,9 @@ from atebm_jax.command_line import load_config
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 
+# Fine names of folders, which rich would take for styles, faults or a picture.
+NAMES = ("[bold]a", "a [/x]", "[link=x]a[/link]", "a:smile:b", "[red]")
+
 
 def config(**overrides: Any) -> ConfigDict:
     """The digits config with both stages cut to 6 steps; overrides by dotted name."""

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from atebm_jax.command_line import check_platform, fail, quiet_libraries
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import say
+from atebm_jax.progress import say
 
 if TYPE_CHECKING:
     from atebm_jax.convert.importing import Imported

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atebm_jax import archs, checkpoint
+from atebm_jax import archs, checkpoint, storage
 from atebm_jax.convert.names import to_torch
-from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
 
 FORMATS = ("safetensors",)
@@ -57,7 +56,7 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     names = checkpoint.class_names(meta)
     if names is not None:
         metadata["atebm_jax.class_names"] = json.dumps(names)
-    with appears_whole(to) as made:
+    with storage.appears_whole(to) as made:
         save_file(arrays, made, metadata=metadata)
     return Exported(len(arrays), int(parameters), metadata)
 

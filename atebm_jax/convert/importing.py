@@ -12,13 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from atebm_jax import archs, checkpoint, checksums, models
+from atebm_jax import archs, checkpoint, checksums, models, storage
 from atebm_jax import config as configuration
 from atebm_jax.convert import detect, layouts, matching, normalization, probe
 from atebm_jax.convert.entries import printable
 from atebm_jax.convert.files import Source, open_source
 from atebm_jax.convert.normalization import Normalization
-from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
 from atebm_jax.models.layers import ACTIVATIONS
 
@@ -343,15 +342,12 @@ def write(imported: Imported, to: str | os.PathLike) -> None:
     """
     check_target(to)
     config = checkpoint.as_json(imported.config)
-    with appears_whole(to) as made:
+    with storage.appears_whole(to) as made:
         folder = epath.Path(made)
         folder.mkdir()
         _save_weights(folder, imported, config)
-        for name, content in (
-            ("config.json", config),
-            ("import.json", imported.record),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        storage.write_json(folder / "config.json", config)
+        storage.write_json(folder / "import.json", imported.record)
 
 
 def _save_weights(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import replace_text
+from atebm_jax.storage import replace_text
 
 
 def normalise(name: str) -> str:

@@ -27,12 +27,12 @@ from absl import flags
 from array_record.python import array_record_module
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
+from atebm_jax import storage
 from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.sources import FolderSource, Source, open_source
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import replace_text, told_plainly
+from atebm_jax.progress import track
 from atebm_jax.workdir_lock import FILE as LOCK
 from atebm_jax.workdir_lock import held
 
@@ -143,7 +143,7 @@ def prepare(
     }
     root = Path(os.path.expanduser(to))
     then = "with its finished shards"
-    with held(root, "--to"), told_plainly(root, "prepared set", then):
+    with held(root, "--to"), storage.told_plainly(root, "prepared set", then):
         _claim(root, settings)
         for leftover in root.glob(".*.tmp"):  # of a command that was killed
             leftover.unlink(missing_ok=True)
@@ -183,8 +183,8 @@ def _finish(
         "num_images": sum(shard["num_images"] for shard in shards),
         "num_bad_images": len(bad),
     }
-    replace_text(root / "bad_images.txt", "".join(f"{name}\n" for name in bad))
-    replace_text(root / prepared.INDEX, json.dumps(index, indent=2) + "\n")
+    storage.replace_text(root / "bad_images.txt", "".join(f"{name}\n" for name in bad))
+    storage.write_json(root / prepared.INDEX, index)
     check(root)
     return index
 
@@ -226,7 +226,7 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
                 return
         elif any(not entry.name.startswith(_OWN) for entry in root.iterdir()):
             raise UserError(f"{root} is not empty: give another --to.")
-        replace_text(path, json.dumps(settings))
+        storage.write_json(path, settings)
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -275,9 +275,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     results: dict[int, dict[str, Any]] = {}
     with contextlib.closing(_finished(jobs, num_workers)) as finished:
-        for number, result in track(
-            finished, "shards", total=len(jobs), console=console, transient=True
-        ):
+        for number, result in track(finished, "shards", console, len(jobs)):
             results[number] = result
             bad = [name for r in results.values() for name in r["bad"]]
             if len(bad) > max_bad_images:
@@ -339,15 +337,10 @@ def _shard(
     description = root / f"{name}.json"
     if description.exists():
         return json.loads(description.read_text())
-    temporary = root / f".{name}.{os.getpid()}.tmp"
-    try:
+    with storage.replacing(root / name, shared=True) as temporary:
         result = _written(source, indices, temporary, size, quality)
-        temporary.replace(root / name)
-        # Last, because it says that the shard is whole.
-        replace_text(description, json.dumps(result))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    # Last, because it says that the shard is whole.
+    storage.write_json(description, result)
     return result
 
 
@@ -418,7 +411,7 @@ def _open(to: str) -> tuple[Source, np.ndarray | None]:
             raise UserError(f"openimages needs {' and '.join(missing)} too.")
         images = FolderSource(folder)
         decisions = Path(os.path.expanduser(f"{to.rstrip(os.sep)}.labels.csv"))
-        try:
+        with storage.writing(decisions, "Make room or give another --to."):
             decisions.parent.mkdir(parents=True, exist_ok=True)
             allowed = openimages.select(
                 str(_LABELS.value),
@@ -427,11 +420,6 @@ def _open(to: str) -> tuple[Source, np.ndarray | None]:
                 _HIERARCHY.value,
                 decisions,
             )
-        except OSError as error:
-            raise UserError(
-                f"{decisions} cannot be written: {error}. Make room or give another "
-                "--to."
-            ) from error
         names = [Path(images.path(i)).stem for i in range(len(images))]
         source = images
         candidates = np.flatnonzero([name in allowed for name in names])

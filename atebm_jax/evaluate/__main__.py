@@ -156,8 +156,7 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from atebm_jax.evaluate import suite, suite_report
-    from atebm_jax.evaluate.progress import progress
-    from atebm_jax.reporting import say
+    from atebm_jax.progress import parts, say
     from atebm_jax.sharding import initialize_processes
 
     quiet_libraries()
@@ -172,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
         check_platform()
         # One report from all processes.
         console = Console(quiet=jax.process_index() != 0)
-        with progress(console) as show:
+        with parts(console) as show:
             report = suite.evaluate(
                 path,
                 out,

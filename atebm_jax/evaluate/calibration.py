@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from atebm_jax import metrics
+from atebm_jax import metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import figures
 from atebm_jax.evaluate.classification import logits
 from atebm_jax.evaluate.context import Context, figure
 
@@ -40,7 +39,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             for name, number in _scores(context, scaled, labels).items()
         }
         diagrams[f"{moment} scaling"] = metrics.reliability(scaled, labels, NUM_BINS)
-    figures.reliability(out / "reliability.png", diagrams)
+    pictures.reliability(out / "reliability.png", diagrams)
     protocol = {
         "bins": NUM_BINS,
         **split.description,

@@ -8,9 +8,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import metrics
+from atebm_jax import metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import figures
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
 from atebm_jax.stages import classifier_adversary
 
@@ -67,7 +66,13 @@ def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
         scores, labels = logits(context, "test")
         curve[0.0] = _share(scores.argmax(axis=1) == labels)
         plots = ["robust_accuracy.png"]
-        figures.robust_curve(out / plots[0], curve, settings.norm)
+        pictures.curve(
+            out / plots[0],
+            {radius: share["value"] for radius, share in curve.items()},
+            (f"{settings.norm} radius, pixels of a [0, 1] image", "accuracy"),
+            bounds={radius: share["interval_95"] for radius, share in curve.items()},
+            title="accuracy under PGD, 95 % intervals",
+        )
     protocol = {
         "attack": "PGD on the cross-entropy, no random start, no restart",
         "norm": settings.norm,

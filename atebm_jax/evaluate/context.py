@@ -17,6 +17,7 @@ from atebm_jax import data, models, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Arrays, Store
+from atebm_jax.progress import ShowFn
 from atebm_jax.seeds import Gaussian
 
 
@@ -47,8 +48,6 @@ ImageFn = Callable[[Network, jax.Array, jax.Array], dict[str, jax.Array]]
 RowsFn = Callable[..., dict[str, jax.Array]]
 # Images that tell one data set from another at every start.
 _FINGERPRINT_IMAGES = 256
-# Shows the progress of a part: (name, batches done, batches in all).
-ShowFn = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 import scipy.stats
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, samplers, sampling
+from atebm_jax import attacks, energy, metrics, pictures, samplers, sampling
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import extractors, figures
+from atebm_jax.evaluate import extractors
 from atebm_jax.evaluate.context import Context, Network, RowsFn, check_finite, figure
 from atebm_jax.evaluate.extractors import Extractor
 
@@ -147,10 +147,10 @@ def _draw(
     number = context.config.model.num_classes
     names = classes.names_of(context.sources["test"].class_names, number)
     first = next(iter(found.values()))
-    strips = {f"radius {radius:g}": rows["images"] for radius, rows in found.items()}
-    figures.strips(
+    found_at = {f"radius {radius:g}": rows["images"] for radius, rows in found.items()}
+    pictures.image_rows(
         out / "counterfactuals.png",
-        {"original": first["originals"]} | strips,
+        {"original": first["originals"]} | found_at,
         [
             f"{names[a]} to {names[b]}"
             for a, b in zip(first["labels"][:_STRIPS], first["targets"][:_STRIPS])

@@ -15,13 +15,12 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, data, reachability, samplers, sharding
+from atebm_jax import checkpoint, data, pictures, reachability, samplers, sharding
 from atebm_jax import config as configuration
-from atebm_jax.evaluate import accuracy, cost, plots, report, samples
-from atebm_jax.evaluate.context import ShowFn
-from atebm_jax.evaluate.progress import progress
+from atebm_jax.evaluate import accuracy, cost, report, samples
+from atebm_jax.metric_writer import read_metrics
 from atebm_jax.preemption import StopSignal
-from atebm_jax.reporting import read_metrics, say
+from atebm_jax.progress import ShowFn, parts, say
 from atebm_jax.seeds import Gaussian
 
 
@@ -77,7 +76,7 @@ class Evaluation:
         steps = {stage: checkpoint.steps_in(f)[-1] for stage, f in folders.items()}
         if result is None or not self._holds(result, steps):
             say(console, self.cost_of_final(list(folders)))
-            with progress(console) as show:
+            with parts(console) as show:
                 result = self._measure(folders, show)
         if jax.process_index() == 0:
             report.show(console, result)
@@ -145,7 +144,7 @@ class Evaluation:
         if jax.process_index() == 0:
             titles = {f"samples after {stage}": drawn[stage] for stage in drawn}
             self._grid(self._workdir / "samples.png", titles)
-            plots.training_curves(
+            pictures.training_curves(
                 self._workdir / "curves.png", read_metrics(self._workdir)
             )
             report.write(self._workdir, result)
@@ -279,7 +278,7 @@ class Evaluation:
     def _grid(
         self, path: epath.Path, blocks: dict[str, tuple[np.ndarray, np.ndarray]]
     ) -> None:
-        plots.sample_grid(
+        pictures.sample_grid(
             path,
             blocks,
             num_classes=self._config.model.num_classes,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import metrics, samplers
+from atebm_jax import metrics, pictures, samplers
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import drawing, extractors, figures, plots, references
+from atebm_jax.evaluate import drawing, extractors, references
 from atebm_jax.evaluate.context import Context, check_finite, figure
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.references import Reference
@@ -287,9 +287,10 @@ def _write(
     statistics = _merged(seen.groups).statistics()
     references.write(out / "sample_statistics.npz", *statistics)
     if curve:
-        figures.sweep(out / "sampling_steps.png", curve, names["frechet"])
+        named = ("sampling steps", names["frechet"])
+        pictures.curve(out / "sampling_steps.png", curve, named)
     num_classes = context.config.model.num_classes
-    plots.sample_grid(
+    pictures.sample_grid(
         out / "samples.png",
         {
             f"samples, {num_steps} steps": (

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, models
-from atebm_jax.evaluate import figures
+from atebm_jax import attacks, energy, metrics, models, pictures
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
 from atebm_jax.names import for_files, printable
 
@@ -116,7 +115,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
                 values |= _figures(context, prefix, inside[name], outside[name])
         name = f"ood_{_file_name(role)}.png"
         plots.append(name if name not in plots else f"{len(plots)}_{name}")
-        figures.detection(
+        pictures.detection(
             out / plots[-1], printable(role), tuple(DETECTORS), inside, sets
         )
     protocol = {

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint
+from atebm_jax import checkpoint, storage
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Network, check_finite
 from atebm_jax.evaluate.extractors import Extractor
@@ -119,7 +119,7 @@ def _sha256(*arrays: np.ndarray) -> str:
 
 def write(path: epath.Path, mean: np.ndarray, covariance: np.ndarray) -> None:
     """Writes statistics as the usual tools read them (`mu`, `sigma`, float64)."""
-    _save(path, {"mu": mean, "sigma": covariance})
+    storage.write_npz(path, {"mu": mean, "sigma": covariance})
 
 
 def _of_data(context: Context, extractor: Extractor, dimensions: int) -> Reference:
@@ -225,10 +225,3 @@ def _features(
         context.show("statistics of real images", index + 1, total)
         if len(rows["features"]):
             yield rows["features"], index * size
-
-
-def _save(path: epath.Path, arrays: Arrays) -> None:
-    temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    temporary.replace(path)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atebm_jax.reporting import replace_text
+from atebm_jax import storage
 
 # Column title and number format of each figure of the table.
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -23,7 +23,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 def write(workdir: epath.Path, report: Mapping[str, Any]) -> None:
     """Writes `report.json`, whole or not at all."""
-    replace_text(workdir / "report.json", json.dumps(report, indent=2) + "\n")
+    storage.write_json(workdir / "report.json", report)
 
 
 def read(workdir: epath.Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import autoattack, metrics, models, sharding
+from atebm_jax import autoattack, metrics, models, sharding, storage
 from atebm_jax.autoattack import versions
 from atebm_jax.evaluate.context import Context, figure
 from atebm_jax.evaluate.store import Store
@@ -82,7 +82,9 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         on_progress=_shower(context),
     )
     if options.save_adversarial and jax.process_index() == 0:
-        _save_images(out / "autoattack.npz", result, labels)
+        saved = {"images": result.adversarial, "labels": labels, "clean": result.clean}
+        saved["robust"] = np.asarray(list(result.robust.values())[-1])
+        storage.write_npz(out / "autoattack.npz", saved, compressed=True)
     total = len(result.clean)
     masks = {"clean": result.clean} | result.robust
     return {
@@ -141,18 +143,3 @@ def _stored(store: Store) -> Iterator[autoattack.Unit]:
             arrays["images"],
         )
         position += 1
-
-
-def _save_images(
-    path: epath.Path, result: autoattack.Result, labels: np.ndarray
-) -> None:
-    temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            images=result.adversarial,
-            labels=labels,
-            clean=result.clean,
-            robust=list(result.robust.values())[-1],
-        )
-    temporary.replace(path)

@@ -5,6 +5,7 @@ renamed: it is there whole or not at all. Units lie in a folder named by what de
 their content (weights, data, settings); another protocol never meets them.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,9 +19,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from atebm_jax import sharding
+from atebm_jax import sharding, storage
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import replace_bytes
 
 Arrays = dict[str, np.ndarray]
 
@@ -90,13 +90,9 @@ class Store:
         """
         if jax.process_index() != 0:
             return
-        file = io.BytesIO()
-        np.savez(file, allow_pickle=False, **dict(arrays))
-        try:
+        with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
-            replace_bytes(self._folder / f"{name}.npz", file.getvalue())
-        except OSError as error:
-            raise UserError(self._unwritable(error)) from error
+            storage.write_npz(self._folder / f"{name}.npz", arrays)
 
     def check_writable(self) -> None:
         """Looks whether a unit could be written, before the work that makes it.
@@ -109,21 +105,20 @@ class Store:
         refusal = ""
         if jax.process_index() == 0:
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                probe = self._folder / f".{os.getpid()}.probe"
-                probe.write_bytes(b"probe")
-                probe.unlink()
-            except OSError as error:
-                refusal = self._unwritable(error)
+                with self._writing():
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    probe = self._folder / f".{os.getpid()}.probe"
+                    probe.write_bytes(b"probe")
+                    probe.unlink()
+            except UserError as error:
+                refusal = str(error)
         refusal = sharding.first_said(refusal)
         if refusal:
             raise UserError(refusal)
 
-    def _unwritable(self, error: OSError) -> str:
-        return (
-            f"{self._folder} cannot be written: {error}. Make room or give another "
-            f"{self._flag}; what is finished is kept."
-        )
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        remedy = f"Make room or give another {self._flag}; what is finished is kept."
+        return storage.writing(self._folder, remedy)
 
 
 def _from_first_process(arrays: Arrays | None) -> Arrays | None:

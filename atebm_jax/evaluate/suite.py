@@ -29,11 +29,11 @@ from atebm_jax.evaluate.context import (
     Context,
     Judge,
     Options,
-    ShowFn,
     preprocess_of,
     source_fingerprint,
 )
 from atebm_jax.evaluate.store import Store, weights_fingerprint
+from atebm_jax.progress import ShowFn
 from atebm_jax.workdir_lock import held
 
 _log = logging.getLogger(__name__)

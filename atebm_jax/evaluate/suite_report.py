@@ -1,6 +1,5 @@
 """The evaluation's report: `report.json` for machines, `report.md` for people."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atebm_jax.errors import UserError
-from atebm_jax.reporting import replace_text
+from atebm_jax import storage
 
 _CLASSES_SHOWN = 20
 
@@ -22,12 +20,9 @@ def write(folder: epath.Path, report: Mapping[str, Any]) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    try:
-        text = json.dumps(_finite(report), indent=2, allow_nan=False)
-        replace_text(folder / "report.json", text + "\n")
-        replace_text(folder / "report.md", markdown(report))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}.") from error
+    with storage.writing(folder):
+        storage.write_json(folder / "report.json", _finite(report), allow_nan=False)
+        storage.replace_text(folder / "report.md", markdown(report))
 
 
 def markdown(report: Mapping[str, Any]) -> str:

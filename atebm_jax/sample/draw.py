@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
-from atebm_jax import data, samplers, seeds
+from atebm_jax import data, samplers, seeds, storage
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing
-from atebm_jax.reporting import say
+from atebm_jax.progress import say, track
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
 from atebm_jax.workdir_lock import held
@@ -117,14 +116,7 @@ def _draw(
         drawn_from.labels_of,
         drawn_from.of,
     )
-    for number, images in track(
-        drawn,
-        "samples",
-        total=len(missing),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
+    for number, images in track(drawn, "samples", console, len(missing)):
         if not np.isfinite(images).all():
             raise UserError(
                 f"samples {number * size} and on are not finite numbers: the network "
@@ -160,7 +152,7 @@ def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> 
     if content.get(_STAND_INS, []) != sorted(stand_ins):
         content[_STAND_INS] = sorted(stand_ins)
         with files.told(out):
-            files.write_json(out / "samples.json", content)
+            storage.write_json(out / "samples.json", content, allow_nan=False)
 
 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:

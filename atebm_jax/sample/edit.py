@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import constraints, metrics, sampling
+from atebm_jax import constraints, metrics, pictures, sampling
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import say
-from atebm_jax.sample import edits, files, inputs, loading, process, records, strips
+from atebm_jax.progress import say
+from atebm_jax.sample import edits, files, inputs, loading, process, records
 from atebm_jax.sample.loading import Loaded
 from atebm_jax.sample.process import Item
 
@@ -82,7 +82,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
 
     # All flags are looked at before an image is.
     rows, recipe = prepare(np.zeros((1, *problem.shape), np.uint8))
-    pictures = inputs.pictures(
+    originals = inputs.pictures(
         given.images,
         given.index,
         loaded.config,
@@ -91,7 +91,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         class_names=loaded.class_names,
         by_place=given.classes_by_place,
     )
-    references = _references(given, pictures, loaded)
+    references = _references(given, originals, loaded)
     task = process.Task(
         shape=problem.shape,
         variants=1,
@@ -114,7 +114,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         },
         json=_JSON,
     )
-    results = process.run(loaded, pictures, task, out, console)
+    results = process.run(loaded, originals, task, out, console)
     say(console, f"{len(results)} images are in {out}{_mean_gain(results)}")
 
 
@@ -232,16 +232,16 @@ def _label(given: argparse.Namespace, names: Sequence[str]) -> int | None:
 
 
 def _references(
-    given: argparse.Namespace, pictures: Sequence[inputs.Picture], loaded: Loaded
+    given: argparse.Namespace, originals: Sequence[inputs.Picture], loaded: Loaded
 ) -> dict[str, np.ndarray]:
     """Truth [H, W, C] uint8 by the picture's name, as far as it is given."""
-    if given.reference and len(given.reference) != len(pictures):
+    if given.reference and len(given.reference) != len(originals):
         raise UserError(
-            f"there are {len(pictures)} images and {len(given.reference)} --reference: "
-            "give one for each image, in their order."
+            f"there are {len(originals)} images and {len(given.reference)} "
+            "--reference: give one for each image, in their order."
         )
     found = {}
-    for text, picture in zip(given.reference, pictures):
+    for text, picture in zip(given.reference, originals):
         path = Path(os.path.expanduser(text))
         if not path.is_file():
             raise UserError(f"there is no reference {text!r}: give an image file.")
@@ -270,16 +270,16 @@ def _write(
     if free:
         record |= {"target": None, "target_confidence": None}
     truth = references.get(name, item.image if problem.settings["degrade"] else None)
-    pictures = {"input": problem.degrade(item.image[None])[0]}
+    shown = {"input": problem.degrade(item.image[None])[0]}
     if truth is None:
-        pictures["result"] = result
+        shown["result"] = result
     else:
         true = constraints.as_images(truth)[0]
         record["psnr"] = _psnr(true, start, result, problem.hole)
         psnr = record["psnr"]["result"]
         ratio = math.inf if psnr is None else psnr
-        pictures |= {f"result, PSNR {ratio:.1f} dB": result, "truth": true}
-    strips.write(out / strip, name, [_row(edited, pictures, names, problem.hole)])
+        shown |= {f"result, PSNR {ratio:.1f} dB": result, "truth": true}
+    pictures.strip(out / strip, name, [_row(edited, shown, names, problem.hole)])
     return [record]
 
 
@@ -300,17 +300,17 @@ def _psnr(
 
 def _row(
     edited: sampling.Edited,
-    pictures: dict[str, np.ndarray],
+    shown: dict[str, np.ndarray],
     names: Sequence[str],
     hole: np.ndarray | None,
-) -> strips.Row:
+) -> pictures.Row:
     path = edited.path
     original, target = (names[k[0]] for k in (edited.originals, edited.targets))
     curves = {f"p({target})": path.target_confidence[0]}
     if original != target:
         curves[f"p({original})"] = path.original_confidence[0]
     change = edited.images[0] - edited.start[0]
-    return strips.Row(pictures, change, curves, path.energy[0], hole)
+    return pictures.Row(shown, change, curves, path.energy[0], hole)
 
 
 def _mean_gain(results: Sequence[dict[str, Any]]) -> str:

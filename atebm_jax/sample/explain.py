@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import constraints, sampling
-from atebm_jax.reporting import say
-from atebm_jax.sample import edits, files, inputs, loading, process, records, strips
+from atebm_jax import constraints, pictures, sampling
+from atebm_jax.progress import say
+from atebm_jax.sample import edits, files, inputs, loading, process, records
 from atebm_jax.sample.process import Item
 
 _JSON = "explain.json"
@@ -47,7 +47,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     # All flags are looked at before an image is.
     black = np.zeros((len(asked), *loaded.image_shape), np.uint8)
     rows, recipe = prepare(black, np.arange(len(asked)))
-    pictures = inputs.pictures(
+    originals = inputs.pictures(
         given.images,
         given.index,
         loaded.config,
@@ -81,11 +81,11 @@ def run(given: argparse.Namespace, console: Console) -> None:
         },
         json=_JSON,
     )
-    results = process.run(loaded, pictures, task, out, console)
+    results = process.run(loaded, originals, task, out, console)
     reached = sum(result["reached"] for result in results)
     say(
         console,
-        f"counterfactuals: {len(results)}, of images: {len(pictures)}, in {out}; of "
+        f"counterfactuals: {len(results)}, of images: {len(originals)}, in {out}; of "
         f"their target to the model: {reached}",
     )
 
@@ -103,8 +103,8 @@ def _write(
     for number, (target, radius) in enumerate(asked):
         file = f"{item.picture.name}_target{target}_radius{radius:g}.png"
         files.write_image(out / file, files.as_bytes(edited.images[number]))
-        part = number // strips.ROWS
-        strip = f"{item.picture.name}_strip{f'_{part + 1}' if part else ''}.png"
+        later = number // pictures.ROWS
+        strip = f"{item.picture.name}_strip{f'_{later + 1}' if later else ''}.png"
         result = records.of_image(item, edited, number, names)
         results.append(
             result
@@ -116,15 +116,16 @@ def _write(
             }
         )
         rows.append(_row(edited, number, radius, norm, names))
-    for first in range(0, len(rows), strips.ROWS):
-        strip = results[first]["files"]["strip"]
-        strips.write(out / strip, item.picture.name, rows[first : first + strips.ROWS])
+    for first in range(0, len(rows), pictures.ROWS):
+        strip = out / results[first]["files"]["strip"]
+        part = rows[first : first + pictures.ROWS]
+        pictures.strip(strip, item.picture.name, part)
     return results
 
 
 def _row(
     edited: sampling.Edited, number: int, radius: float, norm: str, names: Sequence[str]
-) -> strips.Row:
+) -> pictures.Row:
     original, target = (
         names[classes[number]] for classes in (edited.originals, edited.targets)
     )
@@ -135,9 +136,9 @@ def _row(
     if original != target:
         curves[f"p({original})"] = path.original_confidence[number]
     ball = f"{norm.capitalize()} radius {radius:g}"
-    pictures = {
+    shown = {
         f"original\np({original}) = {before:.3g}": edited.start[number],
         f"as {target}, {ball}\np({target}) = {after:.3g}": edited.images[number],
     }
     change = edited.images[number] - edited.start[number]
-    return strips.Row(pictures, change, curves, path.energy[number])
+    return pictures.Row(shown, change, curves, path.energy[number])

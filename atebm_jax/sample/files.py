@@ -2,20 +2,18 @@
 
 import contextlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from atebm_jax import pictures, storage
 from atebm_jax.data import decode
 from atebm_jax.errors import UserError
 
-_GRID_IMAGES = 100
-_GRID_PIXELS = 48
+_SHEET_IMAGES = 100
 
 
 def claim(
@@ -48,7 +46,7 @@ def claim(
     """
     path = folder / name
     before = None
-    try:
+    with storage.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # A protocol alone is of a command that ended before its first image.
         if any(folder.glob("*.png")) or any(folder.glob("*.npz")):
@@ -61,9 +59,7 @@ def claim(
             check(before)
         kept = {key: before[key] for key in keep if before and key in before}
         content = {**protocol, **kept}
-        write_json(path, content)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}.") from error
+        storage.write_json(path, content, allow_nan=False)
     return content
 
 
@@ -122,22 +118,10 @@ def check_outside(out: Path, source: str | Path) -> None:
         )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes plain JSON, whole or not at all."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    replace(path, lambda p: p.write_text(text))
-
-
-@contextlib.contextmanager
-def told(out: Path) -> Iterator[None]:
+def told(out: Path) -> contextlib.AbstractContextManager[None]:
     """Says in one sentence that something cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error}. Make room or give another --out; the "
-            "same command goes on."
-        ) from error
+    remedy = "Make room or give another --out; the same command goes on."
+    return storage.writing(out, remedy)
 
 
 def as_bytes(images: np.ndarray) -> np.ndarray:
@@ -158,9 +142,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
     with told(path):
-        replace(path, lambda p: picture.save(p, format="PNG"))
+        storage.replace_bytes(path, pictures.png(image))
 
 
 def read_image(path: Path, image_shape: Sequence[int]) -> np.ndarray:
@@ -194,44 +177,15 @@ def finish(
     """
     stacked = folder / ".samples.npy"
     whole = (len(paths), *shape)
-
-    def save(path: Path, arrays: Sequence[np.ndarray]) -> None:
-        with path.open("wb") as file:
-            np.savez(file, *arrays)
-
+    arrays = {} if labels is None else {"arr_1": np.asarray(labels, np.int64)}
     with told(folder):
         try:
             # On disk: all images need not fit into memory.
             images = np.lib.format.open_memmap(stacked, "w+", np.uint8, whole)
             for position, path in enumerate(paths):
                 images[position] = read_image(path, shape)
-            classes = [] if labels is None else [np.asarray(labels, np.int64)]
-            replace(folder / "samples.npz", lambda p: save(p, [images, *classes]))
-            picture = _grid(np.asarray(images[:_GRID_IMAGES]))
-            replace(folder / "grid.png", lambda p: picture.save(p, format="PNG"))
+            storage.write_npz(folder / "samples.npz", {"arr_0": images, **arrays})
+            sheet = pictures.contact_sheet(np.asarray(images[:_SHEET_IMAGES]))
+            storage.replace_bytes(folder / "grid.png", pictures.png(sheet))
         finally:
             stacked.unlink(missing_ok=True)
-
-
-def _grid(images: np.ndarray) -> Image.Image:
-    count, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    # Small images are enlarged by whole pixels.
-    factor = max(1, round(_GRID_PIXELS / max(height, width)))
-    canvas = np.full(
-        (rows * (height + 1), columns * (width + 1), channels), 255, np.uint8
-    )
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        top, left = row * (height + 1), column * (width + 1)
-        canvas[top : top + height, left : left + width] = image
-    canvas = canvas.repeat(factor, axis=0).repeat(factor, axis=1)
-    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-
-
-def replace(path: Path, write: Any) -> None:
-    """Writes a file by `write(temporary path)`, whole or not at all."""
-    temporary = path.parent / f".{path.name}.tmp"
-    write(temporary)
-    temporary.replace(path)

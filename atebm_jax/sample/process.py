@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from atebm_jax import sampling
 from atebm_jax.errors import UserError
+from atebm_jax.progress import track
 from atebm_jax.sample import chunks, edits, files, inputs, records
 from atebm_jax.sample.inputs import Picture
 from atebm_jax.sample.loading import Loaded
@@ -68,13 +68,7 @@ def run(
     """
     hashes = [
         inputs.fingerprint(picture.read(task.shape))
-        for picture in track(
-            pictures,
-            "reading",
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        for picture in track(pictures, "reading", console)
     ]
     # One command at a time: another one would gather what this one makes.
     with held(out, "--out"):
@@ -134,14 +128,10 @@ def _edited(
         images = np.stack([read[place].image for place in places])
         return task.rows(images, inside % variants)
 
-    for indices, edited in track(
-        edits.edit_chunks(loaded.model, loaded.variables, rows_of, task.recipe, number),
-        "images",
-        total=-(-number // chunks.CHUNK),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
+    drawn = edits.edit_chunks(
+        loaded.model, loaded.variables, rows_of, task.recipe, number
+    )
+    for indices, edited in track(drawn, "images", console, -(-number // chunks.CHUNK)):
         for row, index in enumerate(indices):
             one = jax.tree.map(lambda array: array[row], edited)  # noqa: B023
             place = index // variants

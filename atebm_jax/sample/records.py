@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from atebm_jax import storage
 from atebm_jax.errors import UserError
-from atebm_jax.sample import files
 from atebm_jax.sample.loading import named
 from atebm_jax.sampling import Edited
 
@@ -58,7 +58,8 @@ def _identity(result: dict[str, Any]) -> tuple[str, str]:
 def write(folder: Path, image: str, results: Sequence[Any]) -> None:
     """Says that an image is done; its pictures are there."""
     (folder / _PARTS).mkdir(exist_ok=True)
-    files.write_json(folder / _PARTS / f"{image}.json", list(results))
+    path = folder / _PARTS / f"{image}.json"
+    storage.write_json(path, list(results), allow_nan=False)
 
 
 def gather(folder: Path, name: str, content: dict[str, Any]) -> list[Any]:
@@ -72,7 +73,8 @@ def gather(folder: Path, name: str, content: dict[str, Any]) -> list[Any]:
     done = finished(folder, content)
     latest = {image: found for (image, _), found in done.items()}
     results = [result for image in sorted(latest) for result in latest[image]]
-    files.write_json(folder / name, content | {"results": results})
+    whole = content | {"results": results}
+    storage.write_json(folder / name, whole, allow_nan=False)
     shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return results
 

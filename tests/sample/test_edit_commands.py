@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from atebm_jax import UserError, constraints, data, workdir_lock
+from atebm_jax import UserError, constraints, data, pictures, workdir_lock
 from atebm_jax.sample import __main__ as command
-from atebm_jax.sample import draw, edits, loading, strips
+from atebm_jax.sample import draw, edits, loading
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def digits(tmp_path_factory):
 @pytest.fixture
 def plain(monkeypatch):
     """Strips cost more than what they show, and are empty here."""
-    monkeypatch.setattr(strips, "write", lambda path, *rest: path.touch())
+    monkeypatch.setattr(pictures, "strip", lambda path, *rest: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ def test_stopped_command_makes_only_what_is_missing(
 ):
     arguments = [digits, "--index=0:5", "--target=1", "--radius=0.5"]
     expected = run("explain", workdir, tmp_path / "whole", *arguments)
-    out, written, write = tmp_path / "cut", [], strips.write
+    out, written, write = tmp_path / "cut", [], pictures.strip
 
     def stop_at_the_third(path, *rest):
         if len(written) == 2:
@@ -164,7 +163,7 @@ def test_stopped_command_makes_only_what_is_missing(
         write(path, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(strips, "write", stop_at_the_third)
+        patch.setattr(pictures, "strip", stop_at_the_third)
         run("explain", workdir, out, *arguments)
     assert json.loads((out / "explain.json").read_text()).get("results") is None
     old = (out / written[0]).stat().st_mtime_ns
@@ -400,27 +399,6 @@ def test_commands_are_found_by_their_first_word(monkeypatch):
     monkeypatch.setattr(draw, "run", lambda given, console: called.append(given))
     command.main(["--workdir=w", "--out=o", "--classes=explain"])
     assert called[0].classes == "explain"
-
-
-def test_strips_show_colour_and_change_of_any_size(tmp_path):
-    image = np.random.default_rng(0).random((6, 9, 3), np.float32)
-    row = strips.Row(
-        {"original": image, "result": 1 - image},
-        1 - 2 * image,
-        {"p(cat)": np.linspace(0, 1, 4), "p(dog)": np.linspace(1, 0, 4)},
-        np.linspace(5, -3, 4),
-        hole=np.ones((6, 9), bool),
-    )
-    for rows in ([row], [row, row._replace(change=0 * image)]):
-        strips.write(tmp_path / "strip.png", "colour", rows)
-        assert Image.open(tmp_path / "strip.png").mode == "RGBA"
-
-
-def test_names_in_a_strip_are_no_formulas(tmp_path):
-    image, name = np.zeros((2, 2, 1), np.float32), r"a$x_$ 猫"
-    row = strips.Row({name: image}, image, {name: np.ones(2)}, np.ones(2))
-    with warnings.catch_warnings(action="error"):
-        strips.write(tmp_path / "strip.png", name, [row])
 
 
 def test_results_do_not_go_among_the_images_that_are_read(

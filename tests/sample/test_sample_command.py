@@ -246,7 +246,7 @@ def test_samples_that_are_no_numbers_are_not_drawn(workdir, tmp_path, monkeypatc
 
 
 def test_full_disk_at_the_end_is_told(workdir, tmp_path, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **arrays):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)

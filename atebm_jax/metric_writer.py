@@ -1,0 +1,118 @@
+"""The metrics of a job on disk: `metrics.jsonl` and TensorBoard's event files."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from etils import epath
+
+from atebm_jax import storage
+
+if TYPE_CHECKING:
+    import tensorboardX
+
+# A whole file travels at each upload to a bucket.
+_SECONDS_BETWEEN_UPLOADS = 30.0
+
+
+class MetricWriter:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard event files.
+
+    Only the first process writes. After a resume what lies behind the restored step is
+    cut away, so that every step of a stage stands there once.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        self._active = jax.process_index() == 0
+        self._workdir = workdir
+        self._path = workdir / "metrics.jsonl"
+        self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        # Of a file in a bucket: all its lines, and how many of them are there.
+        self._lines: list[str] = []
+        self._uploaded = 0
+        self._next_upload = 0.0
+
+    def rewind(self, stage: str, step: int, rollbacks: int = 0) -> None:
+        """Drops what was written of `stage` after `step`, before going on from it.
+
+        Marks of rollbacks after the first `rollbacks` go too: they come again.
+        """
+        if not self._active:
+            return
+        self.flush()
+        if self._path.exists():
+            kept = [
+                json.dumps(record)
+                for record in read_metrics(self._workdir)
+                if record["stage"] != stage
+                or record["step"] <= step
+                and record.get("rollbacks", 0) <= rollbacks
+            ]
+            lines = [f"{line}\n" for line in kept]
+            storage.replace_text(self._path, "".join(lines))
+            if storage.in_bucket(self._path):
+                self._lines, self._uploaded = lines, len(lines)
+        # It imports PyTorch where that is installed, which takes seconds.
+        import tensorboardX
+
+        if stage in self._events:
+            self._events[stage].close()
+        self._events[stage] = tensorboardX.SummaryWriter(
+            os.fspath(self._workdir / "events" / stage), purge_step=step + 1
+        )
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one record."""
+        if not self._active:
+            return
+        self._add(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._events[stage].add_scalar(name, value, step)
+        if not storage.in_bucket(self._path):
+            self._events[stage].flush()
+
+    def _add(self, line: str) -> None:
+        """Appends a line; in a bucket, where files are only replaced, now and then."""
+        if not storage.in_bucket(self._path):
+            with self._path.open("a") as file:
+                file.write(line)
+            return
+        self._lines.append(line)
+        if time.monotonic() >= self._next_upload:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has gathered; before a checkpoint, which will not repeat it."""
+        if self._active and self._dirty():
+            storage.replace_text(self._path, "".join(self._lines))
+            for events in self._events.values():
+                events.flush()
+            self._uploaded = len(self._lines)
+            self._next_upload = time.monotonic() + _SECONDS_BETWEEN_UPLOADS
+
+    def _dirty(self) -> bool:
+        return len(self._lines) > self._uploaded
+
+    def close(self) -> None:
+        """Writes the last lines and closes the event files."""
+        self.flush()
+        for events in self._events.values():
+            events.close()
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`, without lines cut off by a killed job."""
+    path = workdir / "metrics.jsonl"
+    records = []
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+            records.append(record)
+    return records

@@ -1,0 +1,165 @@
+"""What a command shows while it runs: bars on a terminal, plain lines elsewhere.
+
+Only the first process shows anything.
+"""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+import rich.progress
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+T = TypeVar("T")
+# Shows the progress of a part: (name, batches done, batches in all).
+ShowFn = Callable[[str, int, int], None]
+
+# Seconds between two plain lines of training and of an evaluation.
+_LINES_OF_TRAINING = 5.0
+_LINES_OF_PARTS = 10.0
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is, once for all processes.
+
+    Whatever holds a user's text (a path, a name) is printed so, or stands in a table as
+    `Text`: rich reads plain strings as markup, and "[bold]" is a fine name of a folder.
+    """
+    if jax.process_index() == 0:
+        console.print(Text(text), soft_wrap=True)
+
+
+def track(
+    items: Iterable[T], name: str, console: Console, total: int | None = None
+) -> Iterable[T]:
+    """The items, with a bar while they are gone through, which then disappears."""
+    return rich.progress.track(
+        items,
+        name,
+        total=total,
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal or console.is_jupyter),
+    )
+
+
+def _bars(console: Console, *more: ProgressColumn, style: str = "none") -> Progress:
+    return Progress(
+        TextColumn("{task.description}", style=style, markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *more,
+        console=console,
+    )
+
+
+# Metrics of the progress line, in this order, with their format.
+_SHOWN = (
+    ("T", "T {:.0f}"),
+    ("auc", "AUC {:.2f}"),
+    ("loss_ce", "CE {:.3f}"),
+    ("loss_bce", "BCE {:.3f}"),
+    ("images_per_second", "{:.0f} img/s"),
+)
+
+
+class ProgressLine:
+    """The step of a stage with its metrics."""
+
+    def __init__(self, console: Console, stage: str, step: int, total: int):
+        self._console = console
+        self._stage = stage
+        self._total = total
+        self._bar: Progress | None = None
+        self._next_line = time.monotonic()
+        if jax.process_index() == 0 and console.is_terminal:
+            shown = TextColumn("{task.fields[shown]}", markup=False)
+            self._bar = _bars(console, shown, style="bold")
+            self._task = self._bar.add_task(
+                stage, completed=step, total=total, shown="compiling"
+            )
+            self._bar.start()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics of a step."""
+        shown = "  ".join(
+            form.format(metrics[name]) for name, form in _SHOWN if name in metrics
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif jax.process_index() == 0 and time.monotonic() >= self._next_line:
+            say(self._console, f"{self._stage} step {step}/{self._total}  {shown}")
+            self._next_line = time.monotonic() + _LINES_OF_TRAINING
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        say(self._console, text)
+
+    def close(self) -> None:
+        """Leaves the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextlib.contextmanager
+def parts(console: Console) -> Iterator[ShowFn]:
+    """Shows the parts of an evaluation with the time that is left for each.
+
+    Yields:
+      A function of (part, batches done, batches in all).
+    """
+    if jax.process_index() != 0:
+        yield lambda name, done, total: None
+    elif console.is_terminal:
+        with _bars(console) as bars:
+            yield _on_bars(bars)
+    else:
+        yield _in_lines(console)
+
+
+def _on_bars(bars: Progress) -> ShowFn:
+    tasks: dict[str, TaskID] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=total)
+        # Finished parts make room for those that run.
+        bars.update(tasks[name], completed=done, total=total, visible=done < total)
+
+    return show
+
+
+def _in_lines(console: Console) -> ShowFn:
+    began: dict[str, tuple[float, int]] = {}
+    next_line = time.monotonic()
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal next_line
+        now = time.monotonic()
+        if name not in began or done < began[name][1]:
+            began[name] = now, done
+        start, first = began[name]
+        if now < next_line and name != "metrics":
+            return
+        next_line = now + _LINES_OF_PARTS
+        left = ""
+        if first < done < total:
+            seconds = round((now - start) / (done - first) * (total - done))
+            left = f", {datetime.timedelta(seconds=seconds)} left"
+        say(console, f"{name} {done}/{total}{left}")
+
+    return show

@@ -1,0 +1,237 @@
+"""Files that are whole or absent, on disks and in buckets."""
+
+import contextlib
+import errno
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from atebm_jax.errors import UserError
+
+
+def in_bucket(path: epath.Path) -> bool:
+    """Whether files there are objects (gs://, s3://), which cannot be appended to."""
+    return "://" in os.fspath(path)
+
+
+# What a workdir in a bucket needs: module -> package.
+_FOR_BUCKETS = {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"}
+
+
+def check_bucket(path: epath.Path) -> None:
+    """Refuses gs:// where the packages that reach it are not installed.
+
+    Raises:
+      UserError: names them and the extra that has them.
+    """
+    if not os.fspath(path).startswith("gs://"):
+        return
+    missing = [name for module, name in _FOR_BUCKETS.items() if not _found(module)]
+    if missing:
+        raise UserError(
+            f"{path} is in a bucket and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'atebm_jax[gcs]'."
+        )
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# --- Writing ---
+
+
+@contextlib.contextmanager
+def replacing(path: epath.Path, *, shared: bool = False) -> Iterator[epath.Path]:
+    """A place to make a local file or folder at, which then becomes `path`.
+
+    A killed process leaves the old `path` or the new one, whole. After an error nothing
+    of the new one is left behind.
+
+    Args:
+      path: a file in its place, or an empty folder in place of a folder, gives way.
+      shared: another process may be making the same at this moment.
+
+    Yields:
+      The place, in the same folder: moving it from there copies nothing.
+    """
+    mark = f".{os.getpid()}" if shared else ""
+    temporary = path.parent / f".{path.name}{mark}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+        raise
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        epath.Path(path).rmtree()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file, whole or not at all, on a disk or in a bucket."""
+    # An object appears when it is complete, and renaming would copy it. A pipe or a
+    # device cannot be replaced.
+    if in_bucket(path) or (path.exists() and not path.is_file()):
+        path.write_bytes(content)
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """As `replace_bytes`, in UTF-8."""
+    # Of names of files that are no UTF-8, which Python holds as surrogates.
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: epath.Path, content: Any, *, allow_nan: bool = True) -> None:
+    """As `replace_bytes`.
+
+    Raises:
+      ValueError: a number is not finite and `allow_nan` is off.
+    """
+    replace_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
+
+
+def write_npz(
+    path: epath.Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False
+) -> None:
+    """As `replace_bytes`; a local file takes no more memory than the arrays."""
+    save = np.savez_compressed if compressed else np.savez
+    if in_bucket(path):
+        stream = io.BytesIO()
+        save(stream, allow_pickle=False, **arrays)
+        path.write_bytes(stream.getvalue())
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        save(file, allow_pickle=False, **arrays)
+
+
+@contextlib.contextmanager
+def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
+    """A file or folder that appears when it is complete, or not at all.
+
+    Args:
+      to: local, with `~` for the home; folders above it are made. A file in its place
+        or an empty folder gives way.
+      flag: that gave it, for messages.
+
+    Yields:
+      The path to make it at; it is moved from there.
+
+    Raises:
+      UserError: it cannot be written, by whatever library that is said. Nothing is left
+        behind then, nor after any other error.
+    """
+    place = epath.Path(to).expanduser().absolute()
+    made = [folder for folder in place.parents if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place, shared=True) as temporary:
+            # Of a killed process that had the same number.
+            _remove(temporary)
+            yield os.fspath(temporary)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = why_unwritable(error)
+        if reason is None and isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{flag}={to} cannot be written ({reason}): nothing is left behind; make "
+            "room or give another place, and give the same command again."
+        ) from error
+    finally:
+        # From the innermost one up, those that stayed empty.
+        for folder in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+# --- What cannot be written ---
+
+
+@contextlib.contextmanager
+def writing(what: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+    """Tells in one sentence that a file or folder cannot be written.
+
+    Args:
+      what: it is, with its name.
+      remedy: another sentence.
+
+    Raises:
+      UserError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        sentence = f"{os.fspath(what)} cannot be written: {error}."
+        raise UserError(f"{sentence} {remedy}".rstrip()) from error
+
+
+# What an error that comes from a file system without room, or read only, can say.
+_UNWRITABLE = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EFBIG: "File too large",
+    # What Linux makes of a disk that fails.
+    errno.EROFS: "Read-only file system",
+}
+
+
+@contextlib.contextmanager
+def told_plainly(
+    folder: str | os.PathLike,
+    what: str = "workdir",
+    then: str = "from the last checkpoint",
+) -> Iterator[None]:
+    """Tells in one sentence that a folder cannot be written any more.
+
+    Args:
+      folder: a job's workdir, or what else is gone on with by the same command.
+      what: it is.
+      then: where the same command goes on.
+
+    Raises:
+      UserError: in place of an error that says so, by whatever library it came.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = why_unwritable(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{what} {os.fspath(folder)} cannot be written any more ({reason}): once "
+            f"it can, the same command goes on {then}."
+        ) from error
+
+
+def why_unwritable(error: BaseException | None) -> str | None:
+    """The reason if an error, or one that it came from, is of a full disk."""
+    while error is not None:
+        for number, text in _UNWRITABLE.items():
+            if getattr(error, "errno", None) == number or text in str(error):
+                return text
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,45 @@
+"""The metrics of a job on disk."""
+
+import numpy as np
+from etils import epath
+
+from atebm_jax.metric_writer import MetricWriter, read_metrics
+
+
+def write_steps(workdir, steps, **metrics):
+    writer = MetricWriter(workdir)
+    writer.rewind("stage1", steps[0] - 1)
+    for step in steps:
+        writer.write("stage1", step, {"loss": float(step), **metrics})
+    writer.close()
+
+
+def test_steps_stand_once_after_a_resume(tmp_path):
+    workdir = epath.Path(tmp_path)
+    write_steps(workdir, [1, 2, 3])
+    write_steps(workdir, [3, 4], resumed=1.0)
+    assert [r["step"] for r in read_metrics(workdir)] == [1, 2, 3, 4]
+    assert "resumed" in read_metrics(workdir)[2]
+
+
+def test_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    workdir = epath.Path(tmp_path)
+    write_steps(workdir, [1, 2])
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert [r["step"] for r in read_metrics(workdir)] == [1]
+    write_steps(workdir, [2])
+    assert [r["step"] for r in read_metrics(workdir)] == [1, 2]
+
+
+def test_broken_figures_stay_readable(tmp_path):
+    workdir = epath.Path(tmp_path)
+    write_steps(workdir, [1], gradient_norm=float("nan"))
+    assert np.isnan(read_metrics(workdir)[0]["gradient_norm"])
+
+
+def test_foreign_lines_among_the_metrics_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'5\n\xff\n{"loss": 1}\n{"stage": "stage1", "step": 1}\n'
+    )
+    assert read_metrics(epath.Path(tmp_path)) == [{"stage": "stage1", "step": 1}]
