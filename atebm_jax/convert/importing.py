@@ -14,12 +14,13 @@ from etils import epath
 
 from atebm_jax import archs, checkpoint, checksums, models
 from atebm_jax import config as configuration
-from atebm_jax.convert import detect, layouts, matching, normalization, probe
+from atebm_jax.convert import detect, layouts, matching, names, normalization, probe
 from atebm_jax.convert.entries import printable
 from atebm_jax.convert.files import Source, open_source
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
+from atebm_jax.models.family import Shapes
 from atebm_jax.models.layers import ACTIVATIONS
 
 
@@ -80,7 +81,7 @@ def read(
     model.update(fields)
     model.mean, model.std = (), ()
     model.activation, assumed = _activation(activation, source, family)
-    side = image_size or _side(model)
+    side = image_size or names.known(family).side(model)
     shape = (side, side, channels)
     name = archs.name_of(model) or family
     variables, matches = _match(source, weights, arrays, model, shape, name, arch)
@@ -155,10 +156,11 @@ def _activation(
         raise UserError(
             f"unknown --activation={asked}: choose one of {', '.join(_ACTIVATIONS)}."
         )
-    if family in _WITH_GELU:
-        if asked not in (None, "gelu"):
+    only = models.FAMILIES[family].activation
+    if only is not None:
+        if asked is not None and _ACTIVATIONS[asked] != only:
             raise UserError(
-                f"--activation={asked}: a {family} has gelu, whatever its weights: "
+                f"--activation={asked}: a {family} has {only}, whatever its weights: "
                 "leave the flag out."
             )
         return default, []
@@ -181,40 +183,33 @@ def _exported_names(
     return tuple(map(str, names)) if whole else None
 
 
-# Families whose activation is part of what they are.
-_WITH_GELU = ("convnext", "vit")
-
-
-def _architecture(
-    path: str, arch: str, shapes: detect.Shapes
-) -> tuple[str, dict[str, Any]]:
+def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
     """Family and fields of `config.model`: what was asked for, else what fits."""
-    what = detect.foreign(shapes)
-    if what is not None:
+    family, other = detect.recognise(shapes)
+    if other is not None:
         raise UserError(
-            f"{path} is {what}, which is not built here: known are "
-            f"{', '.join(models.MODELS)}; for another network read its arrays into a "
+            f"{path} is {other}, which is not built here: known are "
+            f"{', '.join(models.FAMILIES)}; for another network read its arrays into a "
             "module of your own, as docs/convert.md says under 'Another network'."
         )
-    family = detect.family_of(shapes)
     found = detect.fields(family, shapes) if family else {}
     if arch != "auto":
         values = archs.arch(arch)
-        # What the last layer and the position embedding say about themselves.
-        free = ("num_classes", "position_grid")
         if values["name"] == family:
-            values |= {field: found[field] for field in free if field in found}
+            # What does not size the network (classes, say) the file knows better.
+            sized_by = models.FAMILIES[family].sized_by
+            values |= {f: x for f, x in found.items() if f not in sized_by}
         _check_agreement(path, arch, values, family, shapes)
         return values["name"], values
     if family is None:
         some = ", ".join(sorted(shapes)[:4])
         raise UserError(
             f"{path} is of no known architecture (its names: {some}, ...): known are "
-            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX, "
-            "and docs/convert.md says under 'Another network' how to read its arrays."
+            f"{', '.join(models.FAMILIES)}; wrappers are taken off with "
+            "--entry=PREFIX, and docs/convert.md says under 'Another network' how to "
+            "read its arrays."
         )
-    sizes = {"resnet": "depth", "convnext": "size", "vit": "size"}
-    if sizes.get(family, "name") not in found:
+    if not set(models.FAMILIES[family].sized_by) <= found.keys():
         raise UserError(
             f"{path} is a {family} of a size that is not built here: choose among "
             f"{', '.join(archs.ARCHS)}."
@@ -227,7 +222,7 @@ def _check_agreement(
     arch: str,
     values: Mapping[str, Any],
     family: str | None,
-    shapes: detect.Shapes,
+    shapes: Shapes,
 ) -> None:
     """Refuses an architecture of another family; shapes are compared later."""
     if family is not None and family != values["name"]:
@@ -237,13 +232,6 @@ def _check_agreement(
             f"{name} {shapes[name]} and is a {family}; leave --arch out, or give the "
             "right one."
         )
-
-
-def _side(model: ml_collections.ConfigDict) -> int:
-    """The usual side of the images, in pixels."""
-    if model.name == "vit":
-        return 16 * model.position_grid
-    return {"wide_resnet": 32}.get(model.name, 256)
 
 
 def _config(

@@ -35,6 +35,7 @@ from atebm_jax.convert.entries import (
     without_inner_wrappers,
 )
 from atebm_jax.convert.files import Source, is_array
+from atebm_jax.convert.names import begins_network
 from atebm_jax.errors import UserError
 
 
@@ -57,12 +58,6 @@ class Weights(NamedTuple):
 
 _MOST_WRAPPERS = 32
 _MOST_COPIES = 16
-
-# First parts of names that belong to a network and not to a wrapper.
-_OWN = re.compile(
-    r"conv1|bn1|fc|head|norm|stem|stages|blocks|features|classifier|encoder|"
-    r"patch_embed|conv_proj|heads|downsample_layers|(layer|block)\d"
-)
 
 _NORMALIZER = re.compile(
     r"(?:(?:normali[sz]er?|normali[sz]ation|normali[sz]e_layer|norm|preprocess|0|"
@@ -297,7 +292,7 @@ def _strip(
             groups.setdefault(first, {})[inner] = value
     shared = len(weights) > 1 and any(len(g) == len(weights) for g in groups.values())
     first = next(iter(groups), "")
-    if shared and not _OWN.fullmatch(first):
+    if shared and not begins_network(first):
         steps.append(f"took off the prefix {first + '.'!r}")
         # `entries.below` passes over the transparent ones.
         return groups[first], "" if is_transparent(first) else f"{first}."
@@ -332,7 +327,7 @@ def _is_wrapper(name: str, names: Iterable[str]) -> bool:
     if not name or is_averaged(name):
         return bool(name)
     usual = name in NETWORKS | ROLES or is_transparent(name)
-    return (usual or looks_like_network(names)) and not _OWN.fullmatch(name)
+    return (usual or looks_like_network(names)) and not begins_network(name)
 
 
 def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:

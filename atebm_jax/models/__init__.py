@@ -9,17 +9,18 @@ import ml_collections
 
 from atebm_jax.errors import UserError
 from atebm_jax.models import convnext, resnet, vit, wide_resnet
+from atebm_jax.models.family import Family
 from atebm_jax.models.layers import conv_function
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
 
 #: Families of networks by `config.model.name`; add one for a network of your own.
-MODELS: dict[str, Callable[[ml_collections.ConfigDict], nn.Module]] = {
-    "wide_resnet": wide_resnet.build,
-    "resnet": resnet.build,
-    "convnext": convnext.build,
-    "vit": vit.build,
+FAMILIES: dict[str, Family] = {
+    "wide_resnet": wide_resnet.FAMILY,
+    "resnet": resnet.FAMILY,
+    "convnext": convnext.FAMILY,
+    "vit": vit.FAMILY,
 }
 
 DTYPES = ("float32", "bfloat16")
@@ -32,22 +33,22 @@ def build(config: ml_collections.ConfigDict) -> nn.Module:
     takes `train: bool` (batch statistics) and `features: bool` (pooled features).
 
     Args:
-      config: `config.model`, with the family's key of `MODELS` in `name`.
+      config: `config.model`, with the family's key of `FAMILIES` in `name`.
 
     Raises:
       UserError: unknown family, dtype or convolution gradient, or a value that the
         family refuses.
     """
-    if config.name not in MODELS:
+    if config.name not in FAMILIES:
         raise UserError(
-            f"unknown model.name {config.name!r}: choose one of {', '.join(MODELS)}."
+            f"unknown model.name {config.name!r}: choose one of {', '.join(FAMILIES)}."
         )
     if config.dtype not in DTYPES:
         raise UserError(
             f"unknown model.dtype {config.dtype!r}: choose one of {', '.join(DTYPES)}."
         )
     conv_function(config.conv_gradient)
-    return MODELS[config.name](config)
+    return FAMILIES[config.name].build(config)
 
 
 def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:

@@ -5,7 +5,7 @@ and no dropout: stage 2 goes without, and nothing depends on `train`. The sum of
 residual branches is float32 also where the branches compute in bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,14 @@ import ml_collections
 
 from atebm_jax.errors import UserError
 from atebm_jax.models.depthwise import DepthwiseConv
+from atebm_jax.models.family import (
+    AS_THEY_ARE,
+    Family,
+    Shapes,
+    TorchNames,
+    count,
+    outputs,
+)
 from atebm_jax.models.layers import (
     Conv,
     Normalize,
@@ -23,7 +31,7 @@ from atebm_jax.models.layers import (
     gelu,
     layer_norm,
 )
-from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
+from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Blocks and channels of each of the four stages.
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -183,3 +191,88 @@ def build(config: ml_collections.ConfigDict) -> ConvNeXt:
         conv_gradient=config.conv_gradient,
         remat=config.remat,
     )
+
+
+def _aliases() -> Iterator[tuple[str, str]]:
+    # The authors' release.
+    yield "downsample_layers.0.{k}.{leaf}", "stem.{k}.{leaf}"
+    yield "downsample_layers.{s}.{k}.{leaf}", "stages.{s}.downsample.{k}.{leaf}"
+    block = "stages.{s}.blocks.{b}"
+    yield "stages.{s}.{b}.dwconv.{leaf}", f"{block}.conv_dw.{{leaf}}"
+    yield "stages.{s}.{b}.norm.{leaf}", f"{block}.norm.{{leaf}}"
+    yield "stages.{s}.{b}.pwconv{k}.{leaf}", f"{block}.mlp.fc{{k}}.{{leaf}}"
+    yield "stages.{s}.{b}.gamma", f"{block}.gamma"
+    yield "norm.{leaf}", "head.norm.{leaf}"
+    yield "head.{leaf}", "head.fc.{leaf}"
+    # torchvision: stem, stage, downsampling, stage, ... in one sequence.
+    yield "features.0.{k}.{leaf}", "stem.{k}.{leaf}"
+    for s in range(4):
+        theirs, ours = f"features.{2 * s + 1}.{{b}}", f"stages.{s}.blocks.{{b}}"
+        parts = ((0, "conv_dw"), (2, "norm"), (3, "mlp.fc1"), (5, "mlp.fc2"))
+        for index, part in parts:
+            yield f"{theirs}.block.{index}.{{leaf}}", f"{ours}.{part}.{{leaf}}"
+        yield f"{theirs}.layer_scale", f"{ours}.gamma"
+        yield (
+            f"features.{2 * s}.{{k}}.{{leaf}}",
+            f"stages.{s}.downsample.{{k}}.{{leaf}}",
+        )
+    yield "classifier.0.{leaf}", "head.norm.{leaf}"
+    yield "classifier.2.{leaf}", "head.fc.{leaf}"
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    blocks = tuple(
+        count(shapes, f"stages.{stage}.blocks.{{}}.conv_dw.weight")
+        for stage in range(4)
+    )
+    width = outputs(shapes, "stages.0.blocks.0.conv_dw.weight")
+    found = {"stem": "conv" if "stem.stem.0.weight" in shapes else "patch"}
+    for size, (counts, widths) in SIZES.items():
+        if counts == blocks and widths[0] == width:
+            found["size"] = size
+    return found
+
+
+# The names of timm.
+_TORCH = TorchNames(
+    rules=(
+        ("stem.0", "stem/proj"),
+        ("stem.1", "stem/norm"),
+        *conv_stem_rules("stem.stem", 3),
+        ("stages.{s}.downsample.0", "downsample{s}/norm"),
+        ("stages.{s}.downsample.1", "downsample{s}/conv"),
+        ("stages.{s}.blocks.{b}", "stage{s}_{b}"),
+        ("stages.{s}.blocks.{b}.conv_dw", "stage{s}_{b}/depthwise"),
+        ("stages.{s}.blocks.{b}.norm", "stage{s}_{b}/norm"),
+        ("stages.{s}.blocks.{b}.mlp.fc{k}", "stage{s}_{b}/fc{k}"),
+        ("head.norm", "norm"),
+        ("head.fc", "fc"),
+    ),
+    mark="stages.0.blocks.0.conv_dw.weight",
+    first=("stem.0.weight", "stem.stem.0.weight"),
+    fields=_fields,
+    side=lambda model: 256,
+    # Those with a ConvStem are one release's (Singh et al., 2023).
+    usual=lambda model: AS_THEY_ARE if model["stem"] == "conv" else None,
+    who="--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
+    "--normalization=none (DAT and others trained on pixels as they are)",
+    aliases=tuple(_aliases()),
+    bare={"gamma": 1},
+    look_alikes={"a ConvNeXt V2": r".*\.grn\.(weight|bias|gamma|beta)"},
+)
+
+
+def _arch(size: str, stem: str) -> dict[str, Any]:
+    # The paper's ConvNeXts see pixels as they are. Weights trained on normalised images
+    # need ImageNet's normalisation beside them.
+    return {"size": size, "stem": stem, "num_classes": 1000, **AS_THEY_ARE}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("size", "stem"),
+    archs={f"convnext_{size}": _arch(size, "patch") for size in SIZES}
+    | {f"convnext_{size}_cvst": _arch(size, "conv") for size in SIZES},
+    activation="gelu",
+    torch=_TORCH,
+)

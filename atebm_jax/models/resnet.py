@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError
+from atebm_jax.models.family import IMAGENET, Family, Shapes, TorchNames, count, outputs
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
@@ -184,3 +185,78 @@ def build(config: ml_collections.ConfigDict) -> ResNet:
         conv_gradient=config.conv_gradient,
         remat=config.remat,
     )
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    blocks = tuple(
+        count(shapes, f"layer{stage}.{{}}.conv1.weight") for stage in range(1, 5)
+    )
+    bottleneck = "layer1.0.conv3.weight" in shapes
+    found: dict[str, Any] = {"base_width": 64}
+    if bottleneck:
+        found["base_width"] = outputs(shapes, "layer1.0.conv1.weight")
+    for depth, stages in STAGES.items():
+        if stages == blocks and (depth >= _BOTTLENECK_DEPTH) == bottleneck:
+            found["depth"] = depth
+    return found
+
+
+def _is_grouped(shapes: Shapes) -> bool:
+    """Whether the second convolution sees a part of what the first one gives."""
+    given = shapes.get("layer1.0.conv1.weight", ())[:1]
+    seen = shapes.get("layer1.0.conv2.weight", ())[1:2]
+    return () < seen < given
+
+
+# The names of timm and torchvision.
+_TORCH = TorchNames(
+    rules=(
+        ("conv1", "conv1"),
+        ("bn1", "bn1"),
+        ("layer{s}.{b}.conv{k}", "layer{s}_{b}/conv{k}"),
+        ("layer{s}.{b}.bn{k}", "layer{s}_{b}/bn{k}"),
+        ("layer{s}.{b}.downsample.0", "layer{s}_{b}/shortcut"),
+        ("layer{s}.{b}.downsample.1", "layer{s}_{b}/shortcut_bn"),
+        ("fc", "fc"),
+    ),
+    mark="layer1.0.conv1.weight",
+    first=("conv1.weight",),
+    fields=_fields,
+    side=lambda model: 256,
+    usual=lambda model: IMAGENET,
+    look_alikes={
+        "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)": (
+            r"layer\d\.\d+\.conv\d\.bias"
+        ),
+        "a ResNet for small images (a PreActResNet, say, or pytorch-cifar's ResNet)": (
+            r"layer\d\.\d+\.shortcut\.\d\.weight"
+        ),
+        "a ResNet with squeeze and excitation": r"layer\d\.\d+\.se\..*",
+        "a ResNet-D (three convolutions first)": r"conv1\.\d\.weight",
+        "a ResNet V2 (BiT)": (
+            r"root\.conv\.weight|block1\.unit01\..*|"
+            r"stages\.\d+\.blocks\.\d+\.conv3\.weight"
+        ),
+        "a ResNeXt (grouped convolutions)": _is_grouped,
+    },
+)
+
+
+def _arch(depth: int, base_width: int = 64) -> dict[str, Any]:
+    sizes = {"depth": depth, "base_width": base_width}
+    return {**sizes, "num_classes": 1000, **IMAGENET}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("depth", "base_width"),
+    archs={
+        "resnet18": _arch(18),
+        "resnet34": _arch(34),
+        "resnet50": _arch(50),
+        "resnet101": _arch(101),
+        "wide_resnet50_2": _arch(50, 128),
+        "wide_resnet50_4": _arch(50, 256),
+    },
+    torch=_TORCH,
+)

@@ -6,7 +6,8 @@ nothing depends on `train`. The sum of the residual branches is float32 also whe
 branches compute in bfloat16.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +16,16 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError
+from atebm_jax.models.family import (
+    AS_THEY_ARE,
+    IMAGENET,
+    Family,
+    ModelFields,
+    Shapes,
+    TorchNames,
+)
 from atebm_jax.models.layers import Normalize, at_least_float32, gelu, layer_norm
-from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
+from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Channels and attention heads.
 SIZES: dict[str, tuple[int, int]] = {"small": (384, 6), "base": (768, 12)}
@@ -160,3 +169,106 @@ def build(config: ml_collections.ConfigDict) -> ViT:
         conv_gradient=config.conv_gradient,
         remat=config.remat,
     )
+
+
+def _aliases() -> Iterator[tuple[str, str]]:
+    # torchvision.
+    yield "class_token", "cls_token"
+    yield "encoder.pos_embedding", "pos_embed"
+    yield "conv_proj.{leaf}", "patch_embed.proj.{leaf}"
+    theirs, ours = "encoder.layers.encoder_layer_{b}", "blocks.{b}"
+    yield f"{theirs}.ln_{{k}}.{{leaf}}", f"{ours}.norm{{k}}.{{leaf}}"
+    attention = f"{theirs}.self_attention"
+    yield f"{attention}.in_proj_{{leaf}}", f"{ours}.attn.qkv.{{leaf}}"
+    yield f"{attention}.out_proj.{{leaf}}", f"{ours}.attn.proj.{{leaf}}"
+    yield f"{theirs}.mlp.0.{{leaf}}", f"{ours}.mlp.fc1.{{leaf}}"
+    yield f"{theirs}.mlp.3.{{leaf}}", f"{ours}.mlp.fc2.{{leaf}}"
+    yield f"{theirs}.mlp.linear_{{k}}.{{leaf}}", f"{ours}.mlp.fc{{k}}.{{leaf}}"
+    yield "encoder.ln.{leaf}", "norm.{leaf}"
+    yield "heads.head.{leaf}", "head.{leaf}"
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    stem = "conv" if "patch_embed.proj.stem.0.weight" in shapes else "patch"
+    found: dict[str, Any] = {"stem": stem}
+    position = shapes.get("pos_embed", ())
+    if len(position) == 3 and position[1] > 1:
+        found["position_grid"] = math.isqrt(position[1] - 1)
+    for size, (width, _) in SIZES.items():
+        if shapes["blocks.0.attn.qkv.weight"][-1:] == (width,):
+            found["size"] = size
+    return found
+
+
+def _usual(model: ModelFields) -> Mapping[str, tuple[float, ...]] | None:
+    """Those with a ConvStem are one release's (Singh et al., 2023).
+
+    Of its ViTs only the small one normalises.
+    """
+    if model["stem"] != "conv":
+        return None
+    return IMAGENET if model["size"] == "small" else AS_THEY_ARE
+
+
+# The names of timm.
+_TORCH = TorchNames(
+    rules=(
+        ("", ""),
+        ("patch_embed.proj", "stem/proj"),
+        *conv_stem_rules("patch_embed.proj.stem", 4),
+        ("patch_embed.proj.stem.12", "stem/out"),
+        ("blocks.{b}.norm{k}", "block{b}/norm{k}"),
+        ("blocks.{b}.attn.qkv", "block{b}/qkv"),
+        ("blocks.{b}.attn.proj", "block{b}/proj"),
+        ("blocks.{b}.mlp.fc{k}", "block{b}/fc{k}"),
+        ("norm", "norm"),
+        ("head", "fc"),
+    ),
+    mark="blocks.0.attn.qkv.weight",
+    first=("patch_embed.proj.weight", "patch_embed.proj.stem.0.weight"),
+    fields=_fields,
+    side=lambda model: PATCH * model["position_grid"],
+    usual=_usual,
+    who="--normalization=imagenet (DeiT, torchvision), --mean=0.5 --std=0.5 (Google's "
+    "and timm's augreg weights) or --normalization=none (pixels as they are)",
+    aliases=tuple(_aliases()),
+    bare={"cls_token": 3, "pos_embed": 3},
+    look_alikes={
+        "an XCiT (cross-covariance attention)": (
+            r"(cls_attn_blocks|pos_embed(er)?\.token_projection|"
+            r"blocks\.\d+\.local_mp)\..*"
+        ),
+        "a CaiT (class attention)": r"blocks_token_only\..*",
+        "a distilled DeiT (a second token and head)": r"dist_token|head_dist\..*",
+        "a ViT with register tokens": r"(reg_token|register_tokens)",
+        "a masked autoencoder's ViT": r"mask_token|decoder_blocks\..*",
+        "a ViT with layer scale (BEiT, DeiT III)": (
+            r"blocks\.\d+\.(ls1\.gamma|gamma_1)"
+        ),
+        "a transformer with relative positions (Swin, say)": (
+            r".*\.relative_position_bias_table"
+        ),
+        "an EVA transformer": (
+            r"blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)"
+        ),
+    },
+)
+
+
+def _arch(size: str, stem: str, normalisation: ModelFields) -> dict[str, Any]:
+    sizes = {"size": size, "stem": stem, "position_grid": 14}
+    return {**sizes, "num_classes": 1000, **normalisation}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("size", "stem"),
+    archs={
+        "vit_s": _arch("small", "patch", IMAGENET),
+        "vit_b": _arch("base", "patch", IMAGENET),
+        "vit_s_cvst": _arch("small", "conv", IMAGENET),
+        "vit_b_cvst": _arch("base", "conv", AS_THEY_ARE),
+    },
+    activation="gelu",
+    torch=_TORCH,
+)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError
+from atebm_jax.models.family import CIFAR10, Family, Shapes, TorchNames, count, outputs
 from atebm_jax.models.layers import ACTIVATIONS, Conv, Normalize, batch_norm
 
 # Beyond any that was ever trained; tracing more would seem to hang.
@@ -129,3 +130,66 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
         conv_gradient=config.conv_gradient,
         remat=config.remat,
     )
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    width = outputs(shapes, "block1.layer.0.conv1.weight")
+    blocks = count(shapes, "block1.layer.{}.conv1.weight")
+    return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
+
+
+def _unused(shapes: Shapes) -> tuple[set[str], str]:
+    """TRADES' WideResNet, and all made after it, build the first group a second time.
+
+    It has the names and shapes of `block1`, and the forward pass leaves it out (Zhang
+    et al., 2019).
+    """
+    twin = {n: shape for n, shape in shapes.items() if n.startswith("sub_block1.")}
+    first = {f"sub_{n}": x for n, x in shapes.items() if n.startswith("block1.")}
+    what = "a second block1 that no forward pass of TRADES' WideResNets uses"
+    return set(twin) if twin == first else set(), f"under 'sub_block1.': {what}"
+
+
+# The names of the usual implementation for small images.
+_TORCH = TorchNames(
+    rules=(
+        ("conv1", "conv1"),
+        ("block{g}.layer.{b}.conv{k}", "block{g}_{b}/conv{k}"),
+        ("block{g}.layer.{b}.bn{k}", "block{g}_{b}/bn{k}"),
+        ("block{g}.layer.{b}.convShortcut", "block{g}_{b}/shortcut"),
+        ("bn1", "bn1"),
+        ("fc", "fc"),
+    ),
+    mark="block1.layer.0.conv1.weight",
+    first=("conv1.weight",),
+    fields=_fields,
+    side=lambda model: 32,
+    usual=lambda model: None,
+    who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
+    "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
+    "(Hendrycks2019)",
+    unused=_unused,
+    look_alikes={
+        "DeepMind's WideResNet (Gowal2020, Rebuffi2021, Wang2023)": (
+            r"init_conv\.weight|layer\.\d+\.block\.\d+\.conv_0\.weight"
+        ),
+    },
+)
+
+
+def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
+    sizes = {"depth": depth, "widen_factor": widen_factor}
+    return {**sizes, "num_classes": 10, **CIFAR10}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("depth", "widen_factor"),
+    archs={
+        "wrn16_4": _arch(16, 4),
+        "wrn28_10": _arch(28, 10),
+        "wrn34_10": _arch(34, 10),
+        "wrn70_16": _arch(70, 16),
+    },
+    torch=_TORCH,
+)

@@ -196,8 +196,7 @@ def test_the_network_of_the_docs_can_be_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    monkeypatch.setattr(archs, "SIZED_BY", dict(archs.SIZED_BY))
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
     file = tmp_path / "convnet.py"
     file.write_text(blocks(ROOT / "docs" / "own_network.md", "python")[0])
     config = load_config(str(file))
