@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from atebm_jax.config import default
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import FAMILIES
 
 #: Number of classes and input normalisation are those of the data set that the public
@@ -27,10 +27,7 @@ def arch(name: str) -> dict[str, Any]:
     Raises:
       UserError: any other name.
     """
-    if name not in ARCHS:
-        raise UserError(
-            f"unknown architecture {name!r}: choose one of {', '.join(ARCHS)}."
-        )
+    check_choice("architecture", name, ARCHS)
     return dict(ARCHS[name])
 
 

@@ -153,9 +153,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
     total = max(config[name].warmup_steps, 1)
     _, new_state = build_step(config, name, model, total)
     shape = tuple(config.data.image_shape)
-    variables = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)))
-    )
+    variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(new_state, variables)
     batch = _batch(stage, shape, 1)
     gradient = _bytes(variables["params"])

@@ -4,11 +4,15 @@ Training asks for a network, the import for its names in PyTorch. A family is on
 of this folder, which ends with its `FAMILY`, and one line of `models.FAMILIES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from atebm_jax.models.layers import Normalize
 
 #: Input normalisations that weights are published for.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -24,6 +28,44 @@ ModelFields = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 #: Templates of names, theirs and ours; {word} is a number, the same on both sides.
 Rules = tuple[tuple[str, str], ...]
+
+
+class Network(nn.Module, kw_only=True):
+    """What the networks of all families have: the module of each is one.
+
+    Called with images [B, H, W, C] float in [0, 1], it gives logits [B, K] float32, or
+    with `features=True` what its last layer sees, [B, D]. With `train=True` it
+    normalises with the batch's statistics, where it has any, and updates the running
+    ones: the collection "batch_stats" must be mutable.
+
+    Attributes:
+      mean, std: input normalisation, one number a channel; empty for none.
+      dtype: compute dtype of convolutions, dense layers and attention.
+      conv_gradient: see `layers.chosen_form`.
+      remat: compute a block's activations again in the backward pass.
+    """
+
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    dtype: Any = jnp.float32
+    conv_gradient: str = "auto"
+    remat: bool = False
+
+    def normalised(self, images: jax.Array) -> jax.Array:
+        """The images that the first layer sees."""
+        return Normalize(self.mean, self.std)(images) if self.mean else images
+
+
+def network_fields(model: ModelFields) -> dict[str, Any]:
+    """The fields of a `Network` and its number of classes from `config.model`."""
+    return {
+        "num_classes": model["num_classes"],
+        "mean": tuple(model["mean"]),
+        "std": tuple(model["std"]),
+        "dtype": jnp.dtype(model["dtype"]),
+        "conv_gradient": model["conv_gradient"],
+        "remat": model["remat"],
+    }
 
 
 @dataclass(frozen=True)

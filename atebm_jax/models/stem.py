@@ -76,8 +76,8 @@ class ConvStem(nn.Module):
 
 def conv_stem_rules(prefix: str, layers: int) -> Rules:
     """PyTorch's names: convolution, norm and activation in turn, counted through."""
-    rules: list[tuple[str, str]] = []
-    for index in range(layers):
-        rules.append((f"{prefix}.{3 * index}", f"stem/conv{index}"))
-        rules.append((f"{prefix}.{3 * index + 1}", f"stem/norm{index}"))
-    return tuple(rules)
+    return tuple(
+        (f"{prefix}.{3 * index + place}", f"stem/{part}{index}")
+        for index in range(layers)
+        for place, part in enumerate(("conv", "norm"))
+    )
