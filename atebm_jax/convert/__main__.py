@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
 """
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -173,10 +174,8 @@ def _table(matches: "list[Match]", verbose: bool) -> Table:
     table = Table("PyTorch", "arrays", "numbers")
     groups: dict[str, list[int]] = {}
     for row in matches:
-        size = 1
-        for length in row.shape:
-            size *= length
-        groups.setdefault(row.name.partition(".")[0], []).append(size)
+        first = row.name.partition(".")[0]
+        groups.setdefault(first, []).append(math.prod(row.shape))
     for name, sizes in groups.items():
         table.add_row(Text(name), str(len(sizes)), f"{sum(sizes):,}")
     return table

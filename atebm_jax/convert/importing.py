@@ -4,9 +4,10 @@ import collections
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -14,9 +15,8 @@ from etils import epath
 
 from atebm_jax import archs, checkpoint, checksums, models
 from atebm_jax import config as configuration
-from atebm_jax.convert import detect, layouts, matching, names, normalization, probe
-from atebm_jax.convert.entries import printable
-from atebm_jax.convert.files import Source, open_source
+from atebm_jax.convert import layouts, matching, names, normalization
+from atebm_jax.convert.files import Source, open_source, printable
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.convert.writing import appears_whole
 from atebm_jax.errors import UserError
@@ -71,7 +71,7 @@ def read(
     arrays = layouts.read_arrays(source, weights)
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
-    channels = detect.channels(family, shapes)
+    channels = names.channels(family, shapes)
     if channels not in (1, 3):
         raise UserError(
             f"{source.path} is a network for images of {channels} channels: expected 1 "
@@ -93,7 +93,7 @@ def read(
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
     config = _config(model, shape)
-    logits = probe.logits(models.build(config.model), variables, shape)
+    logits = probe_logits(models.build(config.model), variables, shape)
     record = _record(source, weights, name, matches, chosen, config)
     record["assumed"] = assumed
     record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
@@ -116,7 +116,7 @@ def _match(
         return matching.match(
             model.name,
             arrays,
-            matching.expected_variables(models.build(model), shape),
+            models.variable_shapes(models.build(model), shape),
             name if arch == "auto" else f"--arch={arch}",
             source.path,
         )
@@ -133,10 +133,10 @@ def _match(
 def _declared(source: Source, weights: layouts.Weights) -> normalization.Declared:
     """What the file says about the normalisation, arrays before all else."""
     found = normalization.declared(source.tree, source.read)
-    if weights.mean is None or weights.std is None:
+    if not weights.constants:
         return found
-    said = found.normalizes if weights.mean else False
-    return normalization.Declared(said, weights.mean, weights.std)
+    mean, std = weights.constants["mean"], weights.constants["std"]
+    return normalization.Declared(found.normalizes if mean else False, mean, std)
 
 
 # The names of PyTorch and of this project for one function.
@@ -185,21 +185,26 @@ def _exported_names(
 
 def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
     """Family and fields of `config.model`: what was asked for, else what fits."""
-    family, other = detect.recognise(shapes)
+    family, other = names.recognise(shapes)
     if other is not None:
         raise UserError(
             f"{path} is {other}, which is not built here: known are "
             f"{', '.join(models.FAMILIES)}; for another network read its arrays into a "
             "module of your own, as docs/convert.md says under 'Another network'."
         )
-    found = detect.fields(family, shapes) if family else {}
+    found = names.fields(family, shapes) if family else {}
     if arch != "auto":
         values = archs.arch(arch)
-        if values["name"] == family:
-            # What does not size the network (classes, say) the file knows better.
-            sized_by = models.FAMILIES[family].sized_by
-            values |= {f: x for f, x in found.items() if f not in sized_by}
-        _check_agreement(path, arch, values, family, shapes)
+        if family not in (None, values["name"]):
+            name = next(iter(shapes))
+            raise UserError(
+                f"{path} does not fit --arch={arch}, which is a {values['name']}: it "
+                f"has {name} {shapes[name]} and is a {family}; leave --arch out, or "
+                "give the right one."
+            )
+        # What does not size the network (classes, say) the file knows better.
+        sized_by = models.FAMILIES[values["name"]].sized_by
+        values |= {f: x for f, x in found.items() if f not in sized_by}
         return values["name"], values
     if family is None:
         some = ", ".join(sorted(shapes)[:4])
@@ -217,23 +222,6 @@ def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, 
     return family, found
 
 
-def _check_agreement(
-    path: str,
-    arch: str,
-    values: Mapping[str, Any],
-    family: str | None,
-    shapes: Shapes,
-) -> None:
-    """Refuses an architecture of another family; shapes are compared later."""
-    if family is not None and family != values["name"]:
-        name = next(iter(shapes))
-        raise UserError(
-            f"{path} does not fit --arch={arch}, which is a {values['name']}: it has "
-            f"{name} {shapes[name]} and is a {family}; leave --arch out, or give the "
-            "right one."
-        )
-
-
 def _config(
     model: ml_collections.ConfigDict, shape: tuple[int, int, int]
 ) -> ml_collections.ConfigDict:
@@ -249,6 +237,24 @@ def _config(
         config.evaluate.samples.step_size = 8.0
         config.evaluate.samples.num_steps = 14
     return config
+
+
+def probe_image(shape: tuple[int, int, int]) -> np.ndarray:
+    """The fixed image of a shape (H, W, C): [H, W, C] float32 in [0, 1]."""
+    i, j, c = np.indices(shape)
+    return np.asarray((3 * i + 5 * j + 7 * c) % 32 / 31, np.float32)
+
+
+def probe_logits(
+    model: nn.Module, variables: Any, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Logits of the fixed image, [K] float32, to compare with the original's.
+
+    At full precision of the matrices.
+    """
+    with jax.default_matmul_precision("float32"):
+        run = jax.jit(lambda weights, x: models.logits_fn(model, weights)(x))
+        return np.asarray(run(variables, probe_image(shape)[None])[0])
 
 
 def _record(

@@ -4,13 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from atebm_jax.convert import names
-from atebm_jax.convert.entries import printable
+from atebm_jax.convert.files import printable
 from atebm_jax.errors import UserError
 
 # More names than this help nobody.
@@ -23,12 +20,6 @@ class Match(NamedTuple):
     name: str
     shape: tuple[int, ...]
     path: str
-
-
-def expected_variables(model: nn.Module, shape: tuple[int, int, int]) -> Any:
-    """Shapes and dtypes of a network's variables for images [H, W, C]."""
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def without_unused(
@@ -65,7 +56,7 @@ def match(
     Args:
       family: a key of `models.FAMILIES`.
       arrays: by PyTorch name.
-      expected: as of `expected_variables`.
+      expected: as of `models.variable_shapes`.
       network: what the network is called in messages.
       path: the file, for messages.
 

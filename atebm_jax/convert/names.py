@@ -1,11 +1,12 @@
-"""PyTorch names and layouts of a family's parameters, to ours and back.
+"""What PyTorch calls a network's arrays: whose names they are, to ours and back.
 
-What the names are, each family's file says (`models.family.TorchNames`).
+Each family is asked: what its names are, its own file says
+(`models.family.TorchNames`).
 """
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -13,7 +14,7 @@ import numpy as np
 
 from atebm_jax.errors import UserError
 from atebm_jax.models import FAMILIES
-from atebm_jax.models.family import Rules, TorchNames
+from atebm_jax.models.family import Rules, Shapes, TorchNames
 
 
 def known(family: str) -> TorchNames:
@@ -32,6 +33,103 @@ def known(family: str) -> TorchNames:
             "models.FAMILIES, as docs/own_network.md says."
         )
     return names
+
+
+def _families() -> Iterator[str]:
+    return (name for name, family in FAMILIES.items() if family.torch is not None)
+
+
+def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
+    """The family of a state dict, or what else the network is.
+
+    Args:
+      shapes: of every array, PyTorch layouts, by name.
+
+    Returns:
+      (a key of `models.FAMILIES` whose networks have such names, None); or (None, what
+      the network is that is not built here). Both are None where nobody knows it.
+    """
+    for family in _families():
+        if not _marks(family).isdisjoint(shapes) and not look_alike(family, shapes):
+            return family, None
+    others = (look_alike(family, shapes) for family in _families())
+    return None, next((what for what in others if what), None)
+
+
+def family_of(names: Iterable[str]) -> str | None:
+    """The first family by whose mark names are known, look-alikes or not."""
+    listed = set(names)
+    return next((f for f in _families() if _marks(f) & listed), None)
+
+
+def _marks(family: str) -> set[str]:
+    """A family's mark as each source calls it."""
+    torch = known(family)
+    others = (_rename((rule,), torch.mark) for rule in _inverse(torch.aliases))
+    return {torch.mark, *(name for name in others if name)}
+
+
+def look_alike(family: str, shapes: Shapes) -> str | None:
+    """What a network is that a family may be mistaken for, or None."""
+    for what, test in known(family).look_alikes.items():
+        if callable(test):
+            found = test(shapes)
+        else:
+            pattern = re.compile(rf"(?:.*\.)?(?:{test})")
+            found = any(map(pattern.fullmatch, shapes))
+        if found:
+            return what
+    return None
+
+
+def looks_like_network(names: Iterable[str]) -> bool:
+    """Whether a whole network of some family is among names, under any prefix.
+
+    Its first layer must be there too: a stage of a hierarchical transformer (Swin) has
+    a ViT's names otherwise.
+    """
+    listed = list(names)
+    for family in _families():
+        first = known(family).first
+        for mark in _marks(family):
+            ends = [n for n in listed if n == mark or n.endswith(f".{mark}")]
+            for prefix in {n.removesuffix(mark) for n in ends}:
+                inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+                if any(canonical(family, name) in first for name in inner):
+                    return True
+    return False
+
+
+def fields(family: str, shapes: Shapes) -> dict[str, Any]:
+    """What the shapes say about `config.model`; what they leave open is left out.
+
+    Args:
+      family: as of `recognise`.
+      shapes: of every array, PyTorch layouts, by name.
+
+    Returns:
+      Fields of `config.model` with their values; always "name".
+    """
+    own = _own_names(family, shapes)
+    found = {"name": family} | known(family).fields(own)
+    head = own.get(_last_layer(family), ())
+    if len(head) == 2 and head[0]:
+        found["num_classes"] = head[0]
+    return found
+
+
+def channels(family: str, shapes: Shapes) -> int:
+    """Channels of the images: inputs of the first convolution, or 3."""
+    own = _own_names(family, shapes)
+    for name in known(family).first:
+        if len(own.get(name, ())) == 4:
+            return own[name][1]
+    return 3
+
+
+def _own_names(family: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes by the family's own names, whatever the source calls the arrays."""
+    return {canonical(family, name): tuple(shape) for name, shape in shapes.items()}
 
 
 def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -89,13 +187,7 @@ def canonical(family: str, name: str) -> str:
     return _rename(known(family).aliases, name) or name
 
 
-def spellings(family: str, name: str) -> set[str]:
-    """All names that are read as the canonical `name`."""
-    aliases = known(family).aliases
-    return {name, *(_rename((rule,), name) or name for rule in _inverse(aliases))}
-
-
-def last_layer(family: str) -> str:
+def _last_layer(family: str) -> str:
     """Name of the last layer's weight, whose outputs are the classes."""
     return f"{_rename(_inverse(known(family).rules), 'fc')}.weight"
 
@@ -104,9 +196,8 @@ def begins_network(part: str) -> bool:
     """Whether the first part of a name is a network's own, and no wrapper's."""
     return any(
         re.fullmatch(_pattern(theirs.partition(".")[0]), part)
-        for family in FAMILIES.values()
-        if family.torch is not None
-        for theirs, _ in (*family.torch.rules, *family.torch.aliases)
+        for family in _families()
+        for theirs, _ in (*known(family).rules, *known(family).aliases)
     )
 
 
@@ -119,7 +210,7 @@ def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.n
         axes = torch.bare[leaf]
         trailing = set(array.shape[axes:]) <= {1}
         value = array.reshape(array.shape[:axes]) if trailing else array
-        return _join("params", path, leaf), value
+        return "/".join(part for part in ("params", path, leaf) if part), value
     if path and leaf in ("running_mean", "running_var"):
         return f"batch_stats/{path}/{leaf.removeprefix('running_')}", array
     if path and leaf == "bias" and array.ndim == 1:
@@ -176,7 +267,3 @@ def _pattern(template: str) -> str:
     escaped = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
     escaped = escaped.replace("{leaf}", "(?P<leaf>weight|bias)")
     return re.sub(r"{(\w+)}", r"(?P<\1>\\d+)", escaped)
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atebm_jax.convert import names
-from atebm_jax.convert.entries import printable, shape
-from atebm_jax.convert.files import is_array
+from atebm_jax.convert.files import is_array, printable, shape
 from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, IMAGENET

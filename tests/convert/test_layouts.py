@@ -10,7 +10,6 @@ import pytest
 
 from atebm_jax import UserError, archs, models
 from atebm_jax.convert import (
-    detect,
     files,
     importing,
     layouts,
@@ -169,9 +168,9 @@ def test_wrapper_comes_off(kind):
     for name, value in expected.items():
         np.testing.assert_array_equal(found.arrays[name], value)
     if kind in NORMALIZED:
-        assert (found.mean, found.std) == (MEAN, STD)
+        assert found.constants == {"mean": MEAN, "std": STD}
     else:
-        assert found.mean is None and found.std is None
+        assert not found.constants
     assert bool(found.steps) == (kind != "plain")
 
 
@@ -382,7 +381,7 @@ def test_network_that_is_not_built_here_is_called_what_it_is(
     if marked:
         shapes |= {names.known(family).mark: (8, 8, 3, 3)}
     shapes |= {name: (8, 4, 3, 3)}
-    assert detect.recognise(shapes)[0] is None
+    assert names.recognise(shapes)[0] is None
     with pytest.raises(UserError, match=f"{what}.*not built here.*docs/convert.md"):
         importing._architecture("w.pt", "auto", shapes)
 
@@ -425,7 +424,7 @@ def test_family_is_its_file_and_one_line(monkeypatch):
     }
     source = AsIs({"model": under("net", arrays) | under("net_ema", arrays)})
     monkeypatch.setattr(importing, "open_source", lambda path: source)
-    monkeypatch.setattr(importing.probe, "logits", lambda *_: np.zeros(7))
+    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(7))
     with pytest.raises(UserError, match="JEM's.*not built here"):
         importing.read("w.pt")
     monkeypatch.setitem(models.FAMILIES, "plain", PLAIN_FAMILY)
@@ -446,8 +445,8 @@ def test_family_without_names_in_pytorch_is_said_to_have_none(monkeypatch):
     family = dataclasses.replace(PLAIN_FAMILY, torch=None)
     monkeypatch.setitem(models.FAMILIES, "plain", family)
     with pytest.raises(UserError, match="a plain has no names in PyTorch.*'torch'"):
-        names.to_torch("plain", {"params": {}})
-    assert detect.recognise({"a": (1,)}) == (None, None)
+        names.to_torch("plain", {"params": {"fc": {"bias": np.zeros(7)}}})
+    assert names.recognise({"a": (1,)}) == (None, None)
 
 
 def test_stages_of_a_swin_transformer_are_no_networks():
@@ -473,26 +472,26 @@ def test_networks_that_are_built_here_are_not_called_others(family):
     model = archs.model_config(
         next(n for n, a in archs.ARCHS.items() if a["name"] == family)
     )
-    expected = matching.expected_variables(models.build(model), (224, 224, 3))
+    expected = models.variable_shapes(models.build(model), (224, 224, 3))
     flat = flax.traverse_util.flatten_dict(expected, sep="/")
     torchs = {}
     for path, x in flat.items():
         like = np.broadcast_to(np.False_, x.shape)
         name, array = names.one_to_torch(family, path, like)
         torchs[name] = array.shape
-    assert detect.recognise(torchs) == (family, None)
-    assert not any(detect.look_alike(other, torchs) for other in models.FAMILIES)
-    assert detect.looks_like_network(f"a.b.{name}" for name in torchs)
+    assert names.recognise(torchs) == (family, None)
+    assert not any(names.look_alike(other, torchs) for other in models.FAMILIES)
+    assert names.looks_like_network(f"a.b.{name}" for name in torchs)
 
 
 def test_architecture_is_told_from_names_and_shapes():
     shapes = {name: value.shape for name, value in network().items()}
-    assert detect.recognise(shapes) == ("wide_resnet", None)
-    assert detect.fields("wide_resnet", shapes) == {
+    assert names.recognise(shapes) == ("wide_resnet", None)
+    assert names.fields("wide_resnet", shapes) == {
         "name": "wide_resnet",
         "depth": 10,
         "widen_factor": 1,
         "num_classes": 10,
     }
-    assert detect.channels("wide_resnet", shapes) == 3
-    assert detect.recognise({"a": (1,)}) == (None, None)
+    assert names.channels("wide_resnet", shapes) == 3
+    assert names.recognise({"a": (1,)}) == (None, None)
