@@ -58,7 +58,7 @@ def read(
       arch: a key of `archs.ARCHS`, or "auto" to tell from names and shapes.
       entry: which of several networks in the file.
       asked: input normalisation, where the file does not say.
-      activation: of WideResNets and ResNets, which no file says: "relu", "swish" (or
+      activation: of a family that has several, as no file says it: "relu", "swish" (or
         "silu", which is the same) or "gelu"; None for "relu" or what an export of this
         project wrote.
       image_size: side of the images in pixels; None for the architecture's usual one.

@@ -170,9 +170,8 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
       variables: {"params": ...} and, where the family has it, "batch_stats".
 
     Returns:
-      Contiguous arrays by name (timm's, and for "wide_resnet" those of the usual
-      implementation). `num_batches_tracked` is left out: PyTorch's strict loading of a
-      plain dict does without.
+      Contiguous arrays by the family's own names. `num_batches_tracked` is left out:
+      PyTorch's strict loading of a plain dict does without.
 
     Raises:
       UserError: a variable that the family does not have.
