@@ -1,11 +1,13 @@
 """What the commands share: config files, overrides, quiet libraries, exit code 2."""
 
+import argparse
 import inspect
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import util
 from typing import NoReturn
 
@@ -153,3 +155,28 @@ def fail(error: Exception) -> NoReturn:
     """Ends the process with the one sentence and exit code 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says mistakes as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(UserError(f"{message}; --help lists the flags."))
+
+
+def run(main: Callable[[Sequence[str]], None], stopped: str) -> None:
+    """Runs a command to the exit code of its process.
+
+    Args:
+      main: takes the arguments without the program's name.
+      stopped: what is said where a signal stops it.
+    """
+    # A stopped command clears away what it has begun.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print(f"stopped: {stopped}.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -123,7 +123,7 @@ def _data() -> ml_collections.ConfigDict:
 
 def _model() -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
-    # Family: a key of `atebm_jax.models.MODELS`.
+    # Family: a key of `atebm_jax.models.FAMILIES`.
     model.name = "wide_resnet"
     # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets.
     model.depth = 34

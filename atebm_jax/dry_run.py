@@ -95,6 +95,7 @@ class Cost:
       flops: part -> FLOPs of one image (of each stream) and one turn.
       turns: part -> how often it runs in a step; T_max for contrastive steps.
       gathered_bytes: the whole parameters that a step gathers; 0 without an fsdp axis.
+      whole_batch: whether a batch has to pass at once, for its statistics.
     """
 
     parameters: int
@@ -106,6 +107,7 @@ class Cost:
     flops: dict[str, float]
     turns: dict[str, int]
     gathered_bytes: int = 0
+    whole_batch: bool = False
 
     def step_flops(
         self, batch_size: int, contrastive_steps: int | None = None
@@ -151,9 +153,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
     total = max(config[name].warmup_steps, 1)
     _, new_state = build_step(config, name, model, total)
     shape = tuple(config.data.image_shape)
-    variables = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)))
-    )
+    variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(new_state, variables)
     batch = _batch(stage, shape, 1)
     gradient = _bytes(variables["params"])
@@ -169,6 +169,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
         flops=_flops(stage, model, variables, batch),
         turns=_turns(config, name),
         gathered_bytes=0 if fsdp == 1 else gradient,
+        whole_batch=name == "stage1" and "batch_stats" in variables,
     )
 
 
@@ -288,7 +289,7 @@ def remedies(
             lighter, name, _fsdp(config, machine)
         )
     for flags, candidate in candidates.items():
-        for parts in _splits(config, name, machine.devices):
+        for parts in _splits(stage.batch_size, machine.devices, cost.whole_batch):
             need = candidate.device_bytes(stage.batch_size, machine.devices, parts)
             if need <= limit:
                 found.append(
@@ -317,13 +318,10 @@ def _parts(stage: ml_collections.ConfigDict) -> int:
     return stage.num_micro_batches
 
 
-def _splits(config: Any, name: str, devices: int) -> Iterator[int]:
-    """Numbers of micro-batches that the batch allows on so many devices."""
-    batch_size = config[name].batch_size
-    normalised = name == "stage1" and config.model.name in ("resnet", "wide_resnet")
-    for parts in range(1, batch_size // devices + 1):
-        # Stage 1 with batch normalisation needs the whole batch's statistics.
-        if batch_size % (parts * devices) == 0 and (parts == 1 or not normalised):
+def _splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
+    """Numbers of micro-batches that a batch allows on so many devices."""
+    for parts in range(1, 2 if whole_batch else batch_size // devices + 1):
+        if batch_size % (parts * devices) == 0:
             yield parts
 
 

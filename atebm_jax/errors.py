@@ -1,5 +1,7 @@
 """The one exception that means "the input is wrong", as opposed to "the code is"."""
 
+from collections.abc import Collection
+
 
 class UserError(ValueError):
     """A mistake in a config, flag, path, image or checkpoint.
@@ -7,3 +9,23 @@ class UserError(ValueError):
     The message is one clear sentence or two: what is wrong, what was expected and
     what to do. Command-line tools print it without a traceback and exit with code 2.
     """
+
+
+def check_choice(
+    field: str, value: object, choices: Collection[str], of: str = ""
+) -> None:
+    """Refuses a value that is none of a few.
+
+    Args:
+      field: what has the value: "model.stem".
+      value: what was given.
+      choices: what is allowed.
+      of: what the choices belong to, where that is in doubt: " of a ViT".
+
+    Raises:
+      UserError: names the value and the choices.
+    """
+    if value not in choices:
+        raise UserError(
+            f"unknown {field} {value!r}{of}: choose one of {', '.join(choices)}."
+        )

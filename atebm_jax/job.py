@@ -395,7 +395,7 @@ def _gaussian(
 
 
 def _greet(console: Console, job: Job) -> None:
-    variables = jax.eval_shape(lambda: _random_variables(job.model, job.config))
+    variables = models.variable_shapes(job.model, job.config.data.image_shape)
     number = parameter_overview.count_parameters(variables["params"])
     config = job.config.model
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -447,7 +447,7 @@ def _origins(
     The first stage starts from `init_from` or at random; stage 2 otherwise from the
     averaged weights of stage 1 in the workdir. What is there already must fit.
     """
-    expected = jax.eval_shape(lambda: _random_variables(model, config))
+    expected = models.variable_shapes(model, config.data.image_shape)
 
     def loaded(source: str | epath.Path, together: bool = False) -> Any:
         weights, meta = checkpoint.load_weights(source, together=together)

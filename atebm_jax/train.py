@@ -23,6 +23,7 @@ from atebm_jax import (
     data,
     health,
     intact,
+    models,
     optim,
     sharding,
     stages,
@@ -229,7 +230,7 @@ def _check_micro_batches(
     parts = config[name].num_micro_batches
     if name != "stage1" or parts == 1:
         return
-    if "batch_stats" in _variable_shapes(config, model):
+    if "batch_stats" in models.variable_shapes(model, config.data.image_shape):
         raise UserError(
             f"config.stage1.num_micro_batches is {parts}, and stage1 normalises "
             f"{config.model.name} over the whole batch (BatchNorm): parts would have "
@@ -237,14 +238,9 @@ def _check_micro_batches(
         )
 
 
-def _variable_shapes(config: ml_collections.ConfigDict, model: nn.Module) -> Any:
-    example = jnp.zeros((1, *config.data.image_shape))
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), example))
-
-
 def _placed_shapes(job: Job, new_state: Callable[[Any], TrainState]) -> Any:
     """The shapes of a state and where it lives, without what it starts from."""
-    variables = _variable_shapes(job.config, job.model)
+    variables = models.variable_shapes(job.model, job.config.data.image_shape)
     return sharding.placed_shapes(jax.eval_shape(new_state, variables), job.mesh)
 
 

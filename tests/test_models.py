@@ -194,7 +194,7 @@ def test_config_describes_the_network():
         ("depth", 12, "6n \\+ 4"),
         ("depth", 4, "6n \\+ 4"),
         ("widen_factor", 0, "widen_factor is 0"),
-        ("num_classes", 0, "num_classes 0"),
+        ("num_classes", 0, "num_classes is 0"),
         ("activation", "tanh", "'tanh'.*relu, swish, gelu"),
     ],
 )

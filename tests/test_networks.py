@@ -8,6 +8,7 @@ import reference
 
 from atebm_jax import UserError, archs, convert, energy, models
 from atebm_jax.models import resnet
+from atebm_jax.models.family import IMAGENET
 
 # Small networks of each family, and the features they pool.
 NETWORKS = [
@@ -174,7 +175,7 @@ def test_training_mode_of_a_resnet_updates_its_statistics():
         assert reference.max_difference(new["batch_stats"][module], old[module]) > 1e-3
     # One weight-0.1 step towards the batch's own mean.
     kernel = np.asarray(weights["params"]["conv1"]["kernel"])
-    pixels = (images - archs.IMAGENET["mean"]) / archs.IMAGENET["std"]
+    pixels = (images - IMAGENET["mean"]) / IMAGENET["std"]
     seen = jax.lax.conv_general_dilated(
         jnp.asarray(pixels, jnp.float32),
         jnp.asarray(kernel),
@@ -251,7 +252,7 @@ def test_unknown_architecture_and_field_are_refused():
 
 
 def test_architecture_is_found_whatever_its_classes_and_normalisation():
-    block = archs.model_config("convnext_base", num_classes=10, **archs.IMAGENET)
+    block = archs.model_config("convnext_base", num_classes=10, **IMAGENET)
     assert archs.name_of(block) == "convnext_base"
     assert archs.name_of(archs.model_config("wrn34_10", depth=40)) is None
 
@@ -267,7 +268,3 @@ def test_architecture_is_found_whatever_its_classes_and_normalisation():
 )
 def test_network_is_described_by_what_sizes_it(name, text):
     assert archs.describe(archs.model_config(name)) == text
-
-
-def test_every_family_says_what_sizes_it():
-    assert archs.SIZED_BY.keys() == models.MODELS.keys()

@@ -7,16 +7,15 @@ Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
 """
 
 import argparse
-import signal
-import sys
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atebm_jax.command_line import check_platform, fail, quiet_libraries
+from atebm_jax.command_line import Parser, check_platform, quiet_libraries, run
 from atebm_jax.errors import UserError
 from atebm_jax.progress import say
 
@@ -28,15 +27,8 @@ if TYPE_CHECKING:
 _SHOWN_LOGITS = 10
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says mistakes as all commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(UserError(f"{message}; --help lists the flags."))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m atebm_jax.convert",
         description="Reads PyTorch checkpoints without running anything in them, and "
         "writes weights back with PyTorch's names.",
@@ -173,10 +165,8 @@ def _table(matches: "list[Match]", verbose: bool) -> Table:
     table = Table("PyTorch", "arrays", "numbers")
     groups: dict[str, list[int]] = {}
     for row in matches:
-        size = 1
-        for length in row.shape:
-            size *= length
-        groups.setdefault(row.name.partition(".")[0], []).append(size)
+        first = row.name.partition(".")[0]
+        groups.setdefault(first, []).append(math.prod(row.shape))
     for name, sizes in groups.items():
         table.add_row(Text(name), str(len(sizes)), f"{sum(sizes):,}")
     return table
@@ -184,15 +174,7 @@ def _table(matches: "list[Match]", verbose: bool) -> Table:
 
 def cli() -> None:
     """Entry point of the command line."""
-    # A stopped command clears away what it has begun.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("stopped: nothing was written.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    run(main, stopped="nothing was written")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from atebm_jax.convert.files import Source, is_array
+from atebm_jax.convert.files import Source, is_array, printable, shape
 from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError
 
@@ -22,13 +22,6 @@ ROLES = frozenset({"student", "teacher", "target", "target_model", "momentum_enc
 
 # Words of such names that say that the weights are averaged.
 _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "average", "shadow", "polyak"})
-
-# Modules that wrap another one at any depth, compute nothing and have no arrays:
-# parallel training, compilation, sharding, recomputation, private gradients.
-_TRANSPARENT = (
-    r"(?:_?module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
-    r"_fpw_module|_forward_module)"
-)
 
 # Entries of training states that hold arrays but no network.
 _OTHERS = ("optim", "sched", "scaler", "amp", "grad", "loss")
@@ -83,12 +76,6 @@ def _collect(
         found[name] = {k: v for k, v in tree.items() if isinstance(k, str)}
 
 
-def shape(value: Any) -> tuple[int, ...]:
-    """Shape of a leaf, read or not."""
-    array = getattr(value, "array", value)
-    return tuple(array.shape) if array is not None else ()
-
-
 def nothing(source: Source) -> str:
     """Why no weights were found."""
     tree = source.tree
@@ -121,19 +108,12 @@ def unusable_averages(source: Source, entries: Mapping[str, Any]) -> list[str]:
       source: an opened file.
       entries: as of `collect`, which can be used.
     """
-    found: list[str] = []
-    _averages(source.tree, "", _DEEPEST, entries, found, set())
-    return list(map(printable, found))
+    return list(map(printable, _averages(source.tree, "", _DEEPEST, entries, set())))
 
 
 def _averages(
-    tree: Any,
-    name: str,
-    depth: int,
-    entries: Mapping[str, Any],
-    found: list[str],
-    seen: set[int],
-) -> None:
+    tree: Any, name: str, depth: int, entries: Mapping[str, Any], seen: set[int]
+) -> Iterator[str]:
     """Looks for them everywhere; no container is entered twice."""
     if depth == 0 or id(tree) in seen or (name and name in entries):
         return
@@ -147,9 +127,9 @@ def _averages(
         if is_averaged(key) and not other and not usable:
             held = _held(value, inner, _DEEPEST, set())
         if held is None:
-            _averages(value, inner, depth - 1, entries, found, seen)
+            yield from _averages(value, inner, depth - 1, entries, seen)
         else:
-            found.append(f"averages that cannot be used, under {held}: {_COPY}")
+            yield f"averages that cannot be used, under {held}: {_COPY}"
 
 
 def _children(tree: Any) -> list[tuple[str, Any]]:
@@ -283,33 +263,3 @@ def _lacking(averaged: Mapping[str, Any], network: Mapping[str, Any]) -> str:
         for names in (network, averaged)
     )
     return " and no ".join(sorted(there - here))
-
-
-def below(weights: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
-    """The names that begin with a prefix, without it; wrappers may be before it."""
-    start = re.compile(rf"(?:{_TRANSPARENT}\.)*{re.escape(prefix)}\.(.+)")
-    matches = {name: start.fullmatch(name) for name in weights}
-    taken = {m[1]: weights[name] for name, m in matches.items() if m}
-    if not taken:
-        raise UserError(f"--entry={prefix}: no name in {path} begins with '{prefix}.'.")
-    return taken
-
-
-def is_transparent(name: str) -> bool:
-    """Whether one part of a name stands for a module that only wraps another."""
-    return re.fullmatch(_TRANSPARENT, name) is not None
-
-
-def without_inner_wrappers(name: str) -> str:
-    """A name without what wraps modules inside of the network.
-
-    What stands in front stays: all names may share it, or it may part two networks.
-    """
-    front = re.match(rf"(?:{_TRANSPARENT}\.)*", name)
-    start = front.end() if front else 0
-    return name[:start] + re.sub(rf"(?<=\.){_TRANSPARENT}\.", "", name[start:])
-
-
-def printable(text: str) -> str:
-    """Nothing in a file's names can steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:1000])

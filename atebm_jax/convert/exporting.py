@@ -71,7 +71,7 @@ def _counters(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _metadata(model: dict[str, Any]) -> dict[str, str]:
-    name = archs.name_of(model)  # type: ignore[arg-type]
+    name = archs.name_of(model)
     return {
         "format": "pt",
         "atebm_jax.arch": name or model["name"],

@@ -4,9 +4,10 @@ import collections
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -14,11 +15,11 @@ from etils import epath
 
 from atebm_jax import archs, checkpoint, checksums, models, storage
 from atebm_jax import config as configuration
-from atebm_jax.convert import detect, layouts, matching, normalization, probe
-from atebm_jax.convert.entries import printable
-from atebm_jax.convert.files import Source, open_source
+from atebm_jax.convert import layouts, matching, names, normalization
+from atebm_jax.convert.files import Source, open_source, printable
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError
+from atebm_jax.models.family import Shapes
 from atebm_jax.models.layers import ACTIVATIONS
 
 
@@ -56,7 +57,7 @@ def read(
       arch: a key of `archs.ARCHS`, or "auto" to tell from names and shapes.
       entry: which of several networks in the file.
       asked: input normalisation, where the file does not say.
-      activation: of WideResNets and ResNets, which no file says: "relu", "swish" (or
+      activation: of a family that has several, as no file says it: "relu", "swish" (or
         "silu", which is the same) or "gelu"; None for "relu" or what an export of this
         project wrote.
       image_size: side of the images in pixels; None for the architecture's usual one.
@@ -69,7 +70,7 @@ def read(
     arrays = layouts.read_arrays(source, weights)
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
-    channels = detect.channels(family, shapes)
+    channels = names.channels(family, shapes)
     if channels not in (1, 3):
         raise UserError(
             f"{source.path} is a network for images of {channels} channels: expected 1 "
@@ -79,7 +80,7 @@ def read(
     model.update(fields)
     model.mean, model.std = (), ()
     model.activation, assumed = _activation(activation, source, family)
-    side = image_size or _side(model)
+    side = image_size or names.known(family).side(model)
     shape = (side, side, channels)
     name = archs.name_of(model) or family
     variables, matches = _match(source, weights, arrays, model, shape, name, arch)
@@ -91,7 +92,7 @@ def read(
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
     config = _config(model, shape)
-    logits = probe.logits(models.build(config.model), variables, shape)
+    logits = probe_logits(models.build(config.model), variables, shape)
     record = _record(source, weights, name, matches, chosen, config)
     record["assumed"] = assumed
     record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
@@ -114,7 +115,7 @@ def _match(
         return matching.match(
             model.name,
             arrays,
-            matching.expected_variables(models.build(model), shape),
+            models.variable_shapes(models.build(model), shape),
             name if arch == "auto" else f"--arch={arch}",
             source.path,
         )
@@ -131,10 +132,10 @@ def _match(
 def _declared(source: Source, weights: layouts.Weights) -> normalization.Declared:
     """What the file says about the normalisation, arrays before all else."""
     found = normalization.declared(source.tree, source.read)
-    if weights.mean is None or weights.std is None:
+    if not weights.constants:
         return found
-    said = found.normalizes if weights.mean else False
-    return normalization.Declared(said, weights.mean, weights.std)
+    mean, std = weights.constants["mean"], weights.constants["std"]
+    return normalization.Declared(found.normalizes if mean else False, mean, std)
 
 
 # The names of PyTorch and of this project for one function.
@@ -154,10 +155,11 @@ def _activation(
         raise UserError(
             f"unknown --activation={asked}: choose one of {', '.join(_ACTIVATIONS)}."
         )
-    if family in _WITH_GELU:
-        if asked not in (None, "gelu"):
+    only = models.FAMILIES[family].activation
+    if only is not None:
+        if asked is not None and _ACTIVATIONS[asked] != only:
             raise UserError(
-                f"--activation={asked}: a {family} has gelu, whatever its weights: "
+                f"--activation={asked}: a {family} has {only}, whatever its weights: "
                 "leave the flag out."
             )
         return default, []
@@ -180,69 +182,43 @@ def _exported_names(
     return tuple(map(str, names)) if whole else None
 
 
-# Families whose activation is part of what they are.
-_WITH_GELU = ("convnext", "vit")
-
-
-def _architecture(
-    path: str, arch: str, shapes: detect.Shapes
-) -> tuple[str, dict[str, Any]]:
+def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
     """Family and fields of `config.model`: what was asked for, else what fits."""
-    what = detect.foreign(shapes)
-    if what is not None:
+    family, other = names.recognise(shapes)
+    if other is not None:
         raise UserError(
-            f"{path} is {what}, which is not built here: known are "
-            f"{', '.join(models.MODELS)}; for another network read its arrays into a "
+            f"{path} is {other}, which is not built here: known are "
+            f"{', '.join(models.FAMILIES)}; for another network read its arrays into a "
             "module of your own, as docs/convert.md says under 'Another network'."
         )
-    family = detect.family_of(shapes)
-    found = detect.fields(family, shapes) if family else {}
+    found = names.fields(family, shapes) if family else {}
     if arch != "auto":
         values = archs.arch(arch)
-        # What the last layer and the position embedding say about themselves.
-        free = ("num_classes", "position_grid")
-        if values["name"] == family:
-            values |= {field: found[field] for field in free if field in found}
-        _check_agreement(path, arch, values, family, shapes)
+        if family not in (None, values["name"]):
+            name = next(iter(shapes))
+            raise UserError(
+                f"{path} does not fit --arch={arch}, which is a {values['name']}: it "
+                f"has {name} {shapes[name]} and is a {family}; leave --arch out, or "
+                "give the right one."
+            )
+        # What does not size the network (classes, say) the file knows better.
+        sized_by = models.FAMILIES[values["name"]].sized_by
+        values |= {f: x for f, x in found.items() if f not in sized_by}
         return values["name"], values
     if family is None:
         some = ", ".join(sorted(shapes)[:4])
         raise UserError(
             f"{path} is of no known architecture (its names: {some}, ...): known are "
-            f"{', '.join(models.MODELS)}; wrappers are taken off with --entry=PREFIX, "
-            "and docs/convert.md says under 'Another network' how to read its arrays."
+            f"{', '.join(models.FAMILIES)}; wrappers are taken off with "
+            "--entry=PREFIX, and docs/convert.md says under 'Another network' how to "
+            "read its arrays."
         )
-    sizes = {"resnet": "depth", "convnext": "size", "vit": "size"}
-    if sizes.get(family, "name") not in found:
+    if not set(models.FAMILIES[family].sized_by) <= found.keys():
         raise UserError(
             f"{path} is a {family} of a size that is not built here: choose among "
             f"{', '.join(archs.ARCHS)}."
         )
     return family, found
-
-
-def _check_agreement(
-    path: str,
-    arch: str,
-    values: Mapping[str, Any],
-    family: str | None,
-    shapes: detect.Shapes,
-) -> None:
-    """Refuses an architecture of another family; shapes are compared later."""
-    if family is not None and family != values["name"]:
-        name = next(iter(shapes))
-        raise UserError(
-            f"{path} does not fit --arch={arch}, which is a {values['name']}: it has "
-            f"{name} {shapes[name]} and is a {family}; leave --arch out, or give the "
-            "right one."
-        )
-
-
-def _side(model: ml_collections.ConfigDict) -> int:
-    """The usual side of the images, in pixels."""
-    if model.name == "vit":
-        return 16 * model.position_grid
-    return {"wide_resnet": 32}.get(model.name, 256)
 
 
 def _config(
@@ -260,6 +236,24 @@ def _config(
         config.evaluate.samples.step_size = 8.0
         config.evaluate.samples.num_steps = 14
     return config
+
+
+def probe_image(shape: tuple[int, int, int]) -> np.ndarray:
+    """The fixed image of a shape (H, W, C): [H, W, C] float32 in [0, 1]."""
+    i, j, c = np.indices(shape)
+    return np.asarray((3 * i + 5 * j + 7 * c) % 32 / 31, np.float32)
+
+
+def probe_logits(
+    model: nn.Module, variables: Any, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Logits of the fixed image, [K] float32, to compare with the original's.
+
+    At full precision of the matrices.
+    """
+    with jax.default_matmul_precision("float32"):
+        run = jax.jit(lambda weights, x: models.logits_fn(model, weights)(x))
+        return np.asarray(run(variables, probe_image(shape)[None])[0])
 
 
 def _record(

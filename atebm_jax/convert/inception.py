@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from atebm_jax import models
 from atebm_jax.convert import files
 from atebm_jax.errors import UserError
 from atebm_jax.models import inception
@@ -15,14 +15,6 @@ from atebm_jax.models import inception
 # The published file, which carries the first digits of its SHA-256 in its name.
 PUBLISHED = "pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-_LEAVES = {
-    ("conv", "kernel"): "conv.weight",
-    ("bn", "scale"): "bn.weight",
-    ("bn", "bias"): "bn.bias",
-    ("bn", "mean"): "bn.running_mean",
-    ("bn", "var"): "bn.running_var",
-}
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
@@ -60,7 +52,7 @@ def from_torch(weights: Mapping[str, np.ndarray], path: str = "") -> dict[str, A
     """
 
     def leaf(where: tuple, like: Any) -> np.ndarray:
-        name = _torch_name([key.key for key in where[1:]])
+        name = inception.torch_name([key.key for key in where[1:]])
         if name not in weights:
             raise UserError(_other(path, f"{name} is missing"))
         array = np.asarray(weights[name], np.float32)
@@ -71,22 +63,9 @@ def from_torch(weights: Mapping[str, np.ndarray], path: str = "") -> dict[str, A
             raise UserError(_other(path, f"{name} has shape {tuple(shape)}"))
         return np.ascontiguousarray(array)
 
-    return jax.tree_util.tree_map_with_path(leaf, _expected())
-
-
-def _expected() -> Any:
-    size = (1, inception.SIZE, inception.SIZE, 3)
-    return jax.eval_shape(
-        inception.InceptionV3().init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct(size, jnp.float32),
-    )
-
-
-def _torch_name(keys: list[str]) -> str:
-    if keys[0].startswith("fc"):
-        return "fc.bias" if keys == ["fc_bias"] else "fc.weight"
-    return ".".join([*keys[:-2], _LEAVES[keys[-2], keys[-1]]])
+    shape = (inception.SIZE, inception.SIZE, 3)
+    expected = models.variable_shapes(inception.InceptionV3(), shape)
+    return jax.tree_util.tree_map_with_path(leaf, expected)
 
 
 def _other(path: str, what: str) -> str:

@@ -11,58 +11,48 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from atebm_jax.convert import normalization
-from atebm_jax.convert.detect import family_of, looks_like_network
-from atebm_jax.convert.entries import (
-    NETWORKS,
-    ROLES,
-    below,
-    choose,
-    collect,
-    is_averaged,
-    is_transparent,
-    nothing,
-    printable,
-    shape,
-    split,
-    unusable_averages,
-    whole,
-    without_inner_wrappers,
-)
-from atebm_jax.convert.files import Source, is_array
+from atebm_jax.convert import entries, normalization
+from atebm_jax.convert.files import Source, is_array, printable, shape
+from atebm_jax.convert.names import begins_network, family_of, looks_like_network
 from atebm_jax.errors import UserError
 
 
-class Weights(NamedTuple):
-    """One network's plain state dict.
+@dataclass
+class Weights:
+    """One network's plain state dict, from which the wrappers come off one by one.
 
     Attributes:
       arrays: by PyTorch name, without wrappers; leaves of a source's tree.
-      mean, std: input normalisation kept beside the weights; None where there is none.
       steps: what was chosen and taken off, a phrase each.
+      constants: "mean" and "std" of the input normalisation, where they are kept beside
+        the weights.
       others: what `--entry` takes other weights of the file by.
+      prefix: what `--entry` has in front of the names.
+      is_given: `--entry` gave a prefix of names: nothing is to be chosen any more.
     """
 
     arrays: dict[str, Any]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    steps: list[str]
-    others: tuple[str, ...] = ()
+    steps: list[str] = field(default_factory=list)
+    constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    prefix: str = ""
+    is_given: bool = False
+
+    def enter(self, wrapper: str) -> None:
+        """Notes that a first part of the names is off."""
+        # `_below` passes over the transparent ones.
+        if wrapper and not re.fullmatch(_TRANSPARENT, wrapper):
+            self.prefix += f"{wrapper}."
 
 
 _MOST_WRAPPERS = 32
 _MOST_COPIES = 16
-
-# First parts of names that belong to a network and not to a wrapper.
-_OWN = re.compile(
-    r"conv1|bn1|fc|head|norm|stem|stages|blocks|features|classifier|encoder|"
-    r"patch_embed|conv_proj|heads|downsample_layers|(layer|block)\d"
-)
 
 _NORMALIZER = re.compile(
     r"(?:(?:normali[sz]er?|normali[sz]ation|normali[sz]e_layer|norm|preprocess|0|"
@@ -80,6 +70,13 @@ _COUNTERS = frozenset(
     }
 )
 
+# Modules that wrap another one at any depth, compute nothing and have no arrays:
+# parallel training, compilation, sharding, recomputation, private gradients.
+_TRANSPARENT = (
+    r"(?:_?module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+    r"_fpw_module|_forward_module)"
+)
+
 
 def find(source: Source, entry: str | None = None) -> Weights:
     """The plain state dict of a source.
@@ -91,35 +88,82 @@ def find(source: Source, entry: str | None = None) -> Weights:
     Raises:
       UserError: no weights, or several networks of which none is meant.
     """
-    steps: list[str] = []
-    entries = collect(source)
-    if not entries:
-        raise UserError(nothing(source))
-    name, inside = split(entry, entries)
-    steps += unusable_averages(source, entries)
+    weights = _chosen(source, entry)
+    for _ in range(_MOST_WRAPPERS):
+        before = set(weights.arrays)
+        _pass_over_counters(weights)
+        _take_normalizer(source, weights)
+        _drop_attacker(source, weights)
+        _take_heads(weights)
+        _take_off_wrapper(source, weights)
+        if set(weights.arrays) == before:
+            break
+    else:
+        raise UserError(
+            f"{source.path} is refused: its names have more than {_MOST_WRAPPERS} "
+            "wrappers."
+        )
+    if len(weights.constants) == 1:
+        raise UserError(
+            f"{source.path} has only the {next(iter(weights.constants))} of an input "
+            "normalisation: give --mean and --std."
+        )
+    return weights
+
+
+def _chosen(source: Source, entry: str | None) -> Weights:
+    """The entry of the file that is meant, with its wrappers."""
+    networks = entries.collect(source)
+    if not networks:
+        raise UserError(entries.nothing(source))
+    name, inside = entries.split(entry, networks)
+    steps = entries.unusable_averages(source, networks)
     if name is None:
-        entries = whole(entries, steps)
-    known = choose(entries, name, source.path, steps)
-    weights = _unwrap_inside(entries[known], steps)
+        networks = entries.whole(networks, steps)
+    name = entries.choose(networks, name, source.path, steps)
+    arrays = _without_inner_wrappers(networks[name], steps)
     if inside:
-        weights = below(weights, without_inner_wrappers(inside), source.path)
+        arrays = _below(arrays, _plain_name(inside), source.path)
         steps.append(f"took the names under {inside!r}")
-    dropped = [n for n, value in weights.items() if not is_array(value)]
+    dropped = [n for n, value in arrays.items() if not is_array(value)]
     for n in dropped:
-        del weights[n]
+        del arrays[n]
     if dropped:
         steps.append(f"passed over {', '.join(map(repr, dropped[:4]))}: no arrays")
-    others = [n for n in entries if n and n != known]
-    prefix = f"{known}." if known else ""
-    return _unwrap(source, weights, steps, others, chosen=bool(inside), prefix=prefix)
+    constants = _metadata(source)
+    if constants:
+        steps.append("took mean and std from the file's metadata")
+    others = [n for n in networks if n and n != name]
+    prefix = f"{name}." if name else ""
+    return Weights(arrays, steps, constants, others, prefix, bool(inside))
 
 
-def _unwrap_inside(named: dict[str, Any], steps: list[str]) -> dict[str, Any]:
+def _below(weights: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
+    """The names that begin with a prefix, without it; wrappers may be before it."""
+    start = re.compile(rf"(?:{_TRANSPARENT}\.)*{re.escape(prefix)}\.(.+)")
+    matches = {name: start.fullmatch(name) for name in weights}
+    taken = {m[1]: weights[name] for name, m in matches.items() if m}
+    if not taken:
+        raise UserError(f"--entry={prefix}: no name in {path} begins with '{prefix}.'.")
+    return taken
+
+
+def _plain_name(name: str) -> str:
+    """A name without what wraps modules inside of the network.
+
+    What stands in front stays: all names may share it, or it may part two networks.
+    """
+    front = re.match(rf"(?:{_TRANSPARENT}\.)*", name)
+    start = front.end() if front else 0
+    return name[:start] + re.sub(rf"(?<=\.){_TRANSPARENT}\.", "", name[start:])
+
+
+def _without_inner_wrappers(named: dict[str, Any], steps: list[str]) -> dict[str, Any]:
     """Takes out of the names what wraps modules inside of the network.
 
     Two names that would become one stay as they are.
     """
-    changed = {name: without_inner_wrappers(name) for name in named}
+    changed = {name: _plain_name(name) for name in named}
     count = collections.Counter(changed.values())
     weights, taken = {}, 0
     for name, value in named.items():
@@ -131,104 +175,63 @@ def _unwrap_inside(named: dict[str, Any], steps: list[str]) -> dict[str, Any]:
     return weights
 
 
-def _unwrap(
-    source: Source,
-    weights: dict[str, Any],
-    steps: list[str],
-    others: list[str],
-    *,
-    chosen: bool,
-    prefix: str,
-) -> Weights:
-    """Takes off one layer after the other, until there is none."""
-    constants = _metadata(source)
-    if constants:
-        steps.append("took mean and std from the file's metadata")
-    for _ in range(_MOST_WRAPPERS):
-        before = set(weights)
-        _pass_over_counters(weights, steps)
-        _take_normalizer(source, weights, constants, steps)
-        _drop_attacker(source, weights, steps, prefix)
-        weights = _take_heads(weights, steps)
-        weights, taken = _strip(source, weights, steps, others, chosen, prefix)
-        prefix += taken
-        if set(weights) == before:
-            break
-    else:
-        raise UserError(
-            f"{source.path} is refused: its names have more than {_MOST_WRAPPERS} "
-            "wrappers."
-        )
-    if len(constants) == 1:
-        raise UserError(
-            f"{source.path} has only the {next(iter(constants))} of an input "
-            "normalisation: give --mean and --std."
-        )
-    mean, std = constants.get("mean"), constants.get("std")
-    return Weights(weights, mean, std, steps, tuple(others))
-
-
-def _pass_over_counters(weights: dict[str, Any], steps: list[str]) -> None:
-    single = [n for n, value in weights.items() if math.prod(shape(value)) == 1]
+def _pass_over_counters(weights: Weights) -> None:
+    single = [n for n, value in weights.arrays.items() if math.prod(shape(value)) == 1]
     counters = [n for n in single if n.rpartition(".")[2] in _COUNTERS]
     # What they say is read where the normalisation is.
     switches = [n for n in single if normalization.is_switch(n)]
     for name in counters + switches:
-        del weights[name]
+        del weights.arrays[name]
     if "n_averaged" in counters:
-        steps.append("weights of an AveragedModel ('n_averaged')")
+        weights.steps.append("weights of an AveragedModel ('n_averaged')")
     named = [repr(name) for name in counters if name != "n_averaged"]
     if named:
-        steps.append(f"passed over counters: {', '.join(named[:4])}")
+        weights.steps.append(f"passed over counters: {', '.join(named[:4])}")
 
 
-def _take_heads(weights: dict[str, Any], steps: list[str]) -> dict[str, Any]:
+def _take_heads(weights: Weights) -> None:
     """JEM's network `f` and its two heads, as one classifier.
 
     `class_output` reads the features of `f`, whose own last layer nothing uses; the
     energy is that of the classes, not `energy_output` (Grathwohl et al., 2020).
     """
-    inner = {n[2:]: v for n, v in weights.items() if n.startswith("f.")}
-    heads = {n: v for n, v in weights.items() if not n.startswith("f.")}
+    inner = {n[2:]: v for n, v in weights.arrays.items() if n.startswith("f.")}
+    heads = {n: v for n, v in weights.arrays.items() if not n.startswith("f.")}
     parts = {n.partition(".")[0] for n in heads}
     if not inner or parts not in ({"class_output"}, {"class_output", "energy_output"}):
-        return weights
+        return
     unused = ("fc", "linear")
     taken = {n: v for n, v in inner.items() if n.partition(".")[0] not in unused}
     for name, value in heads.items():
         first, _, leaf = name.partition(".")
         if first == "class_output":
             taken[f"fc.{leaf}"] = value
-    steps.append(
+    weights.arrays = taken
+    weights.steps.append(
         "took JEM's network under 'f' with 'class_output' as its last layer; "
         "passed over 'energy_output' and the last layer of 'f', which it does not use"
     )
-    return taken
 
 
-def _take_normalizer(
-    source: Source,
-    weights: dict[str, Any],
-    constants: dict[str, tuple[float, ...]],
-    steps: list[str],
-) -> None:
-    for name in list(weights):
+def _take_normalizer(source: Source, weights: Weights) -> None:
+    path, constants = source.path, weights.constants
+    for name in list(weights.arrays):
         match = _NORMALIZER.fullmatch(name)
-        if not match or not 1 <= math.prod(shape(weights[name])) <= 4:
+        if not match or not 1 <= math.prod(shape(weights.arrays[name])) <= 4:
             continue
         kind = "mean" if match[1].startswith("m") else "std"
-        array = source.read(weights.pop(name)).astype(np.float64).ravel()
+        array = source.read(weights.arrays.pop(name)).astype(np.float64).ravel()
         values = tuple(float(np.float32(x)) for x in array)
         if constants.setdefault(kind, values) != values:
             raise UserError(
-                f"{source.path} normalises twice and differently: {name} is {values}, "
+                f"{path} normalises twice and differently: {name} is {values}, "
                 f"another {kind} {constants[kind]}; choose a part with --entry."
             )
         if not all(0 <= x <= 1 for x in values) or (kind == "std" and min(values) <= 0):
             raise UserError(
-                f"{source.path}: {name} is {values}, no {kind} of images in [0, 1]."
+                f"{path}: {name} is {values}, no {kind} of images in [0, 1]."
             )
-        steps.append(f"took {kind} from {name!r}")
+        weights.steps.append(f"took {kind} from {name!r}")
 
 
 def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
@@ -248,26 +251,25 @@ def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
     return found if "atebm_jax.mean" in source.metadata else {}
 
 
-def _drop_attacker(
-    source: Source, weights: dict[str, Any], steps: list[str], prefix: str
-) -> None:
+def _drop_attacker(source: Source, weights: Weights) -> None:
     """Drops the copy that the robustness library's attacker keeps of the network."""
-    copies = [n for n in weights if n.startswith("attacker.")]
+    arrays, prefix = weights.arrays, weights.prefix
+    copies = [n for n in arrays if n.startswith("attacker.")]
     for name in copies:
         original = name.removeprefix("attacker.")
-        if original in weights and _equal(source, weights[name], weights[original]):
+        if original in arrays and _equal(source, arrays[name], arrays[original]):
             continue
         raise UserError(
             printable(
                 f"{source.path}: {name} should be the same array as {original}, and "
-                f"{'differs' if original in weights else 'that is missing'}: choose "
+                f"{'differs' if original in arrays else 'that is missing'}: choose "
                 f"one with --entry={prefix}attacker.model or --entry={prefix}model."
             )
         )
     for name in copies:
-        del weights[name]
+        del arrays[name]
     if copies:
-        steps.append(f"dropped {len(copies)} equal copies under 'attacker.'")
+        weights.steps.append(f"dropped {len(copies)} equal copies under 'attacker.'")
 
 
 def _equal(source: Source, one: Any, other: Any) -> bool:
@@ -277,49 +279,49 @@ def _equal(source: Source, one: Any, other: Any) -> bool:
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def _strip(
-    source: Source,
-    weights: dict[str, Any],
-    steps: list[str],
-    others: list[str],
-    chosen: bool,
-    prefix: str,
-) -> tuple[dict[str, Any], str]:
-    """Takes the wrapper off that all names share, or one of the usual ones.
-
-    Returns:
-      (the weights, what `--entry` has in front of their names beside `prefix`).
-    """
+def _take_off_wrapper(source: Source, weights: Weights) -> None:
+    """Takes the wrapper off that all names share, or one of the usual ones."""
     groups: dict[str, dict[str, Any]] = {}
-    for name, value in weights.items():
+    for name, value in weights.arrays.items():
         first, dot, inner = name.partition(".")
         if dot:
             groups.setdefault(first, {})[inner] = value
-    shared = len(weights) > 1 and any(len(g) == len(weights) for g in groups.values())
-    first = next(iter(groups), "")
-    if shared and not _OWN.fullmatch(first):
-        steps.append(f"took off the prefix {first + '.'!r}")
-        # `entries.below` passes over the transparent ones.
-        return groups[first], "" if is_transparent(first) else f"{first}."
+    first, inside = next(iter(groups.items()), ("", {}))
+    if len(weights.arrays) == len(inside) > 1 and not begins_network(first):
+        weights.steps.append(f"took off the prefix {first + '.'!r}")
+        weights.arrays = inside
+        weights.enter(first)
+        return
     wrapped = {g: names for g, names in groups.items() if _is_wrapper(g, names)}
-    if not wrapped or chosen:
-        return weights, ""
-    networks, rest = wrapped, _outside(weights, wrapped)
+    if wrapped and not weights.is_given:
+        _take_one_of(wrapped, source, weights)
+
+
+def _take_one_of(
+    wrapped: dict[str, dict[str, Any]], source: Source, weights: Weights
+) -> None:
+    """Takes one of the networks under wrappers, or the one beside them.
+
+    Names beside a wrapper belong to the network in it: a last layer, say.
+    """
+    networks, rest = wrapped, _outside(weights.arrays, wrapped)
     if family_of(rest):
         # A network without a prefix, and perhaps others beside it.
         rivals = {g: x for g, x in wrapped.items() if _is_rival(g, x, rest)}
         if rivals:
-            networks = {"": _outside(weights, rivals), **rivals}
-    networks = whole(networks, steps)
-    name = choose(networks, None, source.path, steps, prefix)
-    others += [f"{prefix}{n}" for n in networks if n and n != name]
-    if "" not in networks:
-        if rest.keys() & wrapped[name].keys():
-            return weights, ""
+            networks = {"": _outside(weights.arrays, rivals), **rivals}
+    networks = entries.whole(networks, weights.steps)
+    name = entries.choose(networks, None, source.path, weights.steps, weights.prefix)
+    weights.others += [f"{weights.prefix}{n}" for n in networks if n and n != name]
+    if "" in networks:
+        weights.arrays = networks[name]
+    elif rest.keys() & wrapped[name].keys():
+        return
+    else:
         if any(len(shape(value)) >= 2 for value in rest.values()):
-            others.append(f"{prefix}{name}")
-        return wrapped[name] | rest, "" if is_transparent(name) else f"{name}."
-    return networks[name], f"{name}." if name else ""
+            weights.others.append(f"{weights.prefix}{name}")
+        weights.arrays = wrapped[name] | rest
+    weights.enter(name)
 
 
 def _outside(weights: dict[str, Any], groups: Iterable[str]) -> dict[str, Any]:
@@ -329,20 +331,17 @@ def _outside(weights: dict[str, Any], groups: Iterable[str]) -> dict[str, Any]:
 
 def _is_wrapper(name: str, names: Iterable[str]) -> bool:
     """Whether a first part of names stands for a network or for what wraps one."""
-    if not name or is_averaged(name):
+    if not name or entries.is_averaged(name):
         return bool(name)
-    usual = name in NETWORKS | ROLES or is_transparent(name)
-    return (usual or looks_like_network(names)) and not _OWN.fullmatch(name)
+    usual = name in entries.NETWORKS | entries.ROLES
+    usual = usual or re.fullmatch(_TRANSPARENT, name) is not None
+    return (usual or looks_like_network(names)) and not begins_network(name)
 
 
 def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:
     """Whether names under a prefix are another network than the rest."""
     collide = any(n in rest for n in names)
-    return collide or is_averaged(name) or looks_like_network(names)
-
-
-def _is_bfloat16(array: np.ndarray) -> bool:
-    return array.dtype == ml_dtypes.bfloat16
+    return collide or entries.is_averaged(name) or looks_like_network(names)
 
 
 def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
@@ -366,7 +365,8 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
                 f"{source.path} is refused: its arrays share their numbers, and are "
                 f"{_MOST_COPIES} times the file."
             )
-        if not array.size or not (array.dtype.kind in "fiub" or _is_bfloat16(array)):
+        real = array.dtype.kind in "fiub" or array.dtype == ml_dtypes.bfloat16
+        if not array.size or not real:
             raise UserError(
                 printable(
                     f"{source.path}: {name} is {array.dtype}{list(array.shape)}: "

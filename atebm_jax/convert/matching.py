@@ -4,16 +4,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from atebm_jax.convert import names
-from atebm_jax.convert.entries import printable
+from atebm_jax.convert.files import printable
 from atebm_jax.errors import UserError
-
-_UNUSED = "sub_block1."
 
 # More names than this help nobody.
 _MOST_NAMED = 6
@@ -27,38 +22,26 @@ class Match(NamedTuple):
     path: str
 
 
-def expected_variables(model: nn.Module, shape: tuple[int, int, int]) -> Any:
-    """Shapes and dtypes of a network's variables for images [H, W, C]."""
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
 def without_unused(
     family: str, arrays: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Drops what a published network carries and never computes with.
 
-    TRADES' WideResNet, and all made after it, build the first group a second time as
-    `sub_block1` and leave it out of the forward pass (Zhang et al., 2019). It is
-    dropped where it is that: a network's every other name is known, and it has the
-    names and shapes of `block1`.
+    Only where every other name is the family's: in another network it may be in use.
 
     Args:
-      family: a key of `models.MODELS`.
+      family: a key of `models.FAMILIES`.
       arrays: by PyTorch name.
 
     Returns:
       (the arrays without them, a phrase for what was dropped).
     """
-    twin = {n: x for n, x in arrays.items() if n.startswith(_UNUSED)}
-    rest = {n: x for n, x in arrays.items() if n not in twin}
-    first = {n: x.shape for n, x in rest.items() if n.startswith("block1.")}
-    same = {n.removeprefix("sub_"): x.shape for n, x in twin.items()} == first
-    known = all(_place(family, n, x)[0] for n, x in rest.items())
-    if family != "wide_resnet" or not twin or not same or not known:
+    shapes = {name: array.shape for name, array in arrays.items()}
+    unused, what = names.known(family).unused(shapes)
+    rest = {n: x for n, x in arrays.items() if n not in unused}
+    if not unused or not all(_place(family, n, x)[0] for n, x in rest.items()):
         return dict(arrays), []
-    what = "a second block1 that no forward pass of TRADES' WideResNets uses"
-    return rest, [f"dropped {len(twin)} arrays under {_UNUSED!r}: {what}"]
+    return rest, [f"dropped {len(unused)} arrays {what}"]
 
 
 def match(
@@ -71,9 +54,9 @@ def match(
     """Gives every variable of a network its array.
 
     Args:
-      family: a key of `models.MODELS`.
+      family: a key of `models.FAMILIES`.
       arrays: by PyTorch name.
-      expected: as of `expected_variables`.
+      expected: as of `models.variable_shapes`.
       network: what the network is called in messages.
       path: the file, for messages.
 

@@ -1,148 +1,142 @@
-"""PyTorch names and layouts of a family's parameters, to ours and back.
+"""What PyTorch calls a network's arrays: whose names they are, to ours and back.
 
-The names are those of timm for ResNets, ConvNeXts and ViTs and those of the usual
-WideResNet for small images. Names under which other sources keep the same parameters
-(torchvision, the ConvNeXt authors) are read too; what is written has the first.
+Each family is asked: what its names are, its own file says
+(`models.family.TorchNames`).
 """
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax
 import numpy as np
 
 from atebm_jax.errors import UserError
-
-# Templates of names: PyTorch's, ours; {word} stands for a number, the same on both
-# sides. The last part of a name (weight, bias, ...) is no part of the template.
-Rules = tuple[tuple[str, str], ...]
-
-_WIDE_RESNET: Rules = (
-    ("conv1", "conv1"),
-    ("block{g}.layer.{b}.conv{k}", "block{g}_{b}/conv{k}"),
-    ("block{g}.layer.{b}.bn{k}", "block{g}_{b}/bn{k}"),
-    ("block{g}.layer.{b}.convShortcut", "block{g}_{b}/shortcut"),
-    ("bn1", "bn1"),
-    ("fc", "fc"),
-)
-
-_RESNET: Rules = (
-    ("conv1", "conv1"),
-    ("bn1", "bn1"),
-    ("layer{s}.{b}.conv{k}", "layer{s}_{b}/conv{k}"),
-    ("layer{s}.{b}.bn{k}", "layer{s}_{b}/bn{k}"),
-    ("layer{s}.{b}.downsample.0", "layer{s}_{b}/shortcut"),
-    ("layer{s}.{b}.downsample.1", "layer{s}_{b}/shortcut_bn"),
-    ("fc", "fc"),
-)
+from atebm_jax.models import FAMILIES
+from atebm_jax.models.family import Rules, Shapes, TorchNames
 
 
-def _conv_stem(prefix: str, layers: int) -> Rules:
-    """Convolution, norm, activation in turn, counted through by PyTorch."""
-    rules: list[tuple[str, str]] = []
-    for index in range(layers):
-        rules.append((f"{prefix}.{3 * index}", f"stem/conv{index}"))
-        rules.append((f"{prefix}.{3 * index + 1}", f"stem/norm{index}"))
-    return tuple(rules)
+def known(family: str) -> TorchNames:
+    """A family's names in PyTorch.
 
+    Args:
+      family: a key of `atebm_jax.models.FAMILIES`.
 
-_CONVNEXT: Rules = (
-    ("stem.0", "stem/proj"),
-    ("stem.1", "stem/norm"),
-    *_conv_stem("stem.stem", 3),
-    ("stages.{s}.downsample.0", "downsample{s}/norm"),
-    ("stages.{s}.downsample.1", "downsample{s}/conv"),
-    ("stages.{s}.blocks.{b}", "stage{s}_{b}"),
-    ("stages.{s}.blocks.{b}.conv_dw", "stage{s}_{b}/depthwise"),
-    ("stages.{s}.blocks.{b}.norm", "stage{s}_{b}/norm"),
-    ("stages.{s}.blocks.{b}.mlp.fc{k}", "stage{s}_{b}/fc{k}"),
-    ("head.norm", "norm"),
-    ("head.fc", "fc"),
-)
-
-_VIT: Rules = (
-    ("", ""),
-    ("patch_embed.proj", "stem/proj"),
-    *_conv_stem("patch_embed.proj.stem", 4),
-    ("patch_embed.proj.stem.12", "stem/out"),
-    ("blocks.{b}.norm{k}", "block{b}/norm{k}"),
-    ("blocks.{b}.attn.qkv", "block{b}/qkv"),
-    ("blocks.{b}.attn.proj", "block{b}/proj"),
-    ("blocks.{b}.mlp.fc{k}", "block{b}/fc{k}"),
-    ("norm", "norm"),
-    ("head", "fc"),
-)
-
-RULES: dict[str, Rules] = {
-    "wide_resnet": _WIDE_RESNET,
-    "resnet": _RESNET,
-    "convnext": _CONVNEXT,
-    "vit": _VIT,
-}
-
-
-def _convnext_aliases() -> Iterator[tuple[str, str]]:
-    # The authors' release.
-    yield "downsample_layers.0.{k}.{leaf}", "stem.{k}.{leaf}"
-    yield "downsample_layers.{s}.{k}.{leaf}", "stages.{s}.downsample.{k}.{leaf}"
-    block = "stages.{s}.blocks.{b}"
-    yield "stages.{s}.{b}.dwconv.{leaf}", f"{block}.conv_dw.{{leaf}}"
-    yield "stages.{s}.{b}.norm.{leaf}", f"{block}.norm.{{leaf}}"
-    yield "stages.{s}.{b}.pwconv{k}.{leaf}", f"{block}.mlp.fc{{k}}.{{leaf}}"
-    yield "stages.{s}.{b}.gamma", f"{block}.gamma"
-    yield "norm.{leaf}", "head.norm.{leaf}"
-    yield "head.{leaf}", "head.fc.{leaf}"
-    # torchvision: stem, stage, downsampling, stage, ... in one sequence.
-    yield "features.0.{k}.{leaf}", "stem.{k}.{leaf}"
-    for s in range(4):
-        theirs, ours = f"features.{2 * s + 1}.{{b}}", f"stages.{s}.blocks.{{b}}"
-        parts = ((0, "conv_dw"), (2, "norm"), (3, "mlp.fc1"), (5, "mlp.fc2"))
-        for index, part in parts:
-            yield f"{theirs}.block.{index}.{{leaf}}", f"{ours}.{part}.{{leaf}}"
-        yield f"{theirs}.layer_scale", f"{ours}.gamma"
-        yield (
-            f"features.{2 * s}.{{k}}.{{leaf}}",
-            f"stages.{s}.downsample.{{k}}.{{leaf}}",
+    Raises:
+      UserError: it has none.
+    """
+    names = FAMILIES[family].torch
+    if names is None:
+        raise UserError(
+            f"a {family} has no names in PyTorch: expected 'torch' in its entry of "
+            "models.FAMILIES, as docs/own_network.md says."
         )
-    yield "classifier.0.{leaf}", "head.norm.{leaf}"
-    yield "classifier.2.{leaf}", "head.fc.{leaf}"
+    return names
 
 
-def _vit_aliases() -> Iterator[tuple[str, str]]:
-    # torchvision.
-    yield "class_token", "cls_token"
-    yield "encoder.pos_embedding", "pos_embed"
-    yield "conv_proj.{leaf}", "patch_embed.proj.{leaf}"
-    theirs, ours = "encoder.layers.encoder_layer_{b}", "blocks.{b}"
-    yield f"{theirs}.ln_{{k}}.{{leaf}}", f"{ours}.norm{{k}}.{{leaf}}"
-    attention = f"{theirs}.self_attention"
-    yield f"{attention}.in_proj_{{leaf}}", f"{ours}.attn.qkv.{{leaf}}"
-    yield f"{attention}.out_proj.{{leaf}}", f"{ours}.attn.proj.{{leaf}}"
-    yield f"{theirs}.mlp.0.{{leaf}}", f"{ours}.mlp.fc1.{{leaf}}"
-    yield f"{theirs}.mlp.3.{{leaf}}", f"{ours}.mlp.fc2.{{leaf}}"
-    yield f"{theirs}.mlp.linear_{{k}}.{{leaf}}", f"{ours}.mlp.fc{{k}}.{{leaf}}"
-    yield "encoder.ln.{leaf}", "norm.{leaf}"
-    yield "heads.head.{leaf}", "head.{leaf}"
+def _families() -> Iterator[str]:
+    return (name for name, family in FAMILIES.items() if family.torch is not None)
 
 
-# Whole names of other sources, and the names they are read as.
-ALIASES: dict[str, Rules] = {
-    "wide_resnet": (),
-    "resnet": (),
-    "convnext": tuple(_convnext_aliases()),
-    "vit": tuple(_vit_aliases()),
-}
+def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
+    """The family of a state dict, or what else the network is.
 
-# Parameters that are no layer's weight or bias, and keep name and shape.
-_BARE = ("gamma", "cls_token", "pos_embed")
+    Args:
+      shapes: of every array, PyTorch layouts, by name.
+
+    Returns:
+      (a key of `models.FAMILIES` whose networks have such names, None); or (None, what
+      the network is that is not built here). Both are None where nobody knows it.
+    """
+    for family in _families():
+        if not _marks(family).isdisjoint(shapes) and not look_alike(family, shapes):
+            return family, None
+    others = (look_alike(family, shapes) for family in _families())
+    return None, next((what for what in others if what), None)
+
+
+def family_of(names: Iterable[str]) -> str | None:
+    """The first family by whose mark names are known, look-alikes or not."""
+    listed = set(names)
+    return next((f for f in _families() if _marks(f) & listed), None)
+
+
+def _marks(family: str) -> set[str]:
+    """A family's mark as each source calls it."""
+    torch = known(family)
+    others = (_rename((rule,), torch.mark) for rule in _inverse(torch.aliases))
+    return {torch.mark, *(name for name in others if name)}
+
+
+def look_alike(family: str, shapes: Shapes) -> str | None:
+    """What a network is that a family may be mistaken for, or None."""
+    for what, test in known(family).look_alikes.items():
+        if callable(test):
+            found = test(shapes)
+        else:
+            pattern = re.compile(rf"(?:.*\.)?(?:{test})")
+            found = any(map(pattern.fullmatch, shapes))
+        if found:
+            return what
+    return None
+
+
+def looks_like_network(names: Iterable[str]) -> bool:
+    """Whether a whole network of some family is among names, under any prefix.
+
+    Its first layer must be there too: a stage of a hierarchical transformer (Swin) has
+    a ViT's names otherwise.
+    """
+    listed = list(names)
+    for family in _families():
+        first = known(family).first
+        for mark in _marks(family):
+            ends = [n for n in listed if n == mark or n.endswith(f".{mark}")]
+            for prefix in {n.removesuffix(mark) for n in ends}:
+                inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+                if any(canonical(family, name) in first for name in inner):
+                    return True
+    return False
+
+
+def fields(family: str, shapes: Shapes) -> dict[str, Any]:
+    """What the shapes say about `config.model`; what they leave open is left out.
+
+    Args:
+      family: as of `recognise`.
+      shapes: of every array, PyTorch layouts, by name.
+
+    Returns:
+      Fields of `config.model` with their values; always "name".
+    """
+    own = _own_names(family, shapes)
+    found = {"name": family} | known(family).fields(own)
+    head = own.get(_last_layer(family), ())
+    if len(head) == 2 and head[0]:
+        found["num_classes"] = head[0]
+    return found
+
+
+def channels(family: str, shapes: Shapes) -> int:
+    """Channels of the images: inputs of the first convolution, or 3."""
+    own = _own_names(family, shapes)
+    for name in known(family).first:
+        if len(own.get(name, ())) == 4:
+            return own[name][1]
+    return 3
+
+
+def _own_names(family: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes by the family's own names, whatever the source calls the arrays."""
+    return {canonical(family, name): tuple(shape) for name, shape in shapes.items()}
 
 
 def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Turns a PyTorch state dict into Flax variables.
 
     Args:
-      family: a key of `atebm_jax.models.MODELS`.
+      family: a key of `atebm_jax.models.FAMILIES`.
       state_dict: arrays by PyTorch name, without any wrapper's prefix; convolutions
         OIHW, linear layers [out, in]. `num_batches_tracked` is passed over.
 
@@ -172,13 +166,12 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
     """Turns Flax variables into a PyTorch state dict: the inverse of `from_torch`.
 
     Args:
-      family: a key of `atebm_jax.models.MODELS`.
+      family: a key of `atebm_jax.models.FAMILIES`.
       variables: {"params": ...} and, where the family has it, "batch_stats".
 
     Returns:
-      Contiguous arrays by name (timm's, and for "wide_resnet" those of the usual
-      implementation). `num_batches_tracked` is left out: PyTorch's strict loading of a
-      plain dict does without.
+      Contiguous arrays by the family's own names. `num_batches_tracked` is left out:
+      PyTorch's strict loading of a plain dict does without.
 
     Raises:
       UserError: a variable that the family does not have.
@@ -190,17 +183,33 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
 
 def canonical(family: str, name: str) -> str:
     """The name that `to_torch` would give what another source calls `name`."""
-    return _rename(ALIASES[family], name) or name
+    return _rename(known(family).aliases, name) or name
+
+
+def _last_layer(family: str) -> str:
+    """Name of the last layer's weight, whose outputs are the classes."""
+    return f"{_rename(_inverse(known(family).rules), 'fc')}.weight"
+
+
+def begins_network(part: str) -> bool:
+    """Whether the first part of a name is a network's own, and no wrapper's."""
+    return any(
+        re.fullmatch(_pattern(theirs.partition(".")[0]), part)
+        for family in _families()
+        for theirs, _ in (*known(family).rules, *known(family).aliases)
+    )
 
 
 def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     """One array of `from_torch`: its path in the variables, and its layout there."""
-    known = canonical(family, name)
-    module, _, leaf = known.rpartition(".")
-    path = _rename(RULES[family], module)
-    if path is not None and leaf in _BARE:
-        value = array.reshape(-1) if leaf == "gamma" else array
-        return _join("params", path, leaf), value
+    torch = known(family)
+    module, _, leaf = canonical(family, name).rpartition(".")
+    path = _rename(torch.rules, module)
+    if path is not None and leaf in torch.bare:
+        axes = torch.bare[leaf]
+        trailing = set(array.shape[axes:]) <= {1}
+        value = array.reshape(array.shape[:axes]) if trailing else array
+        return "/".join(part for part in ("params", path, leaf) if part), value
     if path and leaf in ("running_mean", "running_var"):
         return f"batch_stats/{path}/{leaf.removeprefix('running_')}", array
     if path and leaf == "bias" and array.ndim == 1:
@@ -211,22 +220,22 @@ def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.n
         return f"params/{path}/kernel", array.T
     if path and leaf == "weight" and array.ndim == 1:
         return f"params/{path}/scale", array
-    example = re.sub(r"{\w+}", "0", RULES[family][-2][0])
+    example = re.sub(r"{\w+}", "0", torch.rules[-2][0])
     raise UserError(
         f"{name!r} with shape {array.shape} is no parameter of a {family}: expected "
-        f"names such as '{example}.weight' or '{RULES[family][-1][0]}.bias'."
+        f"names such as '{example}.weight' or '{torch.rules[-1][0]}.bias'."
     )
 
 
 def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     """One array of `to_torch`: its PyTorch name, and its layout there (a view)."""
+    torch = known(family)
     collection, _, rest = path.partition("/")
     module, _, leaf = rest.rpartition("/")
-    inverse = tuple((ours, theirs) for theirs, ours in RULES[family])
-    name = _rename(inverse, module)
+    name = _rename(_inverse(torch.rules), module)
     if collection == "batch_stats" and leaf in ("mean", "var") and name:
         return f"{name}.running_{leaf}", array
-    if collection == "params" and name is not None and leaf in _BARE:
+    if collection == "params" and name is not None and leaf in torch.bare:
         return (f"{name}.{leaf}" if name else leaf), array
     if collection == "params" and leaf in ("bias", "scale") and name:
         return f"{name}.{'bias' if leaf == 'bias' else 'weight'}", array
@@ -235,7 +244,7 @@ def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.nda
         return f"{name}.weight", array.transpose(layout)
     raise UserError(
         f"{path!r} with shape {array.shape} is no variable of a {family}: expected "
-        f"names such as 'params/{RULES[family][-1][1]}/kernel'."
+        f"names such as 'params/{torch.rules[-1][1]}/kernel'."
     )
 
 
@@ -248,11 +257,12 @@ def _rename(rules: Rules, name: str) -> str | None:
     return None
 
 
+def _inverse(rules: Rules) -> Rules:
+    return tuple((ours, theirs) for theirs, ours in rules)
+
+
+@functools.cache
 def _pattern(template: str) -> str:
     escaped = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
     escaped = escaped.replace("{leaf}", "(?P<leaf>weight|bias)")
     return re.sub(r"{(\w+)}", r"(?P<\1>\\d+)", escaped)
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

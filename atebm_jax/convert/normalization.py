@@ -8,39 +8,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atebm_jax import archs
-from atebm_jax.archs import CIFAR10, IMAGENET
-from atebm_jax.convert.entries import printable, shape
-from atebm_jax.convert.files import is_array
+from atebm_jax.convert import names
+from atebm_jax.convert.files import is_array, printable, shape
 from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError
+from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, IMAGENET
 
 NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "imagenet": IMAGENET,
     "cifar10": CIFAR10,
-    "none": {"mean": (), "std": ()},
+    "none": AS_THEY_ARE,
 }
 
 # mean and std in a file are rounded to float32, and to few digits by some.
 _SAME = 1e-4
 
-
-# Whose weights of a family expect what, where two conventions are common.
-_WHO = {
-    "wide_resnet": (
-        "--normalization=none (TRADES, Carmon2019 and most WideResNets of "
-        "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
-        "(Hendrycks2019)"
-    ),
-    "convnext": (
-        "--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
-        "--normalization=none (DAT and others trained on pixels as they are)"
-    ),
-    "vit": (
-        "--normalization=imagenet (DeiT, torchvision), --mean=0.5 --std=0.5 (Google's "
-        "and timm's augreg weights) or --normalization=none (pixels as they are)"
-    ),
-}
+# Whose weights expect what, of networks for grey images.
 _WHO_GREY = "--normalization=none or --mean=0.1307 --std=0.3081 (PyTorch's MNIST), say"
 
 
@@ -233,20 +216,15 @@ def decide(
 
 
 def _usual(model: Mapping[str, Any], channels: int, path: str) -> Normalization:
-    """What all public weights of an architecture expect, where they agree.
-
-    ResNets of this form have ImageNet's normalisation everywhere; those with a ConvStem
-    are one release's (Singh et al., 2023).
-    """
-    agreed = model["name"] == "resnet" or model.get("stem") == "conv"
-    if channels == 1 or model["name"] == "wide_resnet" or not agreed:
-        who = _WHO_GREY if channels == 1 else _WHO[model["name"]]
+    """What all public weights of an architecture expect, where they agree."""
+    torch = names.known(model["name"])
+    values = torch.usual(model)
+    if channels == 1 or values is None:
+        who = _WHO_GREY if channels == 1 else torch.who
         raise UserError(
             f"{path} does not say how its input is normalised, and two conventions are "
             f"common for a {model['name']}: give {who}."
         )
-    name = archs.name_of(model)  # type: ignore[arg-type]
-    values = IMAGENET if name is None else archs.arch(name)
     usual = "the usual one of the architecture, as the file has none"
     return Normalization(tuple(values["mean"]), tuple(values["std"]), usual, True)
 

@@ -1,25 +1,27 @@
 """Flax networks, one file a family, and the way to build one from a config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import convnext, resnet, vit, wide_resnet
+from atebm_jax.models.family import Family
 from atebm_jax.models.layers import conv_function
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
 
 #: Families of networks by `config.model.name`; add one for a network of your own.
-MODELS: dict[str, Callable[[ml_collections.ConfigDict], nn.Module]] = {
-    "wide_resnet": wide_resnet.build,
-    "resnet": resnet.build,
-    "convnext": convnext.build,
-    "vit": vit.build,
+FAMILIES: dict[str, Family] = {
+    "wide_resnet": wide_resnet.FAMILY,
+    "resnet": resnet.FAMILY,
+    "convnext": convnext.FAMILY,
+    "vit": vit.FAMILY,
 }
 
 DTYPES = ("float32", "bfloat16")
@@ -32,22 +34,26 @@ def build(config: ml_collections.ConfigDict) -> nn.Module:
     takes `train: bool` (batch statistics) and `features: bool` (pooled features).
 
     Args:
-      config: `config.model`, with the family's key of `MODELS` in `name`.
+      config: `config.model`, with the family's key of `FAMILIES` in `name`.
 
     Raises:
-      UserError: unknown family, dtype or convolution gradient, or a value that the
-        family refuses.
+      UserError: unknown family, dtype or convolution gradient, no classes, or a value
+        that the family refuses.
     """
-    if config.name not in MODELS:
+    check_choice("model.name", config.name, FAMILIES)
+    check_choice("model.dtype", config.dtype, DTYPES)
+    if config.num_classes < 1:
         raise UserError(
-            f"unknown model.name {config.name!r}: choose one of {', '.join(MODELS)}."
-        )
-    if config.dtype not in DTYPES:
-        raise UserError(
-            f"unknown model.dtype {config.dtype!r}: choose one of {', '.join(DTYPES)}."
+            f"model.num_classes is {config.num_classes}: it must be positive."
         )
     conv_function(config.conv_gradient)
-    return MODELS[config.name](config)
+    return FAMILIES[config.name].build(config)
+
+
+def variable_shapes(model: nn.Module, image_shape: Sequence[int]) -> Any:
+    """Shapes and dtypes of a network's variables for images [H, W, C]."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:

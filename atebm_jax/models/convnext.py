@@ -5,7 +5,7 @@ and no dropout: stage 2 goes without, and nothing depends on `train`. The sum of
 residual branches is float32 also where the branches compute in bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +13,26 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models.depthwise import DepthwiseConv
+from atebm_jax.models.family import (
+    AS_THEY_ARE,
+    Family,
+    Network,
+    Shapes,
+    TorchNames,
+    count,
+    network_fields,
+    outputs,
+)
 from atebm_jax.models.layers import (
     Conv,
-    Normalize,
     at_least_float32,
     dense_product,
     gelu,
     layer_norm,
 )
-from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
+from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Blocks and channels of each of the four stages.
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -93,27 +102,18 @@ class Downsample(nn.Module):
         return at_least_float32(x)
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       size: a key of `SIZES`.
       num_classes: K.
       stem: "patch" (4x4) or "conv" (`CONV_STEMS`).
-      mean, std: input normalisation, one number a channel; empty for none.
-      dtype: compute dtype of convolutions and dense layers.
-      conv_gradient: see `layers.chosen_form`.
-      remat: compute a block's activations again in the backward pass.
     """
 
     size: str
     num_classes: int
     stem: str = "patch"
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
-    dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
-    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -121,13 +121,8 @@ class ConvNeXt(nn.Module):
     ) -> jax.Array:
         """Logits, or the normalised pooled features [B, channels] before them.
 
-        Args:
-          images: [B, H, W, C] float in [0, 1], at least 32 pixels a side.
-          train: without effect.
-          features: return what the linear layer would see.
-
         Raises:
-          UserError: smaller images, of which four stages leave nothing.
+          UserError: less than 32 pixels a side, of which four stages leave nothing.
         """
         del train
         if min(images.shape[1:3]) < _SMALLEST:
@@ -138,7 +133,7 @@ class ConvNeXt(nn.Module):
         block = nn.remat(Block) if self.remat else Block
         conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         blocks, channels = SIZES[self.size]
-        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        x = self.normalised(images)
         if self.stem == "conv":
             x = ConvStem(CONV_STEMS[self.size], name="stem", **conv)(x)
         else:
@@ -158,28 +153,94 @@ def build(config: ml_collections.ConfigDict) -> ConvNeXt:
     """Builds a ConvNeXt from `config.model`.
 
     Raises:
-      UserError: unknown size or stem, no classes.
+      UserError: unknown size or stem.
     """
-    if config.size not in SIZES:
-        raise UserError(
-            f"unknown model.size {config.size!r} of a ConvNeXt: choose one of "
-            f"{', '.join(SIZES)}."
-        )
-    if config.stem not in STEMS:
-        raise UserError(
-            f"unknown model.stem {config.stem!r}: choose one of {', '.join(STEMS)}."
-        )
-    if config.num_classes < 1:
-        raise UserError(
-            f"model.num_classes is {config.num_classes}: it must be positive."
-        )
+    check_choice("model.size", config.size, SIZES, of=" of a ConvNeXt")
+    check_choice("model.stem", config.stem, STEMS)
     return ConvNeXt(
         size=config.size,
-        num_classes=config.num_classes,
         stem=config.stem,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        dtype=jnp.dtype(config.dtype),
-        conv_gradient=config.conv_gradient,
-        remat=config.remat,
+        **network_fields(config),
     )
+
+
+def _aliases() -> Iterator[tuple[str, str]]:
+    # The authors' release.
+    yield "downsample_layers.0.{k}.{leaf}", "stem.{k}.{leaf}"
+    yield "downsample_layers.{s}.{k}.{leaf}", "stages.{s}.downsample.{k}.{leaf}"
+    block = "stages.{s}.blocks.{b}"
+    yield "stages.{s}.{b}.dwconv.{leaf}", f"{block}.conv_dw.{{leaf}}"
+    yield "stages.{s}.{b}.norm.{leaf}", f"{block}.norm.{{leaf}}"
+    yield "stages.{s}.{b}.pwconv{k}.{leaf}", f"{block}.mlp.fc{{k}}.{{leaf}}"
+    yield "stages.{s}.{b}.gamma", f"{block}.gamma"
+    yield "norm.{leaf}", "head.norm.{leaf}"
+    yield "head.{leaf}", "head.fc.{leaf}"
+    # torchvision: stem, stage, downsampling, stage, ... in one sequence.
+    yield "features.0.{k}.{leaf}", "stem.{k}.{leaf}"
+    for s in range(4):
+        theirs, ours = f"features.{2 * s + 1}.{{b}}", f"stages.{s}.blocks.{{b}}"
+        parts = ((0, "conv_dw"), (2, "norm"), (3, "mlp.fc1"), (5, "mlp.fc2"))
+        for index, part in parts:
+            yield f"{theirs}.block.{index}.{{leaf}}", f"{ours}.{part}.{{leaf}}"
+        yield f"{theirs}.layer_scale", f"{ours}.gamma"
+        yield (
+            f"features.{2 * s}.{{k}}.{{leaf}}",
+            f"stages.{s}.downsample.{{k}}.{{leaf}}",
+        )
+    yield "classifier.0.{leaf}", "head.norm.{leaf}"
+    yield "classifier.2.{leaf}", "head.fc.{leaf}"
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    blocks = tuple(
+        count(shapes, f"stages.{stage}.blocks.{{}}.conv_dw.weight")
+        for stage in range(4)
+    )
+    width = outputs(shapes, "stages.0.blocks.0.conv_dw.weight")
+    found = {"stem": "conv" if "stem.stem.0.weight" in shapes else "patch"}
+    for size, (counts, widths) in SIZES.items():
+        if counts == blocks and widths[0] == width:
+            found["size"] = size
+    return found
+
+
+def _arch(size: str, stem: str) -> dict[str, Any]:
+    # The paper's ConvNeXts see pixels as they are. Weights trained on normalised images
+    # need ImageNet's normalisation beside them.
+    return {"size": size, "stem": stem, "num_classes": 1000, **AS_THEY_ARE}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("size", "stem"),
+    archs={f"convnext_{size}": _arch(size, "patch") for size in SIZES}
+    | {f"convnext_{size}_cvst": _arch(size, "conv") for size in SIZES},
+    activation="gelu",
+    # The names of timm.
+    torch=TorchNames(
+        rules=(
+            ("stem.0", "stem/proj"),
+            ("stem.1", "stem/norm"),
+            *conv_stem_rules("stem.stem", 3),
+            ("stages.{s}.downsample.0", "downsample{s}/norm"),
+            ("stages.{s}.downsample.1", "downsample{s}/conv"),
+            ("stages.{s}.blocks.{b}", "stage{s}_{b}"),
+            ("stages.{s}.blocks.{b}.conv_dw", "stage{s}_{b}/depthwise"),
+            ("stages.{s}.blocks.{b}.norm", "stage{s}_{b}/norm"),
+            ("stages.{s}.blocks.{b}.mlp.fc{k}", "stage{s}_{b}/fc{k}"),
+            ("head.norm", "norm"),
+            ("head.fc", "fc"),
+        ),
+        mark="stages.0.blocks.0.conv_dw.weight",
+        first=("stem.0.weight", "stem.stem.0.weight"),
+        fields=_fields,
+        side=lambda model: 256,
+        # Those with a ConvStem are one release's (Singh et al., 2023).
+        usual=lambda model: AS_THEY_ARE if model["stem"] == "conv" else None,
+        who="--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
+        "--normalization=none (DAT and others trained on pixels as they are)",
+        aliases=tuple(_aliases()),
+        bare={"gamma": 1},
+        look_alikes={"a ConvNeXt V2": r".*\.grn\.(weight|bias|gamma|beta)"},
+    ),
+)

@@ -241,3 +241,19 @@ def _interpolation(size: int) -> np.ndarray:
     np.add.at(matrix, (np.arange(SIZE), below), 1.0 - share)
     np.add.at(matrix, (np.arange(SIZE), np.minimum(below + 1, size - 1)), share)
     return matrix.astype(np.float32)
+
+
+_LEAVES = {
+    ("conv", "kernel"): "conv.weight",
+    ("bn", "scale"): "bn.weight",
+    ("bn", "bias"): "bn.bias",
+    ("bn", "mean"): "bn.running_mean",
+    ("bn", "var"): "bn.running_var",
+}
+
+
+def torch_name(keys: list[str]) -> str:
+    """What the PyTorch port calls the parameter at a path of ours."""
+    if keys[0].startswith("fc"):
+        return "fc.bias" if keys == ["fc_bias"] else "fc.weight"
+    return ".".join([*keys[:-2], _LEAVES[keys[-2], keys[-1]]])

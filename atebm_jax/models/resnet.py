@@ -5,19 +5,27 @@ a bottleneck sits in its 3x3 convolution, as in every public set of weights. Inp
 normalisation inside; global average pooling, so that any image size fits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
+from atebm_jax.models.family import (
+    IMAGENET,
+    Family,
+    Network,
+    Shapes,
+    TorchNames,
+    count,
+    network_fields,
+    outputs,
+)
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
-    Normalize,
     at_least_float32,
     batch_norm,
     max_pool,
@@ -84,7 +92,7 @@ class Block(nn.Module):
         )(x)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
@@ -92,40 +100,24 @@ class ResNet(nn.Module):
       num_classes: K.
       base_width: channels inside the first stage's bottlenecks: 64, for wide networks
         128 or 256.
-      mean, std: input normalisation, one number a channel; empty for none.
       activation: "relu", "swish" or "gelu".
-      dtype: compute dtype of the convolutions.
-      conv_gradient: see `layers.chosen_form`.
-      remat: compute a block's activations again in the backward pass.
     """
 
     depth: int
     num_classes: int
     base_width: int = 64
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
     activation: str = "relu"
-    dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
-    remat: bool = False
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, features: bool = False
     ) -> jax.Array:
-        """Logits, or the pooled features [B, 512 or 2048] before them.
-
-        Args:
-          images: [B, H, W, C] float in [0, 1].
-          train: normalise with the batch's statistics and update the running ones
-            (collection "batch_stats" must be mutable).
-          features: return what the linear layer would see.
-        """
+        """Logits, or the pooled features [B, 512 or 2048] before them."""
         activation = ACTIVATIONS[self.activation]
         bottleneck = self.depth >= _BOTTLENECK_DEPTH
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
-        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        x = self.normalised(images)
         x = Conv(64, 7, 2, 3, name="conv1", **conv)(x)
         x = activation(batch_norm("bn1", train)(at_least_float32(x)))
         x = max_pool(x.astype(self.dtype), 3, 2, 1, self.conv_gradient)
@@ -149,8 +141,7 @@ def build(config: ml_collections.ConfigDict) -> ResNet:
     """Builds a ResNet from `config.model`.
 
     Raises:
-      UserError: a depth without a table, a width that does not divide, no classes,
-        unknown activation.
+      UserError: a depth without a table, a width that it has not, unknown activation.
     """
     if config.depth not in STAGES:
         raise UserError(
@@ -164,23 +155,83 @@ def build(config: ml_collections.ConfigDict) -> ResNet:
             "the width is positive, and 64 below depth 50; wide ResNet-50s have 128 "
             "or 256."
         )
-    if config.num_classes < 1:
-        raise UserError(
-            f"model.num_classes is {config.num_classes}: it must be positive."
-        )
-    if config.activation not in ACTIVATIONS:
-        raise UserError(
-            f"unknown model.activation {config.activation!r}: choose one of "
-            f"{', '.join(ACTIVATIONS)}."
-        )
+    check_choice("model.activation", config.activation, ACTIVATIONS)
     return ResNet(
         depth=config.depth,
-        num_classes=config.num_classes,
         base_width=config.base_width,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
         activation=config.activation,
-        dtype=jnp.dtype(config.dtype),
-        conv_gradient=config.conv_gradient,
-        remat=config.remat,
+        **network_fields(config),
     )
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    blocks = tuple(
+        count(shapes, f"layer{stage}.{{}}.conv1.weight") for stage in range(1, 5)
+    )
+    bottleneck = "layer1.0.conv3.weight" in shapes
+    found: dict[str, Any] = {"base_width": 64}
+    if bottleneck:
+        found["base_width"] = outputs(shapes, "layer1.0.conv1.weight")
+    for depth, stages in STAGES.items():
+        if stages == blocks and (depth >= _BOTTLENECK_DEPTH) == bottleneck:
+            found["depth"] = depth
+    return found
+
+
+def _is_grouped(shapes: Shapes) -> bool:
+    """Whether the second convolution sees a part of what the first one gives."""
+    given = shapes.get("layer1.0.conv1.weight", ())[:1]
+    seen = shapes.get("layer1.0.conv2.weight", ())[1:2]
+    return () < seen < given
+
+
+def _arch(depth: int, base_width: int = 64) -> dict[str, Any]:
+    sizes = {"depth": depth, "base_width": base_width}
+    return {**sizes, "num_classes": 1000, **IMAGENET}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("depth", "base_width"),
+    archs={
+        "resnet18": _arch(18),
+        "resnet34": _arch(34),
+        "resnet50": _arch(50),
+        "resnet101": _arch(101),
+        "wide_resnet50_2": _arch(50, 128),
+        "wide_resnet50_4": _arch(50, 256),
+    },
+    # The names of timm and torchvision.
+    torch=TorchNames(
+        rules=(
+            ("conv1", "conv1"),
+            ("bn1", "bn1"),
+            ("layer{s}.{b}.conv{k}", "layer{s}_{b}/conv{k}"),
+            ("layer{s}.{b}.bn{k}", "layer{s}_{b}/bn{k}"),
+            ("layer{s}.{b}.downsample.0", "layer{s}_{b}/shortcut"),
+            ("layer{s}.{b}.downsample.1", "layer{s}_{b}/shortcut_bn"),
+            ("fc", "fc"),
+        ),
+        mark="layer1.0.conv1.weight",
+        first=("conv1.weight",),
+        fields=_fields,
+        side=lambda model: 256,
+        usual=lambda model: IMAGENET,
+        look_alikes={
+            "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)": (
+                r"layer\d\.\d+\.conv\d\.bias"
+            ),
+            (
+                "a ResNet for small images (a PreActResNet, say, or pytorch-cifar's "
+                "ResNet)"
+            ): r"layer\d\.\d+\.shortcut\.\d\.weight",
+            "a ResNet with squeeze and excitation": r"layer\d\.\d+\.se\..*",
+            "a ResNet-D (three convolutions first)": r"conv1\.\d\.weight",
+            "a ResNet V2 (BiT)": (
+                r"root\.conv\.weight|block1\.unit01\..*|"
+                r"stages\.\d+\.blocks\.\d+\.conv3\.weight"
+            ),
+            "a ResNeXt (grouped convolutions)": _is_grouped,
+        },
+    ),
+)

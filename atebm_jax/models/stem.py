@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from atebm_jax.models.family import Rules
 from atebm_jax.models.layers import Conv, gelu, layer_norm
 
 STEMS = ("patch", "conv")
@@ -71,3 +72,12 @@ class ConvStem(nn.Module):
             x = layer_norm(x, f"norm{index}").astype(self.dtype)
             x = gelu(x)
         return Conv(self.features, 1, name="out", **conv)(x) if self.features else x
+
+
+def conv_stem_rules(prefix: str, layers: int) -> Rules:
+    """PyTorch's names: convolution, norm and activation in turn, counted through."""
+    return tuple(
+        (f"{prefix}.{3 * index + place}", f"stem/{part}{index}")
+        for index in range(layers)
+        for place, part in enumerate(("conv", "norm"))
+    )

@@ -6,7 +6,8 @@ nothing depends on `train`. The sum of the residual branches is float32 also whe
 branches compute in bfloat16.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,9 +15,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax.errors import UserError
-from atebm_jax.models.layers import Normalize, at_least_float32, gelu, layer_norm
-from atebm_jax.models.stem import STEMS, ConvStem, PatchStem
+from atebm_jax.errors import UserError, check_choice
+from atebm_jax.models.family import (
+    AS_THEY_ARE,
+    IMAGENET,
+    Family,
+    ModelFields,
+    Network,
+    Shapes,
+    TorchNames,
+    network_fields,
+)
+from atebm_jax.models.layers import at_least_float32, gelu, layer_norm
+from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Channels and attention heads.
 SIZES: dict[str, tuple[int, int]] = {"small": (384, 6), "base": (768, 12)}
@@ -51,7 +62,7 @@ class Block(nn.Module):
         return x + at_least_float32(nn.Dense(channels, name="fc2", **dense)(y))
 
 
-class ViT(nn.Module):
+class ViT(Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
@@ -59,32 +70,18 @@ class ViT(nn.Module):
       num_classes: K.
       stem: "patch" (16x16) or "conv" (`CONV_STEM`, then 1x1).
       position_grid: side of the grid that the position embedding is kept for.
-      mean, std: input normalisation, one number a channel; empty for none.
-      dtype: compute dtype of convolutions, dense layers and attention.
-      conv_gradient: see `layers.chosen_form`.
-      remat: compute a block's activations again in the backward pass.
     """
 
     size: str
     num_classes: int
     stem: str = "patch"
     position_grid: int = 14
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
-    dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
-    remat: bool = False
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, features: bool = False
     ) -> jax.Array:
         """Logits, or the normalised class token [B, channels] before them.
-
-        Args:
-          images: [B, H, W, C] float in [0, 1], sides multiples of 16.
-          train: without effect.
-          features: return what the linear layer would see.
 
         Raises:
           UserError: a side that is no multiple of 16.
@@ -97,7 +94,7 @@ class ViT(nn.Module):
             )
         block = nn.remat(Block) if self.remat else Block
         channels, heads = SIZES[self.size]
-        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        x = self.normalised(images)
         x = at_least_float32(self._stem(channels)(x))
         position = self._position(channels, (x.shape[1], x.shape[2]))
         shape = (1, 1, channels)
@@ -133,30 +130,118 @@ def build(config: ml_collections.ConfigDict) -> ViT:
     """Builds a ViT from `config.model`.
 
     Raises:
-      UserError: unknown size or stem, an empty grid, no classes.
+      UserError: unknown size or stem, an empty grid.
     """
-    if config.size not in SIZES:
+    check_choice("model.size", config.size, SIZES, of=" of a ViT")
+    check_choice("model.stem", config.stem, STEMS)
+    if config.position_grid < 1:
         raise UserError(
-            f"unknown model.size {config.size!r} of a ViT: choose one of "
-            f"{', '.join(SIZES)}."
-        )
-    if config.stem not in STEMS:
-        raise UserError(
-            f"unknown model.stem {config.stem!r}: choose one of {', '.join(STEMS)}."
-        )
-    if config.position_grid < 1 or config.num_classes < 1:
-        raise UserError(
-            f"model.position_grid is {config.position_grid} and model.num_classes "
-            f"{config.num_classes}: both must be positive."
+            f"model.position_grid is {config.position_grid}: it must be positive."
         )
     return ViT(
         size=config.size,
-        num_classes=config.num_classes,
         stem=config.stem,
         position_grid=config.position_grid,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        dtype=jnp.dtype(config.dtype),
-        conv_gradient=config.conv_gradient,
-        remat=config.remat,
+        **network_fields(config),
     )
+
+
+def _aliases() -> Iterator[tuple[str, str]]:
+    # torchvision.
+    yield "class_token", "cls_token"
+    yield "encoder.pos_embedding", "pos_embed"
+    yield "conv_proj.{leaf}", "patch_embed.proj.{leaf}"
+    theirs, ours = "encoder.layers.encoder_layer_{b}", "blocks.{b}"
+    yield f"{theirs}.ln_{{k}}.{{leaf}}", f"{ours}.norm{{k}}.{{leaf}}"
+    attention = f"{theirs}.self_attention"
+    yield f"{attention}.in_proj_{{leaf}}", f"{ours}.attn.qkv.{{leaf}}"
+    yield f"{attention}.out_proj.{{leaf}}", f"{ours}.attn.proj.{{leaf}}"
+    yield f"{theirs}.mlp.0.{{leaf}}", f"{ours}.mlp.fc1.{{leaf}}"
+    yield f"{theirs}.mlp.3.{{leaf}}", f"{ours}.mlp.fc2.{{leaf}}"
+    yield f"{theirs}.mlp.linear_{{k}}.{{leaf}}", f"{ours}.mlp.fc{{k}}.{{leaf}}"
+    yield "encoder.ln.{leaf}", "norm.{leaf}"
+    yield "heads.head.{leaf}", "head.{leaf}"
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    stem = "conv" if "patch_embed.proj.stem.0.weight" in shapes else "patch"
+    found: dict[str, Any] = {"stem": stem}
+    position = shapes.get("pos_embed", ())
+    if len(position) == 3 and position[1] > 1:
+        found["position_grid"] = math.isqrt(position[1] - 1)
+    for size, (width, _) in SIZES.items():
+        if shapes["blocks.0.attn.qkv.weight"][-1:] == (width,):
+            found["size"] = size
+    return found
+
+
+def _usual(model: ModelFields) -> Mapping[str, tuple[float, ...]] | None:
+    """Those with a ConvStem are one release's (Singh et al., 2023).
+
+    Of its ViTs only the small one normalises.
+    """
+    if model["stem"] != "conv":
+        return None
+    return IMAGENET if model["size"] == "small" else AS_THEY_ARE
+
+
+def _arch(size: str, stem: str, normalisation: ModelFields) -> dict[str, Any]:
+    sizes = {"size": size, "stem": stem, "position_grid": 14}
+    return {**sizes, "num_classes": 1000, **normalisation}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("size", "stem"),
+    archs={
+        "vit_s": _arch("small", "patch", IMAGENET),
+        "vit_b": _arch("base", "patch", IMAGENET),
+        "vit_s_cvst": _arch("small", "conv", IMAGENET),
+        "vit_b_cvst": _arch("base", "conv", AS_THEY_ARE),
+    },
+    activation="gelu",
+    # The names of timm.
+    torch=TorchNames(
+        rules=(
+            ("", ""),
+            ("patch_embed.proj", "stem/proj"),
+            *conv_stem_rules("patch_embed.proj.stem", 4),
+            ("patch_embed.proj.stem.12", "stem/out"),
+            ("blocks.{b}.norm{k}", "block{b}/norm{k}"),
+            ("blocks.{b}.attn.qkv", "block{b}/qkv"),
+            ("blocks.{b}.attn.proj", "block{b}/proj"),
+            ("blocks.{b}.mlp.fc{k}", "block{b}/fc{k}"),
+            ("norm", "norm"),
+            ("head", "fc"),
+        ),
+        mark="blocks.0.attn.qkv.weight",
+        first=("patch_embed.proj.weight", "patch_embed.proj.stem.0.weight"),
+        fields=_fields,
+        side=lambda model: PATCH * model["position_grid"],
+        usual=_usual,
+        who="--normalization=imagenet (DeiT, torchvision), --mean=0.5 --std=0.5 "
+        "(Google's and timm's augreg weights) or --normalization=none (pixels as they "
+        "are)",
+        aliases=tuple(_aliases()),
+        bare={"cls_token": 3, "pos_embed": 3},
+        look_alikes={
+            "an XCiT (cross-covariance attention)": (
+                r"(cls_attn_blocks|pos_embed(er)?\.token_projection|"
+                r"blocks\.\d+\.local_mp)\..*"
+            ),
+            "a CaiT (class attention)": r"blocks_token_only\..*",
+            "a distilled DeiT (a second token and head)": r"dist_token|head_dist\..*",
+            "a ViT with register tokens": r"(reg_token|register_tokens)",
+            "a masked autoencoder's ViT": r"mask_token|decoder_blocks\..*",
+            "a ViT with layer scale (BEiT, DeiT III)": (
+                r"blocks\.\d+\.(ls1\.gamma|gamma_1)"
+            ),
+            "a transformer with relative positions (Swin, say)": (
+                r".*\.relative_position_bias_table"
+            ),
+            "an EVA transformer": (
+                r"blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)"
+            ),
+        },
+    ),
+)

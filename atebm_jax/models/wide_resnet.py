@@ -4,16 +4,25 @@ WRN-34-10 is the paper's CIFAR network. Any depth 6n + 4 and width; ReLU, Swish 
 input normalisation inside; global average pooling, so that any image size fits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax.errors import UserError
-from atebm_jax.models.layers import ACTIVATIONS, Conv, Normalize, batch_norm
+from atebm_jax.errors import UserError, check_choice
+from atebm_jax.models.family import (
+    CIFAR10,
+    Family,
+    Network,
+    Shapes,
+    TorchNames,
+    count,
+    network_fields,
+    outputs,
+)
+from atebm_jax.models.layers import ACTIVATIONS, Conv, batch_norm
 
 # Beyond any that was ever trained; tracing more would seem to hang.
 _DEEPEST = 1000
@@ -43,45 +52,29 @@ class Block(nn.Module):
         return y + Conv(self.features, 1, self.stride, name="shortcut", **conv)(active)
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       depth: 6n + 4, number of convolutions.
       widen_factor: width k; the groups have 16k, 32k and 64k channels.
       num_classes: K.
-      mean, std: input normalisation, one number a channel; empty for none.
       activation: "relu", "swish" or "gelu".
-      dtype: compute dtype of the convolutions.
-      conv_gradient: see `layers.chosen_form`.
-      remat: compute a block's activations again in the backward pass.
     """
 
     depth: int
     widen_factor: int
     num_classes: int
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
     activation: str = "relu"
-    dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
-    remat: bool = False
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, features: bool = False
     ) -> jax.Array:
-        """Logits, or the pooled features [B, 64 k] before them.
-
-        Args:
-          images: [B, H, W, C] float in [0, 1].
-          train: normalise with the batch's statistics and update the running ones
-            (collection "batch_stats" must be mutable).
-          features: return what the linear layer would see.
-        """
+        """Logits, or the pooled features [B, 64 k] before them."""
         activation = ACTIVATIONS[self.activation]
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        x = Normalize(self.mean, self.std)(images) if self.mean else images
+        x = self.normalised(images)
         conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         x = Conv(16, 3, 1, 1, name="conv1", **conv)(x)
         for group, stride in enumerate((1, 2, 2)):
@@ -101,31 +94,81 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
     """Builds a WideResNet from `config.model`.
 
     Raises:
-      UserError: depth not 6n + 4, non-positive sizes, unknown activation.
+      UserError: depth not 6n + 4, no width, unknown activation.
     """
     if not 10 <= config.depth <= _DEEPEST or (config.depth - 4) % 6:
         raise UserError(
             f"model.depth is {config.depth}: a WideResNet has depth 6n + 4, "
             f"10, 16, 22, 28 or 34, say, and at most {_DEEPEST}."
         )
-    if config.widen_factor < 1 or config.num_classes < 1:
+    if config.widen_factor < 1:
         raise UserError(
-            f"model.widen_factor is {config.widen_factor} and model.num_classes "
-            f"{config.num_classes}: both must be positive."
+            f"model.widen_factor is {config.widen_factor}: it must be positive."
         )
-    if config.activation not in ACTIVATIONS:
-        raise UserError(
-            f"unknown model.activation {config.activation!r}: choose one of "
-            f"{', '.join(ACTIVATIONS)}."
-        )
+    check_choice("model.activation", config.activation, ACTIVATIONS)
     return WideResNet(
         depth=config.depth,
         widen_factor=config.widen_factor,
-        num_classes=config.num_classes,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
         activation=config.activation,
-        dtype=jnp.dtype(config.dtype),
-        conv_gradient=config.conv_gradient,
-        remat=config.remat,
+        **network_fields(config),
     )
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    width = outputs(shapes, "block1.layer.0.conv1.weight")
+    blocks = count(shapes, "block1.layer.{}.conv1.weight")
+    return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
+
+
+def _unused(shapes: Shapes) -> tuple[set[str], str]:
+    """TRADES' WideResNet, and all made after it, build the first group a second time.
+
+    It has the names and shapes of `block1`, and the forward pass leaves it out (Zhang
+    et al., 2019).
+    """
+    twin = {n: shape for n, shape in shapes.items() if n.startswith("sub_block1.")}
+    first = {f"sub_{n}": x for n, x in shapes.items() if n.startswith("block1.")}
+    what = "a second block1 that no forward pass of TRADES' WideResNets uses"
+    return set(twin) if twin == first else set(), f"under 'sub_block1.': {what}"
+
+
+def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
+    sizes = {"depth": depth, "widen_factor": widen_factor}
+    return {**sizes, "num_classes": 10, **CIFAR10}
+
+
+FAMILY = Family(
+    build=build,
+    sized_by=("depth", "widen_factor"),
+    archs={
+        "wrn16_4": _arch(16, 4),
+        "wrn28_10": _arch(28, 10),
+        "wrn34_10": _arch(34, 10),
+        "wrn70_16": _arch(70, 16),
+    },
+    # The names of the usual implementation for small images.
+    torch=TorchNames(
+        rules=(
+            ("conv1", "conv1"),
+            ("block{g}.layer.{b}.conv{k}", "block{g}_{b}/conv{k}"),
+            ("block{g}.layer.{b}.bn{k}", "block{g}_{b}/bn{k}"),
+            ("block{g}.layer.{b}.convShortcut", "block{g}_{b}/shortcut"),
+            ("bn1", "bn1"),
+            ("fc", "fc"),
+        ),
+        mark="block1.layer.0.conv1.weight",
+        first=("conv1.weight",),
+        fields=_fields,
+        side=lambda model: 32,
+        usual=lambda model: None,
+        who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
+        "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
+        "(Hendrycks2019)",
+        unused=_unused,
+        look_alikes={
+            "DeepMind's WideResNet (Gowal2020, Rebuffi2021, Wang2023)": (
+                r"init_conv\.weight|layer\.\d+\.block\.\d+\.conv_0\.weight"
+            ),
+        },
+    ),
+)

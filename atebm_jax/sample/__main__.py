@@ -6,14 +6,11 @@ Exit codes: 0 finished; 2 a mistake in flags, checkpoint or data, said in one se
 130 or 143 stopped by a signal. The same command then goes on.
 """
 
-import signal
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from atebm_jax.command_line import check_platform, fail, quiet_libraries
-from atebm_jax.errors import UserError
+from atebm_jax.command_line import check_platform, quiet_libraries, run
 from atebm_jax.sample import flags
 
 
@@ -48,14 +45,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
 def cli() -> None:
     """Entry point of the command line."""
     quiet_libraries()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    run(main, stopped="the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,11 @@
 """The flags of the sample commands; imports nothing slow, so that --help is quick."""
 
 import argparse
-from typing import NoReturn
 
-from atebm_jax.command_line import fail
-from atebm_jax.errors import UserError
+from atebm_jax.command_line import Parser
 from atebm_jax.evaluate.options import Options
 
 _PROGRAM = "python -m atebm_jax.sample"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says mistakes as all commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(UserError(f"{message}; --help lists the flags."))
 
 
 def of_sampling() -> Parser:

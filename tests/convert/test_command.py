@@ -16,7 +16,7 @@ from rich.console import Console
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint
-from atebm_jax.convert import exporting, files, importing, names, probe
+from atebm_jax.convert import exporting, files, importing, names
 from atebm_jax.convert.__main__ import cli, main
 from atebm_jax.models.wide_resnet import WideResNet
 
@@ -81,7 +81,7 @@ def test_wide_resnet_computes_what_it_did(network, imported):
     images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
     assert_relative(model.logits(images), logits(network, images))
     record = json.loads((folder / "import.json").read_text())
-    fixed = probe.image((32, 32, 3))[None]
+    fixed = importing.probe_image((32, 32, 3))[None]
     assert_relative(record["probe"]["logits"], logits(network, fixed)[0])
     assert f"{record['probe']['logits'][0]:.5f}" in printed
     assert record["sha256"] in printed and len(record["sha256"]) == 64
@@ -249,7 +249,7 @@ def test_architecture_against_the_file_is_refused(network, arch, message, tmp_pa
 def small(tmp_path, monkeypatch):
     """A WideResNet's arrays, and what writes changed ones; nothing is compiled."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    monkeypatch.setattr(probe, "logits", lambda *_: np.zeros(3))
+    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(3))
     variables = reference.random_variables(WideResNet(10, 1, 3), (8, 8, 3))
 
     def write(arrays):

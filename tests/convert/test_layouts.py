@@ -1,14 +1,15 @@
 """One network in every wrapper that checkpoints come in."""
 
+import dataclasses
 import re
 
 import flax
+import flax.linen as nn
 import numpy as np
 import pytest
 
 from atebm_jax import UserError, archs, models
 from atebm_jax.convert import (
-    detect,
     files,
     importing,
     layouts,
@@ -16,6 +17,7 @@ from atebm_jax.convert import (
     names,
     values,
 )
+from atebm_jax.models.family import AS_THEY_ARE, Family, TorchNames, outputs
 
 MEAN, STD = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
 
@@ -166,9 +168,9 @@ def test_wrapper_comes_off(kind):
     for name, value in expected.items():
         np.testing.assert_array_equal(found.arrays[name], value)
     if kind in NORMALIZED:
-        assert (found.mean, found.std) == (MEAN, STD)
+        assert found.constants == {"mean": MEAN, "std": STD}
     else:
-        assert found.mean is None and found.std is None
+        assert not found.constants
     assert bool(found.steps) == (kind != "plain")
 
 
@@ -355,28 +357,96 @@ def test_second_first_group_is_dropped_where_it_is_that():
     assert matching.without_unused("resnet", tree)[1] == []
 
 
+@pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("family", "name", "what"),
     [
-        ("cls_attn_blocks.0.attn.q.weight", "an XCiT"),
-        ("pos_embeder.token_projection.weight", "an XCiT"),
-        ("module.dist_token", "a distilled DeiT"),
-        ("layers.0.blocks.0.attn.relative_position_bias_table", "relative positions"),
-        ("stages.0.blocks.0.mlp.grn.weight", "a ConvNeXt V2"),
-        ("layer.0.block.0.conv_0.weight", "DeepMind's WideResNet"),
-        ("layer2.0.shortcut.0.weight", "a ResNet for small images"),
-        ("layer1.0.conv1.bias", "JEM's"),
-        ("layer1.0.conv2.weight", "a ResNeXt"),
-        ("conv1.0.weight", "a ResNet-D"),
-        ("blocks.0.mlp.fc1_g.weight", "an EVA"),
+        ("vit", "cls_attn_blocks.0.attn.q.weight", "an XCiT"),
+        ("vit", "pos_embeder.token_projection.weight", "an XCiT"),
+        ("vit", "module.dist_token", "a distilled DeiT"),
+        ("vit", "layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+        ("convnext", "stages.0.blocks.0.mlp.grn.weight", "a ConvNeXt V2"),
+        ("wide_resnet", "layer.0.block.0.conv_0.weight", "DeepMind's WideResNet"),
+        ("resnet", "layer2.0.shortcut.0.weight", "a ResNet for small images"),
+        ("resnet", "layer1.0.conv1.bias", "JEM's"),
+        ("resnet", "layer1.0.conv2.weight", "a ResNeXt"),
+        ("resnet", "conv1.0.weight", "a ResNet-D"),
+        ("vit", "blocks.0.mlp.fc1_g.weight", "an EVA"),
     ],
 )
-def test_network_that_is_not_built_here_is_called_what_it_is(name, what):
-    shapes = {"blocks.0.attn.qkv.weight": (9, 3), "layer1.0.conv1.weight": (8, 8, 3, 3)}
+def test_network_that_is_not_built_here_is_called_what_it_is(
+    family, name, what, marked
+):
+    shapes = {"layer1.0.conv1.weight": (8, 8, 3, 3)} if "ResNeXt" in what else {}
+    if marked:
+        shapes |= {names.known(family).mark: (8, 8, 3, 3)}
     shapes |= {name: (8, 4, 3, 3)}
-    assert what in detect.foreign(shapes)
+    assert names.recognise(shapes)[0] is None
     with pytest.raises(UserError, match=f"{what}.*not built here.*docs/convert.md"):
         importing._architecture("w.pt", "auto", shapes)
+
+
+class Plain(nn.Module):
+    """JEM's kind: biases, no norm, leaky ReLU, normalisation of its own."""
+
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, *, train=False, features=False):
+        x = nn.Conv(self.width, (3, 3), name="conv")(2 * images - 1)
+        x = nn.leaky_relu(x, 0.2).mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, name="fc")(x)
+
+
+PLAIN_FAMILY = Family(
+    build=lambda config: Plain(config.plain_width, config.num_classes),
+    sized_by=("plain_width",),
+    activation="leaky_relu",
+    torch=TorchNames(
+        rules=(("layer1.0.conv1", "conv"), ("energy", "fc")),
+        mark="layer1.0.conv1.bias",
+        first=("layer1.0.conv1.weight",),
+        fields=lambda shapes: {"plain_width": outputs(shapes, "layer1.0.conv1.bias")},
+        side=lambda model: 8,
+        usual=lambda model: AS_THEY_ARE,
+    ),
+)
+
+
+def test_family_is_its_file_and_one_line(monkeypatch):
+    """Its names go first where another family takes them for a look-alike's."""
+    arrays = {
+        "layer1.0.conv1.weight": np.ones((4, 3, 3, 3), np.float32),
+        "layer1.0.conv1.bias": np.ones(4, np.float32),
+        "energy.weight": np.ones((7, 4), np.float32),
+        "energy.bias": np.ones(7, np.float32),
+    }
+    source = AsIs({"model": under("net", arrays) | under("net_ema", arrays)})
+    monkeypatch.setattr(importing, "open_source", lambda path: source)
+    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(7))
+    with pytest.raises(UserError, match="JEM's.*not built here"):
+        importing.read("w.pt")
+    monkeypatch.setitem(models.FAMILIES, "plain", PLAIN_FAMILY)
+    with pytest.raises(UserError, match="--activation=relu: a plain has leaky_relu"):
+        importing.read("w.pt", activation="relu")
+    made = importing.read("w.pt")
+    assert made.record["arch"] == "plain" and not made.config.model.mean
+    assert made.config.data.image_shape == (8, 8, 3)
+    assert (made.config.model.plain_width, made.config.model.num_classes) == (4, 7)
+    assert archs.describe(made.config.model) == "plain-4"
+    back = names.to_torch("plain", made.variables)
+    assert {n: x.shape for n, x in back.items()} == {
+        n: x.shape for n, x in arrays.items()
+    }
+
+
+def test_family_without_names_in_pytorch_is_said_to_have_none(monkeypatch):
+    family = dataclasses.replace(PLAIN_FAMILY, torch=None)
+    monkeypatch.setitem(models.FAMILIES, "plain", family)
+    with pytest.raises(UserError, match="a plain has no names in PyTorch.*'torch'"):
+        names.to_torch("plain", {"params": {"fc": {"bias": np.zeros(7)}}})
+    assert names.recognise({"a": (1,)}) == (None, None)
 
 
 def test_stages_of_a_swin_transformer_are_no_networks():
@@ -397,30 +467,31 @@ def test_arrays_of_a_network_that_is_not_built_here_can_be_read():
     )
 
 
-@pytest.mark.parametrize("family", models.MODELS)
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_networks_that_are_built_here_are_not_called_others(family):
     model = archs.model_config(
         next(n for n, a in archs.ARCHS.items() if a["name"] == family)
     )
-    expected = matching.expected_variables(models.build(model), (224, 224, 3))
+    expected = models.variable_shapes(models.build(model), (224, 224, 3))
     flat = flax.traverse_util.flatten_dict(expected, sep="/")
     torchs = {}
     for path, x in flat.items():
         like = np.broadcast_to(np.False_, x.shape)
         name, array = names.one_to_torch(family, path, like)
         torchs[name] = array.shape
-    assert detect.foreign(torchs) is None and detect.family_of(torchs) == family
-    assert detect.looks_like_network(f"a.b.{name}" for name in torchs)
+    assert names.recognise(torchs) == (family, None)
+    assert not any(names.look_alike(other, torchs) for other in models.FAMILIES)
+    assert names.looks_like_network(f"a.b.{name}" for name in torchs)
 
 
 def test_architecture_is_told_from_names_and_shapes():
     shapes = {name: value.shape for name, value in network().items()}
-    assert detect.family_of(shapes) == "wide_resnet"
-    assert detect.fields("wide_resnet", shapes) == {
+    assert names.recognise(shapes) == ("wide_resnet", None)
+    assert names.fields("wide_resnet", shapes) == {
         "name": "wide_resnet",
         "depth": 10,
         "widen_factor": 1,
         "num_classes": 10,
     }
-    assert detect.channels("wide_resnet", shapes) == 3
-    assert detect.family_of({"a": 1}) is None
+    assert names.channels("wide_resnet", shapes) == 3
+    assert names.recognise({"a": (1,)}) == (None, None)

@@ -6,6 +6,7 @@ import pytest
 from atebm_jax import UserError, archs
 from atebm_jax.convert import normalization, values
 from atebm_jax.convert.normalization import Declared, Normalization, declared
+from atebm_jax.models.family import IMAGENET
 
 NONE = Normalization((), (), "--normalization=none")
 HALF = Normalization((0.5,), (0.5,), "--mean and --std")
@@ -37,10 +38,10 @@ def test_where_two_conventions_are_common_one_must_be_given(arch, channels, who)
 @pytest.mark.parametrize(
     ("arch", "mean"),
     [
-        ("resnet50", archs.IMAGENET["mean"]),
-        ("wide_resnet50_4", archs.IMAGENET["mean"]),
+        ("resnet50", IMAGENET["mean"]),
+        ("wide_resnet50_4", IMAGENET["mean"]),
         ("convnext_base_cvst", ()),
-        ("vit_s_cvst", archs.IMAGENET["mean"]),
+        ("vit_s_cvst", IMAGENET["mean"]),
         ("vit_b_cvst", ()),
     ],
 )

@@ -20,7 +20,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from atebm_jax import UserError
-from atebm_jax.convert import files, importing, layouts, names, normalization, probe
+from atebm_jax.convert import files, importing, layouts, names, normalization
 from atebm_jax.models.wide_resnet import WideResNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
@@ -329,7 +329,7 @@ def test_any_state_dict_is_imported_whole_or_refused(tmp_path_factory, changes):
     safetensors.save_file(arrays, path)
     with pytest.MonkeyPatch.context() as patch:
         # Its compilation takes seconds and sees nothing of the file.
-        patch.setattr(probe, "logits", lambda *arguments: np.zeros(3))
+        patch.setattr(importing, "probe_logits", lambda *arguments: np.zeros(3))
         try:
             made = importing.read(path, asked=PIXELS)
         except UserError as error:
@@ -476,7 +476,7 @@ def test_numbers_shared_by_many_names_are_not_copied_without_end(tmp_path):
     ],
 )
 def test_arrays_without_real_numbers_are_refused_by_name(array, tmp_path):
-    weights = layouts.Weights({"fc.weight": array}, None, None, [])
+    weights = layouts.Weights({"fc.weight": array})
     path = as_zip(tmp_path / "made.pt", small_arrays())
     with pytest.raises(UserError, match="fc.weight.*expected real numbers"):
         layouts.read_arrays(files.open_source(path), weights)
@@ -492,7 +492,7 @@ def test_metadata_that_normalises_nothing_is_refused(name, text, tmp_path):
     path = tmp_path / "made.safetensors"
     numpy.save_file(small_arrays(), path, metadata=texts | {f"atebm_jax.{name}": text})
     if text.startswith("[["):
-        assert layouts.find(files.open_source(path)).mean is None
+        assert not layouts.find(files.open_source(path)).constants
         return
     with pytest.raises(UserError, match=f"metadata has {name}"):
         layouts.find(files.open_source(path))

@@ -36,7 +36,7 @@ _TUPLES = st.one_of(
 
 # What a field understands, so that more than its refusal is seen.
 _WORDS: dict[str, tuple[str, ...]] = {
-    "name": (*models.MODELS, "wide-resnet"),
+    "name": (*models.FAMILIES, "wide-resnet"),
     "size": ("tiny", "small", "base", "large"),
     "stem": ("patch", "conv"),
     "activation": ("relu", "swish", "gelu"),
