@@ -8,11 +8,10 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import metrics
+from atebm_jax import attacks, metrics
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import figures
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
-from atebm_jax.stages import classifier_adversary
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +45,7 @@ def check_pgd(context: Context) -> None:
       UserError: says which.
     """
     for attack in _attacks(context).values():
-        classifier_adversary(attack)
+        attacks.adversary(**attack)
 
 
 def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _radius(settings: ml_collections.ConfigDict) -> float:
 
 
 def _attacked(context: Context, attack: ml_collections.ConfigDict) -> np.ndarray:
-    adversary = classifier_adversary(attack)
+    adversary = attacks.adversary(**attack)
 
     def robust(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
         attacked = adversary(network.logits, x, y)

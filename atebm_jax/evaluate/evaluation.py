@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, data, reachability, samplers, sharding
+from atebm_jax import ascent, checkpoint, data, reachability, sharding
 from atebm_jax import config as configuration
 from atebm_jax.evaluate import accuracy, cost, plots, report, samples
 from atebm_jax.evaluate.context import ShowFn
@@ -93,7 +93,7 @@ class Evaluation:
     def _settings(self) -> dict[str, Any]:
         config = checkpoint.as_json(self._config)
         drawn = config["evaluate"]["samples"]
-        drawn["sampler"] = samplers.resolved(drawn["sampler"])
+        drawn["sampler"] = ascent.resolved(drawn["sampler"])
         return {
             "seed": config["seed"],
             "data": {k: config["data"][k] for k in ("train", "eval", "test", "seeds")},
@@ -196,7 +196,7 @@ class Evaluation:
         )
         drawn = (
             f"samples: {sample.num_test}, {sample.num_steps} steps of "
-            f"{sample.step_size:g} by {samplers.resolved(sample.sampler)} from "
+            f"{sample.step_size:g} by {ascent.resolved(sample.sampler)} from "
             f"{'uniform noise' if seeds == 'noise' else seeds}; distance: Frechet on "
             f"{components} principal components of the training pixels (not FID)."
         )

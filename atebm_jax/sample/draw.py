@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from atebm_jax import data, samplers, seeds
+from atebm_jax import ascent, data, seeds
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing
 from atebm_jax.reporting import say
@@ -166,7 +166,7 @@ def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
     default = config.evaluate.samples
     recipe = Recipe(
-        sampler=samplers.resolved(
+        sampler=ascent.resolved(
             default.sampler if flags.sampler is None else flags.sampler
         ),
         schedule=flags.schedule,
