@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import (
+    ascent,
     attacks,
     checkpoint,
     constraints,
     energy,
     models,
-    samplers,
     sampling,
 )
 from atebm_jax import config as configuration
@@ -142,7 +142,7 @@ class Model:
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
         recipe = chunks.Recipe(
-            samplers.resolved(settings.sampler if sampler is None else sampler),
+            ascent.resolved(settings.sampler if sampler is None else sampler),
             schedule,
             settings.step_size if step_size is None else step_size,
             settings.num_steps if num_steps is None else num_steps,
@@ -433,18 +433,14 @@ def _logits(model: nn.Module) -> Callable:
 def _attacker(
     model: nn.Module, norm: str, epsilon: float, momentum: float, keep_best: bool
 ) -> Callable:
-    from atebm_jax.stages import classifier_adversary  # SciPy, for its AUC, is slow
-
     # Steps are arguments below: another number of them does not recompile.
-    adversary = classifier_adversary(
-        configuration.adversary(
-            norm=norm,
-            epsilon=epsilon,
-            step_size=1.0,
-            num_steps=0,
-            momentum=momentum,
-            keep_best=keep_best,
-        )
+    adversary = attacks.adversary(
+        norm=norm,
+        epsilon=epsilon,
+        step_size=1.0,
+        num_steps=0,
+        momentum=momentum,
+        keep_best=keep_best,
     )
 
     def attack(

@@ -1,12 +1,7 @@
-"""Threat models and projected gradient ascent: the one inner loop of the method.
+"""What an attacker may do: threat models, and the adversary of the classifier.
 
-x <- P(x + step_size * d(g)), g the gradient of a per-image objective with respect to
-the image, d the direction and P the projection of a threat model (Madry et al., 2018).
-
-Nothing here knows a model: an objective is any callable from images [B, H, W, C] to
-scores [B] in which every score depends on its own image only. `pgd` always ascends.
-The loop never differentiates through itself and its trip count may be a traced int32,
-so that one compilation serves every number of steps.
+A threat model gives the ascent (`ascent.climb`) the direction of its steps and the ball
+that its images stay in (Madry et al., 2018).
 """
 
 import math
@@ -16,15 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from atebm_jax import ascent, losses
+from atebm_jax.ascent import ObjectiveFn
 from atebm_jax.errors import UserError
-
-#: Images [B, H, W, C] to scores [B], each of its own image only.
-ObjectiveFn = Callable[[jax.Array], jax.Array]
-
-# Fine numerics of the published results: the direction of a zero gradient is zero,
-# and a perturbation outside the ball is scaled by eps / (norm + 1e-7).
-_DIRECTION_OFFSET = 1e-10
-_PROJECTION_OFFSET = 1e-7
 
 
 class Threat(NamedTuple):
@@ -36,43 +25,12 @@ class Threat(NamedTuple):
       direction: gradients [B, H, W, C] -> unit steps [B, H, W, C].
       project: (images, origin), both [B, H, W, C] -> images in the ball around
         the origin, then clipped to [0, 1].
-      random_start: (key, origin) -> images uniform in the ball around the origin,
-        clipped to [0, 1]; independent per image. Never used in training.
     """
 
     norm: str
     epsilon: float
     direction: Callable[[jax.Array], jax.Array]
     project: Callable[[jax.Array, jax.Array], jax.Array]
-    random_start: Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def l2_norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm per image, axes kept: [..., H, W, C] -> [..., 1, 1, 1]."""
-    return jnp.sqrt(jnp.square(x).sum(axis=(-3, -2, -1), keepdims=True))
-
-
-def project_l2(
-    images: jax.Array, origin: jax.Array, epsilon: jax.Array | float
-) -> jax.Array:
-    """Scales images - origin back to length epsilon, then clips to [0, 1].
-
-    Args:
-      images, origin: [..., H, W, C].
-      epsilon: radius > 0, one for all or [..., 1, 1, 1].
-    """
-    delta = images - origin
-    norm = l2_norm(delta)
-    scale = jnp.where(norm > epsilon, epsilon / (norm + _PROJECTION_OFFSET), 1.0)
-    return jnp.clip(origin + delta * scale, 0.0, 1.0)
-
-
-def project_linf(
-    images: jax.Array, origin: jax.Array, epsilon: jax.Array | float
-) -> jax.Array:
-    """Clips images - origin to [-epsilon, epsilon], then to [0, 1]; as `project_l2`."""
-    delta = jnp.clip(images - origin, -epsilon, epsilon)
-    return jnp.clip(origin + delta, 0.0, 1.0)
 
 
 def l2(epsilon: float) -> Threat:
@@ -81,31 +39,18 @@ def l2(epsilon: float) -> Threat:
     Args:
       epsilon: radius > 0 in L2 pixels of a [0, 1] image; may be infinite.
 
-    Returns:
-      The threat. The ball's scaling comes before the clip to [0, 1], so that the norm
-      of the result may end below epsilon.
-
     Raises:
       UserError: epsilon is not positive.
     """
     _check_radius("l2", epsilon)
     if math.isinf(epsilon):
         return unbounded()._replace(norm="l2")
-
-    def project(images: jax.Array, origin: jax.Array) -> jax.Array:
-        return project_l2(images, origin, epsilon)
-
-    def random_start(key: jax.Array, origin: jax.Array) -> jax.Array:
-        # Uniform in a ball of d dimensions: a Gaussian's direction, radius u^(1/d).
-        key_direction, key_radius = jax.random.split(key)
-        gaussian = jax.random.normal(key_direction, origin.shape, origin.dtype)
-        uniform = jax.random.uniform(
-            key_radius, (origin.shape[0], 1, 1, 1), origin.dtype
-        )
-        radius = epsilon * uniform ** (1.0 / origin[0].size)
-        return jnp.clip(origin + radius * _l2_direction(gaussian), 0.0, 1.0)
-
-    return Threat("l2", epsilon, _l2_direction, project, random_start)
+    return Threat(
+        "l2",
+        epsilon,
+        ascent.unit,
+        lambda images, origin: ascent.project_l2(images, origin, epsilon),
+    )
 
 
 def linf(epsilon: float) -> Threat:
@@ -123,30 +68,22 @@ def linf(epsilon: float) -> Threat:
     _check_radius("linf", epsilon)
     if math.isinf(epsilon):
         return unbounded()._replace(norm="linf", direction=jnp.sign)
-
-    def project(images: jax.Array, origin: jax.Array) -> jax.Array:
-        return project_linf(images, origin, epsilon)
-
-    def random_start(key: jax.Array, origin: jax.Array) -> jax.Array:
-        noise = jax.random.uniform(
-            key, origin.shape, origin.dtype, minval=-epsilon, maxval=epsilon
-        )
-        return jnp.clip(origin + noise, 0.0, 1.0)
-
-    return Threat("linf", epsilon, jnp.sign, project, random_start)
+    return Threat(
+        "linf",
+        epsilon,
+        jnp.sign,
+        lambda images, origin: ascent.project_linf(images, origin, epsilon),
+    )
 
 
 def unbounded() -> Threat:
-    """No ball: L2 steps, then only the clip to [0, 1] (contrastive images, samples)."""
-
-    def project(images: jax.Array, origin: jax.Array) -> jax.Array:
-        del origin
-        return jnp.clip(images, 0.0, 1.0)
-
-    def random_start(key: jax.Array, origin: jax.Array) -> jax.Array:
-        return jax.random.uniform(key, origin.shape, origin.dtype)
-
-    return Threat("unbounded", float("inf"), _l2_direction, project, random_start)
+    """No ball: L2 steps, then only the clip to [0, 1]."""
+    return Threat(
+        "unbounded",
+        float("inf"),
+        ascent.unit,
+        lambda images, origin: ascent.clip(images),
+    )
 
 
 #: Threat models by the name that `config` blocks give them, from the radius.
@@ -174,53 +111,21 @@ def threat(norm: str, epsilon: float) -> Threat:
     return THREATS[norm](epsilon)
 
 
-def pgd(
+def attack(
     objective: ObjectiveFn,
     images: jax.Array,
-    *,
     threat: Threat,
-    step_size: jax.Array | float,
-    num_steps: jax.Array | int,
-    start: jax.Array | None = None,
-) -> jax.Array:
-    """Projected gradient ascent on the sum of a per-image objective.
-
-    Args:
-      objective: images [B, H, W, C] -> scores [B], to be maximised.
-      images: [B, H, W, C] float in [0, 1], the centre of the ball.
-      threat: direction and projection.
-      step_size: length of a step, in pixels of the threat's norm.
-      num_steps: number of steps >= 0; a traced int32 never recompiles.
-      start: where to begin, default `images`; `threat.random_start` makes others.
-
-    Returns:
-      [B, H, W, C] images in [0, 1] after `num_steps` steps; the start after none.
-    """
-    image_gradient = jax.grad(lambda x: objective(x).sum())
-
-    def ascend(_: jax.Array, x: jax.Array) -> jax.Array:
-        step = step_size * threat.direction(image_gradient(x))
-        return threat.project(x + step, images)
-
-    first = images if start is None else start
-    return jax.lax.fori_loop(0, jnp.asarray(num_steps, jnp.int32), ascend, first)
-
-
-def momentum_pgd(
-    objective: ObjectiveFn,
-    images: jax.Array,
     *,
-    threat: Threat,
     step_size: jax.Array | float,
     num_steps: jax.Array | int,
     momentum: float = 0.0,
     keep_best: bool = False,
 ) -> jax.Array:
-    """`pgd` with momentum on L1-normalised gradients and memory of the best iterate.
+    """Projected gradient ascent as far as a threat allows.
 
-    v <- momentum * v + g / (||g||_1 + 1e-10), x <- P(x + step_size * d(v)): the
-    momentum iterative method (Dong et al., 2018), the adversary of stage 1 in the
-    paper's published code (momentum 0.9, keep_best).
+    With momentum or keep_best the steps go along the velocity of L1-normalised
+    gradients (Dong et al., 2018), as those of the adversary of stage 1 in the paper's
+    published code do (momentum 0.9, keep_best).
 
     Args:
       objective: images [B, H, W, C] -> scores [B], to be maximised.
@@ -229,40 +134,78 @@ def momentum_pgd(
       step_size: length of a step, in pixels of the threat's norm.
       num_steps: number of steps >= 0; a traced int32 never recompiles.
       momentum: decay of the velocity, in [0, 1).
-      keep_best: return, per image, the iterate (the start included) with the highest
-        objective instead of the last one; costs one more evaluation.
+      keep_best: return the best iterate, as of `ascent.climb`.
 
     Returns:
-      [B, H, W, C] images in [0, 1].
+      [B, H, W, C] images in [0, 1], inside the ball.
     """
-
-    def value_and_gradient(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, pullback = jax.vjp(objective, x)
-        return values, pullback(jnp.ones_like(values))[0]
-
-    def remember(x: jax.Array, values: jax.Array, best: tuple) -> tuple:
-        better = values > best[1]
-        mask = better[:, None, None, None]
-        return jnp.where(mask, x, best[0]), jnp.where(better, values, best[1])
-
-    def ascend(_: jax.Array, carry: tuple) -> tuple:
-        x, velocity, best = carry
-        values, gradient = value_and_gradient(x)
-        length = jnp.abs(gradient).sum(axis=(1, 2, 3), keepdims=True)
-        velocity = momentum * velocity + gradient / (length + _DIRECTION_OFFSET)
-        best = remember(x, values, best)
-        x = threat.project(x + step_size * threat.direction(velocity), images)
-        return x, velocity, best
-
-    lowest = jnp.full(images.shape[0], -jnp.inf, images.dtype)
-    carry = (images, jnp.zeros_like(images), (images, lowest))
-    carry = jax.lax.fori_loop(0, jnp.asarray(num_steps, jnp.int32), ascend, carry)
-    last, _, best = carry
-    return remember(last, objective(last), best)[0] if keep_best else last
+    rule = ascent.along(threat.direction)
+    if momentum or keep_best:
+        rule = ascent.along(threat.direction, *ascent.velocity(momentum))
+    return ascent.climb(
+        objective,
+        images,
+        rule,
+        step_size=step_size,
+        num_steps=num_steps,
+        project=lambda x: threat.project(x, images),
+        keep_best=keep_best,
+    )
 
 
-def _l2_direction(gradients: jax.Array) -> jax.Array:
-    return gradients / (l2_norm(gradients) + _DIRECTION_OFFSET)
+def adversary(
+    *,
+    norm: str,
+    epsilon: float,
+    step_size: float,
+    num_steps: int,
+    momentum: float = 0.0,
+    keep_best: bool = False,
+) -> Callable[..., jax.Array]:
+    """The adversary that maximises the cross-entropy inside a ball.
+
+    The one of training, evaluation and `Model.attack`: all of them make it here, of the
+    fields of an `adversary` block of the config.
+
+    Args:
+      norm, epsilon: as of `threat`.
+      step_size, num_steps, momentum, keep_best: as of `attack`.
+
+    Returns:
+      (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
+      `step_size` and `num_steps` are keyword arguments too, for others than these that
+      do not recompile.
+
+    Raises:
+      UserError: no such norm, or a value that makes no attack.
+    """
+    ball = threat(norm, epsilon)
+    if num_steps < 0 or not 0 <= momentum < 1:
+        raise UserError(
+            f"adversary.num_steps is {num_steps} and adversary.momentum {momentum}: "
+            "the steps must not be negative, the momentum lies in [0, 1)."
+        )
+    own_step_size, own_num_steps = step_size, num_steps
+
+    def perturb(
+        logits_fn: Callable[[jax.Array], jax.Array],
+        images: jax.Array,
+        labels: jax.Array,
+        *,
+        step_size: jax.Array | float = own_step_size,
+        num_steps: jax.Array | int = own_num_steps,
+    ) -> jax.Array:
+        return attack(
+            lambda x: losses.cross_entropy(logits_fn(x), labels),
+            images,
+            ball,
+            step_size=step_size,
+            num_steps=num_steps,
+            momentum=momentum,
+            keep_best=keep_best,
+        )
+
+    return perturb
 
 
 def _check_radius(norm: str, epsilon: float) -> None:

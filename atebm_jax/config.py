@@ -80,7 +80,8 @@ def adversary(
     # Pixels of the norm per step.
     block.step_size = step_size
     block.num_steps = num_steps
-    # Decay of the velocity; 0 is plain PGD (the paper's published stage 1: 0.9).
+    # Decay of the velocity (the paper's published stage 1: 0.9); 0 without keep_best
+    # is plain PGD.
     block.momentum = momentum
     # Return the iterate with the highest loss (the paper's published stage 1: True).
     block.keep_best = keep_best
@@ -89,7 +90,8 @@ def adversary(
 
 def _data() -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
-    # Sources: "digits:SPLIT", "tfds:NAME:SPLIT" or "folder:PATH".
+    # Sources: "digits:SPLIT", "tfds:NAME:SPLIT", "cifar:PATH:SPLIT", "folder:PATH"
+    # or "prepared:PATH".
     data.train = ""
     # Held-out images for the evaluation while training; never used to train, but the
     # best checkpoints are chosen on them.
@@ -147,7 +149,8 @@ def _model() -> ml_collections.ConfigDict:
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"
-    # Image gradient of convolutions: "auto", "xla", "forward" or "joined".
+    # Form of convolutions, pooling and dense layers: "auto" (by the backend), "xla",
+    # "forward" or "joined".
     model.conv_gradient = "auto"
     # Keep only the blocks' inputs and compute a block again in the backward pass: less
     # memory for activations, about a third more computation.
@@ -218,8 +221,8 @@ def _evaluate() -> ml_collections.ConfigDict:
     # Samples in each periodic evaluation and in the final report.
     samples.num = 100
     samples.num_test = 1000
-    # "pgd" (the paper's), "momentum", "adam", "sgld" or "sign", with settings where
-    # they are not the defaults: "sgld(noise=0.005)" (`atebm_jax.samplers`).
+    # A rule of `atebm_jax.ascent`, "pgd" (the paper's) say, with settings where they
+    # are not the defaults: "sgld(noise=0.005)".
     samples.sampler = "pgd"
     # As of the sampler, L2 pixels per step ("sgld": factor of the gradient), and steps.
     samples.step_size = 0.2

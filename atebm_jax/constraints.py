@@ -3,7 +3,7 @@
 An edit lowers the energy and is projected back after every step. Inpainting, class
 translation, denoising and super-resolution differ in the set alone, and every set has
 the same interface: `start`, an image of the set, and `project`, which leads back to it.
-`project` is what `samplers.run` takes under that name.
+`project` is what `ascent.climb` takes under that name.
 
 A constraint is a pytree whose arrays have the image first: it passes through `jit` as
 an argument, is split over devices like a batch, and works on single images [H, W, C]
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from atebm_jax import attacks
+from atebm_jax import ascent
 from atebm_jax.errors import UserError
 
-_PROJECTIONS = {"l2": attacks.project_l2, "linf": attacks.project_linf}
+_PROJECTIONS = {"l2": ascent.project_l2, "linf": ascent.project_linf}
 # Halvings of an interval of a few pixels, down to float32's resolution.
 _BISECTIONS = 32
 FILLS = ("mean", "noise", "image")
@@ -46,7 +46,7 @@ class Constraint(Protocol):
 class Ball:
     """Images near an original, in [0, 1] (paper, section 5).
 
-    The projection is that of `attacks`: into the ball, then clipped. It lies in both
+    The projection is that of `ascent`: into the ball, then clipped. It lies in both
     sets; the nearest such point it is where nothing is clipped.
     """
 

@@ -1,7 +1,8 @@
 """One classifier, three readings (paper, section 3).
 
 A classifier's logits f(x) in R^K define a joint energy, a marginal energy and the
-usual softmax. This is the only file in which the sign of an energy is written.
+usual softmax. Logits become energies in this file alone: others ask for one of them, or
+for a score, which is minus an energy.
 """
 
 import jax
@@ -41,7 +42,7 @@ def class_probabilities(logits: jax.Array) -> jax.Array:
 def score(logits: jax.Array, labels: jax.Array | None = None) -> jax.Array:
     """Unnormalised log-density: -E(x, y) with labels, -E(x) without.
 
-    This is what samplers ascend and what the contrastive loss takes as its logit.
+    This is what `ascent` climbs and what the contrastive loss takes as its logit.
 
     Args:
       logits: [B, K] float, f(x).

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from atebm_jax import (
     archs,
+    attacks,
     checkpoint,
     data,
     fitting,
@@ -34,7 +35,6 @@ from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import say
-from atebm_jax.stages import classifier_adversary
 from atebm_jax.train import Job, build_step, train_stage
 from atebm_jax.workdir_lock import Lock
 
@@ -253,7 +253,7 @@ def _check_rooms(
         sizes[f"{name}.batch_size"] = (stage.batch_size, stage.num_micro_batches)
     for field, (size, parts) in sizes.items():
         sharding.check_batch_size(size, mesh.size, f"config.{field}", parts)
-    classifier_adversary(config.evaluate.attack)
+    attacks.adversary(**config.evaluate.attack)
     samples.check_judge(config.evaluate.samples.judge)
     drawing.check_sampler(config.evaluate.samples.sampler)
 

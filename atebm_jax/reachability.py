@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from atebm_jax import data, metrics, samplers, sampling, seeds
+from atebm_jax import ascent, data, metrics, sampling, seeds
 
 # Of each set; fewer where images are large, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
@@ -123,7 +123,7 @@ def of_config(
         # Of one a class the mixture is near enough: it is a matter of whole pixels.
         gaussian = seeds.fit(images)
     drawn = config.evaluate.samples
-    length = samplers.step_length(drawn.sampler, drawn.step_size)
+    length = ascent.step_length(drawn.sampler, drawn.step_size)
     return measure(
         seed_images(config, sources, num, gaussian),
         images.astype(np.float32) / np.float32(255),

@@ -1,4 +1,4 @@
-"""Samples by gradient ascent on the score of the model (paper, section 5)."""
+"""Seeds and labels of samples, and edits of images (paper, section 5)."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import attacks, energy, samplers
-from atebm_jax.attacks import ObjectiveFn
+from atebm_jax import ascent, energy
 from atebm_jax.constraints import Constraint
-from atebm_jax.samplers.schedules import ScheduleFn
+from atebm_jax.models import LogitsFn
 
 # A label for `edit`: the class that the model takes the start for.
 GUESS = -1
@@ -37,7 +36,7 @@ def noise_seeds(
 
 
 def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """Keys [B] for samplers with noise, each image's by its own index.
+    """Keys [B] for rules with noise, each image's by its own index.
 
     Arguments as of `noise_seeds`, whose seeds have nothing to do with this noise.
     """
@@ -68,86 +67,6 @@ def smooth(images: jax.Array, sigma: float) -> jax.Array:
         ]
         images = sum(shifted[1:], start=shifted[0])
     return images
-
-
-def conditional(
-    logits_fn: ObjectiveFn,
-    seeds: jax.Array,
-    labels: jax.Array,
-    *,
-    step_size: jax.Array | float,
-    num_steps: jax.Array | int,
-) -> jax.Array:
-    """Samples of given classes: unbounded PGD on f(x)[y] = -E(x, y).
-
-    Args:
-      logits_fn: images [B, H, W, C] -> logits [B, K].
-      seeds: [B, H, W, C] float in [0, 1].
-      labels: [B] int in 0..K-1.
-      step_size: L2 pixels per step.
-      num_steps: number of steps; a traced int32 never recompiles.
-
-    Returns:
-      [B, H, W, C] images in [0, 1].
-    """
-    return attacks.pgd(
-        lambda x: energy.score(logits_fn(x), labels),
-        seeds,
-        threat=attacks.unbounded(),
-        step_size=step_size,
-        num_steps=num_steps,
-    )
-
-
-def unconditional(
-    logits_fn: ObjectiveFn,
-    seeds: jax.Array,
-    *,
-    step_size: jax.Array | float,
-    num_steps: jax.Array | int,
-) -> jax.Array:
-    """Samples of any class: unbounded PGD on logsumexp f(x) = -E(x).
-
-    Arguments and result as of `conditional`, without labels.
-    """
-    return attacks.pgd(
-        lambda x: energy.score(logits_fn(x)),
-        seeds,
-        threat=attacks.unbounded(),
-        step_size=step_size,
-        num_steps=num_steps,
-    )
-
-
-def counterfactual(
-    logits_fn: ObjectiveFn,
-    images: jax.Array,
-    targets: jax.Array,
-    *,
-    threat: attacks.Threat,
-    step_size: jax.Array | float,
-    num_steps: jax.Array | int,
-) -> jax.Array:
-    """What images would look like as another class: PGD on f(x)[y'] in a ball.
-
-    Args:
-      logits_fn: images [B, H, W, C] -> logits [B, K].
-      images: [B, H, W, C] float in [0, 1], the originals.
-      targets: [B] int in 0..K-1, the classes y'.
-      threat: the ball around each original, `attacks.l2(4.0)` say (paper, section 5).
-      step_size: pixels of the threat's norm per step.
-      num_steps: number of steps; a traced int32 never recompiles.
-
-    Returns:
-      [B, H, W, C] images in [0, 1], inside the ball.
-    """
-    return attacks.pgd(
-        lambda x: energy.score(logits_fn(x), targets),
-        images,
-        threat=threat,
-        step_size=step_size,
-        num_steps=num_steps,
-    )
 
 
 def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
@@ -200,16 +119,16 @@ class Edited(NamedTuple):
 
 
 def edit(
-    logits_fn: ObjectiveFn,
+    logits_fn: LogitsFn,
     constraint: Constraint,
     labels: jax.Array | None,
     keys: jax.Array,
     *,
-    sampler: samplers.Sampler,
+    rule: ascent.Rule,
     step_size: jax.Array | float,
     num_steps: jax.Array | int,
     capacity: int,
-    schedule: ScheduleFn = samplers.SCHEDULES["constant"],
+    schedule: ascent.ScheduleFn = ascent.SCHEDULES["constant"],
 ) -> Edited:
     """Lowers the energy from `constraint.start` within the constraint's set.
 
@@ -220,9 +139,9 @@ def edit(
       logits_fn: images [B, H, W, C] -> logits [B, K].
       constraint: of B images, one of `constraints`.
       labels: [B] int32 in 0..K-1, or `GUESS`; None to lower E(x).
-      keys: [B], for samplers with noise.
-      sampler: `samplers.sampler("pgd")` say, or "sign" in a ball of the maximum norm.
-      step_size: as of the sampler; one for all or [B, 1, 1, 1].
+      keys: [B], for rules with noise.
+      rule: `ascent.pgd()` say, or `ascent.sign()` in a ball of the maximum norm.
+      step_size: as of the rule; one for all or [B, 1, 1, 1].
       num_steps: a traced int32 never recompiles.
       capacity: greatest number of steps, static; the path has capacity + 1 rows.
       schedule: factor of the step size in each step.
@@ -255,12 +174,12 @@ def edit(
         )
         return score, readings
 
-    images, path = samplers.trace(
-        sampler,
+    images, path = ascent.trace(
         objective,
         start,
-        keys,
+        rule,
         capacity=capacity,
+        keys=keys,
         step_size=step_size,
         num_steps=num_steps,
         schedule=schedule,

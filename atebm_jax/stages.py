@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax import attacks, energy, losses, metrics, models
+from atebm_jax import ascent, attacks, energy, losses, metrics, models
 from atebm_jax.errors import UserError
 
 Batch = Mapping[str, jax.Array]
@@ -42,63 +42,6 @@ class Stage(NamedTuple):
     statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
 
 
-def classifier_adversary(
-    config: ml_collections.ConfigDict,
-) -> Callable[..., jax.Array]:
-    """The adversary that maximises the cross-entropy inside a ball.
-
-    The one of training, evaluation and `Model.attack`: all of them make it here.
-
-    Args:
-      config: an `adversary` block: norm, epsilon, step_size, num_steps, momentum,
-        keep_best.
-
-    Returns:
-      (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
-      Plain PGD unless momentum or keep_best is set. `step_size` and `num_steps` are
-      keyword arguments too, for others than the config's that do not recompile.
-
-    Raises:
-      UserError: no such norm, or a value that makes no attack.
-    """
-    threat = attacks.threat(config.norm, config.epsilon)
-    if config.num_steps < 0 or not 0 <= config.momentum < 1:
-        raise UserError(
-            f"adversary.num_steps is {config.num_steps} and adversary.momentum "
-            f"{config.momentum}: the steps must not be negative, the momentum lies in "
-            "[0, 1)."
-        )
-    own_step_size, own_num_steps = config.step_size, config.num_steps
-    momentum, keep_best = config.momentum, config.keep_best
-
-    def adversary(
-        logits_fn: Callable,
-        x: jax.Array,
-        y: jax.Array,
-        *,
-        step_size: jax.Array | float = own_step_size,
-        num_steps: jax.Array | int = own_num_steps,
-    ) -> jax.Array:
-        def objective(images: jax.Array) -> jax.Array:
-            return losses.cross_entropy(logits_fn(images), y)
-
-        if momentum == 0 and not keep_best:
-            return attacks.pgd(
-                objective, x, threat=threat, step_size=step_size, num_steps=num_steps
-            )
-        return attacks.momentum_pgd(
-            objective,
-            x,
-            threat=threat,
-            step_size=step_size,
-            num_steps=num_steps,
-            momentum=momentum,
-            keep_best=keep_best,
-        )
-
-    return adversary
-
-
 def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     """Adversarial training: L_AT-CE = E[CE(f(x_adv), y)].
 
@@ -109,7 +52,7 @@ def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
       model: images to logits.
       config: `config.stage1`.
     """
-    adversary = classifier_adversary(config.adversary)
+    adversary = attacks.adversary(**config.adversary)
 
     def adversaries(
         variables: Variables, batch: Batch, num_steps: jax.Array
@@ -165,7 +108,7 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     for name, weight in weights.items():
         if weight < 0:
             raise UserError(f"stage2.weight_{name} is {weight}: it must not be < 0.")
-    adversary = classifier_adversary(config.adversary)
+    adversary = attacks.adversary(**config.adversary)
     conditional = config.contrastive_objective == "conditional"
     step_size = config.contrastive_step_size
     with_r1 = config.weight_r1 > 0 or config.log_r1
@@ -175,14 +118,13 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     ) -> dict[str, jax.Array]:
         logits_fn = models.logits_fn(model, variables)
         labels = batch["y_gen"] if conditional else None
-        x_contrastive = attacks.pgd(
+        x_contrastive = ascent.climb(
             lambda x: energy.score(logits_fn(x), labels),
             batch["x_ood"],
-            threat=attacks.unbounded(),
             step_size=step_size,
             num_steps=num_steps,
         )
-        distance = attacks.l2_norm(x_contrastive - batch["x_ood"]).mean()
+        distance = ascent.l2_norm(x_contrastive - batch["x_ood"]).mean()
         longest = step_size * jnp.maximum(num_steps, 1).astype(jnp.float32)
         return {
             "x_contrastive": x_contrastive,

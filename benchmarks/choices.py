@@ -57,21 +57,27 @@ def unrolled(settings: Settings) -> Side:
     """Loops of PGD whose turns make two steps."""
     import jax
 
-    from atebm_jax import attacks
+    from atebm_jax import ascent
 
-    t_max = settings.config.stage2.t_max
+    t_max, as_it_is = settings.config.stage2.t_max, ascent.climb
 
-    def pgd(objective, images, *, threat, step_size, num_steps, start=None):
+    def climb(objective, images, rule=ascent.PGD, *, step_size, num_steps, **options):
+        if options.get("keep_best"):
+            steps = {"step_size": step_size, "num_steps": num_steps}
+            return as_it_is(objective, images, rule, **steps, **options)
         gradient = jax.grad(lambda x: objective(x).sum())
+        project = options.get("project", ascent.clip)
 
-        def ascend(_: Any, x: Any) -> Any:
-            return threat.project(x + step_size * threat.direction(gradient(x)), images)
+        def ascend(_: Any, carry: Any) -> Any:
+            x, memory = carry
+            moved, memory = rule.move(None, x, gradient(x), memory, step_size)
+            return project(moved), memory
 
         count = num_steps if isinstance(num_steps, int) else t_max
-        first = images if start is None else start
-        return jax.lax.fori_loop(0, count, ascend, first, unroll=2)
+        first = (images, rule.init(images))
+        return jax.lax.fori_loop(0, count, ascend, first, unroll=2)[0]
 
-    attacks.pgd = pgd
+    ascent.climb = climb
     return Side(settings)
 
 

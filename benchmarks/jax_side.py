@@ -10,7 +10,7 @@ import jaxlib
 import numpy as np
 from sides import CHECKED_STEPS, Settings, batch, timed
 
-from atebm_jax import attacks, energy, models, sharding, train
+from atebm_jax import ascent, energy, models, sharding, train
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 
@@ -19,7 +19,7 @@ ROUNDINGS = 10.0
 
 
 class JaxSide:
-    """Our code: `attacks.pgd` and the step of `train.build_step`, state donated."""
+    """Our code: `ascent.climb` and the step of `train.build_step`, state donated."""
 
     def __init__(self, settings: Settings):
         if settings.device == "cpu":
@@ -67,10 +67,9 @@ class JaxSide:
 
         def loop(variables, seeds, labels, num_steps):
             logits_fn = models.logits_fn(self.model, variables)
-            return attacks.pgd(
+            return ascent.climb(
                 lambda x: energy.score(logits_fn(x), labels),
                 seeds,
-                threat=attacks.unbounded(),
                 step_size=stage.contrastive_step_size,
                 num_steps=num_steps,
             )

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from atebm_jax import constraints, data, metrics, samplers
+from atebm_jax import ascent, constraints, data, metrics
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import samples
 from atebm_jax.evaluate.extractors import from_model
@@ -268,7 +268,7 @@ def _plot(
     shown = [quality for quality in _QUALITIES if quality in real]
     figure = Figure(figsize=(4.6 * len(shown) + 1.8, 4.2), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    colours = {name: f"C{k}" for k, name in enumerate(samplers.SAMPLERS)}
+    colours = {name: f"C{k}" for k, name in enumerate(ascent.RULES)}
     lines = {"constant": "-", "linear": "--", "cosine": ":"}
     markers: dict[str, int] = {}
     for name, row in summary.items():

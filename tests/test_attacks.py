@@ -1,12 +1,11 @@
-"""Threat models and the inner loop, on objectives whose answer is known."""
+"""Threat models and what climbs in them, on objectives whose answer is known."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
-from atebm_jax import UserError, attacks
+from atebm_jax import UserError, ascent, attacks
 
 SHAPE = (6, 4, 4, 3)
 IMAGES, TARGET = jnp.asarray(np.random.default_rng(0).random((2, *SHAPE), np.float32))
@@ -37,7 +36,7 @@ def ids(threat):
 def test_l2_step_is_worked_by_hand():
     images = jnp.full((1, 1, 2, 1), 0.5)
     gradient = jnp.asarray([3.0, 4.0]).reshape(1, 1, 2, 1)
-    moved = attacks.pgd(
+    moved = attacks.attack(
         lambda x: (gradient * x).sum(axis=(1, 2, 3)),
         images,
         threat=attacks.unbounded(),
@@ -67,7 +66,7 @@ def test_clip_comes_after_the_ball():
 def test_linf_step_is_the_sign_of_the_gradient():
     images = jnp.full((1, 1, 3, 1), 0.5)
     gradient = jnp.asarray([-1e-6, 0.0, 100.0]).reshape(1, 1, 3, 1)
-    moved = attacks.pgd(
+    moved = attacks.attack(
         lambda x: (gradient * x).sum(axis=(1, 2, 3)),
         images,
         threat=attacks.linf(0.15),
@@ -79,7 +78,7 @@ def test_linf_step_is_the_sign_of_the_gradient():
 
 @pytest.mark.parametrize("threat", THREATS, ids=ids)
 def test_result_stays_in_the_ball_and_in_the_unit_range(threat):
-    moved = attacks.pgd(
+    moved = attacks.attack(
         lambda x: 1e3 * quadratic(x), IMAGES, threat=threat, step_size=0.3, num_steps=9
     )
     assert (moved >= 0).all() and (moved <= 1).all()
@@ -89,15 +88,17 @@ def test_result_stays_in_the_ball_and_in_the_unit_range(threat):
 
 @pytest.mark.parametrize("threat", THREATS, ids=ids)
 def test_ascent_raises_the_objective_of_every_image(threat):
-    moved = attacks.pgd(quadratic, IMAGES, threat=threat, step_size=0.01, num_steps=10)
+    moved = attacks.attack(
+        quadratic, IMAGES, threat=threat, step_size=0.01, num_steps=10
+    )
     assert (quadratic(moved) > quadratic(IMAGES)).all()
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=ids)
 def test_zero_gradient_leaves_the_images(threat):
-    moved = attacks.pgd(flat, IMAGES, threat=threat, step_size=0.3, num_steps=3)
+    moved = attacks.attack(flat, IMAGES, threat=threat, step_size=0.3, num_steps=3)
     np.testing.assert_array_equal(moved, IMAGES)
-    moved = attacks.momentum_pgd(
+    moved = attacks.attack(
         flat, IMAGES, threat=threat, step_size=0.3, num_steps=3, momentum=0.9
     )
     np.testing.assert_array_equal(moved, IMAGES)
@@ -106,15 +107,15 @@ def test_zero_gradient_leaves_the_images(threat):
 @pytest.mark.parametrize("threat", THREATS, ids=ids)
 def test_zero_steps_copy_the_images(threat):
     options = {"threat": threat, "step_size": 0.3, "num_steps": 0}
-    np.testing.assert_array_equal(attacks.pgd(quadratic, IMAGES, **options), IMAGES)
+    np.testing.assert_array_equal(attacks.attack(quadratic, IMAGES, **options), IMAGES)
     for keep_best in (False, True):
-        made = attacks.momentum_pgd(quadratic, IMAGES, keep_best=keep_best, **options)
+        made = attacks.attack(quadratic, IMAGES, keep_best=keep_best, **options)
         np.testing.assert_array_equal(made, IMAGES)
 
 
 def test_infinite_radius_equals_unbounded():
     results = [
-        attacks.pgd(quadratic, IMAGES, threat=threat, step_size=0.4, num_steps=5)
+        attacks.attack(quadratic, IMAGES, threat=threat, step_size=0.4, num_steps=5)
         for threat in (attacks.l2(float("inf")), attacks.unbounded())
     ]
     # The bounded threat forms x0 + (x - x0), which rounds.
@@ -123,7 +124,7 @@ def test_infinite_radius_equals_unbounded():
 
 def test_l2_step_does_not_depend_on_the_size_of_the_gradient():
     results = [
-        attacks.pgd(
+        attacks.attack(
             lambda x, scale=scale: scale * quadratic(x),
             IMAGES,
             threat=attacks.unbounded(),
@@ -138,8 +139,8 @@ def test_l2_step_does_not_depend_on_the_size_of_the_gradient():
 
 def test_every_image_is_attacked_on_its_own():
     options = {"threat": attacks.l2(0.5), "step_size": 0.1, "num_steps": 4}
-    together = attacks.pgd(quadratic, IMAGES, **options)
-    alone = attacks.pgd(
+    together = attacks.attack(quadratic, IMAGES, **options)
+    alone = attacks.attack(
         lambda x: -jnp.square(x - TARGET[2:3]).sum(axis=(1, 2, 3)),
         IMAGES[2:3],
         **options,
@@ -150,22 +151,23 @@ def test_every_image_is_attacked_on_its_own():
 def test_ball_stays_around_the_images_when_another_start_is_given():
     threat = attacks.l2(0.3)
     start = jnp.clip(IMAGES + 0.1, 0.0, 1.0)
-    options = {"threat": threat, "step_size": 0.1, "start": start}
-    none = attacks.pgd(quadratic, IMAGES, num_steps=0, **options)
+    around = lambda x: threat.project(x, IMAGES)
+    options = {"step_size": 0.1, "project": around}
+    none = ascent.climb(quadratic, start, num_steps=0, **options)
     np.testing.assert_array_equal(none, start)
-    moved = attacks.pgd(quadratic, IMAGES, num_steps=3, **options)
+    moved = ascent.climb(quadratic, start, num_steps=3, **options)
     assert (norms(threat, moved - IMAGES) <= 0.3 + 1e-6).all()
 
 
 def test_number_of_steps_is_a_run_time_value():
     run = jax.jit(
-        lambda n: attacks.pgd(
+        lambda n: attacks.attack(
             quadratic, IMAGES, threat=attacks.l2(0.5), step_size=0.1, num_steps=n
         )
     )
     results = [run(jnp.int32(n)) for n in range(4)]
     assert run._cache_size() == 1
-    once = attacks.pgd(
+    once = attacks.attack(
         quadratic, IMAGES, threat=attacks.l2(0.5), step_size=0.1, num_steps=3
     )
     np.testing.assert_allclose(results[3], once, atol=1e-6)
@@ -174,9 +176,11 @@ def test_number_of_steps_is_a_run_time_value():
 
 @pytest.mark.parametrize("threat", [BOUNDED[0], THREATS[2]], ids=ids)
 def test_without_momentum_and_memory_it_is_plain_l2_pgd(threat):
-    options = {"threat": threat, "step_size": 0.1, "num_steps": 6}
-    plain = attacks.pgd(quadratic, IMAGES, **options)
-    made = attacks.momentum_pgd(quadratic, IMAGES, momentum=0.0, **options)
+    options = {"step_size": 0.1, "num_steps": 6}
+    plain = attacks.attack(quadratic, IMAGES, threat, **options)
+    around = lambda x: threat.project(x, IMAGES)
+    rule = ascent.along(threat.direction, *ascent.velocity(0.0))
+    made = ascent.climb(quadratic, IMAGES, rule, project=around, **options)
     np.testing.assert_allclose(made, plain, atol=1e-6)
 
 
@@ -188,7 +192,7 @@ def test_momentum_step_is_worked_by_hand():
         first, second = x[:, 0, 0, 0], x[:, 0, 1, 0]
         return jnp.where(first < 0.35, first, second)
 
-    moved = attacks.momentum_pgd(
+    moved = attacks.attack(
         objective,
         images,
         threat=attacks.unbounded(),
@@ -207,8 +211,8 @@ def test_momentum_step_is_worked_by_hand():
 def test_best_iterate_is_never_worse_than_the_start_or_the_end(threat):
     # Steps far too long for the quadratic: the last iterate overshoots.
     options = {"threat": threat, "step_size": 1.0, "num_steps": 5, "momentum": 0.9}
-    best = attacks.momentum_pgd(quadratic, IMAGES, keep_best=True, **options)
-    last = attacks.momentum_pgd(quadratic, IMAGES, **options)
+    best = attacks.attack(quadratic, IMAGES, keep_best=True, **options)
+    last = attacks.attack(quadratic, IMAGES, **options)
     assert (quadratic(best) >= quadratic(IMAGES)).all()
     assert (quadratic(best) >= quadratic(last)).all()
     assert (quadratic(best) > quadratic(last)).any()
@@ -217,7 +221,7 @@ def test_best_iterate_is_never_worse_than_the_start_or_the_end(threat):
 def test_best_iterate_is_kept_per_image():
     # Only the second image can be improved by such a step.
     start = TARGET.at[1].set(0.5)
-    best = attacks.momentum_pgd(
+    best = attacks.attack(
         quadratic,
         start,
         threat=attacks.unbounded(),
@@ -227,44 +231,6 @@ def test_best_iterate_is_kept_per_image():
     )
     kept = [bool((best[i] == start[i]).all()) for i in range(len(start))]
     assert kept == [True, False, True, True, True, True]
-
-
-def test_l2_random_start_is_uniform_in_the_ball_of_each_image():
-    threat, count = attacks.l2(0.4), 4000
-    origin = jnp.full((count, 1, 2, 1), 0.5)
-    delta = np.asarray(threat.random_start(jax.random.key(0), origin) - origin)
-    radii = norms(threat, delta)
-    assert radii.max() <= 0.4 + 1e-6
-    # In two dimensions radius^2 and the angle are uniform.
-    squared = (radii / 0.4) ** 2
-    angles = np.arctan2(delta[:, 0, 0, 0], delta[:, 0, 1, 0]) / (2 * np.pi) + 0.5
-    for sample in (squared, angles):
-        assert scipy.stats.kstest(sample, "uniform").pvalue > 0.01
-
-
-def test_linf_random_start_is_uniform_in_the_cube():
-    origin = jnp.full((500, 2, 2, 1), 0.5)
-    delta = attacks.linf(0.1).random_start(jax.random.key(0), origin) - origin
-    sample = (np.asarray(delta).ravel() + 0.1) / 0.2
-    assert scipy.stats.kstest(sample, "uniform").pvalue > 0.01
-
-
-@pytest.mark.parametrize("threat", THREATS, ids=ids)
-def test_random_start_lies_in_the_ball_and_follows_its_key(threat):
-    starts = [threat.random_start(jax.random.key(i), IMAGES) for i in (0, 0, 1)]
-    assert (starts[0] >= 0).all() and (starts[0] <= 1).all()
-    if threat.norm != "unbounded":
-        assert (norms(threat, starts[0] - IMAGES) <= threat.epsilon + 1e-6).all()
-    np.testing.assert_array_equal(starts[0], starts[1])
-    assert not np.array_equal(starts[0], starts[2])
-
-
-@pytest.mark.parametrize("threat", [attacks.l2(np.inf), attacks.linf(np.inf)], ids=ids)
-def test_random_start_without_a_ball_is_uniform_noise(threat):
-    origin = jnp.zeros((50, 4, 4, 3))
-    start = np.asarray(threat.random_start(jax.random.key(0), origin))
-    deciles = np.quantile(start, np.linspace(0, 1, 11))
-    np.testing.assert_allclose(deciles, np.linspace(0, 1, 11), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, float("nan")])

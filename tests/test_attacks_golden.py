@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import attacks, energy, losses, models
+from atebm_jax import ascent, attacks, energy, losses, models
 
 INFINITE = float("inf")
 
@@ -66,13 +66,13 @@ def make_attack(name, stored, network, weights):
 
     @jax.jit
     def attack(start, num_steps):
-        return attacks.pgd(
+        return ascent.climb(
             lambda x: objective(logits_fn(x), labels),
-            origin,
-            threat=threat,
+            start,
+            ascent.along(threat.direction),
             step_size=step_size,
             num_steps=num_steps,
-            start=start,
+            project=lambda x: threat.project(x, origin),
         )
 
     return functools.partial(run, attack, origin)

@@ -118,7 +118,7 @@ FLOAT64 = """
 import sys
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, torch
 import torch_reference, torch_side
-from atebm_jax import attacks, convert, energy, command_line, models
+from atebm_jax import ascent, convert, energy, command_line, models
 from atebm_jax.models import wide_resnet
 
 torch.set_default_dtype(torch.float64)
@@ -140,9 +140,8 @@ x, y = np.random.default_rng(0).random((4, 16, 16, 3)), np.arange(4)
 theirs = torch_reference.Stage2(twin, config.stage2, twin).contrastive(
     torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(y)
 )
-ours = attacks.pgd(
-    lambda x: energy.score(logits_fn(x), jnp.asarray(y)), jnp.asarray(x),
-    threat=attacks.unbounded(), num_steps=3,
+ours = ascent.climb(
+    lambda x: energy.score(logits_fn(x), jnp.asarray(y)), jnp.asarray(x), num_steps=3,
     step_size=config.stage2.contrastive_step_size,
 )
 assert ours.dtype == jnp.float64

@@ -12,7 +12,7 @@ import reference
 from jax.sharding import AxisType
 
 from atebm_jax import (
-    attacks,
+    ascent,
     energy,
     models,
     optim,
@@ -197,13 +197,7 @@ def test_loop_that_communicates_would_be_seen():
             logits, _ = network.apply(weights, x, train=True, mutable=["batch_stats"])
             return energy.score(logits, labels)
 
-        return attacks.pgd(
-            objective,
-            images,
-            threat=attacks.unbounded(),
-            step_size=0.1,
-            num_steps=3,
-        )
+        return ascent.climb(objective, images, step_size=0.1, num_steps=3)
 
     lowered = jax.jit(wrong).lower(state, batch["x_ood"], batch["y_gen"])
     (body,) = pgd_bodies(hlo.Program(lowered.compile().as_text()))
@@ -317,10 +311,9 @@ def test_sampling_compiles_once_for_all_numbers_of_steps():
     logits_fn = models.logits_fn(network, reference.random_variables(network, SHAPE))
     images = jnp.asarray(reference.random_batch(2, SHAPE, 4)["x_ood"])
     sample = jax.jit(
-        lambda count, size: attacks.pgd(
+        lambda count, size: ascent.climb(
             lambda x: energy.score(logits_fn(x)),
             images,
-            threat=attacks.unbounded(),
             step_size=size,
             num_steps=count,
         )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atebm_jax import UserError, constraints, samplers, sharding
+from atebm_jax import UserError, ascent, constraints, sharding
 
 SHAPE = (3, 4, 6, 2)
 MASK = np.zeros(SHAPE[1:3], bool)
@@ -166,11 +166,9 @@ def test_split_images_have_nothing_to_say_to_each_other(name):
     constraint, images = jax.device_put((tiled, np.concatenate([MOVED] * 8)), split)
 
     def edit(constraint, images):
-        return samplers.run(
-            samplers.sampler("pgd"),
+        return ascent.climb(
             lambda x: -jnp.square(x).sum(axis=(1, 2, 3)),
             images,
-            jnp.broadcast_to(jax.random.key(0), len(images)),
             step_size=jnp.full((len(images), 1, 1, 1), 0.1),
             num_steps=3,
             project=constraint.project,

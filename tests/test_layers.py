@@ -15,6 +15,7 @@ ORDER = (
     "local_path",
     "energy",
     "losses",
+    "ascent",
     "attacks",
     "metrics",
     "models",
@@ -24,7 +25,6 @@ ORDER = (
     "stages",
     "train_state",
     "train_step",
-    "samplers",
     "constraints",
     "sampling",
     "autoattack",
@@ -59,31 +59,32 @@ ORDER = (
 )
 
 # Rooms that may know less than their place in the order allows.
-FREE = ("energy", "losses", "attacks", "metrics", "models", "curriculum", "optim")
-FREE += ("calls", "samplers", "health")
+FREE = ("energy", "losses", "metrics", "models", "curriculum", "optim")
+FREE += ("calls", "health")
 FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "data": {"names", "calls", "storage", "progress", "workdir_lock"},
-    "samplers": {"calls"},
-    "stages": {"energy", "losses", "attacks", "metrics", "models"},
+    "ascent": {"calls"},
+    "attacks": {"ascent", "losses"},
+    "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"},
     "train_state": {"curriculum"},
     "train_step": {"stages", "train_state", "curriculum", "optim"},
-    "constraints": {"attacks"},
-    "sampling": {"energy", "attacks", "samplers", "constraints"},
+    "constraints": {"ascent"},
+    "sampling": {"energy", "ascent", "constraints", "models"},
     "autoattack": {"energy", "losses", "attacks"},
     "metric_writer": {"storage"},
     "workdir_lock": {"sharding", "storage"},
     "intact": {"checkpoint", "train_state"},
     "compilation": {"checkpoint", "storage"},
     "pictures": {"names", "metrics", "data", "storage"},
-    "reachability": {"data", "metrics", "samplers", "sampling", "seeds"},
+    "reachability": {"ascent", "data", "metrics", "sampling", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
     | {"storage", "progress"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.
-PURE = ("attacks", "curriculum", "energy", "losses", "metrics", "models", "samplers")
+PURE = ("ascent", "attacks", "curriculum", "energy", "losses", "metrics", "models")
 PURE += ("constraints", "health")
 PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
 PURE_IMPORTS |= {"inspect", "itertools", "math", "numpy", "scipy", "typing"}

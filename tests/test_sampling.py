@@ -1,4 +1,4 @@
-"""Sampling, seeds and labels."""
+"""Samples, edits, seeds and labels."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import attacks, constraints, energy, models, samplers, sampling
+from atebm_jax import ascent, attacks, constraints, energy, models, sampling
 
 SHAPE = (4, 4, 3)
 
@@ -35,10 +35,9 @@ def assert_follows(sample, trajectory):
 def test_conditional_samples_follow_the_reference(stored, logits_fn):
     labels = jnp.asarray(stored["seed_labels"].astype(np.int32))
     sample = jax.jit(
-        lambda num_steps: sampling.conditional(
-            logits_fn,
+        lambda num_steps: ascent.climb(
+            lambda x: energy.score(logits_fn(x), labels),
             stored["seed_images"],
-            labels,
             step_size=0.1,
             num_steps=num_steps,
         )
@@ -50,8 +49,11 @@ def test_unconditional_samples_follow_the_reference(stored, logits_fn):
     if "logsumexp_L2_epsinf/traj" not in stored:
         pytest.skip("reference outputs are not here (pgd.npz)")
     sample = jax.jit(
-        lambda num_steps: sampling.unconditional(
-            logits_fn, stored["seed_images"], step_size=0.1, num_steps=num_steps
+        lambda num_steps: ascent.climb(
+            lambda x: energy.score(logits_fn(x)),
+            stored["seed_images"],
+            step_size=0.1,
+            num_steps=num_steps,
         )
     )
     assert_follows(sample, stored["logsumexp_L2_epsinf/traj"])
@@ -62,11 +64,19 @@ def linear_logits(images):
     return images.sum(axis=(1, 2))
 
 
+def joint_score(labels):
+    return lambda x: energy.score(linear_logits(x), labels)
+
+
+def marginal_score(x):
+    return energy.score(linear_logits(x))
+
+
 def test_samples_of_a_linear_model_lower_their_own_energy():
     seeds = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
     labels = sampling.cyclic_labels(6, 3)
     options = {"step_size": 0.2, "num_steps": 5}
-    made = sampling.conditional(linear_logits, seeds, labels, **options)
+    made = ascent.climb(joint_score(labels), seeds, **options)
     assert (made >= 0).all() and (made <= 1).all()
     before, after = (energy.joint(linear_logits(x), labels) for x in (seeds, made))
     assert (after < before).all()
@@ -74,14 +84,14 @@ def test_samples_of_a_linear_model_lower_their_own_energy():
     for image, seed, label in zip(made, seeds, labels, strict=True):
         others = [k for k in range(3) if k != label]
         np.testing.assert_array_equal(image[..., others], seed[..., others])
-    made = sampling.unconditional(linear_logits, seeds, **options)
+    made = ascent.climb(marginal_score, seeds, **options)
     before, after = (energy.marginal(linear_logits(x)) for x in (seeds, made))
     assert (after < before).all()
 
 
 def edit(constraint, labels, num_steps=6, capacity=8, **options):
     keys = jnp.broadcast_to(jax.random.key(0), constraint.start.shape[:1])
-    settings = {"sampler": samplers.sampler("pgd"), "step_size": 0.3} | options
+    settings = {"rule": ascent.pgd(), "step_size": 0.3} | options
     return sampling.edit(
         linear_logits,
         constraint,
@@ -96,17 +106,12 @@ def edit(constraint, labels, num_steps=6, capacity=8, **options):
 def test_edit_in_a_ball_is_the_counterfactual():
     images = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
     targets = sampling.cyclic_labels(6, 3)
-    for norm, sampler in (("l2", "pgd"), ("linf", "sign")):
-        made = edit(
-            constraints.ball(images, 0.4, norm),
-            targets,
-            sampler=samplers.sampler(sampler),
-        )
-        expected = sampling.counterfactual(
-            linear_logits,
+    for norm, rule in (("l2", ascent.pgd()), ("linf", ascent.sign())):
+        made = edit(constraints.ball(images, 0.4, norm), targets, rule=rule)
+        expected = attacks.attack(
+            joint_score(targets),
             images,
-            targets,
-            threat=attacks.threat(norm, 0.4),
+            attacks.threat(norm, 0.4),
             step_size=0.3,
             num_steps=6,
         )
@@ -160,7 +165,7 @@ def test_steps_of_a_counterfactual_shrink_with_its_ball():
 
 def test_no_steps_return_the_seeds():
     seeds = sampling.noise_seeds(jax.random.key(0), jnp.arange(2), SHAPE)
-    made = sampling.unconditional(linear_logits, seeds, step_size=0.2, num_steps=0)
+    made = ascent.climb(marginal_score, seeds, step_size=0.2, num_steps=0)
     np.testing.assert_array_equal(made, seeds)
 
 

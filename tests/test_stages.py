@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import UserError, attacks, energy, losses, models, stages
+from atebm_jax import UserError, ascent, attacks, energy, losses, models, stages
 
 SHAPE = (6, 6, 3)
 NETWORK = reference.TwoLayers()
@@ -70,7 +70,7 @@ def test_without_steps_the_contrastive_images_are_the_seeds():
 
 
 def test_travel_is_a_share_of_the_longest_way(made):
-    moved = attacks.l2_norm(made["x_contrastive"] - BATCH["x_ood"])
+    moved = ascent.l2_norm(made["x_contrastive"] - BATCH["x_ood"])
     np.testing.assert_allclose(made["travel"], moved.mean() / 0.3, rtol=1e-5)
     assert 0 < made["travel"] <= 1 + 1e-6
 
@@ -81,7 +81,7 @@ def test_classifier_adversary_raises_its_loss_inside_the_ball(made):
         for x in (BATCH["x_cls"], made["x_adv"])
     )
     assert (after > before).all()
-    assert attacks.l2_norm(made["x_adv"] - BATCH["x_cls"]).max() <= 0.5 + 1e-6
+    assert ascent.l2_norm(made["x_adv"] - BATCH["x_cls"]).max() <= 0.5 + 1e-6
 
 
 def test_both_stages_attack_the_classifier_alike(made):
@@ -141,7 +141,7 @@ def test_stage1_moves_the_running_statistics_by_the_training_pass_alone():
 def test_published_adversary_of_stage1_is_an_option():
     settings = {"adversary.momentum": 0.9, "adversary.keep_best": True}
     made = adversaries(stage("stage1", **settings))["x_adv"]
-    expected = attacks.momentum_pgd(
+    expected = attacks.attack(
         lambda x: losses.cross_entropy(LOGITS_FN(x), BATCH["y_cls"]),
         jnp.asarray(BATCH["x_cls"]),
         threat=attacks.l2(0.5),

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, 2020): an ensemble of attacks without settings."""
+"""AutoAttack (Croce and Hein, 2020): attacks in turn on what still stands."""
 
 from atebm_jax.autoattack.ensemble import Progress, Result, Unit, run
 from atebm_jax.autoattack.versions import ATTACKS, VERSIONS

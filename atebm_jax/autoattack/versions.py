@@ -18,7 +18,8 @@ class Settings(NamedTuple):
       num_queries: of Square.
       apgd_restarts: of APGD-CE and APGD-DLR.
       fab_restarts: of FAB; the first starts at the image itself.
-      targets: of APGD-T and FAB-T: the classes ranked 2nd to (targets + 1)-th.
+      targets: of APGD-T: the classes ranked 2nd to (targets + 1)-th.
+      fab_targets: the same of FAB-T.
       gradient_samples: passes a gradient is averaged over (randomised networks).
       wide_ball: L1: search in balls of three and two radii first.
     """

@@ -10,8 +10,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from atebm_jax import metrics, models, sharding
-from atebm_jax.stages import classifier_adversary
+from atebm_jax import attacks, metrics, models, sharding
 
 CountFn = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
@@ -31,7 +30,7 @@ def make_counter(
       (variables, {"images" uint8 [B, H, W, C], "labels" [B], "mask" [B]}) -> counts
       {"num", "clean", "robust"}, [] int32.
     """
-    adversary = classifier_adversary(attack)
+    adversary = attacks.adversary(**attack)
 
     def count(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         logits_fn = models.logits_fn(model, variables)

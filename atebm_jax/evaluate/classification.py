@@ -8,10 +8,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import metrics, pictures
+from atebm_jax import attacks, metrics, pictures
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
-from atebm_jax.stages import classifier_adversary
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +44,7 @@ def check_pgd(context: Context) -> None:
       UserError: says which.
     """
     for attack in _attacks(context).values():
-        classifier_adversary(attack)
+        attacks.adversary(**attack)
 
 
 def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _radius(settings: ml_collections.ConfigDict) -> float:
 
 
 def _attacked(context: Context, attack: ml_collections.ConfigDict) -> np.ndarray:
-    adversary = classifier_adversary(attack)
+    adversary = attacks.adversary(**attack)
 
     def robust(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
         attacked = adversary(network.logits, x, y)

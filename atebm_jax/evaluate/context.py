@@ -42,9 +42,8 @@ class Judge(NamedTuple):
     fingerprint: str
 
 
-# (network, images [B, H, W, C] float32 in [0, 1], labels [B]) -> arrays [B, ...].
-ImageFn = Callable[[Network, jax.Array, jax.Array], dict[str, jax.Array]]
-# The same with more arguments, or compiled.
+# (network, images [B, H, W, C] float32 in [0, 1], labels [B], more) -> arrays
+# [B, ...]; or what is compiled of it.
 RowsFn = Callable[..., dict[str, jax.Array]]
 # Images that tell one data set from another at every start.
 _FINGERPRINT_IMAGES = 256
@@ -169,7 +168,7 @@ class Context:
         return min(self.options.num_examples or size, size)
 
     def compiled(self, function: RowsFn) -> RowsFn:
-        """Compiles an `ImageFn`; what it takes beside the images comes after them."""
+        """Compiles a `RowsFn`; what it takes beside the images comes after them."""
 
         def apply(
             variables: Any, batch: Mapping[str, jax.Array], *rest: Any

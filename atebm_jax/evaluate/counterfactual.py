@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, pictures, samplers, sampling
+from atebm_jax import ascent, attacks, energy, metrics, pictures, sampling
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
@@ -83,7 +83,7 @@ def check(context: Context) -> None:
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Validity, distance and realism of counterfactuals at every radius."""
     settings, target = context.config.evaluate.samples, _target(context)
-    longest = samplers.step_length(settings.sampler, settings.step_size)
+    longest = ascent.step_length(settings.sampler, settings.step_size)
     extractor = extractors.of(context)
     real = context.map_images(
         "features of test",
@@ -182,11 +182,10 @@ def _explain(
         judge_variables: Any,
     ) -> dict[str, jax.Array]:
         targets = targets_of(network.logits(x), y, target, num_classes)
-        result = sampling.counterfactual(
-            network.logits,
+        result = attacks.attack(
+            lambda images: energy.score(network.logits(images), targets),
             x,
-            targets,
-            threat=attacks.l2(radius),
+            attacks.l2(radius),
             step_size=step_size,
             num_steps=num_steps,
         )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import data, energy, models, samplers, sampling, sharding
+from atebm_jax import ascent, data, energy, models, sampling, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.extractors import Extractor, score_inputs
@@ -50,7 +50,7 @@ def check_sampler(text: str) -> None:
       UserError: names the field of the config, and what there is.
     """
     try:
-        samplers.sampler(text)
+        ascent.rule(text)
     except UserError as error:
         raise UserError(f"config.evaluate.samples.sampler: {error}") from error
 
@@ -73,7 +73,7 @@ def units(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays
         seeds=context.config.data.seeds,
         content=context.fingerprints.get("seeds", ""),
         extractor=extractor.fingerprint,
-        sampler=samplers.resolved(settings.sampler),
+        sampler=ascent.resolved(settings.sampler),
         step_size=settings.step_size,
         steps=list(plan.steps),
         quantise=context.options.quantise,
@@ -128,7 +128,7 @@ def _sampler(
 ) -> Callable[..., dict[str, jax.Array]]:
     size, settings = context.config.evaluate.batch_size, context.config.evaluate.samples
     quantise = QUANTISE[context.options.quantise]
-    method, seed = samplers.sampler(settings.sampler), context.options.seed
+    rule, seed = ascent.rule(settings.sampler), context.options.seed
 
     def sample(
         variables: Any, weights: Any, seeds: jax.Array, first: jax.Array
@@ -143,11 +143,11 @@ def _sampler(
             carry: tuple[jax.Array, Any], last: jax.Array
         ) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
             done, state = carry
-            state = samplers.proceed(
-                method,
+            state = ascent.proceed(
                 lambda x: energy.score(logits_fn(x), labels),
                 state,
-                keys,
+                rule,
+                keys=keys,
                 first=done,
                 last=last,
                 step_size=settings.step_size,
@@ -158,7 +158,7 @@ def _sampler(
             made = {"features": features, "logits": logits, "bytes": levels}
             return (last, state), made
 
-        start = (jnp.int32(0), method.init(seeds))
+        start = (jnp.int32(0), ascent.begin(rule, seeds))
         ends = jnp.asarray(np.asarray(steps, np.int32))
         _, rows = jax.lax.scan(advance, start, ends)
         features = jnp.swapaxes(rows.pop("features"), 0, 1)

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, data, pictures, reachability, samplers, sharding
+from atebm_jax import ascent, checkpoint, data, pictures, reachability, sharding
 from atebm_jax import config as configuration
 from atebm_jax.evaluate import accuracy, cost, report, samples
 from atebm_jax.metric_writer import read_metrics
@@ -92,7 +92,7 @@ class Evaluation:
     def _settings(self) -> dict[str, Any]:
         config = checkpoint.as_json(self._config)
         drawn = config["evaluate"]["samples"]
-        drawn["sampler"] = samplers.resolved(drawn["sampler"])
+        drawn["sampler"] = ascent.resolved(drawn["sampler"])
         return {
             "seed": config["seed"],
             "data": {k: config["data"][k] for k in ("train", "eval", "test", "seeds")},
@@ -195,7 +195,7 @@ class Evaluation:
         )
         drawn = (
             f"samples: {sample.num_test}, {sample.num_steps} steps of "
-            f"{sample.step_size:g} by {samplers.resolved(sample.sampler)} from "
+            f"{sample.step_size:g} by {ascent.resolved(sample.sampler)} from "
             f"{'uniform noise' if seeds == 'noise' else seeds}; distance: Frechet on "
             f"{components} principal components of the training pixels (not FID)."
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import metrics, pictures, samplers
+from atebm_jax import ascent, metrics, pictures
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing, extractors, references
 from atebm_jax.evaluate.context import Context, check_finite, figure
@@ -335,7 +335,7 @@ def _protocol(
         "samples": options.num_samples,
         "labels": "0 to K-1 cyclically",
         "seeds": config.data.seeds,
-        "sampler": samplers.resolved(config.evaluate.samples.sampler),
+        "sampler": ascent.resolved(config.evaluate.samples.sampler),
         "step_size": config.evaluate.samples.step_size,
         "num_steps": num_steps,
         "sweep": {str(k): round(v, 4) for k, v in curve.items()},

@@ -84,10 +84,10 @@ def attack(
     logits_fn: models.LogitsFn, images: jax.Array, detector: Detector, limits: Budget
 ) -> jax.Array:
     """Raises a detector's score inside the ball: [B, H, W, C] -> [B, H, W, C]."""
-    return attacks.pgd(
+    return attacks.attack(
         lambda x: detector.attacked(logits_fn, x),
         images,
-        threat=attacks.l2(limits.epsilon),
+        attacks.l2(limits.epsilon),
         step_size=limits.step_size,
         num_steps=limits.num_steps,
     )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from atebm_jax import energy, metrics, models, samplers, sampling, sharding
+from atebm_jax import ascent, energy, metrics, models, sampling, sharding
 from atebm_jax.errors import UserError
 
 SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -129,17 +129,17 @@ def make_sampler(
       (variables, seeds [B, H, W, C], labels [B], numbers [B] int32) -> images
       [B, H, W, C] in [0, 1], each by its own seed, label and number.
     """
-    method = samplers.sampler(config.sampler)
+    rule = ascent.rule(config.sampler)
 
     def sample(
         variables: Any, seeds: jax.Array, labels: jax.Array, numbers: jax.Array
     ) -> jax.Array:
         logits_fn = models.logits_fn(model, variables)
-        return samplers.run(
-            method,
+        return ascent.climb(
             lambda x: energy.score(logits_fn(x), labels),
             seeds,
-            sampling.step_keys(jax.random.key(seed), numbers),
+            rule,
+            keys=sampling.step_keys(jax.random.key(seed), numbers),
             step_size=config.step_size,
             num_steps=config.num_steps,
         )

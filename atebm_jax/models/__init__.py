@@ -1,4 +1,4 @@
-"""Flax networks, one file a family, and the way to build one from a config."""
+"""Families of Flax networks by name, and how a config and logits come of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import energy, models, samplers, sampling
+from atebm_jax import ascent, energy, models, sampling
 from atebm_jax.errors import UserError
 
 CHUNK = 32
@@ -29,8 +29,8 @@ class Recipe(NamedTuple):
     """How samples are drawn; everything that decides them beside model and seeds.
 
     Attributes:
-      sampler: as of `samplers.sampler`; with all settings in a protocol.
-      schedule: a key of `samplers.SCHEDULES`.
+      sampler: as of `ascent.rule`; with all settings in a protocol.
+      schedule: a key of `ascent.SCHEDULES`.
       step_size: > 0, as of the sampler; L2 pixels per step but for "sgld".
       num_steps: >= 0.
       target_energy: an image stops where its energy is this or lower; None for never.
@@ -55,11 +55,11 @@ def check(recipe: Recipe) -> None:
     Raises:
       UserError: names the value, what is allowed and the remedy.
     """
-    samplers.sampler(recipe.sampler)
-    if recipe.schedule not in samplers.SCHEDULES:
+    ascent.rule(recipe.sampler)
+    if recipe.schedule not in ascent.SCHEDULES:
         raise UserError(
             f"unknown schedule {recipe.schedule!r}: choose one of "
-            f"{', '.join(samplers.SCHEDULES)}."
+            f"{', '.join(ascent.SCHEDULES)}."
         )
     number, whole = (int, float, np.number), (int, np.integer)
     size, steps = recipe.step_size, recipe.num_steps
@@ -199,14 +199,14 @@ def _program(
             logits = logits_fn(x)
             return energy.score(logits, labels if recipe.conditional else None)
 
-        return samplers.run(
-            samplers.sampler(recipe.sampler),
+        return ascent.climb(
             objective,
             start,
-            sampling.step_keys(key, indices),
+            ascent.rule(recipe.sampler),
+            keys=sampling.step_keys(key, indices),
             step_size=traced.step_size,
             num_steps=traced.num_steps,
-            schedule=samplers.SCHEDULES[recipe.schedule],
+            schedule=ascent.SCHEDULES[recipe.schedule],
             target=traced.target,
         )
 

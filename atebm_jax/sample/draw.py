@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import data, samplers, seeds, storage
+from atebm_jax import ascent, data, seeds, storage
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing
 from atebm_jax.progress import say, track
@@ -158,7 +158,7 @@ def _note_stand_ins(out: Path, content: dict[str, Any], stand_ins: set[int]) -> 
 def _recipe(flags: argparse.Namespace, config: Any) -> Recipe:
     default = config.evaluate.samples
     recipe = Recipe(
-        sampler=samplers.resolved(
+        sampler=ascent.resolved(
             default.sampler if flags.sampler is None else flags.sampler
         ),
         schedule=flags.schedule,

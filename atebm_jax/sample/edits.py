@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import constraints, models, samplers, sampling
+from atebm_jax import ascent, constraints, models, sampling
 from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks
 from atebm_jax.sampling import Edited
@@ -38,8 +38,8 @@ class Recipe(NamedTuple):
     """How rows are edited.
 
     Attributes:
-      sampler: as of `samplers.sampler`, with all settings.
-      schedule: a key of `samplers.SCHEDULES`.
+      sampler: as of `ascent.rule`, with all settings.
+      schedule: a key of `ascent.SCHEDULES`.
       num_steps: >= 0.
       seed: of the noise of samplers that have some; images share it.
     """
@@ -118,9 +118,9 @@ def prepare(
         sampler = "sign" if {ball.norm for ball in balls} == {"linf"} else "pgd"
         # The config's step size is its own sampler's, whose unit may be another.
         if step_size is None:
-            longest = samplers.step_length(settings.sampler, chosen)
+            longest = ascent.step_length(settings.sampler, chosen)
     recipe = Recipe(
-        samplers.resolved(settings.sampler if sampler is None else sampler),
+        ascent.resolved(settings.sampler if sampler is None else sampler),
         schedule,
         settings.num_steps if num_steps is None else num_steps,
         seed,
@@ -226,11 +226,11 @@ def _program(
             rows.constraint,
             rows.labels,
             jnp.broadcast_to(key, rows.step_sizes.shape),
-            sampler=samplers.sampler(sampler),
+            rule=ascent.rule(sampler),
             step_size=rows.step_sizes[:, None, None, None],
             num_steps=num_steps,
             capacity=capacity,
-            schedule=samplers.SCHEDULES[schedule],
+            schedule=ascent.SCHEDULES[schedule],
         )
 
     return jax.jit(edit)

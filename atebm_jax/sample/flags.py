@@ -32,7 +32,7 @@ def of_sampling() -> Parser:
     add("--data_dir", default="", help="where TFDS data sets lie")
     add(
         "--sampler",
-        help="pgd, momentum, adam, sgld or sign, with settings: 'sgld(noise=0.005)'; "
+        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
         "default: the config's",
     )
     add("--schedule", default="constant", help="constant, linear or cosine")
@@ -117,7 +117,7 @@ def of_edit() -> Parser:
     )
     add(
         "--sampler",
-        help="pgd, momentum, adam, sgld or sign, with settings: 'sgld(noise=0.005)'; "
+        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
         "default: the config's, in balls pgd, in linf balls sign",
     )
     add("--schedule", default="constant", help="constant, linear or cosine")

@@ -1,4 +1,4 @@
-"""Samplers on a quadratic score, whose best image is known."""
+"""The loop and its rules on a quadratic score, whose best image is known."""
 
 import hlo
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atebm_jax import UserError, attacks, samplers, sharding
+from atebm_jax import UserError, ascent, attacks, sharding
 
 SHAPE = (4, 5, 3)
 BEST = 0.25
@@ -26,11 +26,11 @@ def seeds_and_keys(count=6):
 def draw(name, count=6, **options):
     seeds, keys = seeds_and_keys(count)
     arguments = {"step_size": 0.05, "num_steps": 60} | options
-    return samplers.run(samplers.sampler(name), score, seeds, keys, **arguments)
+    return ascent.climb(score, seeds, ascent.rule(name), keys=keys, **arguments)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_every_sampler_raises_the_score_and_stays_in_range(name):
+@pytest.mark.parametrize("name", ascent.RULES)
+def test_every_rule_raises_the_score_and_stays_in_range(name):
     seeds, _ = seeds_and_keys()
     images = draw(name)
     assert (score(images) > score(seeds)).all()
@@ -40,8 +40,8 @@ def test_every_sampler_raises_the_score_and_stays_in_range(name):
 
 def test_pgd_is_the_attack_without_a_ball():
     seeds, _ = seeds_and_keys()
-    expected = attacks.pgd(
-        score, seeds, threat=attacks.unbounded(), step_size=0.05, num_steps=7
+    expected = attacks.attack(
+        score, seeds, attacks.unbounded(), step_size=0.05, num_steps=7
     )
     np.testing.assert_array_equal(draw("pgd", num_steps=7), expected)
 
@@ -54,25 +54,26 @@ def test_one_step_has_the_length_of_the_step():
         np.testing.assert_allclose(lengths, 1e-3, rtol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", ascent.RULES)
 def test_image_does_not_depend_on_its_batch(name):
     np.testing.assert_array_equal(draw(name, count=2), draw(name, count=6)[:2])
 
 
 def test_noise_is_new_in_every_step_and_for_every_image():
-    sgld = samplers.sampler("sgld", noise=0.1)
+    sgld = ascent.rule("sgld", noise=0.1)
     _, keys = seeds_and_keys(2)
     grey = jnp.full((2, *SHAPE), 0.5)
     flat = lambda x: jnp.zeros(2) * x.sum()
     one, two = (
-        samplers.run(sgld, flat, grey, keys, step_size=1.0, num_steps=n) for n in (1, 2)
+        ascent.climb(flat, grey, sgld, keys=keys, step_size=1.0, num_steps=n)
+        for n in (1, 2)
     )
     assert not np.allclose(one[0], one[1])
     assert not np.allclose(two - one, one - grey, atol=1e-3)
     assert np.std(one - grey) == pytest.approx(0.1, rel=0.2)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", ascent.RULES)
 def test_images_stop_one_by_one_at_the_target(name):
     seeds, _ = seeds_and_keys()
     target = float(jnp.median(score(seeds)))
@@ -83,23 +84,22 @@ def test_images_stop_one_by_one_at_the_target(name):
     assert not np.array_equal(stopped[~there], draw(name)[~there])
 
 
-def test_trace_reads_the_images_that_run_makes():
+def test_trace_reads_the_images_of_the_climb():
     name = "sgld"
     seeds, keys = seeds_and_keys()
-    options = {"step_size": 0.05, "target": -0.3}
-    images, scores = samplers.trace(
-        samplers.sampler(name),
+    images, scores = ascent.trace(
         lambda x: (score(x), score(x)),
         seeds,
-        keys,
+        ascent.rule(name),
         capacity=5,
+        keys=keys,
+        step_size=0.05,
         num_steps=4,
-        **options,
     )
     assert scores.shape == (6, 6) and not scores[5].any()
-    np.testing.assert_array_equal(images, draw(name, num_steps=4, **options))
+    np.testing.assert_array_equal(images, draw(name, num_steps=4))
     for steps in (0, 2, 4):
-        made = draw(name, num_steps=steps, **options)
+        made = draw(name, num_steps=steps)
         np.testing.assert_allclose(scores[steps], score(made), rtol=1e-6)
 
 
@@ -119,11 +119,11 @@ def test_each_image_may_have_its_own_step_size():
 
 def test_schedules_fall_from_one():
     steps = jnp.arange(10, dtype=jnp.int32)
-    for name, schedule in samplers.SCHEDULES.items():
+    for name, schedule in ascent.SCHEDULES.items():
         values = np.asarray([schedule(s, jnp.int32(10)) for s in steps])
         assert values[0] == 1 and (values > 0).all(), name
         assert (np.diff(values) <= 0).all(), name
-    half = samplers.SCHEDULES["cosine"](jnp.int32(5), jnp.int32(10))
+    half = ascent.SCHEDULES["cosine"](jnp.int32(5), jnp.int32(10))
     assert half == pytest.approx(0.5)
 
 
@@ -139,17 +139,17 @@ def test_constraint_holds_after_every_step():
     assert (score(images[:, 2:]) > score(seeds[:, 2:])).all()
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", ascent.RULES)
 def test_devices_have_nothing_to_say_to_each_other(name):
     split = sharding.batched(sharding.make_mesh())
     seeds, keys = (jax.device_put(x, split) for x in seeds_and_keys(16))
 
     def sample(seeds, keys, number):
-        return samplers.run(
-            samplers.sampler(name),
+        return ascent.climb(
             score,
             seeds,
-            keys,
+            ascent.rule(name),
+            keys=keys,
             step_size=0.05,
             num_steps=number,
             target=-0.1,
@@ -160,28 +160,28 @@ def test_devices_have_nothing_to_say_to_each_other(name):
     assert program.loop_bodies() and not hlo.collectives(program.everything())
 
 
-def test_samplers_batch_under_vmap():
+def test_rules_batch_under_vmap():
     seeds, keys = seeds_and_keys(6)
-    pgd = samplers.sampler("adam")
+    adam = ascent.rule("adam")
 
     def one(seed, key):
-        return samplers.run(
-            pgd, score, seed[None], key[None], step_size=0.05, num_steps=5
+        return ascent.climb(
+            score, seed[None], adam, keys=key[None], step_size=0.05, num_steps=5
         )[0]
 
-    together = samplers.run(pgd, score, seeds, keys, step_size=0.05, num_steps=5)
+    together = ascent.climb(score, seeds, adam, keys=keys, step_size=0.05, num_steps=5)
     np.testing.assert_allclose(jax.vmap(one)(seeds, keys), together, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", ascent.RULES)
 def test_ascent_in_parts_is_one_ascent(name):
     """Momentum and noise go on: nothing begins anew between the parts."""
     seeds, keys = seeds_and_keys()
-    sampler = samplers.sampler(name)
-    state = sampler.init(seeds)
+    rule = ascent.rule(name)
+    state = ascent.begin(rule, seeds)
     for first, last in ((0, 3), (3, 3), (3, 7)):
-        state = samplers.proceed(
-            sampler, score, state, keys, first=first, last=last, step_size=0.05
+        state = ascent.proceed(
+            score, state, rule, keys=keys, first=first, last=last, step_size=0.05
         )
     np.testing.assert_array_equal(state.images, draw(name, num_steps=7))
 
@@ -199,24 +199,37 @@ def test_ascent_in_parts_is_one_ascent(name):
         ("adam(beta2=0.99,beta1=0.5)", "adam(beta1=0.5,beta2=0.99)"),
     ],
 )
-def test_sampler_is_written_with_all_of_its_settings(text, resolved):
-    assert samplers.resolved(text) == resolved
-    assert samplers.resolved(resolved) == resolved
+def test_rule_is_written_with_all_of_its_settings(text, resolved):
+    assert ascent.resolved(text) == resolved
+    assert ascent.resolved(resolved) == resolved
 
 
-def test_settings_in_the_text_are_those_of_the_sampler():
-    written, given = draw("sgld(noise=0.2)"), samplers.sampler("sgld", noise=0.2)
+def test_settings_in_the_text_are_those_of_the_rule():
+    written, given = draw("sgld(noise=0.2)"), ascent.rule("sgld", noise=0.2)
     seeds, keys = seeds_and_keys()
     options = {"step_size": 0.05, "num_steps": 60}
-    made = samplers.run(given, score, seeds, keys, **options)
+    made = ascent.climb(score, seeds, given, keys=keys, **options)
     np.testing.assert_array_equal(written, made)
     assert not np.allclose(written, draw("sgld"), atol=0.05)
 
 
+def test_rule_is_one_function_and_its_name(monkeypatch):
+    def half(share: float = 0.5) -> ascent.Rule:
+        return ascent.along(lambda v: share * ascent.unit(v))
+
+    monkeypatch.setitem(ascent.RULES, "half", half)
+    assert ascent.resolved("half") == "half(share=0.5)"
+    with pytest.raises(UserError, match=r"sign, half\(share=0.5\)[.]"):
+        ascent.rule("quarter")
+    seeds, _ = seeds_and_keys()
+    moved = draw("half(share=0.25)", num_steps=1, step_size=1e-3) - seeds
+    np.testing.assert_allclose(ascent.l2_norm(moved).ravel(), 2.5e-4, rtol=1e-2)
+
+
 def test_length_of_a_step_is_known_where_gradients_do_not_decide_it():
     for name in ("pgd", "momentum(decay=0.5)", "adam"):
-        assert samplers.step_length(name, 0.3) == 0.3
-    assert samplers.step_length("sgld(noise=0)", 0.3) == np.inf
+        assert ascent.step_length(name, 0.3) == 0.3
+    assert ascent.step_length("sgld(noise=0)", 0.3) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -241,8 +254,8 @@ def test_length_of_a_step_is_known_where_gradients_do_not_decide_it():
         ("adam(beta2=0.999999999)", r"beta2=0.999999999: expected numbers in \[0, 1\)"),
     ],
 )
-def test_text_that_is_no_sampler_gets_one_clear_sentence(text, message):
-    for read in (samplers.sampler, samplers.resolved):
+def test_text_that_is_no_rule_gets_one_clear_sentence(text, message):
+    for read in (ascent.rule, ascent.resolved):
         with pytest.raises(UserError, match=message):
             read(text)
 
@@ -261,4 +274,4 @@ def test_text_that_is_no_sampler_gets_one_clear_sentence(text, message):
 )
 def test_bad_settings_are_refused(name, settings, message):
     with pytest.raises(UserError, match=message):
-        samplers.sampler(name, **settings)
+        ascent.rule(name, **settings)

@@ -1,0 +1,475 @@
+"""Climb a score of the image: the one inner loop of the method.
+
+    x <- P(move(x, g)),  g = the gradient of the score with respect to the image
+
+A *rule* turns the gradient into a move, a *projection* P keeps the image where it may
+be. The contrastive images of training, attacks, samples, counterfactuals and edits
+differ in score, rule and projection, and in nothing else.
+
+Nothing here knows a model: a score is any callable from images to numbers in which
+every number depends on its own image only. So the loop needs no communication between
+devices. It never differentiates through itself, and its trip count may be a traced
+int32: one compilation serves every number of steps.
+
+To add a rule, write one function here and name it in `RULES`: command line, config and
+API read its settings from its signature (`sgld(noise=0.005)`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atebm_jax import calls
+from atebm_jax.errors import UserError
+
+#: Images [B, H, W, C] -> scores [B], each of its own image only.
+ObjectiveFn = Callable[[jax.Array], jax.Array]
+#: Images [B, H, W, C] -> images that are allowed, [B, H, W, C].
+ProjectFn = Callable[[jax.Array], jax.Array]
+#: (step, from 0; number of steps), [] int32 each -> factor of the step size, [].
+ScheduleFn = Callable[[jax.Array, jax.Array], jax.Array | float]
+#: (gradients [B, H, W, C], memory) -> (where to go [B, H, W, C], memory).
+UpdateFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+# Fine numerics of the published results: the direction of a zero gradient is zero,
+# and a perturbation outside the ball is scaled by epsilon / (norm + 1e-7).
+_DIRECTION_OFFSET = 1e-10
+_PROJECTION_OFFSET = 1e-7
+_ADAM_OFFSET = 1e-8
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def l2_norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm per image, axes kept: [..., H, W, C] -> [..., 1, 1, 1]."""
+    return jnp.sqrt(jnp.square(x).sum(axis=(-3, -2, -1), keepdims=True))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Each image scaled to L2 length one; zero where it is zero."""
+    return x / (l2_norm(x) + _DIRECTION_OFFSET)
+
+
+# Projections: where an image may be.
+
+
+def clip(images: jax.Array) -> jax.Array:
+    """No constraint but the range of pixels, [0, 1]."""
+    return jnp.clip(images, 0.0, 1.0)
+
+
+def project_l2(
+    images: jax.Array, origin: jax.Array, epsilon: jax.Array | float
+) -> jax.Array:
+    """Scales images - origin back to length epsilon, then clips to [0, 1].
+
+    The norm of the result may end below epsilon, as the clip comes last.
+
+    Args:
+      images, origin: [..., H, W, C].
+      epsilon: radius > 0, one for all or [..., 1, 1, 1].
+    """
+    delta = images - origin
+    norm = l2_norm(delta)
+    scale = jnp.where(norm > epsilon, epsilon / (norm + _PROJECTION_OFFSET), 1.0)
+    return clip(origin + delta * scale)
+
+
+def project_linf(
+    images: jax.Array, origin: jax.Array, epsilon: jax.Array | float
+) -> jax.Array:
+    """Clips images - origin to [-epsilon, epsilon], then to [0, 1]; as `project_l2`."""
+    delta = jnp.clip(images - origin, -epsilon, epsilon)
+    return clip(origin + delta)
+
+
+# Rules: how a gradient moves an image.
+
+
+class Rule(NamedTuple):
+    """How a gradient moves an image.
+
+    Attributes:
+      init: images [B, H, W, C] -> memory, a tree of arrays [B, ., ., .], so that
+        images can stop one by one; () where a rule looks at the last gradient alone.
+      move: (keys [B] or None, images and gradients at them [B, H, W, C], memory,
+        step_size [] or [B, 1, 1, 1]) -> (images before the projection, memory). Keys
+        are new in every step.
+      by_length: whether the step size is the L2 length of every step.
+    """
+
+    init: Callable[[jax.Array], Any]
+    move: Callable[..., tuple[jax.Array, Any]]
+    by_length: bool = True
+
+
+def along(
+    direction: Callable[[jax.Array], jax.Array],
+    init: Callable[[jax.Array], Any] = lambda images: (),
+    update: UpdateFn = lambda gradients, memory: (gradients, memory),
+) -> Rule:
+    """x <- x + step_size * direction(v), v what `update` makes of the gradients.
+
+    By default v is the gradient itself. `unit` makes steps of a given length.
+    """
+
+    def move(
+        keys: jax.Array | None,
+        images: jax.Array,
+        gradients: jax.Array,
+        memory: Any,
+        step_size: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        del keys
+        v, memory = update(gradients, memory)
+        return images + step_size * direction(v), memory
+
+    return Rule(init, move, by_length=direction is unit)
+
+
+def velocity(decay: float) -> tuple[Callable[[jax.Array], Any], UpdateFn]:
+    """`init` and `update` of v <- decay * v + g / (||g||_1 + 1e-10), per image."""
+
+    def update(gradients: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        length = jnp.abs(gradients).sum(axis=(1, 2, 3), keepdims=True)
+        v = decay * v + gradients / (length + _DIRECTION_OFFSET)
+        return v, v
+
+    return jnp.zeros_like, update
+
+
+def pgd() -> Rule:
+    """x <- x + step_size * g / ||g||_2: the paper's rule, in L2 pixels per step."""
+    return along(unit)
+
+
+def sign() -> Rule:
+    """x <- x + step_size * sign(g), in Linf pixels per step (Madry et al., 2018).
+
+    A pixel whose gradient is zero stays.
+    """
+    return along(jnp.sign)
+
+
+def momentum(decay: float = 0.9) -> Rule:
+    """x <- x + step_size * v / ||v||_2, v the `velocity` (Dong et al., 2018).
+
+    Args:
+      decay: of the velocity, in [0, 1); with 0 it is `pgd`.
+
+    Raises:
+      UserError: any other decay.
+    """
+    if not _is_decay(decay):
+        raise UserError(
+            f"momentum decay is {decay!r}: it must lie in [0, 1), in float32 too."
+        )
+    return along(unit, *velocity(decay))
+
+
+def adam(beta1: float = 0.9, beta2: float = 0.999) -> Rule:
+    """Adam's direction scaled to length one (Kingma and Ba, 2015).
+
+    Step sizes are then L2 pixels per step, as of `pgd`.
+
+    Args:
+      beta1, beta2: decays of mean and square of the gradients, in [0, 1).
+
+    Raises:
+      UserError: any other decay.
+    """
+    if not (_is_decay(beta1) and _is_decay(beta2)):
+        raise UserError(
+            f"Adam's decays are beta1={beta1!r}, beta2={beta2!r}: expected numbers in "
+            "[0, 1), in float32 too."
+        )
+
+    def init(images: jax.Array) -> tuple[jax.Array, ...]:
+        zero = jnp.zeros_like(images)
+        return zero, zero, zero[:, :1, :1, :1]
+
+    def update(gradients: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        mean, square, steps = memory
+        steps = steps + 1.0
+        mean = beta1 * mean + (1 - beta1) * gradients
+        square = beta2 * square + (1 - beta2) * jnp.square(gradients)
+        root = jnp.sqrt(square / (1 - beta2**steps))
+        direction = mean / (1 - beta1**steps) / (root + _ADAM_OFFSET)
+        return direction, (mean, square, steps)
+
+    return along(unit, init, update)
+
+
+def sgld(noise: float = 0.01) -> Rule:
+    """x <- x + step_size * g + noise * n, n standard normal (Grathwohl et al., 2020).
+
+    The step size multiplies the gradient itself. JEM takes 1 with noise 0.01 on images
+    in [-1, 1]; on these, in [0, 1], that is step size 0.25 with "sgld(noise=0.005)".
+    Langevin dynamics proper would have noise = sqrt(2 * step_size).
+
+    Args:
+      noise: standard deviation, pixels of a [0, 1] image, finite and >= 0.
+
+    Raises:
+      UserError: it is negative or not finite.
+    """
+    if not 0 <= noise <= _LARGEST:
+        raise UserError(
+            f"SGLD's noise is {noise!r}: it must be finite and not negative, in "
+            "float32 too."
+        )
+
+    def move(
+        keys: jax.Array,
+        images: jax.Array,
+        gradients: jax.Array,
+        memory: Any,
+        step_size: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+        return images + step_size * gradients + noise * normal, memory
+
+    return Rule(lambda images: (), move, by_length=False)
+
+
+#: Rules by name; their arguments, numbers with defaults, are their settings. Users
+#: know them as samplers.
+RULES: dict[str, Callable[..., Rule]] = {
+    "pgd": pgd,
+    "momentum": momentum,
+    "adam": adam,
+    "sgld": sgld,
+    "sign": sign,
+}
+
+
+def rule(text: str, **settings: float) -> Rule:
+    """A rule as it is written: its name, with settings in parentheses if need be.
+
+        rule("pgd"), rule("sgld(noise=0.005)"), rule("sgld", noise=0.005)
+
+    Args:
+      text: a key of `RULES`, and settings by name that are not to be the defaults.
+      settings: more of them.
+
+    Raises:
+      UserError: no such rule or setting, one that is no number or out of its range.
+    """
+    name, given = calls.choice("sampler", RULES, text, settings)
+    return RULES[name](**given)
+
+
+def resolved(text: str) -> str:
+    """How a rule is written with all of its settings: "sgld" as "sgld(noise=0.01)".
+
+    Two texts of the same rule become one, which protocols hold.
+
+    Raises:
+      UserError: as of `rule`.
+    """
+    rule(text)  # looks at the ranges
+    return calls.resolved("sampler", RULES, text)
+
+
+def step_length(text: str, step_size: float) -> float:
+    """L2 length of every step, pixels; infinite where gradients decide it."""
+    return step_size if rule(text).by_length else math.inf
+
+
+def _is_decay(value: float) -> bool:
+    """Whether a number lies in [0, 1), in float32 too, in which it is used."""
+    return 0 <= value < 1 and bool(np.float32(value) < 1)
+
+
+# Schedules: how the step size goes from the first step to the last.
+
+
+def _progress(step: jax.Array, num_steps: jax.Array) -> jax.Array:
+    return step.astype(jnp.float32) / jnp.maximum(num_steps, 1).astype(jnp.float32)
+
+
+#: "linear" and "cosine" fall from 1 towards 0, which would be the step after the last.
+SCHEDULES: dict[str, ScheduleFn] = {
+    "constant": lambda step, num_steps: 1.0,
+    "linear": lambda step, num_steps: 1.0 - _progress(step, num_steps),
+    "cosine": lambda step, num_steps: (
+        0.5 + 0.5 * jnp.cos(jnp.pi * _progress(step, num_steps))
+    ),
+}
+
+
+# The loop.
+
+
+class State(NamedTuple):
+    """images: [B, H, W, C] in [0, 1]; memory: the rule's."""
+
+    images: jax.Array
+    memory: Any
+
+
+#: The rule of the method itself.
+PGD = pgd()
+
+
+def climb(
+    objective: ObjectiveFn,
+    images: jax.Array,
+    rule: Rule = PGD,
+    *,
+    keys: jax.Array | None = None,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    schedule: ScheduleFn = SCHEDULES["constant"],
+    project: ProjectFn = clip,
+    target: jax.Array | float | None = None,
+    keep_best: bool = False,
+) -> jax.Array:
+    """Raises a per-image score.
+
+    Args:
+      objective: images [B, H, W, C] -> scores [B], to be maximised.
+      images: [B, H, W, C] float in [0, 1], where the ascent begins.
+      rule: how a gradient moves an image.
+      keys: [B], one an image, for rules with noise; step t folds t in.
+      step_size: as of the rule; one for all or [B, 1, 1, 1].
+      num_steps: >= 0; a traced int32 never recompiles.
+      schedule: factor of the step size in each step.
+      project: constraint on the images, which also keeps them in [0, 1].
+      target: score at which an image stays as it is, minus a target energy; None for
+        all steps. The others go on, and the loop runs its steps.
+      keep_best: return, per image, the iterate (the start included) with the highest
+        score instead of the last one; costs one more evaluation.
+
+    Returns:
+      [B, H, W, C] images where `project` leads; the given ones after no step.
+    """
+    number = jnp.asarray(num_steps, jnp.int32)
+    scored = lambda x: (objective(x), None)
+    advance = _step(scored, rule, keys, step_size, number, schedule, project, target)
+
+    def step(t: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
+        state, best = carry
+        new, scores, _ = advance(t, state)
+        return new, _better(best, state.images, scores) if keep_best else None
+
+    lowest = jnp.full(images.shape[0], -jnp.inf, images.dtype)
+    first = (begin(rule, images), (images, lowest) if keep_best else None)
+    state, best = jax.lax.fori_loop(0, number, step, first)
+    if not keep_best:
+        return state.images
+    return _better(best, state.images, objective(state.images))[0]
+
+
+def begin(rule: Rule, images: jax.Array) -> State:
+    """The state before the first step, for `proceed`."""
+    return State(images, rule.init(images))
+
+
+def proceed(
+    objective: ObjectiveFn,
+    state: State,
+    rule: Rule,
+    *,
+    keys: jax.Array | None = None,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    step_size: jax.Array | float,
+) -> State:
+    """`climb` in parts: one trajectory, several ends.
+
+    Args:
+      state: after `first` steps; that of `begin` after none.
+      first, last: numbers of steps that are done and shall be; traced int32 never
+        recompile.
+
+    Returns:
+      The state after `last` steps; its `images` are those of `climb`.
+    """
+    number = jnp.asarray(last, jnp.int32)
+    advance = _step(lambda x: (objective(x), None), rule, keys, step_size, number)
+    return jax.lax.fori_loop(first, number, lambda t, s: advance(t, s)[0], state)
+
+
+def trace(
+    objective: Callable[[jax.Array], tuple[jax.Array, Any]],
+    images: jax.Array,
+    rule: Rule,
+    *,
+    capacity: int,
+    keys: jax.Array | None = None,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    schedule: ScheduleFn = SCHEDULES["constant"],
+    project: ProjectFn = clip,
+) -> tuple[jax.Array, Any]:
+    """`climb` that keeps readings of the images along the way, but no images.
+
+    Costs one evaluation of the objective more than `climb`.
+
+    Args:
+      objective: images [B, H, W, C] -> (scores [B], readings: a tree of [B] arrays).
+      capacity: greatest number of steps, which sizes the record: `num_steps` may be
+        traced. Readings beyond it are lost.
+
+    Returns:
+      images [B, H, W, C] and the readings, [capacity + 1, B]: row t before step t, row
+      `num_steps` of the result, zeros after it.
+    """
+    number = jnp.asarray(num_steps, jnp.int32)
+    advance = _step(objective, rule, keys, step_size, number, schedule, project)
+
+    def step(t: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
+        state, record = carry
+        state, _, readings = advance(t, state)
+        return state, _write(record, t, readings)
+
+    shapes = jax.eval_shape(objective, images)[1]
+    empty = jax.tree.map(lambda s: jnp.zeros((capacity + 1, *s.shape), s.dtype), shapes)
+    first = (begin(rule, images), empty)
+    state, record = jax.lax.fori_loop(0, number, step, first)
+    return state.images, _write(record, number, objective(state.images)[1])
+
+
+def _step(
+    objective: Callable[[jax.Array], tuple[jax.Array, Any]],
+    rule: Rule,
+    keys: jax.Array | None,
+    step_size: jax.Array | float,
+    num_steps: jax.Array,
+    schedule: ScheduleFn = SCHEDULES["constant"],
+    project: ProjectFn = clip,
+    target: jax.Array | float | None = None,
+) -> Callable[[jax.Array, State], tuple[State, jax.Array, Any]]:
+    """(t, state) -> the state after step t; scores and readings before it."""
+
+    def advance(t: jax.Array, state: State) -> tuple[State, jax.Array, Any]:
+        scores, pullback, readings = jax.vjp(objective, state.images, has_aux=True)
+        (gradients,) = pullback(jnp.ones_like(scores))
+        size = step_size * schedule(t, num_steps)
+        now = None
+        if keys is not None:
+            now = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
+        moved, memory = rule.move(now, state.images, gradients, state.memory, size)
+        new = State(project(moved), memory)
+        if target is not None:
+            going = (scores < target)[:, None, None, None]
+            new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
+        return new, scores, readings
+
+    return advance
+
+
+def _better(best: Any, images: jax.Array, scores: jax.Array) -> Any:
+    """The best images so far and their scores."""
+    better = scores > best[1]
+    mask = better[:, None, None, None]
+    return jnp.where(mask, images, best[0]), jnp.where(better, scores, best[1])
+
+
+def _write(record: Any, row: jax.Array, readings: Any) -> Any:
+    return jax.tree.map(lambda kept, new: kept.at[row].set(new), record, readings)
