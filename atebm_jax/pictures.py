@@ -258,7 +258,7 @@ def _way(axis: Any, curves: Mapping[str, np.ndarray], energy: np.ndarray) -> Non
 
 def curve(
     path: epath.Path,
-    values: Mapping[float, float],
+    values: Mapping[int, float] | Mapping[float, float],
     named: tuple[str, str],
     *,
     bounds: Mapping[float, Sequence[float]] | None = None,
@@ -273,10 +273,10 @@ def curve(
       bounds: place -> (low, high) of a share in [0, 1], shaded.
       title: above.
     """
-    places = sorted(values)
+    places, heights = zip(*sorted(values.items()), strict=True)
     figure, axes = _figure(1, 1, (5, 3.6))
     axis = axes[0, 0]
-    axis.plot(places, [values[place] for place in places], "o-", markersize=4)
+    axis.plot(places, heights, "o-", markersize=4)
     axis.set(xlabel=named[0], ylabel=named[1])
     axis.set_title(title, fontsize=9)
     if bounds is not None:

@@ -137,6 +137,16 @@ def test_figures_go_into_the_home(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "cost.json").read_text()) == {"stage2": 1}
 
 
+def test_link_stays_a_link_to_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "_estimate", lambda *arguments: {"stage2": 1})
+    (tmp_path / "real.json").write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to("real.json")
+    dry_run.run(settings(), Machine(), console=quiet(), json_file=str(link))
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text()) == {"stage2": 1}
+
+
 @pytest.mark.parametrize("place", ["~/nowhere/cost.json", "~", "~nobody/cost.json"])
 def test_figures_that_have_no_place_are_refused_before_the_work(
     tmp_path, monkeypatch, place
