@@ -257,6 +257,11 @@ def test_architecture_is_found_whatever_its_classes_and_normalisation():
     assert archs.name_of(archs.model_config("wrn34_10", depth=40)) is None
 
 
+def test_cifar_networks_have_the_reference_s_normalisation_to_the_last_digit():
+    values = archs.arch("wrn34_10")
+    assert (values["mean"], values["std"]) == (reference.MEAN, reference.STD)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

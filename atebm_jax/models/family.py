@@ -17,7 +17,7 @@ from atebm_jax.models.layers import Normalize
 #: Input normalisations that weights are published for.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10 = {
-    "mean": (0.4913997551666284, 0.48215855929893703, 0.4465309133729618),
+    "mean": (0.4913997551666284, 0.48215855929893703, 0.4465309133731618),
     "std": (0.24703225141799082, 0.24348516474564, 0.26158783926049628),
 }
 AS_THEY_ARE: dict[str, tuple[float, ...]] = {"mean": (), "std": ()}
