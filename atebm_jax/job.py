@@ -30,6 +30,7 @@ from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing, samples
 from atebm_jax.evaluate.evaluation import Evaluation
+from atebm_jax.names import check_utf8
 from atebm_jax.preemption import StopSignal
 from atebm_jax.reporting import (
     MetricWriter,
@@ -75,6 +76,7 @@ def run(
     """
     configuration.check(config)
     workdir = checkpoint.absolute(workdir)
+    check_utf8("workdir", workdir)
     check_bucket(workdir)
     lock = Lock(workdir)
     try:

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from atebm_jax.errors import UserError
+from atebm_jax.names import writable
 
 if TYPE_CHECKING:
     import tensorboardX
@@ -42,6 +43,7 @@ class MetricWriter:
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
         self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        self._opened = 0
         # Of a file in a bucket: all its lines, and how many of them are there.
         self._lines: list[str] = []
         self._uploaded = 0
@@ -72,8 +74,13 @@ class MetricWriter:
 
         if stage in self._events:
             self._events[stage].close()
+        # Its name has the second: of two in one second the later took the place of the
+        # earlier.
+        self._opened += 1
         self._events[stage] = tensorboardX.SummaryWriter(
-            os.fspath(self._workdir / "events" / stage), purge_step=step + 1
+            os.fspath(self._workdir / "events" / stage),
+            purge_step=step + 1,
+            filename_suffix=f".{os.getpid()}.{self._opened}",
         )
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -215,13 +222,12 @@ def why_unwritable(error: BaseException | None) -> str | None:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old or the new one, whole."""
-    # Of names of files that are no UTF-8, which Python holds as surrogates.
-    replace_bytes(path, text.encode("utf-8", "backslashreplace"))
+    replace_bytes(path, writable(text).encode())
 
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:
     """As `replace_text`."""
-    if in_bucket(path):
+    if in_bucket(path) or is_device(path):
         # An object appears when it is complete; renaming would copy it.
         path.write_bytes(content)
         return
@@ -235,6 +241,14 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
         raise
 
 
+def is_device(path: str | os.PathLike) -> bool:
+    """Whether something is there that is neither a file nor a folder.
+
+    A pipe or `/dev/stdout` is written through, and no file takes its place.
+    """
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
 def say(console: Console, text: str) -> None:
     """Prints a line as it is, once for all processes.
 
@@ -242,7 +256,7 @@ def say(console: Console, text: str) -> None:
     `Text`: rich reads plain strings as markup, and "[bold]" is a fine name of a folder.
     """
     if jax.process_index() == 0:
-        console.print(Text(text), soft_wrap=True)
+        console.print(Text(writable(text)), soft_wrap=True)
 
 
 # Metrics of the progress line, in this order, with their format.

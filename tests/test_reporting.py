@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import time
 import warnings
 
 import numpy as np
@@ -16,6 +18,7 @@ from atebm_jax.evaluate.progress import progress
 from atebm_jax.reporting import (
     MetricWriter,
     ProgressLine,
+    is_device,
     read_metrics,
     replace_text,
     say,
@@ -140,6 +143,27 @@ def test_names_stand_in_tables_as_they_are(name):
     assert f"{name} (6 steps)" in shown and f"{name}/clean/auroc" in shown
 
 
+def test_names_end_no_row_of_a_report():
+    name = "folder:a|b\nc"
+    test = {"source": name, "num_images": 1, "num_in_source": 1, "sha256": "0"}
+    test |= {"image_shape": [8, 8, 1], "preprocess": ""}
+    figures = {f"{name}/auroc": {"value": 0.5}}
+    weights = {"path": name, "stage": "stage1", "step": 6}
+    content = {
+        "checkpoint": weights | {"averaged_weights_sha256": "0"},
+        "data": {"test": test},
+        "metrics": {"ood": {"figures": figures, "protocol": {"set": name}}},
+        "versions": {},
+        "seed": 0,
+        "device": "1 x cpu",
+        "notes": [name],
+    }
+    lines = suite_report.markdown(content).splitlines()
+    assert r"| folder:a&#124;b\nc/auroc | 0.5000 |  |  |" in lines
+    assert r"- set: folder:a|b\nc" in lines and r"- folder:a|b\nc" in lines
+    assert all(line[:1] in ("", "#", "-", "|") for line in lines)
+
+
 def without_styles(text):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
@@ -206,7 +230,33 @@ def test_names_of_classes_are_drawn_as_they_are(tmp_path):
 def test_names_that_are_no_utf8_are_escaped_in_reports(tmp_path):
     replace_text(epath.Path(tmp_path) / "report.md", "caf\udce9, caf\u00e9")
     text = (tmp_path / "report.md").read_bytes().decode()
-    assert text == "caf\\udce9, caf\u00e9"
+    assert text == "caf\\xe9, caf\u00e9"
+    # A stream of a notebook takes no surrogates, and has no other way for them.
+    with (tmp_path / "printed").open("w", encoding="utf-8") as file:
+        say(Console(file=file, width=200), "in caf\udce9")
+    assert (tmp_path / "printed").read_text() == "in caf\\xe9\n"
+
+
+def test_pipe_is_written_through_and_stays(tmp_path):
+    """As /dev/null and /dev/stdout, which a file must not take the place of."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    replace_text(epath.Path(pipe), "figures")
+    assert os.read(reader, 99) == b"figures"
+    os.close(reader)
+    assert is_device(pipe) and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_events_of_two_beginnings_in_one_second_are_all_kept(tmp_path, monkeypatch):
+    """A rollback, or a start that finishes an evaluation, begins a file anew."""
+    monkeypatch.setattr(time, "time", lambda: 1.7e9)
+    writer = MetricWriter(epath.Path(tmp_path))
+    for first in (0, 3):
+        writer.rewind("stage1", first)
+        writer.write("stage1", first + 1, {"loss": 1.0})
+    writer.close()
+    assert len(list((tmp_path / "events" / "stage1").iterdir())) == 2
 
 
 def test_curves_are_drawn_from_one_stage_alone(tmp_path):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 from atebm_jax.errors import UserError
-from atebm_jax.reporting import why_unwritable
+from atebm_jax.reporting import is_device, why_unwritable
 
 
 @contextlib.contextmanager
@@ -16,7 +16,8 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
 
     Args:
       to: local, with `~` for the home; folders above it are made. A file in its place
-        or an empty folder gives way.
+        or an empty folder gives way, nothing else: a device stays what it is. A link
+        stays too, and what it leads to is made.
       flag: that gave it, for messages.
 
     Yields:
@@ -26,7 +27,13 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
       UserError: it cannot be written, by whatever library that is said. Nothing is left
         behind then, nor after any other error.
     """
-    place = os.path.abspath(os.path.expanduser(os.fspath(to)))
+    given = os.path.expanduser(os.fspath(to))
+    place = os.path.realpath(given)
+    if is_device(given):
+        raise UserError(
+            f"{flag}={to} is neither a file nor a folder, and is left as it is: give "
+            "another place."
+        )
     folder, name = os.path.split(place)
     try:
         with contextlib.ExitStack() as undo:
