@@ -295,7 +295,10 @@ def held(folder: str | os.PathLike, flag: str, *, alone: bool = True) -> Iterato
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"folder {path} cannot be written: {error}.") from error
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error
+        raise UserError(
+            f"folder {path} cannot be written: {reason}. Give another {flag}."
+        ) from error
     lock = Lock(path, what="folder", flag=flag, alone=alone)
     lock.acquire()
     try:

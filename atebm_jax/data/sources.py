@@ -377,7 +377,8 @@ class _Tree:
                     if _is_folder(entry):
                         if self._is_to_be_read(entry, above):
                             folders.append(entry.name)
-                    elif ending in endings:
+                    # A pipe would be waited for; a link to nowhere is a bad image.
+                    elif ending in endings and (entry.is_symlink() or entry.is_file()):
                         images.append(entry.name)
                     else:
                         self.passed_over[printable(ending) or "no ending"] += 1

@@ -193,9 +193,10 @@ def test_every_ending_that_is_decoded_is_read_and_others_are_said(
         put(tmp_path / "cat" / f"b.{ending}")
     put(tmp_path / "cat" / "README")
     put(tmp_path / "cat" / ".hidden.txt")
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
     source = open_source(f"folder:{tmp_path}")
     assert len(source) == len(known)
-    assert "9 files and folders that are no images are passed over" in caplog.text
+    assert "10 files and folders that are no images are passed over" in caplog.text
     assert ".pdf: 1" in caplog.text or "more kinds" in caplog.text
 
 
