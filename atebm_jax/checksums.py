@@ -56,7 +56,7 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
     try:
         listed = _listed(folder)
     except OSError as error:
-        return f"{FILE} cannot be read ({error.strerror})"
+        return f"{FILE} cannot be read ({error.strerror or error})"
     if listed is None:
         return f"{FILE} is incomplete or was altered"
     names = list(listed)[part::parts]

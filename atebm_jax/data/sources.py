@@ -563,7 +563,7 @@ def _find_prepared(spec: str, name: str, data_dir: str) -> str:
         children = list(folder.iterdir())
     except OSError as error:
         raise UserError(
-            f"{spec}: {folder} cannot be read ({error.strerror}): make it readable"
+            f"{spec}: {folder} cannot be read ({error.strerror or error}): make it readable"
         ) from error
     prepared = [path for path in children if (path / "dataset_info.json").exists()]
     versions = {child.name: str(child) for child in prepared}
@@ -588,7 +588,7 @@ def _folder_names(folder: Any) -> str:
     try:
         names = sorted(child.name for child in folder.iterdir() if child.is_dir())
     except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        return f"it cannot be read: {error.strerror or error}"
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(names[:20]) + more if names else "nothing"
 
