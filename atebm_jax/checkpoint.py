@@ -340,8 +340,8 @@ def steps_in(folder: epath.Path) -> list[int]:
         numbered = [path for path in folder.iterdir() if path.name.isdigit()]
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be read ({error.strerror or error}): make it readable, or "
-            "give another path."
+            f"{folder} cannot be read ({error.strerror or error}): make it readable, "
+            "or give another path."
         ) from error
     return sorted(int(path.name) for path in numbered if not _is_partial(path))
 

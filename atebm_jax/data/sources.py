@@ -563,7 +563,8 @@ def _find_prepared(spec: str, name: str, data_dir: str) -> str:
         children = list(folder.iterdir())
     except OSError as error:
         raise UserError(
-            f"{spec}: {folder} cannot be read ({error.strerror or error}): make it readable"
+            f"{spec}: {folder} cannot be read ({error.strerror or error}): make it "
+            "readable"
         ) from error
     prepared = [path for path in children if (path / "dataset_info.json").exists()]
     versions = {child.name: str(child) for child in prepared}
