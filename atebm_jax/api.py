@@ -23,6 +23,7 @@ from atebm_jax import (
     sampling,
 )
 from atebm_jax import config as configuration
+from atebm_jax.command_line import check_platform
 from atebm_jax.errors import UserError
 from atebm_jax.sample import chunks, edits
 from atebm_jax.sampling import Edited
@@ -41,8 +42,10 @@ def load(
       batch_size: images at once on the device.
 
     Raises:
-      UserError: nothing is there, it cannot be read, or `batch_size` is not positive.
+      UserError: nothing is there, it cannot be read, `batch_size` is not positive, or
+        JAX is told to use a platform that is not there.
     """
+    check_platform()
     weights, meta = checkpoint.load_weights(path, best_by=best_by)
     config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     shape = tuple(config.data.image_shape)

@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from atebm_jax import checksums, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import LocalPath
+from atebm_jax.names import check_utf8
 from atebm_jax.seeds import Gaussian
 from atebm_jax.storage import in_bucket
 from atebm_jax.train_state import TrainState
@@ -299,6 +300,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
       UserError: there is none.
     """
     folder = absolute(path)
+    check_utf8("the path", folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
@@ -327,10 +329,20 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
 
 
 def steps_in(folder: epath.Path) -> list[int]:
-    """Complete steps in a stage's folder, ascending; none if it does not exist."""
+    """Complete steps in a stage's folder, ascending; none if it does not exist.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     if not folder.is_dir():
         return []
-    numbered = (path for path in folder.iterdir() if path.name.isdigit())
+    try:
+        numbered = [path for path in folder.iterdir() if path.name.isdigit()]
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror or error}): make it readable, "
+            "or give another path."
+        ) from error
     return sorted(int(path.name) for path in numbered if not _is_partial(path))
 
 

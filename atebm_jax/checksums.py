@@ -53,7 +53,10 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
     """
     if not exist(folder):
         return None
-    listed = _listed(folder)
+    try:
+        listed = _listed(folder)
+    except OSError as error:
+        return f"{FILE} cannot be read ({error.strerror or error})"
     if listed is None:
         return f"{FILE} is incomplete or was altered"
     names = list(listed)[part::parts]

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from atebm_jax.config import check_override
 from atebm_jax.errors import UserError
+from atebm_jax.names import printable
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -153,7 +154,9 @@ def _platforms() -> list[str]:
 
 def fail(error: Exception) -> NoReturn:
     """Ends the process with the one sentence and exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    # Names in it may hold anything: nothing of them steers the terminal.
+    lines = [printable(line) for line in str(error).split("\n")]
+    print(f"error: {' '.join(lines)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -5,6 +5,7 @@ import os
 import jax
 
 from atebm_jax import checkpoint
+from atebm_jax.names import check_utf8
 from atebm_jax.storage import in_bucket
 
 FOLDER = "compilation_cache"
@@ -24,7 +25,7 @@ def use_cache(choice: str, workdir: str) -> None:
       workdir: of the job.
 
     Raises:
-      UserError: a path of a kind that is not known.
+      UserError: a path of a kind that is not known, or that JAX cannot open.
     """
     if choice == "off":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -33,6 +34,7 @@ def use_cache(choice: str, workdir: str) -> None:
         return
     in_workdir = checkpoint.absolute(workdir) / FOLDER
     folder = in_workdir if choice == "workdir" else checkpoint.absolute(choice)
+    check_utf8("workdir" if choice == "workdir" else "--compilation_cache", folder)
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     if not in_bucket(folder):
         # Small programs too: a job has dozens. In a bucket each would cost more than

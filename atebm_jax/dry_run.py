@@ -12,7 +12,6 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +38,7 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import LocalPath
 from atebm_jax.progress import say
 from atebm_jax.train import build_step
 
@@ -369,18 +370,37 @@ def run(
     return figures
 
 
-def _place_of(json_file: str) -> pathlib.Path:
-    """Where the figures go; refused before the work where they could not."""
-    path = pathlib.Path(os.path.expanduser(json_file))
-    if path.is_file():
-        path = path.resolve()  # What a link points to is replaced, not the link.
-    if path.is_dir() or not path.parent.is_dir():
-        wrong = "is a folder" if path.is_dir() else f"{path.parent} is not there"
+def _place_of(json_file: str) -> epath.Path:
+    """Where the figures go; refused before the work where they could not.
+
+    A device or a pipe (`/dev/stdout`) is written through.
+    """
+    path = LocalPath(os.path.expanduser(json_file))
+    wrong = ""
+    if os.path.isdir(path):
+        wrong = "is a folder"
+    elif not os.path.isdir(path.parent):
+        wrong = f"{path.parent} is not there"
+    elif not storage.is_device(path):
+        path = LocalPath(os.path.realpath(path))
+        wrong = _refused(path)
+    if wrong:
         raise UserError(
             f"--dry_run_json={json_file} cannot be written ({wrong}): give a file in a "
             "folder that exists."
         )
     return path
+
+
+def _refused(path: epath.Path) -> str:
+    """Why a file system takes no new file beside this one; "" if it does."""
+    probe = path.parent / f".{path.name}.tmp"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _estimate(

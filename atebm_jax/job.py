@@ -33,6 +33,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing, samples
 from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.metric_writer import MetricWriter
+from atebm_jax.names import check_utf8
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import say
 from atebm_jax.train import Job, build_step, train_stage
@@ -71,6 +72,7 @@ def run(
     """
     configuration.check(config)
     workdir = checkpoint.absolute(workdir)
+    check_utf8("workdir", workdir)
     storage.check_bucket(workdir)
     lock = Lock(workdir)
     try:

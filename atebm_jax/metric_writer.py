@@ -30,6 +30,7 @@ class MetricWriter:
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
         self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        self._opened = 0
         # Of a file in a bucket: all its lines, and how many of them are there.
         self._lines: list[str] = []
         self._uploaded = 0
@@ -60,8 +61,13 @@ class MetricWriter:
 
         if stage in self._events:
             self._events[stage].close()
+        # Its name has the second: of two in one second the later took the place of the
+        # earlier.
+        self._opened += 1
         self._events[stage] = tensorboardX.SummaryWriter(
-            os.fspath(self._workdir / "events" / stage), purge_step=step + 1
+            os.fspath(self._workdir / "events" / stage),
+            purge_step=step + 1,
+            filename_suffix=f".{os.getpid()}.{self._opened}",
         )
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,10 @@
 """Names of files and classes, as they may be written and drawn."""
 
 import hashlib
+import os
+import re
+
+from atebm_jax.errors import UserError
 
 # File systems take 255 bytes; what is added to a name needs some of them.
 _LONGEST = 128
@@ -12,10 +16,48 @@ def printable(name: str) -> str:
     Bytes that are no UTF-8 become `\xNN` (Python holds them as surrogates, which no
     text file and no font takes), control characters `\n` and the like.
     """
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else _escaped(c) for c in name)
+
+
+def writable(text: str) -> str:
+    """A text of several lines that every file and stream takes.
+
+    Only what has no UTF-8 is escaped, as of `printable`.
+    """
+    return _SURROGATES.sub(lambda match: _escaped(match[0]), text)
+
+
+# What Python holds a byte of a name as that is no UTF-8, and what else has none.
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_FIRST_BYTE, _LAST_BYTE = 0xDC80, 0xDCFF
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if _FIRST_BYTE <= code <= _LAST_BYTE:
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def check_utf8(what: str, path: str | os.PathLike) -> None:
+    """Refuses a path that libraries in other languages cannot open.
+
+    Those that read and write checkpoints, records and compiled programs take a path as
+    a text, and Python's own way to hold other bytes is none to them.
+
+    Args:
+      what: it is, for the message: "workdir".
+      path: as the user gave it.
+
+    Raises:
+      UserError: a part of it is no UTF-8.
+    """
+    if _SURROGATES.search(os.fspath(path)):
+        raise UserError(
+            f"{what} {printable(os.fspath(path))} has bytes in its name that are no "
+            "UTF-8, and the libraries that read and write there cannot open it: rename "
+            "the folder, or give a link to it with another name."
+        )
 
 
 def for_files(name: str) -> str:

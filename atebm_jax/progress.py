@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from atebm_jax.names import writable
+
 T = TypeVar("T")
 # Shows the progress of a part: (name, batches done, batches in all).
 ShowFn = Callable[[str, int, int], None]
@@ -39,7 +41,7 @@ def say(console: Console, text: str) -> None:
     `Text`: rich reads plain strings as markup, and "[bold]" is a fine name of a folder.
     """
     if jax.process_index() == 0:
-        console.print(Text(text), soft_wrap=True)
+        console.print(Text(writable(text)), soft_wrap=True)
 
 
 def track(

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atebm_jax.errors import UserError
+from atebm_jax.names import writable
 
 BATCH_AXIS = "data"
 STATE_AXIS = "fsdp"
@@ -118,7 +119,7 @@ def first_said(text: str) -> str:
     if jax.process_count() == 1:
         return text
     said = np.zeros(_LONGEST_TEXT, np.uint8)
-    encoded = text.encode()[:_LONGEST_TEXT]
+    encoded = writable(text).encode()[:_LONGEST_TEXT]
     said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     everyones = np.asarray(multihost_utils.process_allgather(said))
     texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyones)

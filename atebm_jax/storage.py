@@ -13,11 +13,20 @@ import numpy as np
 from etils import epath
 
 from atebm_jax.errors import UserError
+from atebm_jax.names import writable
 
 
 def in_bucket(path: epath.Path) -> bool:
     """Whether files there are objects (gs://, s3://), which cannot be appended to."""
     return "://" in os.fspath(path)
+
+
+def is_device(path: str | os.PathLike) -> bool:
+    """Whether something is there that is neither a file nor a folder.
+
+    A pipe or `/dev/stdout` is written through, and no file takes its place.
+    """
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 # What a workdir in a bucket needs: module -> package.
@@ -85,9 +94,8 @@ def _remove(path: epath.Path) -> None:
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:
     """Writes a file, whole or not at all, on a disk or in a bucket."""
-    # An object appears when it is complete, and renaming would copy it. A pipe or a
-    # device cannot be replaced.
-    if in_bucket(path) or (path.exists() and not path.is_file()):
+    # An object appears when it is complete, and renaming would copy it.
+    if in_bucket(path) or is_device(path):
         path.write_bytes(content)
         return
     with replacing(path) as temporary:
@@ -96,8 +104,7 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """As `replace_bytes`, in UTF-8."""
-    # Of names of files that are no UTF-8, which Python holds as surrogates.
-    replace_bytes(path, text.encode("utf-8", "backslashreplace"))
+    replace_bytes(path, writable(text).encode())
 
 
 def write_json(path: epath.Path, content: Any, *, allow_nan: bool = True) -> None:
@@ -129,7 +136,8 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
 
     Args:
       to: local, with `~` for the home; folders above it are made. A file in its place
-        or an empty folder gives way.
+        or an empty folder gives way, nothing else: a device stays what it is. A link
+        stays too, and what it leads to is made.
       flag: that gave it, for messages.
 
     Yields:
@@ -139,7 +147,13 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
       UserError: it cannot be written, by whatever library that is said. Nothing is left
         behind then, nor after any other error.
     """
-    place = epath.Path(to).expanduser().absolute()
+    given = os.path.expanduser(os.fspath(to))
+    if is_device(given):
+        raise UserError(
+            f"{flag}={to} is neither a file nor a folder, and is left as it is: give "
+            "another place."
+        )
+    place = epath.Path(os.path.realpath(given))
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +197,8 @@ def writing(what: str | os.PathLike, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sentence = f"{os.fspath(what)} cannot be written: {error}."
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error
+        sentence = f"{os.fspath(what)} cannot be written: {reason}."
         raise UserError(f"{sentence} {remedy}".rstrip()) from error
 
 

@@ -309,7 +309,9 @@ def _advance(
             placed = sharding.prefetch(wanted, job.mesh)
             for step, batch in enumerate(placed, start=first + 1):
                 state, metrics = step_fn(state, batch)
-                # The step before is fetched only now, while this one runs.
+                # The step before is fetched only now, while this one runs. Never far
+                # ahead: several CPU devices that have 32 steps to come wait for each
+                # other for ever.
                 log.flush()
                 log.add(step, metrics, batches.bad_images)
                 evaluate = _due(step, config.eval_every_steps, total)

@@ -291,7 +291,7 @@ def held(folder: str | os.PathLike, flag: str, *, alone: bool = True) -> Iterato
       UserError: another command writes there, or it cannot be written.
     """
     path = epath.Path(folder)
-    with storage.writing(f"folder {path}"):
+    with storage.writing(f"folder {path}", f"Give another {flag}."):
         path.mkdir(parents=True, exist_ok=True)
     lock = Lock(path, what="folder", flag=flag, alone=alone)
     lock.acquire()

@@ -1,6 +1,8 @@
 """Checkpoints: what is kept, what is read, what is refused."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -214,6 +216,21 @@ def test_path_without_checkpoint_says_what_was_expected(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         checkpoint.load_weights(tmp_path / "file")
+
+
+def test_checkpoint_that_cannot_be_opened_is_told(stored, monkeypatch):
+    """Folders and files of another user."""
+
+    def refuse(self, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(stored), "iterdir", refuse)
+        with pytest.raises(UserError, match="stage1 cannot be read .Permission"):
+            checkpoint.load_weights(stored)
+    monkeypatch.setattr(type(stored), "read_bytes", refuse)
+    with pytest.raises(UserError, match="CHECKSUMS.sha256 cannot be read .Permission"):
+        checkpoint.load_weights(stored / "6")
 
 
 @pytest.mark.parametrize("victim", ["state", "meta"])

@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 
+import atebm_jax
 from atebm_jax import UserError, command_line
 
 COMMANDS = {
@@ -51,6 +52,8 @@ def test_platform_without_its_library_is_told(error, reason, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match=f"JAX_PLATFORMS=cuda: .*{reason}"):
         command_line.check_platform()
+    with pytest.raises(UserError, match=f"JAX_PLATFORMS=cuda: .*{reason}"):
+        atebm_jax.load("runs/digits")
     # What nobody asked for is no mistake of the user's.
     monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(type(error)):
@@ -91,3 +94,11 @@ def test_commands_take_a_config_from_the_home(tmp_path, command):
     assert done.returncode == 2, done.stderr
     told = {"main": "config.data.train is empty", "evaluate": "checkpoint at nowhere"}
     assert told[command] in done.stderr and "Traceback" not in done.stderr
+
+
+def test_mistake_is_one_line_whatever_names_it_holds(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.fail(UserError("tea\n\x1b[2Jcaf\udce9 [bold] is no image."))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed == "error: tea \\x1b[2Jcaf\\xe9 [bold] is no image.\n"

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import jax
 import pytest
@@ -158,6 +159,35 @@ def test_figures_that_have_no_place_are_refused_before_the_work(
     monkeypatch.setattr(dry_run, "_estimate", work)
     with pytest.raises(UserError, match=f"--dry_run_json={place} cannot be written"):
         dry_run.run(settings(), Machine(), console=quiet(), json_file=place)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop/x"])
+def test_figures_that_could_not_be_written_are_refused_before_the_work(
+    tmp_path, monkeypatch, name
+):
+    def work(*arguments):
+        raise AssertionError("work")
+
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(dry_run, "_estimate", work)
+    with pytest.raises(UserError, match="--dry_run_json=.* cannot be written"):
+        dry_run.run(
+            settings(), Machine(), console=quiet(), json_file=str(tmp_path / name)
+        )
+
+
+def test_figures_go_through_devices_and_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "_estimate", lambda *arguments: {"stage2": 1})
+    (tmp_path / "link").symlink_to("cost.json")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link"):
+        path = str(tmp_path / name)
+        dry_run.run(settings(), Machine(), console=quiet(), json_file=path)
+    assert json.loads(os.read(reader, 999)) == {"stage2": 1}
+    os.close(reader)
+    assert json.loads((tmp_path / "cost.json").read_text()) == {"stage2": 1}
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
 
 
 def test_without_data_it_says_that_reachability_was_not_measured():

@@ -33,9 +33,9 @@ ORDER = (
     "progress",
     "metric_writer",
     "workdir_lock",
-    "data",
     "config",
     "command_line",
+    "data",
     "preemption",
     "seeds",
     "checksums",
@@ -64,7 +64,10 @@ FREE += ("calls", "health")
 FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
-    "data": {"names", "calls", "storage", "progress", "workdir_lock"},
+    "data": {"names", "calls", "storage", "progress", "workdir_lock", "command_line"},
+    "storage": {"names"},
+    "progress": {"names"},
+    "sharding": {"names"},
     "ascent": {"calls"},
     "attacks": {"ascent", "losses"},
     "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"},
@@ -76,11 +79,11 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "metric_writer": {"storage"},
     "workdir_lock": {"sharding", "storage"},
     "intact": {"checkpoint", "train_state"},
-    "compilation": {"checkpoint", "storage"},
+    "compilation": {"checkpoint", "names", "storage"},
     "pictures": {"names", "metrics", "data", "storage"},
     "reachability": {"ascent", "data", "metrics", "sampling", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
-    | {"storage", "progress"},
+    | {"names", "storage", "progress"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

@@ -1,5 +1,7 @@
 """The metrics of a job on disk."""
 
+import time
+
 import numpy as np
 from etils import epath
 
@@ -43,3 +45,14 @@ def test_foreign_lines_among_the_metrics_are_left_out(tmp_path):
         b'5\n\xff\n{"loss": 1}\n{"stage": "stage1", "step": 1}\n'
     )
     assert read_metrics(epath.Path(tmp_path)) == [{"stage": "stage1", "step": 1}]
+
+
+def test_events_of_two_beginnings_in_one_second_are_all_kept(tmp_path, monkeypatch):
+    """A rollback, or a start that finishes an evaluation, begins a file anew."""
+    monkeypatch.setattr(time, "time", lambda: 1.7e9)
+    writer = MetricWriter(epath.Path(tmp_path))
+    for first in (0, 3):
+        writer.rewind("stage1", first)
+        writer.write("stage1", first + 1, {"loss": 1.0})
+    writer.close()
+    assert len(list((tmp_path / "events" / "stage1").iterdir())) == 2

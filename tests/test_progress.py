@@ -59,3 +59,10 @@ def test_items_are_gone_through_with_a_bar_on_terminals_alone(terminal):
     console = Console(file=printed, width=80, force_terminal=terminal)
     assert list(track(iter("abc"), "letters", console, total=3)) == ["a", "b", "c"]
     assert ("letters" in printed.getvalue()) == terminal
+
+
+def test_names_that_are_no_utf8_are_escaped_on_a_stream(tmp_path):
+    """A stream of a notebook takes no surrogates, and has no other way for them."""
+    with (tmp_path / "printed").open("w", encoding="utf-8") as file:
+        say(Console(file=file, width=200), "in caf\udce9")
+    assert (tmp_path / "printed").read_text() == "in caf\\xe9\n"

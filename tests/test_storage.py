@@ -25,7 +25,18 @@ def test_text_is_replaced_whole(tmp_path):
 def test_names_that_are_no_utf8_are_escaped_in_reports(tmp_path):
     storage.replace_text(epath.Path(tmp_path) / "report.md", "caf\udce9, caf\u00e9")
     text = (tmp_path / "report.md").read_bytes().decode()
-    assert text == "caf\\udce9, caf\u00e9"
+    assert text == "caf\\xe9, caf\u00e9"
+
+
+def test_pipe_is_written_through_and_stays(tmp_path):
+    """As /dev/null and /dev/stdout, which a file must not take the place of."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    storage.replace_text(epath.Path(pipe), "figures")
+    assert os.read(reader, 99) == b"figures"
+    os.close(reader)
+    assert storage.is_device(pipe) and os.listdir(tmp_path) == ["pipe"]
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])

@@ -1,6 +1,7 @@
 """The loop: broken steps, a dying network, rollback and giving up."""
 
 import math
+import threading
 from dataclasses import replace
 
 import jax
@@ -71,6 +72,29 @@ def test_broken_steps_in_a_row_roll_back_to_new_data(monkeypatch, tmp_path):
     assert "rolled back to step 4" in printed
     steps = [r["step"] for r in read_metrics(tmp_path) if "loss" in r]
     assert steps == list(range(1, 11))
+
+
+def test_rollback_waits_for_a_save_that_is_under_way(monkeypatch, tmp_path):
+    """The save of step 4 ends only once it is waited for, however late that is."""
+    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
+    only_the_loop(monkeypatch)
+    waited = threading.Event()
+    wait, write = checkpoint._Manager.wait_until_finished, checkpoint._write_checksums
+
+    def wait_and_tell(self):
+        if 4 in self.all_steps():
+            waited.set()
+        wait(self)
+
+    def write_late(folder):
+        if any(path.name.startswith("4.") for path in folder.iterdir()):
+            assert waited.wait(timeout=600)
+        write(folder)
+
+    monkeypatch.setattr(checkpoint._Manager, "wait_until_finished", wait_and_tell)
+    monkeypatch.setattr(checkpoint, "_write_checksums", write_late)
+    _, printed = tiny.run(settings(), tmp_path)
+    assert "rolled back to step 4" in printed
 
 
 def test_rollback_does_not_depend_on_what_is_logged(monkeypatch, tmp_path):

@@ -129,9 +129,14 @@ def test_any_folder_is_held_by_one_command(tmp_path):
             pass
         (out / "file").touch()
     assert [path.name for path in out.iterdir()] == ["file"]
-    wrong = pytest.raises(UserError, match="file cannot be written")
-    with wrong, workdir_lock.held(out / "file", "--out"):
-        pass
+    (out / "loop").symlink_to("loop")
+    for place in (out / "file", out / "loop", "/dev/null"):
+        message = f"{place} cannot be written: it is no folder. Give another --out"
+        with (
+            pytest.raises(UserError, match=message),
+            workdir_lock.held(place, "--out"),
+        ):
+            pass
 
 
 def test_workdir_that_is_not_there_is_not_made(tmp_path):

@@ -108,7 +108,8 @@ def open_source(path: str | os.PathLike) -> Source:
     """
     path = os.path.expanduser(os.fspath(path))
     if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        there = "is no file" if os.path.exists(path) else "does not exist"
+        what = "is a folder" if os.path.isdir(path) else there
         raise UserError(f"--from={path} {what}: give a file ({', '.join(SUFFIXES)}).")
     try:
         with open(path, "rb") as file:

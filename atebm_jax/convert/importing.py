@@ -21,6 +21,7 @@ from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError
 from atebm_jax.models.family import Shapes
 from atebm_jax.models.layers import ACTIVATIONS
+from atebm_jax.names import check_utf8
 
 
 class Imported(NamedTuple):
@@ -179,7 +180,7 @@ def _exported_names(
     except ValueError:
         return None
     whole = isinstance(names, list) and len(names) == model.num_classes
-    return tuple(map(str, names)) if whole else None
+    return tuple(printable(str(name)) for name in names) if whole else None
 
 
 def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
@@ -315,11 +316,12 @@ def check_target(to: str | os.PathLike) -> epath.Path:
     """
     if "://" in str(to):
         raise UserError(f"--to={to} is in a cloud: give a local folder, then copy it.")
+    check_utf8("--to", to)
     folder = checkpoint.absolute(to)
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if folder.exists():
-        what = "is not empty" if folder.is_dir() else "is a file"
+        what = "is not empty" if folder.is_dir() else "is no folder"
         raise UserError(f"--to={to} {what}: give a new folder.")
     return folder
 

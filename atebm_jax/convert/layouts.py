@@ -320,8 +320,25 @@ def _take_one_of(
     else:
         if any(len(shape(value)) >= 2 for value in rest.values()):
             weights.others.append(f"{weights.prefix}{name}")
+        _say_filled(name, wrapped[name], rest, weights.steps)
         weights.arrays = wrapped[name] | rest
     weights.enter(name)
+
+
+def _say_filled(
+    name: str, names: Iterable[str], rest: Iterable[str], steps: list[str]
+) -> None:
+    """Says that averages of parameters alone stand beside statistics of the network."""
+    own = [n for n in rest if _is_statistic(n)]
+    if entries.is_averaged(name) and own and not any(map(_is_statistic, names)):
+        steps.append(
+            f"the averages under {name!r} have no batch statistics: took the "
+            f"network's own, which are no averages ({printable(own[0])!r}, ...)"
+        )
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _outside(weights: dict[str, Any], groups: Iterable[str]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -29,9 +28,11 @@ from PIL import Image
 from rich.console import Console
 
 from atebm_jax import storage
+from atebm_jax.command_line import fail, quiet_libraries
 from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.sources import FolderSource, Source, open_source
 from atebm_jax.errors import UserError
+from atebm_jax.names import check_utf8
 from atebm_jax.progress import track
 from atebm_jax.workdir_lock import FILE as LOCK
 from atebm_jax.workdir_lock import held
@@ -142,6 +143,7 @@ def prepare(
         "data": content.describe(source),
     }
     root = Path(os.path.expanduser(to))
+    check_utf8("--to", root)
     then = "with its finished shards"
     with held(root, "--to"), storage.told_plainly(root, "prepared set", then):
         _claim(root, settings)
@@ -442,8 +444,9 @@ def main(argv: Sequence[str]) -> None:
     """Prepares or checks the set that the flags describe."""
     del argv
     to = str(_TO.value)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
+        check_utf8("--to", to)
         if _CHECK.value:
             print(f"{check(to)} images, every shard as it was written.")
             return
@@ -459,7 +462,7 @@ def main(argv: Sequence[str]) -> None:
             indices=indices,
         )
     except UserError as error:
-        _fail(error)
+        fail(error)
     bad = index["num_bad_images"]
     print(
         f"{index['num_images']} images in {len(index['shards'])} shards, {bad} "
@@ -481,12 +484,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError("--from is missing: give folder:PATH, say.")
         return rest
     except (UserError, flags.Error) as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":

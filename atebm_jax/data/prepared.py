@@ -12,6 +12,7 @@ from array_record.python import array_record_data_source
 
 from atebm_jax.data.sources import UNLABELLED, Example
 from atebm_jax.errors import UserError
+from atebm_jax.names import check_utf8
 
 INDEX = "index.json"
 FORMAT = 1
@@ -46,6 +47,7 @@ class PreparedSource:
     def __init__(self, path: str):
         self.spec = f"prepared:{path}"
         self._root = Path(os.path.expanduser(path))
+        check_utf8("the prepared set", self._root)
         index = read_index(self._root)
         self.class_names = tuple(index["class_names"] or ()) or None
         self.num_classes = len(self.class_names) if self.class_names else None

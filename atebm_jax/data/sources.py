@@ -19,7 +19,7 @@ import numpy as np
 
 from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
-from atebm_jax.names import printable
+from atebm_jax.names import check_utf8, printable
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +139,9 @@ class ArraySource:
         images = np.asarray(images)
         _check_images(images, spec)
         self.spec = spec
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names: tuple[str, ...] | None = None
+        if class_names is not None:
+            self.class_names = tuple(printable(str(name)) for name in class_names)
         self.num_classes: int | None = None
         self._images = images
         self._labels = np.full(len(images), UNLABELLED)
@@ -322,8 +324,11 @@ _THREADS = 16
 
 # Put beside images by network disks, archives and systems, with small images in some.
 _NOT_CLASSES = frozenset(
-    ("@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found")
-    + ("system volume information", "__pycache__")
+    {
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+        *("__macosx", "temporary items", "network trash folder", "lost+found"),
+        *("$recycle.bin", "system volume information", "__pycache__"),
+    }
 )
 
 # A folder, whatever its paths: device and number.
@@ -372,7 +377,8 @@ class _Tree:
                     if _is_folder(entry):
                         if self._is_to_be_read(entry, above):
                             folders.append(entry.name)
-                    elif ending in endings:
+                    # A pipe would be waited for; a link to nowhere is a bad image.
+                    elif ending in endings and (entry.is_symlink() or entry.is_file()):
                         images.append(entry.name)
                     else:
                         self.passed_over[printable(ending) or "no ending"] += 1
@@ -544,6 +550,7 @@ def _find_prepared(spec: str, name: str, data_dir: str) -> str:
 
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = epath.Path(data_dir or default).expanduser()
+    check_utf8(f"{spec}: data_dir", root)
     path, _, version = name.partition(":")
     folder = root / path
     if not folder.is_dir():
@@ -552,9 +559,14 @@ def _find_prepared(spec: str, name: str, data_dir: str) -> str:
             f"{_folder_names(root)}); set data_dir, or prepare it with `tfds build "
             f"{path} --file_format=array_record --data_dir={root}`"
         )
-    prepared = [
-        child for child in folder.iterdir() if (child / "dataset_info.json").exists()
-    ]
+    try:
+        children = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"{spec}: {folder} cannot be read ({error.strerror or error}): make it "
+            "readable"
+        ) from error
+    prepared = [path for path in children if (path / "dataset_info.json").exists()]
     versions = {child.name: str(child) for child in prepared}
     if not versions or (version and version not in versions):
         wanted = f"version {version!r}" if version else "prepared version"
@@ -574,7 +586,10 @@ def _folder_names(folder: Any) -> str:
     """The sub-folders of an epath folder, for a message."""
     if not folder.is_dir():
         return "no such folder"
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    try:
+        names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(names[:20]) + more if names else "nothing"
 

@@ -92,6 +92,11 @@ def check(context: Context) -> None:
             f"--num_samples is {options.num_samples}: the scores of samples need "
             f"{_SMALLEST} or more."
         )
+    if options.sweep and options.sweep_samples < _SMALLEST:
+        raise UserError(
+            f"--sweep_samples is {options.sweep_samples}: their distances need "
+            f"{_SMALLEST} or more, or give --sweep=0."
+        )
     if not 2 * _GROUPS <= options.num_pairs:
         raise UserError(
             f"--num_pairs is {options.num_pairs}: give {2 * _GROUPS} or more."

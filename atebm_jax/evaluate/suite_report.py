@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atebm_jax import storage
+from atebm_jax.names import printable
 
 _CLASSES_SHOWN = 20
 
@@ -43,7 +44,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     for name, result in report["metrics"].items():
         lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
         lines += ["|---|---:|---:|---:|"]
-        lines += [f"| {' | '.join(row)} |" for row in _rows(result["figures"])]
+        for row in _rows(result["figures"]):
+            lines.append(
+                f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+            )
         lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
         lines += [
             f"- Frechet distance per class, {name}: {_classes(figures)}"
@@ -51,7 +55,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
         plots = result.get("plots", ())
         lines += [""] * bool(plots) + [f"![{plot}]({plot})" for plot in plots]
-    return "\n".join(lines) + "\n"
+    # Names of folders may hold line breaks, which would end a row.
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _classes(figures: Mapping[str, Mapping[str, Any]]) -> str:

@@ -243,7 +243,7 @@ def _references(
     found = {}
     for text, picture in zip(given.reference, originals):
         path = Path(os.path.expanduser(text))
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"there is no reference {text!r}: give an image file.")
         found[picture.name] = inputs.read_file(
             path, loaded.image_shape, loaded.config, given.resize

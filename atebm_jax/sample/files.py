@@ -111,7 +111,9 @@ def check_outside(out: Path, source: str | Path) -> None:
       UserError: `out` is the folder or lies in it.
     """
     folder = Path(os.path.expanduser(str(source).removeprefix("folder:")))
-    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+    # Of `os.path`: those of `Path` fail of loops of links and of names too long.
+    inside = Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder))
+    if os.path.isdir(folder) and inside:
         raise UserError(
             f"--out={out} lies in {folder}, whose images are read: give a folder "
             "outside of it."

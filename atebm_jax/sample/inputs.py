@@ -90,12 +90,12 @@ def pictures(
                     source, class_names, text, by_place=by_place, note=_log.warning
                 )
             found += _of_source(source, index, config)
-        elif path.is_dir():
+        elif os.path.isdir(path):
             source = data.FolderSource(text)
             places = _places(index or "all", len(source), text)
             files = [Path(source.path(place)) for place in places]
             found += [_of_file(file, config, resize) for file in files]
-        elif path.is_file():
+        elif os.path.isfile(path):
             found.append(_of_file(path, config, resize))
         else:
             raise UserError(
@@ -157,7 +157,7 @@ def read_mask(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
     Raises:
       UserError: as of `read_file`; a mask that is black everywhere.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no mask {str(path)!r}: give an image file.")
     mask = read_file(path, (*shape[:2], 1), config, resize)[..., 0] > 127
     if not mask.any():

@@ -15,7 +15,7 @@ import torch_networks
 from rich.console import Console
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint
+from atebm_jax import UserError, checkpoint, storage
 from atebm_jax.convert import exporting, files, importing, names
 from atebm_jax.convert.__main__ import cli, main
 from atebm_jax.models.wide_resnet import WideResNet
@@ -424,6 +424,29 @@ def test_full_disk_is_told_and_leaves_nothing_behind(mounted, tmp_path):
     remount("size=9m")
     run(*flags, f"--to={folder / 'new' / 'w.safetensors'}")
     assert [path.name for path in folder.rglob("*")] == ["new", "w.safetensors"]
+
+
+def test_devices_stay_and_links_are_followed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "folder").mkdir()
+    message = "--to=.*pipe is neither a file nor a folder"
+    with (
+        pytest.raises(UserError, match=message),
+        storage.appears_whole(tmp_path / "pipe"),
+    ):
+        raise AssertionError("work")
+    for kind in ("--export=safetensors", "--normalization=none"):
+        for device in (tmp_path / "pipe", "/dev/null"):
+            with pytest.raises(UserError, match="--to=.* is (there|no folder)"):
+                run(f"--from={tmp_path / 'nowhere'}", f"--to={device}", kind)
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    with storage.appears_whole(tmp_path / "link") as made:
+        Path(made).mkdir()
+        (Path(made) / "weights").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder/weights").exists()
+    with pytest.raises(UserError, match="--from=/dev/null is no file"):
+        run("--from=/dev/null", f"--to={tmp_path / 'new'}")
 
 
 @pytest.mark.parametrize("name", ["file/below", "x" * 300])

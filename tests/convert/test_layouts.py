@@ -278,6 +278,23 @@ def test_averages_that_cannot_be_used_are_named(beside, named):
     assert "took the weights under 'model'" in found.steps
 
 
+def test_statistics_that_averages_lack_are_said_to_be_the_network_s():
+    """Averages of parameters, and buffers that only the network itself has."""
+    parts = {n: x for n, x in network().items() if "running" not in n}
+    own = {n: x for n, x in network(1).items() if "running" in n}
+    found = layouts.find(AsIs(under("ema", parts) | own))
+    for name, value in (parts | own).items():
+        np.testing.assert_array_equal(found.arrays[name], value)
+    said = "under 'ema' have no batch statistics: took the network's own.*bn1.running_v"
+    assert any(re.search(said, step) for step in found.steps)
+    # Beside the whole network such averages are left out, which is said too.
+    found = layouts.find(AsIs({"model": network(1), "ema": parts}))
+    np.testing.assert_array_equal(found.arrays["fc.bias"], network(1)["fc.bias"])
+    assert any("'ema': no running_var by name" in step for step in found.steps)
+    whole = layouts.find(AsIs(under("ema", network()) | {"step": np.array(3)}))
+    assert not any("statistics" in step for step in whole.steps)
+
+
 def test_averages_alone_that_cannot_be_used_are_named():
     with pytest.raises(UserError, match="holds no weights.*ema.shadow_params"):
         layouts.find(AsIs({"ema": {"shadow_params": ARRAYS}}))

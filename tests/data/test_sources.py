@@ -193,14 +193,17 @@ def test_every_ending_that_is_decoded_is_read_and_others_are_said(
         put(tmp_path / "cat" / f"b.{ending}")
     put(tmp_path / "cat" / "README")
     put(tmp_path / "cat" / ".hidden.txt")
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
     source = open_source(f"folder:{tmp_path}")
     assert len(source) == len(known)
-    assert "9 files and folders that are no images are passed over" in caplog.text
+    assert "10 files and folders that are no images are passed over" in caplog.text
     assert ".pdf: 1" in caplog.text or "more kinds" in caplog.text
 
 
 def test_folders_of_systems_are_no_classes(tmp_path, encode, image, caplog):
     for name in ("ant", "@eaDir", "__MACOSX", "ant/@eaDir", ".git", "bee"):
+        put(tmp_path / name / "a.png", encode(image, "PNG"))
+    for name in ("@Recycle", "#snapshot", "bee/$RECYCLE.BIN", "Temporary Items"):
         put(tmp_path / name / "a.png", encode(image, "PNG"))
     source = open_source(f"folder:{tmp_path}")
     assert source.class_names == ("ant", "bee") and len(source) == 2
@@ -239,6 +242,25 @@ def test_folder_that_cannot_be_read_is_named(tmp_path, encode, image, monkeypatc
     for closed in ("bee", tmp_path.name):
         with pytest.raises(UserError, match=f"{closed}.? cannot be read .Permission"):
             open_source(f"folder:{tmp_path}")
+
+
+def test_folder_of_data_sets_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "cifar10").mkdir()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match="cifar10 cannot be read .Permission"):
+        open_source("tfds:cifar10:test", str(tmp_path))
+    with pytest.raises(UserError, match="no data set 'svhn'.*cannot be read: Permis"):
+        open_source("tfds:svhn:test", str(tmp_path))
+
+
+def test_names_of_arrays_classes_are_in_letters():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    source = ArraySource(images, [0, 1], class_names=["caf\udce9", 7])
+    assert source.class_names == ("caf\\xe9", "7")
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,24 @@ def test_broken_samples_are_infinitely_far(reference, digits):
     assert samples.score(reference, images, digits[1][:20])["sample_distance"] == (
         float("inf")
     )
+
+
+def test_names_end_no_row_of_a_report():
+    name = "folder:a|b\nc"
+    test = {"source": name, "num_images": 1, "num_in_source": 1, "sha256": "0"}
+    test |= {"image_shape": [8, 8, 1], "preprocess": ""}
+    figures = {f"{name}/auroc": {"value": 0.5}}
+    weights = {"path": name, "stage": "stage1", "step": 6}
+    content = {
+        "checkpoint": weights | {"averaged_weights_sha256": "0"},
+        "data": {"test": test},
+        "metrics": {"ood": {"figures": figures, "protocol": {"set": name}}},
+        "versions": {},
+        "seed": 0,
+        "device": "1 x cpu",
+        "notes": [name],
+    }
+    lines = suite_report.markdown(content).splitlines()
+    assert r"| folder:a&#124;b\nc/auroc | 0.5000 |  |  |" in lines
+    assert r"- set: folder:a|b\nc" in lines and r"- folder:a|b\nc" in lines
+    assert all(line[:1] in ("", "#", "-", "|") for line in lines)

@@ -292,6 +292,7 @@ def test_another_network_names_its_scores(workdir, options, tmp_path):
     ("change", "message"),
     [
         ({"num_samples": 19}, "num_samples is 19"),
+        ({"sweep_samples": 1}, "sweep_samples is 1: .*or give --sweep=0"),
         ({"quantise": "up"}, "quantise is 'up': choose"),
         ({"score_protocol": "mine"}, "score_protocol is 'mine': choose"),
         ({"feature_extractor": "inception"}, "needs --inception_weights"),

@@ -9,7 +9,7 @@ import tiny
 from PIL import Image
 
 from atebm_jax import UserError
-from atebm_jax.sample import inputs
+from atebm_jax.sample import files, inputs
 
 CONFIG = tiny.config()
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -190,3 +190,16 @@ def test_places_are_numbers_and_runs():
     chosen = inputs.pictures(["digits:test"], "7,0:3,2", CONFIG)
     numbers = [int(p.name.rpartition("_")[2]) for p in chosen]
     assert numbers == [7, 0, 1, 2]
+
+
+def test_paths_that_lead_nowhere_are_told(tmp_path):
+    """Names that no file system takes, and links that lead round and round."""
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / ("n" * 300), tmp_path / "loop", tmp_path / "loop" / "x"):
+        with pytest.raises(UserError, match="there is no image"):
+            inputs.pictures([str(path)], None, CONFIG)
+        with pytest.raises(UserError, match="there is no mask"):
+            inputs.read_mask(path, (8, 8, 1), CONFIG, False)
+        files.check_outside(path, tmp_path / "other")
+        with pytest.raises(UserError, match="whose images are read"):
+            files.check_outside(path, tmp_path)
