@@ -68,7 +68,7 @@ def run(
     Raises:
       UserError: config, data, checkpoint or workdir cannot be used, or training
         keeps diverging.
-      preemption.Interrupted: a signal asked to stop; everything is saved.
+      preemption.Interrupted: a signal asked to stop; it says what is saved.
     """
     configuration.check(config)
     workdir = checkpoint.absolute(workdir)

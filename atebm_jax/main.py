@@ -92,8 +92,8 @@ def main(argv: Sequence[str]) -> None:
         fail(error)
     except preemption.Interrupted as error:
         print(
-            f"stopped by {error}: everything is saved in {_WORKDIR.value}; the same "
-            "command goes on from there.",
+            f"stopped by {error}: {error.kept} in {_WORKDIR.value}; the same command "
+            "goes on from there.",
             file=sys.stderr,
         )
         sys.exit(128 + error.signal_number)

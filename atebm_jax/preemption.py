@@ -8,11 +8,16 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """The job was asked to stop and has saved what it had."""
+    """The job was asked to stop.
 
-    def __init__(self, signal_number: int):
+    Attributes:
+      signal_number: of the signal that asked.
+      kept: what the job has saved, for the message.
+    """
+
+    def __init__(self, signal_number: int, kept: str = "everything is saved"):
         super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
+        self.signal_number, self.kept = signal_number, kept
 
 
 class StopSignal:

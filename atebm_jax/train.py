@@ -100,7 +100,7 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
 
     Raises:
       UserError: the config does not fit, or training keeps diverging.
-      Interrupted: asked to stop; everything is saved.
+      Interrupted: asked to stop; it says what is saved.
     """
     config = job.config[name]
     total = configuration.num_steps(config, len(job.sources["train"]))
@@ -317,7 +317,7 @@ def _advance(
                 evaluate = _due(step, config.eval_every_steps, total)
                 if evaluate or _due(step, config.checkpoint_every_steps, total):
                     log.flush()
-                    # A state amid broken steps is nothing to roll back to.
+                    # Do not checkpoint while steps are being skipped.
                     if log.healthy or step == total:
                         try:
                             held_out = _evaluate(job, name, state) if evaluate else None
@@ -329,13 +329,20 @@ def _advance(
                 number = job.stop.requested()
                 if number:
                     log.flush()
-                    if log.healthy:
-                        save(state, None)
+                    if not log.healthy:
+                        raise Interrupted(number, _NOT_KEPT)
+                    save(state, None)
                     raise Interrupted(number)
             log.flush()
     finally:
         line.close()
     return state
+
+
+# What a job says that was stopped while its steps were broken.
+_NOT_KEPT = (
+    "the latest steps were broken and are not saved; checkpoints before them are"
+)
 
 
 def _health_setting(config: ml_collections.ConfigDict, name: str) -> health.Setting:

@@ -1,6 +1,8 @@
 """The loop: broken steps, a dying network, rollback and giving up."""
 
 import math
+import os
+import signal
 import threading
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ import tiny
 from atebm_jax import UserError, checkpoint, health, optim, train, train_step
 from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.metric_writer import MetricWriter, read_metrics
+from atebm_jax.preemption import Interrupted
 
 
 def poison(monkeypatch, broken):
@@ -72,6 +75,23 @@ def test_broken_steps_in_a_row_roll_back_to_new_data(monkeypatch, tmp_path):
     assert "rolled back to step 4" in printed
     steps = [r["step"] for r in read_metrics(tmp_path) if "loss" in r]
     assert steps == list(range(1, 11))
+
+
+def test_signal_amid_broken_steps_does_not_say_that_all_is_saved(monkeypatch, tmp_path):
+    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
+    only_the_loop(monkeypatch)
+    write = MetricWriter.write
+
+    def write_and_signal(self, stage, step, metrics):
+        write(self, stage, step, metrics)
+        if metrics.get("skipped_in_row"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", write_and_signal)
+    with pytest.raises(Interrupted) as stopped:
+        tiny.run(settings(max_skipped_in_row=9), tmp_path)
+    assert "not saved" in stopped.value.kept
+    assert checkpoint.steps_in(checkpoint.stage_folder(tmp_path, "stage1"))[-1] <= 5
 
 
 def test_rollback_waits_for_a_save_that_is_under_way(monkeypatch, tmp_path):
