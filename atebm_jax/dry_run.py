@@ -38,7 +38,7 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.local_path import LocalPath
+from atebm_jax.local_path import is_device, real
 from atebm_jax.progress import say
 from atebm_jax.train import build_step
 
@@ -375,14 +375,13 @@ def _place_of(json_file: str) -> epath.Path:
 
     A device or a pipe (`/dev/stdout`) is written through.
     """
-    path = LocalPath(os.path.expanduser(json_file))
+    path = real(json_file)
     wrong = ""
     if os.path.isdir(path):
         wrong = "is a folder"
     elif not os.path.isdir(path.parent):
         wrong = f"{path.parent} is not there"
-    elif not storage.is_device(path):
-        path = LocalPath(os.path.realpath(path))
+    elif not is_device(path):
         wrong = _refused(path)
     if wrong:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Local paths whose own letters are never a pattern."""
+"""Local paths: their own letters are never a pattern; where links lead to."""
 
 import glob
 import os
@@ -20,3 +20,16 @@ class LocalPath(type(epath.Path())):  # type: ignore[misc]
         """Files of any kind below this folder that match the pattern."""
         found = glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern))
         return (type(self)(name) for name in found)
+
+
+def real(path: str | os.PathLike) -> LocalPath:
+    """Where a path leads to, through links; `~` is the home."""
+    return LocalPath(os.path.realpath(os.path.expanduser(os.fspath(path))))
+
+
+def is_device(path: str | os.PathLike) -> bool:
+    """Whether something is there that is neither a file nor a folder.
+
+    A pipe or `/dev/stdout` is written through, and no file takes its place.
+    """
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))

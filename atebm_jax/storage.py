@@ -13,20 +13,13 @@ import numpy as np
 from etils import epath
 
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import is_device, real
 from atebm_jax.names import writable
 
 
 def in_bucket(path: epath.Path) -> bool:
     """Whether files there are objects (gs://, s3://), which cannot be appended to."""
     return "://" in os.fspath(path)
-
-
-def is_device(path: str | os.PathLike) -> bool:
-    """Whether something is there that is neither a file nor a folder.
-
-    A pipe or `/dev/stdout` is written through, and no file takes its place.
-    """
-    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 # What a workdir in a bucket needs: module -> package.
@@ -147,13 +140,12 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
       UserError: it cannot be written, by whatever library that is said. Nothing is left
         behind then, nor after any other error.
     """
-    given = os.path.expanduser(os.fspath(to))
-    if is_device(given):
+    place = real(to)
+    if is_device(place):
         raise UserError(
             f"{flag}={to} is neither a file nor a folder, and is left as it is: give "
             "another place."
         )
-    place = epath.Path(os.path.realpath(given))
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "data": {"names", "calls", "storage", "progress", "workdir_lock", "command_line"},
-    "storage": {"names"},
+    "storage": {"local_path", "names"},
     "progress": {"names"},
     "sharding": {"names"},
     "ascent": {"calls"},

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from atebm_jax import UserError, storage
+from atebm_jax.local_path import is_device
 
 
 def names_in(folder):
@@ -36,7 +37,7 @@ def test_pipe_is_written_through_and_stays(tmp_path):
     storage.replace_text(epath.Path(pipe), "figures")
     assert os.read(reader, 99) == b"figures"
     os.close(reader)
-    assert storage.is_device(pipe) and os.listdir(tmp_path) == ["pipe"]
+    assert is_device(pipe) and os.listdir(tmp_path) == ["pipe"]
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
