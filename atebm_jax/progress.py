@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any
 
 import jax
 import rich.progress
@@ -25,7 +25,6 @@ from rich.text import Text
 
 from atebm_jax.names import writable
 
-T = TypeVar("T")
 # Shows the progress of a part: (name, batches done, batches in all).
 ShowFn = Callable[[str, int, int], None]
 
@@ -45,8 +44,8 @@ def say(console: Console, text: str) -> None:
 
 
 def track(
-    items: Iterable[T], name: str, console: Console, total: int | None = None
-) -> Iterable[T]:
+    items: Iterable[Any], name: str, console: Console, total: int | None = None
+) -> Iterable[Any]:
     """The items, with a bar while they are gone through, which then disappears."""
     return rich.progress.track(
         items,

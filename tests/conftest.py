@@ -62,6 +62,16 @@ _TESTS = Path(__file__).parent
 _GOLDEN = (_TESTS / "golden", _TESTS.parents[1] / "shared" / "golden")
 
 
+@pytest.fixture(scope="module")
+def one_program_an_attack():
+    """AutoAttack fills its last batches up to whole ones: nothing else to compile."""
+    from atebm_jax.autoattack import ensemble
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble, "_PARTS", (1,))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tfds_dir():
     """The folder of prepared photographs; skips where they are not at hand."""

@@ -30,6 +30,8 @@ def evaluate(workdir: str, out: str, metrics: list[str]) -> dict:
     )
     whole = autoattack.run
     autoattack.run = partial(whole, settings={"num_steps": 3, "num_queries": 5})
+    # Last batches are filled up to whole ones: nothing else to compile.
+    autoattack.ensemble._PARTS = (1,)
     try:
         return suite.evaluate(workdir, out, metrics=metrics, options=options)
     finally:

@@ -172,6 +172,7 @@ def test_both_loops_are_the_same_function_in_float64():
     assert float(done.stdout) < 1e-12
 
 
+@pytest.mark.slow
 def test_two_convolution_gradients_agree(tmp_path):
     path = tmp_path / "step.json"
     options = ("--compare=conv_gradient", "--cpu_devices=2", f"--json={path}")

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from atebm_jax import UserError, autoattack, sharding
-from atebm_jax.autoattack import units, versions
+from atebm_jax.autoattack import ensemble, units, versions
+
+# Results do not depend on batches, which `test_batches_do_not_matter` looks at.
+pytestmark = pytest.mark.usefixtures("one_program_an_attack")
 
 QUICK = {"num_steps": 6, "num_queries": 12, "targets": 2, "fab_targets": 2}
+# Where the notes of a run are the point.
+ONE = {"version": "custom", "attacks": ("apgd-ce",)}
 SHAPE = (4, 4, 3)
 
 
@@ -172,7 +177,7 @@ def test_constant_logits_are_told_by_their_zero_gradient():
 
 def test_saturated_softmax_is_told():
     logits_fn, images, labels = linear(4)
-    result = run(lambda x: jax.nn.softmax(logits_fn(x) * 50), images, labels)
+    result = run(lambda x: jax.nn.softmax(logits_fn(x) * 50), images, labels, **ONE)
     assert any("probabilities, not logits" in note for note in result.notes)
 
 
@@ -182,8 +187,8 @@ def test_randomised_networks_are_told_and_have_a_version():
     def noisy(x, key):
         return logits_fn(x) + 0.5 * jax.random.normal(key, (x.shape[0], 4))
 
-    standard = run(noisy, images, labels, stochastic=True)
-    assert any("randomised" in note for note in standard.notes)
+    custom = run(noisy, images, labels, stochastic=True, **ONE)
+    assert any("randomised" in note for note in custom.notes)
     rand = run(noisy, images, labels, stochastic=True, version="rand")
     assert list(rand.robust) == ["apgd-ce", "apgd-dlr"] and not rand.notes
     fixed = run(logits_fn, images, labels, version="rand")
@@ -201,8 +206,9 @@ def whole():
     return run(*linear(5))
 
 
-@pytest.mark.parametrize("batch_size", [5, 64])
-def test_batches_do_not_matter(whole, batch_size):
+@pytest.mark.parametrize(("batch_size", "parts"), [(5, (1, 2, 4, 8)), (64, (1,))])
+def test_batches_do_not_matter(whole, batch_size, parts, monkeypatch):
+    monkeypatch.setattr(ensemble, "_PARTS", parts)
     logits_fn, images, labels = linear(5)
     one = whole
     other = run(logits_fn, images, labels, batch_size=batch_size)

@@ -16,6 +16,8 @@ from atebm_jax import UserError, checkpoint, data
 from atebm_jax.evaluate import classification, ood, suite, suite_report
 from atebm_jax.evaluate.options import Options
 
+pytestmark = pytest.mark.usefixtures("one_program_an_attack")
+
 OPTIONS = Options(num_examples=80, num_resamples=10, radii=(2.0,))
 
 

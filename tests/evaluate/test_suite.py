@@ -17,6 +17,8 @@ from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
 from atebm_jax.evaluate.store import Store
 
+pytestmark = pytest.mark.usefixtures("one_program_an_attack")
+
 QUICK = {"num_steps": 3, "num_queries": 5, "targets": 2, "fab_targets": 2}
 OPTIONS = Options(
     num_examples=80,
