@@ -5,10 +5,12 @@ python tests/evaluate_worker.py PORT PROCESSES RANK WORKDIR OUT METRICS
 
 import sys
 from functools import partial
+from unittest import mock
 
 import jax
 
 from atebm_jax import autoattack, sharding
+from atebm_jax.autoattack import ensemble
 from atebm_jax.evaluate import suite
 from atebm_jax.evaluate.options import Options
 
@@ -28,14 +30,13 @@ def evaluate(workdir: str, out: str, metrics: list[str]) -> dict:
         cache_dir=f"{out}/cache",
         save_adversarial=True,
     )
-    whole = autoattack.run
-    autoattack.run = partial(whole, settings={"num_steps": 3, "num_queries": 5})
-    # Last batches are filled up to whole ones: nothing else to compile.
-    autoattack.ensemble._PARTS = (1,)
-    try:
+    quick = partial(autoattack.run, settings={"num_steps": 3, "num_queries": 5})
+    with (
+        mock.patch.object(autoattack, "run", quick),
+        # Last batches are filled up to whole ones: nothing else to compile.
+        mock.patch.object(ensemble, "_PARTS", (1,)),
+    ):
         return suite.evaluate(workdir, out, metrics=metrics, options=options)
-    finally:
-        autoattack.run = whole
 
 
 def main() -> None:
