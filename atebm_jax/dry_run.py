@@ -393,10 +393,8 @@ def _place_of(json_file: str) -> epath.Path:
 
 def _refused(path: epath.Path) -> str:
     """Why a file system takes no new file beside this one; "" if it does."""
-    probe = path.parent / f".{path.name}.tmp"
     try:
-        probe.write_bytes(b"")
-        probe.unlink()
+        storage.probe(path)
     except OSError as error:
         return error.strerror or str(error)
     return ""

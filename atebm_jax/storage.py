@@ -67,8 +67,7 @@ def replacing(path: epath.Path, *, shared: bool = False) -> Iterator[epath.Path]
     Yields:
       The place, in the same folder: moving it from there copies nothing.
     """
-    mark = f".{os.getpid()}" if shared else ""
-    temporary = path.parent / f".{path.name}{mark}.tmp"
+    temporary = _temporary(path, shared)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -76,6 +75,27 @@ def replacing(path: epath.Path, *, shared: bool = False) -> Iterator[epath.Path]
         with contextlib.suppress(OSError):
             _remove(temporary)
         raise
+
+
+def _temporary(path: epath.Path, shared: bool) -> epath.Path:
+    mark = f".{os.getpid()}" if shared else ""
+    return path.parent / f".{path.name}{mark}.tmp"
+
+
+def probe(path: epath.Path, *, shared: bool = False) -> None:
+    """Tries whether a file can be made, before the work that makes it.
+
+    Nothing is left behind, and what is at the path stays.
+
+    Args:
+      path: of the file; `shared` as of `replacing`.
+
+    Raises:
+      OSError: it cannot.
+    """
+    temporary = _temporary(path, shared)
+    temporary.write_bytes(b"probe")
+    temporary.unlink()
 
 
 def _remove(path: epath.Path) -> None:

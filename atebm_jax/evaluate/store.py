@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -107,9 +106,7 @@ class Store:
             try:
                 with self._writing():
                     self._folder.mkdir(parents=True, exist_ok=True)
-                    probe = self._folder / f".{os.getpid()}.probe"
-                    probe.write_bytes(b"probe")
-                    probe.unlink()
+                    storage.probe(self._folder / "unit.npz", shared=True)
             except UserError as error:
                 refusal = str(error)
         refusal = sharding.first_said(refusal)
