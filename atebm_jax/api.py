@@ -9,25 +9,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 
 from atebm_jax import (
-    ascent,
     attacks,
-    checkpoint,
     constraints,
+    drawing,
+    editing,
     energy,
     models,
-    sampling,
+    trained,
 )
-from atebm_jax import config as configuration
 from atebm_jax.command_line import check_platform
+from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError
-from atebm_jax.sample import chunks, edits
-from atebm_jax.sampling import Edited
-from atebm_jax.seeds import Gaussian, from_arrays
+from atebm_jax.seeds import NOISE
 
 
 def load(
@@ -46,11 +43,7 @@ def load(
         JAX is told to use a platform that is not there.
     """
     check_platform()
-    weights, meta = checkpoint.load_weights(path, best_by=best_by)
-    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
-    shape = tuple(config.data.image_shape)
-    gaussian = from_arrays(meta["seeds"], shape) if "seeds" in meta else None
-    return Model(weights, config, batch_size, gaussian)
+    return Model(trained.load(path, best_by=best_by), batch_size)
 
 
 class Model:
@@ -65,24 +58,18 @@ class Model:
       num_classes: K.
     """
 
-    def __init__(
-        self,
-        variables: Any,
-        config: ml_collections.ConfigDict,
-        batch_size: int,
-        gaussian: Gaussian | None = None,
-    ):
+    def __init__(self, loaded: trained.Trained, batch_size: int):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(
                 f"batch_size is {batch_size!r}: it must be a positive whole number."
             )
-        self.image_shape: tuple[int, int, int] = tuple(config.data.image_shape)
-        self.num_classes: int = config.model.num_classes
-        self._config = config
+        self.image_shape: tuple[int, int, int] = loaded.image_shape
+        self.num_classes: int = loaded.num_classes
+        self._config = loaded.config
         self._batch_size = batch_size
-        self._gaussian = gaussian
-        self._variables = jax.device_put(variables)
-        self._model = models.build(config.model)
+        self._gaussian = loaded.gaussian
+        self._variables = jax.device_put(loaded.variables)
+        self._model = loaded.model
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits f(x): [N, K] float32."""
@@ -144,47 +131,39 @@ class Model:
         """
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
-        recipe = chunks.Recipe(
-            ascent.resolved(settings.sampler if sampler is None else sampler),
-            schedule,
-            settings.step_size if step_size is None else step_size,
-            settings.num_steps if num_steps is None else num_steps,
-            target_energy,
-            smooth,
-            seed,
+        recipe = drawing.recipe(
+            settings,
+            sampler=sampler,
+            schedule=schedule,
+            step_size=step_size,
+            num_steps=num_steps,
+            target_energy=target_energy,
+            smooth=smooth,
+            seed=seed,
             conditional=labels is not None,
         )
-        chunks.check(recipe)
-        classes = self._labels(0 if labels is None else labels, number)
+        last = number - 1  # again, to fill up the last chunk
+        classes = None if labels is None else self._labels(labels, number)
         start = None if seeds is None else self._images(seeds)
-        gaussian = self._gaussian
 
-        # The last chunk is filled up with the last image again.
-        def classes_of(indices: np.ndarray) -> np.ndarray:
-            return classes[np.minimum(indices, number - 1)]
+        def labels_of(indices: np.ndarray) -> np.ndarray:
+            return indices if classes is None else classes[np.minimum(indices, last)]
 
-        seeds_of: Callable[[np.ndarray], np.ndarray] | None = None
-        if start is not None:
+        def given(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+            assert start is not None
+            return start[np.minimum(indices, last)]
 
-            def seeds_of(indices: np.ndarray) -> np.ndarray:
-                return start[np.minimum(indices, number - 1)]
-
-        elif gaussian is not None:
-
-            def seeds_of(indices: np.ndarray) -> np.ndarray:
-                groups = indices if labels is None else classes_of(indices)
-                return gaussian.batch(seed, indices, groups)
-
-        drawn = chunks.draw(
+        spec = NOISE if self._gaussian is None else self._config.data.seeds
+        return drawing.images(
             self._model,
             self._variables,
             recipe,
-            self.image_shape,
-            range(-(-number // chunks.CHUNK)),
-            classes_of,
-            seeds_of,
+            number,
+            labels_of,
+            drawing.seeds_fn(spec, seed, self._config.data, gaussian=self._gaussian)
+            if seeds is None
+            else given,
         )
-        return np.concatenate([images for _, images in drawn])[:number]
 
     def counterfactual(
         self,
@@ -269,15 +248,15 @@ class Model:
           UserError: no constraint, one on images of another size, no such class, or a
             value outside of these.
         """
-        number = edits.check_constraint(constraint, self.image_shape)
+        number = editing.check_constraint(constraint, self.image_shape)
         if isinstance(labels, str) and labels != "guess":
             raise UserError(f"labels are {labels!r}: expected ints, 'guess' or None.")
         classes: np.ndarray | None = None
         if isinstance(labels, str):
-            classes = np.full(number, sampling.GUESS, np.int32)
+            classes = np.full(number, editing.GUESS, np.int32)
         elif labels is not None:
             classes = self._labels(labels, number)
-        rows, recipe = edits.prepare(
+        rows, recipe = editing.prepare(
             constraint,
             classes,
             self._config.evaluate.samples,
@@ -287,7 +266,7 @@ class Model:
             schedule=schedule,
             seed=seed,
         )
-        return edits.edit(self._model, self._variables, rows, recipe)
+        return editing.edit(self._model, self._variables, rows, recipe)
 
     def attack(
         self,
@@ -358,7 +337,7 @@ class Model:
         )
         size = settings.step_size if step_size is None else step_size
         steps = settings.num_steps if num_steps is None else num_steps
-        chunks.check(chunks.Recipe(step_size=size, num_steps=steps))
+        drawing.check(drawing.Recipe(step_size=size, num_steps=steps))
         return self._run(
             attack,
             x,
@@ -416,7 +395,7 @@ class Model:
         if not isinstance(given.get("count", 1), int | np.integer):
             raise UserError(f"count is {count!r}: it must be a whole number.")
         # Images are numbered in 32 bits.
-        if given.get("count", 1) >= 2**31 - chunks.CHUNK:
+        if given.get("count", 1) >= 2**31 - drawing.CHUNK:
             raise UserError(f"count is {count}: it must be below 2**31 - 32.")
         if len(set(given.values())) > 1 or min(given.values(), default=1) < 1:
             described = ", ".join(f"{name} {n}" for name, n in given.items())

@@ -358,41 +358,47 @@ def climb(
         return new, _better(best, state.images, scores) if keep_best else None
 
     lowest = jnp.full(images.shape[0], -jnp.inf, images.dtype)
-    first = (begin(rule, images), (images, lowest) if keep_best else None)
+    state = State(images, rule.init(images))
+    first = (state, (images, lowest) if keep_best else None)
     state, best = jax.lax.fori_loop(0, number, step, first)
     if not keep_best:
         return state.images
     return _better(best, state.images, objective(state.images))[0]
 
 
-def begin(rule: Rule, images: jax.Array) -> State:
-    """The state before the first step, for `proceed`."""
-    return State(images, rule.init(images))
-
-
-def proceed(
+def climb_through(
     objective: ObjectiveFn,
-    state: State,
-    rule: Rule,
+    images: jax.Array,
+    rule: Rule = PGD,
     *,
     keys: jax.Array | None = None,
-    first: jax.Array | int,
-    last: jax.Array | int,
     step_size: jax.Array | float,
-) -> State:
-    """`climb` in parts: one trajectory, several ends.
+    ends: jax.Array,
+    schedule: ScheduleFn = SCHEDULES["constant"],
+    project: ProjectFn = clip,
+    target: jax.Array | float | None = None,
+) -> jax.Array:
+    """`climb` that shows the images at several numbers of steps of one trajectory.
 
     Args:
-      state: after `first` steps; that of `begin` after none.
-      first, last: numbers of steps that are done and shall be; traced int32 never
-        recompile.
+      ends: [S] int32, ascending numbers of steps; traced ones never recompile. The
+        schedule ends with the last of them.
 
     Returns:
-      The state after `last` steps; its `images` are those of `climb`.
+      [S, B, H, W, C], each what `climb` makes in so many steps.
     """
-    number = jnp.asarray(last, jnp.int32)
-    advance = _step(lambda x: (objective(x), None), rule, keys, step_size, number)
-    return jax.lax.fori_loop(first, number, lambda t, s: advance(t, s)[0], state)
+    scored = lambda x: (objective(x), None)
+    advance = _step(scored, rule, keys, step_size, ends[-1], schedule, project, target)
+
+    def part(
+        carry: tuple[jax.Array, State], last: jax.Array
+    ) -> tuple[tuple[jax.Array, State], jax.Array]:
+        first, state = carry
+        state = jax.lax.fori_loop(first, last, lambda t, s: advance(t, s)[0], state)
+        return (last, state), state.images
+
+    start = (jnp.int32(0), State(images, rule.init(images)))
+    return jax.lax.scan(part, start, ends)[1]
 
 
 def trace(
@@ -430,7 +436,7 @@ def trace(
 
     shapes = jax.eval_shape(objective, images)[1]
     empty = jax.tree.map(lambda s: jnp.zeros((capacity + 1, *s.shape), s.dtype), shapes)
-    first = (begin(rule, images), empty)
+    first = (State(images, rule.init(images)), empty)
     state, record = jax.lax.fori_loop(0, number, step, first)
     return state.images, _write(record, number, objective(state.images)[1])
 

@@ -20,6 +20,7 @@ from atebm_jax import (
     attacks,
     checkpoint,
     data,
+    drawing,
     fitting,
     intact,
     models,
@@ -30,7 +31,7 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import drawing, samples
+from atebm_jax.evaluate import pixel_scores
 from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.names import check_utf8
@@ -256,7 +257,7 @@ def _check_rooms(
     for field, (size, parts) in sizes.items():
         sharding.check_batch_size(size, mesh.size, f"config.{field}", parts)
     attacks.adversary(**config.evaluate.attack)
-    samples.check_judge(config.evaluate.samples.judge)
+    pixel_scores.check_judge(config.evaluate.samples.judge)
     drawing.check_sampler(config.evaluate.samples.sampler)
 
 

@@ -14,12 +14,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from atebm_jax import ascent, data, metrics, sampling, seeds
+from atebm_jax import ascent, data, drawing, metrics, seeds
 
 # Of each set; fewer where images are large, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
@@ -141,17 +139,16 @@ def seed_images(
     gaussian: seeds.Gaussian | None = None,
 ) -> np.ndarray:
     """At most `num` of a config's seeds, [N, H, W, C] float32 in [0, 1]."""
-    shape = tuple(config.data.image_shape)
-    if gaussian is not None:
-        numbers = np.arange(num)
-        return gaussian.batch(config.seed, numbers, numbers % config.model.num_classes)
     if "seeds" not in sources:
-        key = jax.random.key(config.seed)
-        return np.asarray(sampling.noise_seeds(key, jnp.arange(num), shape))
+        numbers = np.arange(num, dtype=np.int32)
+        seeds_of = drawing.seeds_fn(
+            config.data.seeds, config.seed, config.data, gaussian=gaussian
+        )
+        return seeds_of(numbers, numbers % config.model.num_classes)
     images, _ = data.materialise(
         sources["seeds"],
         config.data.preprocess_seeds,
-        shape,
+        tuple(config.data.image_shape),
         num,
         config.data.max_bad_images,
     )

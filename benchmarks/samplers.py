@@ -4,8 +4,8 @@
 
 An evaluation is a forward and backward pass of the network, one a step. Quality is the
 Frechet distance to training images, on the principal components of pixels
-(`evaluate.samples`) and on the model's own features, and the share of samples that the
-config's judge calls by the class asked for. All settings start from the same seeds.
+(`evaluate.pixel_scores`) and on the model's own features, and the share of samples that
+the config's judge calls by the class asked for. All settings start from the same seeds.
 """
 
 import importlib.metadata
@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from atebm_jax import ascent, constraints, data, metrics
+from atebm_jax import ascent, constraints, data, drawing, metrics, trained
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import samples
+from atebm_jax.evaluate import pixel_scores
 from atebm_jax.evaluate.extractors import from_model
-from atebm_jax.sample import chunks, loading
+from atebm_jax.sample import records
+from atebm_jax.trained import Trained
 
 # Multiples of the config's step size; SGLD's multiplies the gradient itself.
 _DEFAULTS = (
@@ -63,12 +64,12 @@ class Judges(NamedTuple):
     """What samples are compared with.
 
     Attributes:
-      pixels: as of `evaluate.samples.make_reference`.
+      pixels: as of `pixel_scores.make_reference`.
       features: images [N, H, W, C] in [0, 1] -> [N, D].
       mean, covariance: of the training images' features.
     """
 
-    pixels: samples.Reference
+    pixels: pixel_scores.Reference
     features: Any
     mean: np.ndarray
     covariance: np.ndarray
@@ -77,7 +78,7 @@ class Judges(NamedTuple):
         """The three qualities of samples, the last one where there is a judge."""
         statistics = metrics.feature_statistics(self.features(images))
         distance = metrics.frechet_distance(*statistics, self.mean, self.covariance)
-        scores = samples.score(self.pixels, images, labels)
+        scores = pixel_scores.score(self.pixels, images, labels)
         return scores | {"feature_distance": distance}
 
 
@@ -86,12 +87,12 @@ def main(argv: Sequence[str]) -> None:
     parser = _parser()
     flags = parser.parse_args(argv)
     console = Console()
-    loaded = loading.load(flags)
+    loaded = trained.load(flags.workdir, best_by=flags.best_by)
     settings = [_setting(text) for text in flags.setting] or _defaults(loaded.config)
     counts = _whole_numbers("--evaluations", flags.evaluations)
     seeds = _whole_numbers("--seeds", flags.seeds)
     recipes = {
-        (setting, count, seed): chunks.Recipe(
+        (setting, count, seed): drawing.Recipe(
             setting.sampler, setting.schedule, setting.step_size, count, seed=seed
         )
         for setting in settings
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
         for seed in seeds
     }
     for recipe in recipes.values():
-        chunks.check(recipe)
+        drawing.check(recipe)
     judges, real = _judges(loaded, flags.num)
     scores: dict[str, dict[int, list[dict[str, float]]]] = {}
     for (setting, count, seed), recipe in track(
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
             "versions": {
                 n: importlib.metadata.version(n) for n in ("jax", "atebm_jax")
             },
-            "model": loaded.described,
+            "model": records.described(loaded, flags.workdir),
             "samples": flags.num,
             "seeds": seeds,
             "real_test": real,
@@ -186,11 +187,11 @@ def _whole_numbers(flag: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _judges(loaded: loading.Loaded, num: int) -> tuple[Judges, dict[str, float]]:
+def _judges(loaded: Trained, num: int) -> tuple[Judges, dict[str, float]]:
     """What samples are compared with, and how as many real test images score."""
     config, settings = loaded.config, loaded.config.evaluate.samples
     images, labels = _images(config, config.data.train, settings.num_reference)
-    pixels = samples.make_reference(images, labels, settings)
+    pixels = pixel_scores.make_reference(images, labels, settings)
     extractor = from_model("model", loaded.model, loaded.variables)
     pooled = jax.jit(lambda variables, x: extractor.apply(variables, x)[0])
 
@@ -217,16 +218,16 @@ def _images(config: Any, spec: str, limit: int) -> tuple[np.ndarray, np.ndarray]
     )
 
 
-def _draw(loaded: loading.Loaded, recipe: chunks.Recipe, num: int) -> np.ndarray:
-    drawn = chunks.draw(
+def _draw(loaded: Trained, recipe: drawing.Recipe, num: int) -> np.ndarray:
+    settings = loaded.config.data
+    return drawing.images(
         loaded.model,
         loaded.variables,
         recipe,
-        loaded.image_shape,
-        range(-(-num // chunks.CHUNK)),
-        lambda indices: (indices % loaded.num_classes).astype(np.int32),
+        num,
+        drawing.cyclic_labels(loaded.num_classes),
+        drawing.seeds_fn("noise", recipe.seed, settings),
     )
-    return np.concatenate([images for _, images in drawn])[:num]
 
 
 def _mean(found: list[dict[str, float]]) -> dict[str, tuple[float, float]]:

@@ -178,12 +178,14 @@ def test_ascent_in_parts_is_one_ascent(name):
     """Momentum and noise go on: nothing begins anew between the parts."""
     seeds, keys = seeds_and_keys()
     rule = ascent.rule(name)
-    state = ascent.begin(rule, seeds)
-    for first, last in ((0, 3), (3, 3), (3, 7)):
-        state = ascent.proceed(
-            score, state, rule, keys=keys, first=first, last=last, step_size=0.05
-        )
-    np.testing.assert_array_equal(state.images, draw(name, num_steps=7))
+    ends = jnp.array([0, 3, 3, 7], jnp.int32)
+    shown = ascent.climb_through(
+        score, seeds, rule, keys=keys, ends=ends, step_size=0.05
+    )
+    np.testing.assert_array_equal(shown[0], seeds)
+    np.testing.assert_array_equal(shown[1], draw(name, num_steps=3))
+    np.testing.assert_array_equal(shown[2], shown[1])
+    np.testing.assert_array_equal(shown[3], draw(name, num_steps=7))
 
 
 @pytest.mark.parametrize(

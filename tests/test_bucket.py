@@ -149,7 +149,7 @@ def test_pictures_reports_and_units_are_written(workdir):
     with pytest.raises(KeyboardInterrupt):
         store.save("000000", {"x": np.arange(9), "y": Stopping()})
     assert store.load("000000")["x"].tolist() == [0, 1, 2]
-    report.write(workdir, {"stages": {}})
+    report.write_stages(workdir, {"stages": {}})
     assert json.loads((workdir / "report.json").read_text()) == {"stages": {}}
     assert checkpoint.steps_in(checkpoint.stage_folder(workdir, "stage1")) == []
 

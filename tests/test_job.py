@@ -15,7 +15,7 @@ import tiny
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint, checksums, data
-from atebm_jax.evaluate import accuracy
+from atebm_jax.evaluate.context import Context
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.preemption import Interrupted
 
@@ -432,14 +432,14 @@ def test_signal_saves_and_the_same_command_ends_bit_identically(
 def test_signal_in_an_evaluation_saves_and_the_evaluation_is_done_later(
     finished, tmp_path, monkeypatch
 ):
-    count = accuracy.accuracy
+    rows = Context.rows
 
     def signalled(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return count(*arguments, **options)
+        return rows(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(accuracy, "accuracy", signalled)
+        patch.setattr(Context, "rows", signalled)
         with pytest.raises(Interrupted):
             tiny.run(tiny.config(), tmp_path)
     folder = checkpoint.stage_folder(tmp_path, "stage1")

@@ -26,7 +26,6 @@ ORDER = (
     "train_state",
     "train_step",
     "constraints",
-    "sampling",
     "autoattack",
     "sharding",
     "storage",
@@ -46,6 +45,9 @@ ORDER = (
     "archs",
     "convert",
     "presets",
+    "drawing",
+    "editing",
+    "trained",
     "reachability",
     "pictures",
     "evaluate",
@@ -74,14 +76,13 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "train_state": {"curriculum"},
     "train_step": {"stages", "train_state", "curriculum", "optim"},
     "constraints": {"ascent"},
-    "sampling": {"energy", "ascent", "constraints", "models"},
     "autoattack": {"energy", "losses", "attacks"},
     "metric_writer": {"storage"},
     "workdir_lock": {"sharding", "storage"},
     "intact": {"checkpoint", "train_state"},
     "compilation": {"checkpoint", "names", "storage"},
     "pictures": {"names", "metrics", "data", "storage"},
-    "reachability": {"ascent", "data", "metrics", "sampling", "seeds"},
+    "reachability": {"ascent", "data", "drawing", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
     | {"names", "storage", "progress"},
 }
@@ -163,7 +164,7 @@ def test_only_the_builders_of_networks_read_a_config(path):
     assert uses(tree) == sum(uses(node) for node in allowed)
 
 
-@pytest.mark.parametrize("path", files_of(*PURE, "stages", "sampling"), ids=name_of)
+@pytest.mark.parametrize("path", files_of(*PURE, "stages"), ids=name_of)
 def test_energies_are_formed_in_one_room(path):
     """The sign of an energy is written once: others ask for a score."""
     names = {

@@ -3,12 +3,12 @@
 from atebm_jax.data import classes, content, relabel
 from atebm_jax.data.augment import Augmentation, parse
 from atebm_jax.data.decoding import decode
+from atebm_jax.data.examples import read, read_or_next
 from atebm_jax.data.pipeline import (
     Batches,
     Stream,
     eval_batches,
     materialise,
-    seed_images,
     train_batches,
 )
 from atebm_jax.data.sources import (
@@ -36,7 +36,8 @@ __all__ = [
     "materialise",
     "open_source",
     "parse",
+    "read",
+    "read_or_next",
     "relabel",
-    "seed_images",
     "train_batches",
 ]

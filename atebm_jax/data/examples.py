@@ -50,24 +50,15 @@ def eval_example(
     local_size: int,
     process_index: int,
     process_count: int,
-    next_if_bad: int | None = None,
 ) -> dict[str, Any]:
-    """One example of this process's part; blank beyond the end and if undecodable.
-
-    With `next_if_bad` the next decodable image of the source stands in for one that
-    cannot be decoded, and the mask tells so; more than that many in a row are refused.
-    """
+    """One example of this process's part; blank beyond the end and if undecodable."""
     batch, row = divmod(local_index, local_size)
     position = (batch * process_count + process_index) * local_size + row
     in_range = position < num_images
     index = position * len(source) // num_images
-    # Evaluation is a function of the image: nothing random may be asked for.
-    rng = np.random.default_rng(index)
-    made = _made(source, index, preprocess, rng, image_shape) if in_range else None
+    made = read(source, index, preprocess, image_shape) if in_range else None
     bad = index if in_range and made is None else NOT_BAD
     image, label = (np.zeros(image_shape, np.uint8), 0) if made is None else made
-    if bad != NOT_BAD and next_if_bad is not None:
-        image, label = _next(source, index, preprocess, image_shape, next_if_bad)
     return {
         "images": image,
         "labels": np.int32(label),
@@ -76,23 +67,45 @@ def eval_example(
     }
 
 
-def _next(
+def read(
+    source: Source, index: int, operations: Augmentation, image_shape: ImageShape
+) -> tuple[np.ndarray, int] | None:
+    """Image [H, W, C] uint8 and label as an evaluation sees them.
+
+    Returns:
+      None if the image cannot be decoded.
+
+    Raises:
+      UserError: nothing of this shape can be made of it.
+    """
+    # Evaluation is a function of the image: nothing random may be asked for.
+    rng = np.random.default_rng(index)
+    return _made(source, index, operations, rng, image_shape)
+
+
+def read_or_next(
     source: Source,
     index: int,
-    preprocess: Augmentation,
+    *,
+    operations: Augmentation,
     image_shape: ImageShape,
     max_bad_images: int,
-) -> tuple[np.ndarray, int]:
-    """Image and label of the first one after `index`, round and round, that is good."""
-    bad = [index]
-    while len(bad) <= max_bad_images and len(bad) < len(source):
-        place = (index + len(bad)) % len(source)
-        rng = np.random.default_rng(place)
-        made = _made(source, place, preprocess, rng, image_shape)
-        if made is not None:
-            return made
-        bad.append(place)
-    raise too_many_bad([source.describe(i) for i in bad], max_bad_images)
+) -> tuple[np.ndarray, bool]:
+    """An image [H, W, C] uint8, or the next one that can be decoded, round and round.
+
+    Returns:
+      The image, and whether it is the one that was asked for.
+
+    Raises:
+      UserError: as `read`, or more than `max_bad_images` in a row cannot be decoded.
+    """
+    bad: list[int] = []
+    while (made := read(source, index, operations, image_shape)) is None:
+        bad.append(index)
+        if len(bad) > max_bad_images or len(bad) == len(source):
+            raise too_many_bad([source.describe(i) for i in bad], max_bad_images)
+        index = (index + 1) % len(source)
+    return made[0], not bad
 
 
 def _decode(source: Source, index: int, channels: int) -> tuple[np.ndarray, int] | None:

@@ -212,7 +212,6 @@ def eval_batches(
     num_threads: int = 4,
     prefetch: int = 8,
     max_bad_images: int = 10,
-    next_if_bad: bool = False,
 ) -> Batches:
     """All images once, in order; the last batch is filled up.
 
@@ -230,8 +229,6 @@ def eval_batches(
       start: number of the first batch; those before it are not decoded.
       process_index, process_count, num_threads, prefetch, max_bad_images: as for
         `train_batches`.
-      next_if_bad: the next decodable image stands in for one that cannot be decoded,
-        as in training. Its mask is False all the same: it tells which they are.
 
     Returns:
       An iterator over {"images": uint8 [b, H, W, C], "labels": int32 [b],
@@ -263,7 +260,6 @@ def eval_batches(
         local_size=local_size,
         process_index=process_index,
         process_count=process_count,
-        next_if_bad=max_bad_images if next_if_bad else None,
     )
     examples = grain.MapDataset.range(num_batches * local_size).map(example)
     batches = examples.batch(local_size)[start:]
@@ -301,38 +297,6 @@ def materialise(
             f"{source.spec}: none of {limit or 'all'} images can be decoded"
         )
     return np.concatenate(images), np.concatenate(labels)
-
-
-def seed_images(
-    source: Source,
-    preprocess: str,
-    image_shape: ImageShape,
-    limit: int | None = None,
-    max_bad_images: int = 10,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`limit` images spread over a source (None for all) to start samples from.
-
-    As everywhere, the next decodable image stands in for one that cannot be decoded.
-
-    Returns:
-      images uint8 [N, H, W, C], and which of them stand in for another, bool [N].
-
-    Raises:
-      UserError: as `eval_batches`.
-    """
-    number = len(source) if limit is None else min(limit, len(source))
-    with eval_batches(
-        source,
-        preprocess=preprocess,
-        batch_size=_MATERIALISE_BATCH,
-        image_shape=image_shape,
-        limit=limit,
-        max_bad_images=max_bad_images,
-        next_if_bad=True,
-    ) as batches:
-        kept = [(batch["images"], ~batch["mask"]) for batch in batches]
-    images, stand_in = map(np.concatenate, zip(*kept, strict=True))
-    return images[:number], stand_in[:number]
 
 
 def _endless(

@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
     # Imported late, so that --help and a misspelt flag answer at once.
     import jax
 
-    from atebm_jax.evaluate import suite, suite_report
+    from atebm_jax.evaluate import report, suite
     from atebm_jax.progress import parts, say
     from atebm_jax.sharding import initialize_processes
 
@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
         # One report from all processes.
         console = Console(quiet=jax.process_index() != 0)
         with parts(console) as show:
-            report = suite.evaluate(
+            result = suite.evaluate(
                 path,
                 out,
                 metrics=_metric_names(suite.METRICS),
@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGINT)
-    suite_report.show(console, report)
+    report.show_figures(console, result)
     say(console, f"report and plots are in {out}")
 
 

@@ -1,6 +1,7 @@
 """Clean accuracy, and accuracy under PGD against the radius (method: section 6)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,13 @@ from etils import epath
 
 from atebm_jax import attacks, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Network, check_finite, figure
+from atebm_jax.evaluate.context import (
+    Context,
+    Network,
+    RowsFn,
+    check_finite,
+    figure,
+)
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
@@ -109,18 +116,27 @@ def _radius(settings: ml_collections.ConfigDict) -> float:
     return math.inf if settings.norm == "unbounded" else float(settings.epsilon)
 
 
-def _attacked(context: Context, attack: ml_collections.ConfigDict) -> np.ndarray:
+def under_attack(attack: Mapping[str, Any]) -> RowsFn:
+    """Which images are classified correctly: as they are; both so and attacked.
+
+    Args:
+      attack: as `config.evaluate.attack`.
+    """
     adversary = attacks.adversary(**attack)
 
-    def robust(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-        attacked = adversary(network.logits, x, y)
+    def rows(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
         clean = metrics.accuracy(network.logits(x), y)
-        return {"robust": clean & metrics.accuracy(network.logits(attacked), y)}
+        attacked = metrics.accuracy(network.logits(adversary(network.logits, x, y)), y)
+        return {"clean": clean, "robust": clean & attacked}
 
+    return rows
+
+
+def _attacked(context: Context, attack: ml_collections.ConfigDict) -> np.ndarray:
     rows = context.map_images(
         f"PGD {attack.norm} {attack.epsilon:g}",
         "test",
-        robust,
+        under_attack(attack),
         step_size=attack.step_size,
         num_steps=attack.num_steps,
         momentum=attack.momentum,

@@ -114,7 +114,7 @@ class Context:
           The arrays over all images that could be decoded, with "labels" [N].
         """
         compiled = self.compiled(function)
-        return self._batch_by_batch(
+        return self.over_batches(
             name,
             role,
             self._store_of(name, role, only_first=dict(only_first), **settings),
@@ -132,7 +132,7 @@ class Context:
             **settings,
         )
 
-    def _batch_by_batch(
+    def over_batches(
         self,
         name: str,
         role: str,
@@ -204,9 +204,7 @@ class Context:
         """How images of a source come to the network's size."""
         return preprocess_of(self.config, role)
 
-    def batches(
-        self, role: str, limit: int, start: int, next_if_bad: bool = False
-    ) -> Iterator[dict[str, Any]]:
+    def batches(self, role: str, limit: int, start: int) -> Iterator[dict[str, Any]]:
         """Batches of at most so many images spread over a source, from one on."""
         settings = self.config.data
         with data.eval_batches(
@@ -220,7 +218,6 @@ class Context:
             process_count=jax.process_count(),
             num_threads=settings.num_threads,
             max_bad_images=settings.max_bad_images,
-            next_if_bad=next_if_bad,
         ) as batches:
             yield from batches
 
@@ -255,7 +252,7 @@ class Context:
             return {key: value[mask] for key, value in host.items()}
 
         name = f"fingerprint of {role}"
-        return self._batch_by_batch(name, role, self._store_of(name, role), digest)
+        return self.over_batches(name, role, self._store_of(name, role), digest)
 
     def describe_data(self, role: str) -> dict[str, Any]:
         """Which images a part saw: source, count, size, preprocessing and SHA-256."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from atebm_jax import checkpoint
+from atebm_jax import checkpoint, drawing
 
 _FORWARD, _BY_IMAGE, _BY_PARAMETERS = 1, 2, 3
 # The gradient by the parameters of a gradient by the image.
@@ -39,14 +39,14 @@ def passes_of_evaluation(
     Args:
       config: a complete config.
       num_images: classified and attacked.
-      num_samples: drawn. Batches are filled up, so that somewhat more are computed.
+      num_samples: drawn. Batches and chunks are filled up: somewhat more is computed.
     """
     settings = config.evaluate
     size = settings.batch_size
     an_image = 2 * _FORWARD + _passes_of_attack(settings.attack)
     a_sample = settings.samples.num_steps * _BY_IMAGE
-    batches = num_batches(num_images, size) * an_image
-    return size * (batches + num_batches(num_samples, size) * a_sample)
+    accuracy = num_batches(num_images, size) * size * an_image
+    return accuracy + drawing.num_chunks(num_samples) * drawing.CHUNK * a_sample
 
 
 def passes_of_training(

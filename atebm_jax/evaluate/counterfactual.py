@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 from etils import epath
 
-from atebm_jax import ascent, attacks, energy, metrics, pictures, sampling
+from atebm_jax import ascent, attacks, editing, energy, metrics, pictures
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
@@ -96,7 +96,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     per_class: dict[str, dict[str, Any]] = {}
     found = {}
     for radius in context.options.radii:
-        step_size = float(sampling.counterfactual_step_size(longest, radius))
+        step_size = float(editing.counterfactual_step_size(longest, radius))
         found[radius] = context.map_images(
             f"counterfactuals {radius:g}",
             "test",

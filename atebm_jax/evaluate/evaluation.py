@@ -2,9 +2,8 @@
 
 import functools
 import importlib.metadata
-import itertools
 import platform
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +14,19 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import ascent, checkpoint, data, pictures, reachability, sharding
+from atebm_jax import (
+    ascent,
+    checkpoint,
+    data,
+    drawing,
+    pictures,
+    reachability,
+    sharding,
+)
 from atebm_jax import config as configuration
-from atebm_jax.evaluate import accuracy, cost, report, samples
+from atebm_jax.evaluate import classification, cost, pixel_scores, report
+from atebm_jax.evaluate.context import Context, Options
+from atebm_jax.evaluate.store import Store
 from atebm_jax.metric_writer import read_metrics
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import ShowFn, parts, say
@@ -37,29 +46,44 @@ class Evaluation:
         stop: StopSignal,
         gaussian: Gaussian | None = None,
     ):
-        self._config, self._workdir, self._mesh = config, workdir, mesh
-        self._model, self._sources, self._stop = model, sources, stop
-        self._count = accuracy.make_counter(model, config.evaluate.attack, mesh)
-        self._sample = samples.make_sampler(
-            model, config.evaluate.samples, mesh, config.seed
+        self._config, self._workdir = config, workdir
+        self._sources, self._stop = sources, stop
+        self._context = Context(
+            config=config,
+            model=model,
+            variables=None,
+            mesh=mesh,
+            sources=sources,
+            fingerprints={},
+            store=Store(None, {}),
+            options=Options(),
         )
-        self._reference: samples.Reference | None = None
+        attacked = classification.under_attack(config.evaluate.attack)
+        self._attacked = self._context.compiled(attacked)
+        self._recipe = drawing.recipe(config.evaluate.samples, seed=config.seed)
+        self._seeds_of = drawing.seeds_fn(
+            config.data.seeds,
+            config.seed,
+            config.data,
+            gaussian=gaussian,
+            source=sources.get("seeds"),
+        )
         self._gaussian = gaussian
-        self._seed_images: np.ndarray | None = None
+        self._reference: pixel_scores.Reference | None = None
         self._reachability: reachability.Reachability | None = None
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
         """Figures on `data.eval` and a grid of samples, with averaged weights."""
         settings = self._config.evaluate
-        check = self._stop.check
-        figures = self._accuracy("eval", variables, settings.num_examples, check)
-        images, labels = self._draw(variables, settings.samples.num, check)
+        tell = self._told(lambda part, done, total: None, stage)
+        figures = self._accuracy("eval", variables, settings.num_examples, tell)
+        images, labels = self._draw(variables, settings.samples.num, tell)
         if jax.process_index() == 0:
             self._grid(
                 self._workdir / "samples" / f"{stage}_{step:08d}.png",
                 {f"{stage}, step {step}": (images, labels)},
             )
-        figures |= samples.score(self._fitted_reference(), images, labels)
+        figures |= pixel_scores.score(self._fitted_reference(), images, labels)
         del figures["num_examples"]
         return figures
 
@@ -72,14 +96,14 @@ class Evaluation:
                 folder := checkpoint.stage_folder(self._workdir, stage)
             )
         }
-        result = report.read(self._workdir)
+        result = report.read_stages(self._workdir)
         steps = {stage: checkpoint.steps_in(f)[-1] for stage, f in folders.items()}
         if result is None or not self._holds(result, steps):
             say(console, self.cost_of_final(list(folders)))
             with parts(console) as show:
                 result = self._measure(folders, show)
         if jax.process_index() == 0:
-            report.show(console, result)
+            report.show_stages(console, result)
             say(console, f"report, pictures and checkpoints are in {self._workdir}")
         return result
 
@@ -127,17 +151,11 @@ class Evaluation:
         drawn = {}
         for stage, folder in folders.items():
             weights, meta = checkpoint.load_weights(folder, together=True)
-            variables = sharding.put_replicated(weights, self._mesh)
-            limit = settings.num_test_examples
-            num = cost.limited(limit, len(self._sources["test"]))
-            check = self._shown(show, f"{stage} accuracy", num)
-            figures = self._accuracy("test", variables, limit, check)
-            check()
-            num = settings.samples.num_test
-            check = self._shown(show, f"{stage} samples", num)
-            drawn[stage] = self._draw(variables, num, check)
-            check()
-            figures |= samples.score(self._fitted_reference(), *drawn[stage])
+            variables = sharding.put_replicated(weights, self._context.mesh)
+            tell, limit = self._told(show, stage), settings.num_test_examples
+            figures = self._accuracy("test", variables, limit, tell)
+            drawn[stage] = self._draw(variables, settings.samples.num_test, tell)
+            figures |= pixel_scores.score(self._fitted_reference(), *drawn[stage])
             reached = {"T": meta["T"]} if stage == "stage2" else {}
             stages[stage] = {"step": meta["step"], **reached, **figures}
         result = self._describe(stages)
@@ -147,19 +165,17 @@ class Evaluation:
             pictures.training_curves(
                 self._workdir / "curves.png", read_metrics(self._workdir)
             )
-            report.write(self._workdir, result)
+            report.write_stages(self._workdir, result)
         return result
 
-    def _shown(self, show: ShowFn, part: str, num: int) -> Callable[[], None]:
-        """The check for a stop before each batch, and after all, shows the progress."""
-        total = cost.num_batches(num, self._config.evaluate.batch_size)
-        batches = itertools.count()
+    def _told(self, show: ShowFn, stage: str) -> ShowFn:
+        """Shows the progress of a stage's parts, and raises where the job shall end."""
 
-        def check() -> None:
-            show(part, next(batches), total)
+        def tell(part: str, done: int, total: int) -> None:
+            show(f"{stage} {part}", done, total)
             self._stop.check()
 
-        return check
+        return tell
 
     def _describe(self, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
         settings = self._config.evaluate
@@ -170,7 +186,7 @@ class Evaluation:
         return {
             "stages": stages,
             **reached,
-            "real_test": samples.score(self._fitted_reference(), real, labels),
+            "real_test": pixel_scores.score(self._fitted_reference(), real, labels),
             **self._settings(),
             "versions": {
                 "python": platform.python_version(),
@@ -202,67 +218,46 @@ class Evaluation:
         return [robust, drawn, *_gain_note(self._config, stages)]
 
     def _accuracy(
-        self, role: str, variables: Any, limit: int, check: Callable[[], None]
+        self, role: str, variables: Any, limit: int, show: ShowFn
     ) -> dict[str, float]:
-        settings = self._config.data
-        with data.eval_batches(
-            self._sources[role],
-            preprocess=settings.preprocess,
-            batch_size=self._config.evaluate.batch_size,
-            image_shape=tuple(settings.image_shape),
-            limit=limit or None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=settings.num_threads,
-            max_bad_images=settings.max_bad_images,
-        ) as batches:
-            return accuracy.accuracy(self._count, variables, batches, self._mesh, check)
+        options = Options(num_examples=limit)
+        context = replace(
+            self._context, variables=variables, options=options, show=show
+        )
+        rows = context.over_batches(
+            "accuracy",
+            role,
+            context.store,
+            lambda batch: context.rows(self._attacked, batch),
+        )
+        return {
+            "num_examples": len(rows["labels"]),
+            "clean_accuracy": float(rows["clean"].mean()),
+            "robust_accuracy": float(rows["robust"].mean()),
+        }
 
     def _draw(
-        self, variables: Any, num: int, check: Callable[[], None]
+        self, variables: Any, num: int, show: ShowFn
     ) -> tuple[np.ndarray, np.ndarray]:
-        return samples.draw(
-            self._sample,
+        """Samples [num, H, W, C] float32 in [0, 1] and their labels [num] int32."""
+        labels_of = drawing.cyclic_labels(self._config.model.num_classes)
+        images = drawing.images(
+            self._context.model,
             variables,
-            num=num,
-            num_classes=self._config.model.num_classes,
-            image_shape=tuple(self._config.data.image_shape),
-            batch_size=self._config.evaluate.batch_size,
-            seed=self._config.seed,
-            mesh=self._mesh,
-            seeds_of=self._seeds_fn(),
-            check_stop=check,
+            self._recipe,
+            num,
+            labels_of,
+            self._seeds_of,
+            together=True,
+            show=functools.partial(show, "samples"),
         )
+        return images, labels_of(np.arange(num))
 
-    def _seeds_fn(self) -> samples.SeedsFn | None:
-        """Seeds by number, as in training; None for noise."""
-        if self._gaussian is not None:
-            return functools.partial(self._gaussian.batch, self._config.seed)
-        if "seeds" not in self._sources:
-            return None
-        if self._seed_images is None:
-            settings = self._config.data
-            self._seed_images = data.seed_images(
-                self._sources["seeds"],
-                settings.preprocess_seeds,
-                tuple(settings.image_shape),
-                self._config.evaluate.samples.num_test,
-                settings.max_bad_images,
-            )[0]
-        images = self._seed_images
-
-        def read(numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-            del labels
-            chosen = images[numbers % len(images)]
-            return chosen.astype(np.float32) / np.float32(255)
-
-        return read
-
-    def _fitted_reference(self) -> samples.Reference:
+    def _fitted_reference(self) -> pixel_scores.Reference:
         if self._reference is None:
             settings = self._config.evaluate.samples
             images, labels = self._images("train", settings.num_reference)
-            self._reference = samples.make_reference(images, labels, settings)
+            self._reference = pixel_scores.make_reference(images, labels, settings)
         return self._reference
 
     def _images(self, role: str, limit: int) -> tuple[np.ndarray, np.ndarray]:

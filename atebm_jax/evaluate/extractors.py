@@ -5,16 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from PIL import Image
 
-from atebm_jax import checkpoint, models, sharding
-from atebm_jax import config as configuration
+from atebm_jax import sharding, trained
 from atebm_jax.convert import inception as weights_file
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context
-from atebm_jax.evaluate.store import weights_fingerprint
 from atebm_jax.models import inception
 
 
@@ -68,15 +65,13 @@ def _chosen(context: Context) -> Extractor:
         return from_inception(path)
     if chosen == "model":
         return from_model("model", context.model, context.variables)
-    loaded, meta = checkpoint.load_weights(chosen)
-    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
-    if tuple(config.data.image_shape) != context.image_shape:
+    loaded = trained.load(chosen)
+    if loaded.image_shape != context.image_shape:
         raise UserError(
-            f"--feature_extractor={chosen} takes images "
-            f"{tuple(config.data.image_shape)} and this model {context.image_shape}: "
-            "its features would be of other images."
+            f"--feature_extractor={chosen} takes images {loaded.image_shape} and this "
+            f"model {context.image_shape}: its features would be of other images."
         )
-    return from_model("network", models.build(config.model), loaded)
+    return from_model("network", loaded.model, loaded.variables)
 
 
 def from_model(name: str, model: Any, variables: Any) -> Extractor:
@@ -86,7 +81,7 @@ def from_model(name: str, model: Any, variables: Any) -> Extractor:
         features = model.apply(variables, images, features=True)
         return features, model.apply(variables, images)
 
-    sha256 = weights_fingerprint(variables)
+    sha256 = trained.fingerprint(variables)
     described = {"network": name, "weights_sha256": sha256}
     return Extractor(name, sha256, variables, apply, None, described)
 
@@ -120,7 +115,7 @@ def from_inception(path: str) -> Extractor:
         "file_sha256": sha256,
         "is_the_published_file": "yes" if published else "no: compare the source",
     }
-    fingerprint = weights_fingerprint(variables)
+    fingerprint = trained.fingerprint(variables)
     return Extractor(
         "inception", fingerprint, variables, apply, apply_inputs, described
     )

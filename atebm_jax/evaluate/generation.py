@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import ascent, metrics, pictures
+from atebm_jax import ascent, drawing, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import drawing, extractors, references
+from atebm_jax.evaluate import extractors, feature_units, references
 from atebm_jax.evaluate.context import Context, check_finite, figure
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.references import Reference
@@ -148,9 +148,9 @@ def _sweep(
         return {}
     steps = range(max(base - reach, 0), base + reach + 1)
     count = min(context.options.sweep_samples, context.options.num_samples)
-    plan = drawing.Plan("sweep of sampling steps", count, steps)
+    plan = feature_units.Plan("sweep of sampling steps", count, steps)
     moments = [Moments.empty(len(reference.mean)) for _ in steps]
-    for unit in drawing.units(context, extractor, plan):
+    for unit in feature_units.draw(context, extractor, plan):
         for position in range(len(steps)):
             more = Moments.of(unit["features"][:, position])
             moments[position] = moments[position].merge(more)
@@ -163,7 +163,7 @@ def _sweep(
 def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
     options, settings = context.options, context.config.evaluate.samples
     count, protocol = options.num_samples, options.score_protocol
-    plan = drawing.Plan(
+    plan = feature_units.Plan(
         f"samples, {num_steps} steps",
         count,
         range(num_steps, num_steps + 1),
@@ -177,7 +177,7 @@ def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
     group_of = np.arange(count) * _GROUPS // count
     seen: Seen | None = None
     first, kept, shown = 0, [], []
-    for unit in drawing.units(context, extractor, plan):
+    for unit in feature_units.draw(context, extractor, plan):
         features, logits = unit["features"][:, 0], unit["logits"]
         check_finite("features and logits of samples", features, logits)
         if seen is None:

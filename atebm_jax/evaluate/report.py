@@ -1,7 +1,8 @@
-"""The report at the end of a job: `report.json` and a table on the terminal."""
+"""Reports: `report.json` of a job, with its stages; those of an evaluation."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -10,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from atebm_jax import storage
+from atebm_jax.names import printable
 
+_CLASSES_SHOWN = 20
 # Column title and number format of each figure of the table.
 COLUMNS: dict[str, tuple[str, str]] = {
     "T": ("T", "{}"),
@@ -21,12 +24,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
-def write(workdir: epath.Path, report: Mapping[str, Any]) -> None:
+def write_stages(workdir: epath.Path, report: Mapping[str, Any]) -> None:
     """Writes `report.json`, whole or not at all."""
     storage.write_json(workdir / "report.json", report)
 
 
-def read(workdir: epath.Path) -> dict[str, Any] | None:
+def read_stages(workdir: epath.Path) -> dict[str, Any] | None:
     """The report of an earlier run of the same workdir; None if there is none whole."""
     try:
         report = json.loads((workdir / "report.json").read_text())
@@ -35,7 +38,7 @@ def read(workdir: epath.Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) and "stages" in report else None
 
 
-def show(console: Console, report: Mapping[str, Any]) -> None:
+def show_stages(console: Console, report: Mapping[str, Any]) -> None:
     """Prints one row a stage, and what the figures mean below."""
     columns = [
         name
@@ -62,3 +65,107 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     for note in report["notes"]:
         console.print(Text(note))
+
+
+def write_figures(folder: epath.Path, report: Mapping[str, Any]) -> None:
+    """Writes both files, each whole or not at all.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    with storage.writing(folder):
+        storage.write_json(folder / "report.json", _finite(report), allow_nan=False)
+        storage.replace_text(folder / "report.md", markdown(report))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: table, protocol and plots of each metric."""
+    source, test = report["checkpoint"], report["data"]["test"]
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    weights = (
+        f"{source['path']}, {source['stage']} step {source['step']}, averaged weights, "
+        f"SHA-256 {source['averaged_weights_sha256']}"
+    )
+    lines = ["# Evaluation", ""]
+    lines += [
+        f"- Checkpoint {weights}.",
+        f"- Test images: {_data(test)}.",
+        f"- Seed {report['seed']}; {report['device']}; {versions}.",
+        *(f"- {note}" for note in report["notes"]),
+    ]
+    for name, result in report["metrics"].items():
+        lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
+        lines += ["|---|---:|---:|---:|"]
+        for row in _rows(result["figures"]):
+            lines.append(
+                f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+            )
+        lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
+        lines += [
+            f"- Frechet distance per class, {name}: {_classes(figures)}"
+            for name, figures in result.get("per_class", {}).items()
+        ]
+        plots = result.get("plots", ())
+        lines += [""] * bool(plots) + [f"![{plot}]({plot})" for plot in plots]
+    # Names of folders may hold line breaks, which would end a row.
+    return "\n".join(map(printable, lines)) + "\n"
+
+
+def _classes(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Class, distance and number of images; of many classes the first ones."""
+    shown = [
+        f"{name} {figure['value']:.4f} ({figure['count']})"
+        for name, figure in list(figures.items())[:_CLASSES_SHOWN]
+    ]
+    more = len(figures) - len(shown)
+    return ", ".join(shown) + (f"; {more} more in report.json" if more else "")
+
+
+def _data(described: Mapping[str, Any]) -> str:
+    shape = "x".join(map(str, described["image_shape"]))
+    return (
+        f"{described['num_images']} of {described['num_in_source']} of "
+        f"{described['source']}, {shape}, "
+        f"preprocessing {described['preprocess'] or 'none'}, SHA-256 "
+        f"{described['sha256']}"
+    )
+
+
+def show_figures(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints a table of every figure."""
+    table = Table("metric", "value", "95 % interval", "count")
+    table.add_column("figure", overflow="fold")
+    for name, result in report["metrics"].items():
+        for index, row in enumerate(_rows(result["figures"])):
+            cells = (name if index == 0 else "", *row[1:], row[0])
+            table.add_row(*map(Text, cells))
+        table.add_section()
+    console.print(table)
+
+
+def _rows(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for name, figure in figures.items():
+        interval = figure.get("interval_95")
+        yield (
+            name,
+            f"{figure['value']:.4f}",
+            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+            str(figure.get("count", "")),
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    return str(value) or "none"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

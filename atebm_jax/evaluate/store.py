@@ -30,33 +30,25 @@ def fingerprint(description: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def weights_fingerprint(weights: Any) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of every array of a pytree."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        array = np.ascontiguousarray(leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 class Store:
     """Units of one protocol in one folder.
 
     Args:
-      folder: made when the first unit is saved.
+      folder: made when the first unit is saved; None keeps nothing.
       settings: plain JSON that decides what the units hold.
       flag: that gives another folder, for messages.
     """
 
     def __init__(
-        self, folder: epath.Path, settings: Mapping[str, Any], flag: str = "--out"
+        self,
+        folder: epath.Path | None,
+        settings: Mapping[str, Any],
+        flag: str = "--out",
     ):
         self._settings = dict(settings)
         self._base = folder
         self._flag = flag
-        self._folder = folder / fingerprint(self._settings)
+        self._folder = folder and folder / fingerprint(self._settings)
 
     def within(self, **settings: Any) -> "Store":
         """The store of a part, with settings of its own beside these."""
@@ -68,18 +60,11 @@ class Store:
         The first process reads it and tells the others, whose disks need not have it:
         all go on with the same.
         """
-        arrays = self._read(name) if jax.process_index() == 0 else None
-        return arrays if jax.process_count() == 1 else _from_first_process(arrays)
-
-    def _read(self, name: str) -> Arrays | None:
+        if self._folder is None:
+            return None
         path = self._folder / f"{name}.npz"
-        if not path.exists():
-            return None
-        try:
-            with path.open("rb") as file, np.load(file) as stored:
-                return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            return None
+        arrays = _read(path) if jax.process_index() == 0 else None
+        return arrays if jax.process_count() == 1 else _from_first_process(arrays)
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes a unit, whole or not at all; only the first process does.
@@ -87,7 +72,7 @@ class Store:
         Raises:
           UserError: the folder cannot be written.
         """
-        if jax.process_index() != 0:
+        if jax.process_index() != 0 or self._folder is None:
             return
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +87,7 @@ class Store:
           UserError: the folder cannot be made, or no file in it.
         """
         refusal = ""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and self._folder is not None:
             try:
                 with self._writing():
                     self._folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +100,17 @@ class Store:
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         remedy = f"Make room or give another {self._flag}; what is finished is kept."
-        return storage.writing(self._folder, remedy)
+        return storage.writing(str(self._folder), remedy)
+
+
+def _read(path: epath.Path) -> Arrays | None:
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            return {key: stored[key] for key in stored.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def _from_first_process(arrays: Arrays | None) -> Arrays | None:

@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, data, models, seeds, sharding
+from atebm_jax import checkpoint, data, models, seeds, sharding, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import (
@@ -22,8 +22,8 @@ from atebm_jax.evaluate import (
     counterfactual,
     generation,
     ood,
+    report,
     robustness,
-    suite_report,
 )
 from atebm_jax.evaluate.context import (
     Context,
@@ -32,8 +32,9 @@ from atebm_jax.evaluate.context import (
     preprocess_of,
     source_fingerprint,
 )
-from atebm_jax.evaluate.store import Store, weights_fingerprint
+from atebm_jax.evaluate.store import Store
 from atebm_jax.progress import ShowFn
+from atebm_jax.trained import Trained
 from atebm_jax.workdir_lock import held
 
 _log = logging.getLogger(__name__)
@@ -106,35 +107,34 @@ def evaluate(
             f"unknown metric {', '.join(map(repr, unknown)) or 'list, an empty one'}: "
             f"choose all or some of {', '.join(METRICS)}."
         )
-    weights, meta = checkpoint.load_weights(path, best_by=best_by)
-    settings = _settings(meta, config, data_dir)
+    loaded = trained.load(path, best_by=best_by)
+    settings = _settings(loaded, config, data_dir)
     wanted = tuple(name for name in METRICS if name in metrics)
     folder = checkpoint.absolute(out)
-    names = checkpoint.class_names(meta)
     context = _context(
-        weights, settings, folder, options, show, wanted, names, classes_by_place
+        loaded, settings, folder, options, show, wanted, classes_by_place
     )
     if judge is not None:
-        context = _with_judge(context, judge, names, classes_by_place)
+        context = _with_judge(context, judge, loaded.class_names, classes_by_place)
     for name in wanted:
         CHECKS.get(name, lambda context: None)(context)
     with held(folder, "--out", alone=False):
-        report = _measure(context, meta, folder, wanted, path)
+        result = _measure(context, loaded, folder, wanted, path)
         if jax.process_index() == 0:
-            suite_report.write(folder, report)
-    return report
+            report.write_figures(folder, result)
+    return result
 
 
 def _measure(
     context: Context,
-    meta: Mapping[str, Any],
+    loaded: Trained,
     folder: epath.Path,
     wanted: Sequence[str],
     path: str | epath.Path,
 ) -> dict[str, Any]:
     """Runs the protocols that are wanted; the report."""
     if "generation" in wanted:
-        context = _with_gaussian(context, meta, folder)
+        context = _with_gaussian(context, loaded, folder)
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
@@ -142,10 +142,8 @@ def _measure(
     return {
         "checkpoint": {
             "path": str(path),
-            "stage": meta["stage"],
-            "step": meta["step"],
-            "T": meta["T"],
-            "averaged_weights_sha256": weights_fingerprint(context.variables),
+            **{key: loaded.meta[key] for key in ("stage", "step", "T")},
+            "averaged_weights_sha256": loaded.fingerprint,
         },
         "network": checkpoint.as_json(context.config.model),
         "data": {"test": context.describe_data("test")},
@@ -158,14 +156,14 @@ def _measure(
 
 
 def _settings(
-    meta: Mapping[str, Any],
+    loaded: Trained,
     config: ml_collections.ConfigDict | None,
     data_dir: str | None,
 ) -> ml_collections.ConfigDict:
     """The checkpoint's config, or the caller's with the checkpoint's network."""
-    settings = ml_collections.ConfigDict(configuration.complete(meta["config"]))
+    settings = loaded.config.copy_and_resolve_references()
     if config is not None:
-        _check_same_network(settings, config, meta["stage"])
+        _check_same_network(settings, config, loaded.meta["stage"])
         network = settings.model
         settings = ml_collections.ConfigDict(config.to_dict())
         settings.model = network
@@ -216,13 +214,12 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def _context(
-    weights: Any,
+    loaded: Trained,
     settings: ml_collections.ConfigDict,
     out: epath.Path,
     options: Options,
     show: ShowFn,
     wanted: Sequence[str],
-    names: tuple[str, ...] | None,
     by_place: bool,
 ) -> Context:
     mesh = sharding.make_mesh()
@@ -233,7 +230,7 @@ def _context(
     store = Store(
         out / "units",
         {
-            "weights": weights_fingerprint(weights),
+            "weights": loaded.fingerprint,
             "network": checkpoint.as_json(settings.model),
             "image_shape": list(settings.data.image_shape),
             "batch_size": settings.evaluate.batch_size,
@@ -245,13 +242,13 @@ def _context(
         },
     )
     sources = _sources(settings, options, wanted)
-    notes = _follow_names(sources, names, by_place)
+    notes = _follow_names(sources, loaded.class_names, by_place)
     shape = tuple(settings.data.image_shape)
     bad = settings.data.max_bad_images
     return Context(
         config=settings,
-        model=models.build(settings.model),
-        variables=sharding.put_replicated(weights, mesh),
+        model=loaded.model,
+        variables=sharding.put_replicated(loaded.variables, mesh),
         mesh=mesh,
         sources=sources,
         fingerprints={
@@ -318,16 +315,13 @@ def _sources(
     return sources
 
 
-def _with_gaussian(
-    context: Context, meta: Mapping[str, Any], out: epath.Path
-) -> Context:
+def _with_gaussian(context: Context, loaded: Trained, out: epath.Path) -> Context:
     """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
     settings = context.config.data
     if settings.seeds not in seeds.FITTED:
         return context
-    if meta["config"]["data"].get("seeds") == settings.seeds and "seeds" in meta:
-        gaussian = seeds.from_arrays(meta["seeds"], context.image_shape)
-    else:
+    gaussian = loaded.gaussian
+    if gaussian is None or loaded.config.data.seeds != settings.seeds:
         train = context.sources["train"]
         gaussian = seeds.of_source(settings.seeds, train, settings, out / seeds.FILE)
     return dataclasses.replace(
@@ -340,35 +334,28 @@ def _with_gaussian(
 def _with_judge(
     context: Context, path: str, names: tuple[str, ...] | None, by_place: bool
 ) -> Context:
-    weights, meta = checkpoint.load_weights(path)
-    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
-    same = (
-        tuple(config.data.image_shape) == context.image_shape
-        and config.model.num_classes == context.config.model.num_classes
-    )
-    if not same:
+    loaded, number = trained.load(path), context.config.model.num_classes
+    if (loaded.image_shape, loaded.num_classes) != (context.image_shape, number):
         raise UserError(
-            f"--judge={path} takes images {tuple(config.data.image_shape)} of "
-            f"{config.model.num_classes} classes and this model "
-            f"{context.image_shape} of {context.config.model.num_classes}: an "
-            "independent classifier must take the same."
+            f"--judge={path} takes images {loaded.image_shape} of "
+            f"{loaded.num_classes} classes and this model {context.image_shape} of "
+            f"{number}: an independent classifier must take the same."
         )
-    order, own = None, checkpoint.class_names(meta)
+    order, own = None, loaded.class_names
     if names and own and not by_place:
         order = data.relabel.same_order(own, names, f"--judge={path}")
-    sha256 = weights_fingerprint(weights)
-    if sha256 == weights_fingerprint(context.variables):
+    sha256 = loaded.fingerprint
+    if sha256 == trained.fingerprint(context.variables):
         raise UserError(
             f"--judge={path} has the weights of the model itself: give a classifier "
             "that was trained independently."
         )
-    model = models.build(config.model)
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
-        found = models.logits_fn(model, variables)(images)
+        found = models.logits_fn(loaded.model, variables)(images)
         return found if order is None else found[:, np.asarray(order)]
 
-    placed = sharding.put_replicated(weights, context.mesh)
+    placed = sharding.put_replicated(loaded.variables, context.mesh)
     return dataclasses.replace(
         context,
         judge=Judge(logits, placed, sha256),

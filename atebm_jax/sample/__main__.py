@@ -23,18 +23,13 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     # The commands are imported late, so that --help and a misspelt flag answer at once.
     console = console or Console()
     command, rest = (arguments[0] if arguments else ""), arguments[1:]
-    if command == "explain":
-        given = flags.of_explain().parse_args(rest)
-        check_platform()
-        from atebm_jax.sample import explain
-
-        return explain.run(given, console)
-    if command == "edit":
-        given = flags.of_edit().parse_args(rest)
+    parsers = {"explain": flags.of_explain, "edit": flags.of_edit}
+    if command in parsers:
+        given = parsers[command]().parse_args(rest)
         check_platform()
         from atebm_jax.sample import edit
 
-        return edit.run(given, console)
+        return edit.run(command, given, console)
     given = flags.of_sampling().parse_args(arguments)
     check_platform()
     from atebm_jax.sample import draw

@@ -1,26 +1,30 @@
-"""Edits into a folder: `python -m atebm_jax.sample edit`."""
+"""Edits into a folder: `python -m atebm_jax.sample edit`, and `explain`.
+
+An explanation is an edit too: the translation of an image into one class after the
+other, in one ball after the other.
+"""
 
 import argparse
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import constraints, metrics, pictures, sampling
+from atebm_jax import constraints, drawing, editing, metrics, pictures, trained
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.progress import say
-from atebm_jax.sample import edits, files, inputs, loading, process, records
-from atebm_jax.sample.loading import Loaded
+from atebm_jax.sample import asked, files, inputs, process, records
 from atebm_jax.sample.process import Item
+from atebm_jax.trained import Trained
 
-_JSON = "edit.json"
 # Which flags a task takes, beside those of all; those that it needs come first.
 _TASKS: dict[str, tuple[str, ...]] = {
     "inpaint": ("mask", "radius", "fill"),
@@ -29,59 +33,70 @@ _TASKS: dict[str, tuple[str, ...]] = {
     "superres": ("factor",),
 }
 _DEFAULTS = {"fill": "mean", "strength": 0.5}
+_NOTE = (
+    "figures are of the results before they were rounded to bytes; paths have the "
+    "start, then every step; psnr in decibels, null where an image is its truth"
+)
 
 
 class Problem(NamedTuple):
-    """A task with its settings.
+    """What is asked of every image, in V variants.
 
     Attributes:
-      task: its name.
       shape: (H, W, C) of the images that are given.
       degrade: those images [B, H, W, C] uint8 -> what the edit is given, float32 in
         [0, 1]; the same where the given ones are not the truth.
-      constraint: what the edit is given -> constraint.
-      hole: [H, W] bool, or None.
+      constraint: (what the edit is given, variants [B]) -> constraint.
+      labels: of the variants, [V] int32 or `editing.GUESS`; None for no class.
+      files: what the result of each variant is called.
+      compare: (problem, item, edited, number of the variant) -> pictures of the strip
+        by title, and what the record of the result has beside.
       settings: for the protocol.
+      summary: what is said of all results at the end.
+      hole: [H, W] bool, or None.
+      degraded: whether the given images are the truth.
+      truths: other ones, [H, W, C] uint8 by the picture's name.
     """
 
-    task: str
     shape: tuple[int, int, int]
     degrade: Callable[[np.ndarray], np.ndarray]
-    constraint: Callable[[np.ndarray], Any]
-    hole: np.ndarray | None
+    constraint: Callable[[np.ndarray, np.ndarray], Any]
+    labels: np.ndarray | None
+    files: Sequence[str]
+    compare: Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]]
     settings: dict[str, Any]
+    summary: Callable[[Sequence[dict[str, Any]]], str]
+    hole: np.ndarray | None = None
+    degraded: bool = False
+    truths: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
-def run(given: argparse.Namespace, console: Console) -> None:
-    """Edits the images that the flags name.
+def run(command: str, given: argparse.Namespace, console: Console) -> None:
+    """Edits or explains the images that the flags name.
+
+    Args:
+      command: "edit" or "explain".
+      given: its flags.
+      console: where to show progress and result.
 
     Raises:
       UserError: a flag, the checkpoint, an image or the folder cannot be used.
     """
-    given = _checked(given)
-    loaded = loading.load(given)
-    names = loading.class_names(loaded, given)
-    problem = _problem(given, loaded)
-    label = _label(given, names)
+    loaded = trained.load(given.workdir, best_by=given.best_by)
+    names = asked.class_names(loaded, given)
+    if command == "edit":
+        given = _checked(given)
+        problem = _edit(given, loaded, names)
+    else:
+        problem = _explanation(given, loaded, names)
     out = Path(os.path.expanduser(given.out))
     for named in given.images:
         files.check_outside(out, named)
-
-    def prepare(images: np.ndarray) -> tuple[edits.Rows, edits.Recipe]:
-        labels = None if label is None else np.full(len(images), label, np.int32)
-        return edits.prepare(
-            problem.constraint(problem.degrade(images)),
-            labels,
-            loaded.config.evaluate.samples,
-            step_size=given.step_size,
-            num_steps=given.num_steps,
-            sampler=given.sampler,
-            schedule=given.schedule,
-            seed=given.seed,
-        )
-
+    prepare = partial(_prepare, given, loaded, problem)
+    variants = np.arange(len(problem.files))
     # All flags are looked at before an image is.
-    rows, recipe = prepare(np.zeros((1, *problem.shape), np.uint8))
+    black = np.zeros((len(variants), *problem.shape), np.uint8)
+    rows, recipe = prepare(black, variants)
     originals = inputs.pictures(
         given.images,
         given.index,
@@ -91,34 +106,148 @@ def run(given: argparse.Namespace, console: Console) -> None:
         class_names=loaded.class_names,
         by_place=given.classes_by_place,
     )
-    references = _references(given, originals, loaded)
+    if command == "edit":
+        problem = problem._replace(truths=_references(given, originals, loaded))
+    sizes = records.reading(rows.step_sizes.tolist())
     task = process.Task(
         shape=problem.shape,
-        variants=1,
-        rows=lambda images, variants: prepare(images)[0],
+        variants=len(variants),
+        rows=lambda images, variants: prepare(images, variants)[0],
         recipe=recipe,
-        write=partial(_write, out, problem, references, names, label is None),
-        protocol=loaded.described
-        | {"task": given.task, "target": given.target or "any"}
+        write=partial(_write, out, problem, names),
+        protocol=records.described(loaded, given.workdir)
         | problem.settings
-        | recipe._asdict()
         | {
-            "step_size": records.reading(rows.step_sizes[0]),
-            "references": {
-                name: inputs.fingerprint(image) for name, image in references.items()
-            },
+            "norm": given.norm,
+            "sampler": recipe.sampler,
+            "schedule": recipe.schedule,
+            "step_size": sizes[0] if len(sizes) == 1 else sizes,
+            "num_steps": recipe.num_steps,
+            "seed": recipe.seed,
+            "references": {n: inputs.fingerprint(x) for n, x in problem.truths.items()},
             "inputs": inputs.described(loaded.config, given.resize),
-            "note": "figures are of the results before they were rounded to bytes; "
-            "paths have the start, then every step; psnr in decibels, null where "
-            "an image is its truth",
+            "note": _NOTE,
         },
-        json=_JSON,
+        json=f"{command}.json",
     )
     results = process.run(loaded, originals, task, out, console)
-    say(console, f"{len(results)} images are in {out}{_mean_gain(results)}")
+    say(console, f"{len(results)} images are in {out}{problem.summary(results)}")
 
 
-def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
+def _prepare(
+    given: argparse.Namespace,
+    loaded: Trained,
+    problem: Problem,
+    images: np.ndarray,
+    variants: np.ndarray,
+) -> tuple[editing.Rows, drawing.Recipe]:
+    """Images [B, H, W, C] uint8 in variants [B] as rows to edit, and how."""
+    labels = problem.labels
+    return editing.prepare(
+        problem.constraint(problem.degrade(images), variants),
+        None if labels is None else labels[variants],
+        loaded.config.evaluate.samples,
+        step_size=given.step_size,
+        num_steps=given.num_steps,
+        sampler=given.sampler,
+        schedule=given.schedule,
+        seed=given.seed,
+    )
+
+
+def _write(
+    out: Path,
+    problem: Problem,
+    names: Sequence[str],
+    item: Item,
+    edited: editing.Edited,
+) -> list[dict[str, Any]]:
+    """Pictures and records of one image's variants."""
+    results, rows = [], []
+    for number, part in enumerate(problem.files):
+        shown, more = problem.compare(problem, names, item, edited, number)
+        file = f"{item.picture.name}_{part}.png"
+        files.write_image(out / file, files.as_bytes(edited.images[number]))
+        later = number // pictures.ROWS
+        strip = f"{item.picture.name}_strip{f'_{later + 1}' if later else ''}.png"
+        record = records.of_image(item, edited, number, names) | more
+        results.append(record | {"files": {"result": file, "strip": strip}})
+        rows.append(_row(edited, number, shown, names, problem.hole))
+    for first in range(0, len(rows), pictures.ROWS):
+        strip = out / results[first]["files"]["strip"]
+        shown_rows = rows[first : first + pictures.ROWS]
+        pictures.strip(strip, item.picture.name, shown_rows)
+    return results
+
+
+def _row(
+    edited: editing.Edited,
+    number: int,
+    shown: dict[str, np.ndarray],
+    names: Sequence[str],
+    hole: np.ndarray | None,
+) -> pictures.Row:
+    """One row of a strip: pictures, what changed, and the way there."""
+    path = edited.path
+    original, target = (names[k[number]] for k in (edited.originals, edited.targets))
+    curves = {f"p({target})": path.target_confidence[number]}
+    if original != target:
+        curves[f"p({original})"] = path.original_confidence[number]
+    change = edited.images[number] - edited.start[number]
+    return pictures.Row(shown, change, curves, path.energy[number], hole)
+
+
+def _explanation(
+    given: argparse.Namespace, loaded: Trained, names: Sequence[str]
+) -> Problem:
+    """Translation into every target, in a ball of every radius."""
+    targets = asked.parse_classes("--target", given.target, names).tolist()
+    radii = asked.parse_radii(given.radius)
+    pairs = [(target, radius) for target in dict.fromkeys(targets) for radius in radii]
+    length = np.asarray([radius for _, radius in pairs])
+
+    def compare(
+        problem: Problem,
+        names: Sequence[str],
+        item: Item,
+        edited: editing.Edited,
+        number: int,
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        target, radius = pairs[number]
+        before = float(edited.path.original_confidence[number, 0])
+        after = float(edited.path.target_confidence[number, -1])
+        original = names[edited.originals[number]]
+        title = f"as {names[target]}, {given.norm.capitalize()} radius {radius:g}"
+        shown = {
+            f"original\np({original}) = {before:.3g}": edited.start[number],
+            f"{title}\np({names[target]}) = {after:.3g}": edited.images[number],
+        }
+        reached = int(edited.path.predicted[number, -1]) == target
+        return shown, {"radius": radius, "norm": given.norm, "reached": reached}
+
+    def reached(results: Sequence[dict[str, Any]]) -> str:
+        return f"; of their target to the model: {sum(r['reached'] for r in results)}"
+
+    return Problem(
+        shape=loaded.image_shape,
+        degrade=constraints.as_images,
+        constraint=lambda x, variants: constraints.ball(
+            x, length[variants], given.norm
+        ),
+        labels=np.asarray([target for target, _ in pairs], np.int32),
+        files=[f"target{target}_radius{radius:g}" for target, radius in pairs],
+        compare=compare,
+        settings={
+            "asked": [
+                {"target": records.named(target, names), "radius": radius}
+                for target, radius in pairs
+            ]
+        },
+        summary=reached,
+    )
+
+
+def _edit(given: argparse.Namespace, loaded: Trained, names: Sequence[str]) -> Problem:
     height, width, channels = shape = loaded.image_shape
     hole = None
     if given.mask is not None:
@@ -142,11 +271,23 @@ def _problem(given: argparse.Namespace, loaded: Loaded) -> Problem:
         degrade = partial(_add_noise, given.sigma, given.seed)
     wanted = {name: getattr(given, name) for name in _TASKS[given.task]}
     settings = {k: v for k, v in wanted.items() if k not in ("mask", "target")}
-    settings |= {"norm": given.norm, "degrade": given.degrade}
+    settings |= {"degrade": given.degrade}
+    settings |= {"task": given.task, "target": given.target or "any"}
     if hole is not None:
         settings |= {"mask_sha256": inputs.fingerprint(hole)}
-    constraint = partial(_constraint, given, hole)
-    return Problem(given.task, shape, degrade, constraint, hole, settings)
+    label = _label(given, names)
+    return Problem(
+        shape=shape,
+        degrade=degrade,
+        constraint=lambda x, variants: _constraint(given, hole, x),
+        labels=None if label is None else np.asarray([label], np.int32),
+        files=[given.task],
+        compare=_compare,
+        settings=settings,
+        summary=_mean_gain,
+        hole=hole,
+        degraded=given.degrade,
+    )
 
 
 def _checked(given: argparse.Namespace) -> argparse.Namespace:
@@ -223,8 +364,8 @@ def _label(given: argparse.Namespace, names: Sequence[str]) -> int | None:
             raise UserError("--task=translate needs a class: give --target=3, say.")
         return None
     if given.target == "guess" and given.task != "translate":
-        return sampling.GUESS
-    found = loading.parse_classes("--target", given.target, names)
+        return editing.GUESS
+    found = asked.parse_classes("--target", given.target, names)
     if len(found) != 1:
         others = "" if given.task == "translate" else ", or guess or any"
         raise UserError(f"--target={given.target}: give one class{others}.")
@@ -232,7 +373,7 @@ def _label(given: argparse.Namespace, names: Sequence[str]) -> int | None:
 
 
 def _references(
-    given: argparse.Namespace, originals: Sequence[inputs.Picture], loaded: Loaded
+    given: argparse.Namespace, originals: Sequence[inputs.Picture], loaded: Trained
 ) -> dict[str, np.ndarray]:
     """Truth [H, W, C] uint8 by the picture's name, as far as it is given."""
     if given.reference and len(given.reference) != len(originals):
@@ -251,36 +392,29 @@ def _references(
     return found
 
 
-def _write(
-    out: Path,
+def _compare(
     problem: Problem,
-    references: dict[str, np.ndarray],
     names: Sequence[str],
-    free: bool,
     item: Item,
-    edited: sampling.Edited,
-) -> list[dict[str, Any]]:
-    """Pictures and record of one edit."""
-    name = item.picture.name
-    file, strip = f"{name}_{problem.task}.png", f"{name}_strip.png"
-    result, start = edited.images[0], edited.start[0]
-    files.write_image(out / file, files.as_bytes(result))
-    record = records.of_image(item, edited, 0, names)
-    record["files"] = {"result": file, "strip": strip}
-    if free:
-        record |= {"target": None, "target_confidence": None}
-    truth = references.get(name, item.image if problem.settings["degrade"] else None)
+    edited: editing.Edited,
+    number: int,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Input, result and, where it is known, the truth."""
+    del names
+    more: dict[str, Any] = {}
+    if problem.labels is None:
+        more = {"target": None, "target_confidence": None}
+    result, start = edited.images[number], edited.start[number]
     shown = {"input": problem.degrade(item.image[None])[0]}
+    given = item.image if problem.degraded else None
+    truth = problem.truths.get(item.picture.name, given)
     if truth is None:
-        shown["result"] = result
-    else:
-        true = constraints.as_images(truth)[0]
-        record["psnr"] = _psnr(true, start, result, problem.hole)
-        psnr = record["psnr"]["result"]
-        ratio = math.inf if psnr is None else psnr
-        shown |= {f"result, PSNR {ratio:.1f} dB": result, "truth": true}
-    pictures.strip(out / strip, name, [_row(edited, shown, names, problem.hole)])
-    return [record]
+        return shown | {"result": result}, more
+    true = constraints.as_images(truth)[0]
+    more["psnr"] = _psnr(true, start, result, problem.hole)
+    psnr = more["psnr"]["result"]
+    ratio = math.inf if psnr is None else psnr
+    return shown | {f"result, PSNR {ratio:.1f} dB": result, "truth": true}, more
 
 
 def _psnr(
@@ -296,21 +430,6 @@ def _psnr(
             finite = math.isfinite(value)
             values[name + region] = records.reading(value) if finite else None
     return values
-
-
-def _row(
-    edited: sampling.Edited,
-    shown: dict[str, np.ndarray],
-    names: Sequence[str],
-    hole: np.ndarray | None,
-) -> pictures.Row:
-    path = edited.path
-    original, target = (names[k[0]] for k in (edited.originals, edited.targets))
-    curves = {f"p({target})": path.target_confidence[0]}
-    if original != target:
-        curves[f"p({original})"] = path.original_confidence[0]
-    change = edited.images[0] - edited.start[0]
-    return pictures.Row(shown, change, curves, path.energy[0], hole)
 
 
 def _mean_gain(results: Sequence[dict[str, Any]]) -> str:

@@ -115,13 +115,6 @@ def of_edit() -> Parser:
         metavar="IMAGE",
         help="the truth of an image, for its PSNR; repeat it for several images",
     )
-    add(
-        "--sampler",
-        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
-        "default: the config's, in balls pgd, in linf balls sign",
-    )
-    add("--schedule", default="constant", help="constant, linear or cosine")
-    add("--seed", type=int, default=0, help="of noise")
     return parser
 
 
@@ -150,3 +143,10 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add("--norm", default="l2", help="of the ball: l2 or linf")
     add("--step_size", type=float, help="default: the config's, or radius / 5 if less")
     add("--num_steps", type=int, help="default: the config's")
+    add(
+        "--sampler",
+        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
+        "default: the config's, in balls pgd, in linf balls sign",
+    )
+    add("--schedule", default="constant", help="constant, linear or cosine")
+    add("--seed", type=int, default=0, help="of noise")

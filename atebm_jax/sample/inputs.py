@@ -167,31 +167,6 @@ def read_mask(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
     return mask
 
 
-def read_example(
-    source: data.Source, place: int, preprocess: str, settings: Any
-) -> np.ndarray | None:
-    """[H, W, C] uint8 of one image of a data set; None where it cannot be decoded.
-
-    Args:
-      source: the data set.
-      place: of the image in it.
-      preprocess: as `config.data.preprocess` or `preprocess_seeds`.
-      settings: `config.data`.
-    """
-    with data.eval_batches(
-        source,
-        preprocess=preprocess,
-        batch_size=1,
-        image_shape=tuple(settings.image_shape),
-        start=place,
-        num_threads=1,
-        prefetch=1,
-        max_bad_images=settings.max_bad_images,
-    ) as batches:
-        batch = next(batches)
-    return batch["images"][0] if batch["mask"][0] else None
-
-
 def described(config: Any, resize: bool) -> dict[str, Any]:
     """The rule by which images came to the network's shape, for protocols."""
     prepared = config.data.preprocess or "scaled to cover, cut in the middle"
@@ -269,14 +244,16 @@ def _of_source(source: data.Source, index: str | None, config: Any) -> list[Pict
             "or --index=all."
         )
     labelled = source.num_classes == config.model.num_classes
+    operations = data.parse(settings.preprocess)
     prefix = names.for_files(re.sub(r"[^\w.-]+", "_", spec))
 
     def picture(place: int) -> Picture:
         def read(shape: tuple[int, ...]) -> np.ndarray:
-            image = read_example(source, place, settings.preprocess, settings)
             origin = source.describe(place)
-            if image is None:
+            made = data.read(source, place, operations, tuple(settings.image_shape))
+            if made is None:
                 raise UserError(f"{origin} cannot be decoded: leave it out.")
+            image = made[0]
             if image.shape != tuple(shape):
                 raise UserError(
                     f"{origin} has {_size(image.shape)} pixels and {_size(shape)} are "

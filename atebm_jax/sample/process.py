@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import sampling
+from atebm_jax import drawing, editing
 from atebm_jax.errors import UserError
 from atebm_jax.progress import track
-from atebm_jax.sample import chunks, edits, files, inputs, records
+from atebm_jax.sample import files, inputs, records
 from atebm_jax.sample.inputs import Picture
-from atebm_jax.sample.loading import Loaded
+from atebm_jax.trained import Trained
 from atebm_jax.workdir_lock import held
 
 # What may differ between two commands that write to one folder.
@@ -44,15 +44,15 @@ class Task(NamedTuple):
 
     shape: tuple[int, ...]
     variants: int
-    rows: Callable[[np.ndarray, np.ndarray], edits.Rows]
-    recipe: edits.Recipe
-    write: Callable[[Item, sampling.Edited], list[dict[str, Any]]]
+    rows: Callable[[np.ndarray, np.ndarray], editing.Rows]
+    recipe: editing.Recipe
+    write: Callable[[Item, editing.Edited], list[dict[str, Any]]]
     protocol: dict[str, Any]
     json: str
 
 
 def run(
-    loaded: Loaded,
+    loaded: Trained,
     pictures: Sequence[Picture],
     task: Task,
     out: Path,
@@ -76,7 +76,7 @@ def run(
 
 
 def _into(
-    loaded: Loaded,
+    loaded: Trained,
     pictures: Sequence[Picture],
     hashes: Sequence[str],
     task: Task,
@@ -109,8 +109,8 @@ def _into(
 
 
 def _edited(
-    loaded: Loaded, pending: Sequence[Picture], task: Task, console: Console
-) -> Iterator[tuple[Item, sampling.Edited]]:
+    loaded: Trained, pending: Sequence[Picture], task: Task, console: Console
+) -> Iterator[tuple[Item, editing.Edited]]:
     """(item, its results) of one picture after the other."""
     if not pending:
         return
@@ -118,7 +118,7 @@ def _edited(
     read: dict[int, Item] = {}
     made: dict[int, list[Any]] = {}
 
-    def rows_of(indices: np.ndarray) -> edits.Rows:
+    def rows_of(indices: np.ndarray) -> editing.Rows:
         inside = np.minimum(indices, number - 1)
         places = (inside // variants).tolist()
         for place in dict.fromkeys(places):
@@ -128,10 +128,10 @@ def _edited(
         images = np.stack([read[place].image for place in places])
         return task.rows(images, inside % variants)
 
-    drawn = edits.edit_chunks(
+    drawn = editing.edit_chunks(
         loaded.model, loaded.variables, rows_of, task.recipe, number
     )
-    for indices, edited in track(drawn, "images", console, -(-number // chunks.CHUNK)):
+    for indices, edited in track(drawn, "images", console, drawing.num_chunks(number)):
         for row, index in enumerate(indices):
             one = jax.tree.map(lambda array: array[row], edited)  # noqa: B023
             place = index // variants

@@ -4,6 +4,7 @@ An image's results are a hidden file of their own, written after its pictures, u
 the command ends and gathers all: stopped at any moment, the next one goes on.
 """
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,11 +15,25 @@ import jax
 import numpy as np
 
 from atebm_jax import storage
+from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError
-from atebm_jax.sample.loading import named
-from atebm_jax.sampling import Edited
+from atebm_jax.trained import Trained
 
 _PARTS = ".results"
+
+
+def described(loaded: Trained, path: str) -> dict[str, Any]:
+    """Which model it was, for protocols."""
+    return {
+        "checkpoint": str(path),
+        "averaged_weights_sha256": loaded.fingerprint,
+        "versions": {n: importlib.metadata.version(n) for n in ("atebm_jax", "jax")},
+    }
+
+
+def named(k: int, names: Sequence[str]) -> dict[str, Any]:
+    """A class for JSON."""
+    return {"class": int(k), "name": names[k]}
 
 
 def finished(folder: Path, content: dict[str, Any]) -> dict[tuple, list[Any]]:

@@ -12,7 +12,8 @@ from atebm_jax.data import (
     eval_batches,
     materialise,
     open_source,
-    seed_images,
+    parse,
+    read_or_next,
     train_batches,
 )
 from atebm_jax.errors import UserError
@@ -363,17 +364,15 @@ def test_materialise_gathers_decodable_images_from_the_whole_source(flat_folder)
     assert images.shape == (5, 8, 8, 3) and labels.tolist() == [-1] * 5
 
 
-def test_next_image_stands_in_for_a_seed_that_cannot_be_decoded(flat_folder):
+def test_next_image_stands_in_for_one_that_cannot_be_decoded(flat_folder):
     source = open_source(f"folder:{flat_folder(8, bad=(1, 4, 5, 7))}")
-    images, stand_in = seed_images(source, "", (8, 8, 3))
-    assert (images[:, 0, 0, 0] // 5).tolist() == [0, 2, 2, 3, 6, 6, 6, 0]
-    assert np.flatnonzero(stand_in).tolist() == [1, 4, 5, 7]
-    # Every second one.
-    images, stand_in = seed_images(source, "", (8, 8, 3), 4)
-    assert (images[:, 0, 0, 0] // 5).tolist() == [0, 2, 6, 6]
-    assert stand_in.tolist() == [False, False, True, False]
+    settings = {"operations": parse(""), "image_shape": (8, 8, 3)}
+    read = [read_or_next(source, i, max_bad_images=9, **settings) for i in range(8)]
+    levels = [int(image[0, 0, 0]) // 5 for image, _ in read]
+    assert levels == [0, 2, 2, 3, 6, 6, 6, 0]
+    assert [i for i, (_, own) in enumerate(read) if not own] == [1, 4, 5, 7]
     with pytest.raises(UserError, match="are tolerated.*00[0-9].png"):
-        seed_images(source, "", (8, 8, 3), max_bad_images=1)
+        read_or_next(source, 4, max_bad_images=1, **settings)
 
 
 def test_images_too_thin_to_be_resized_are_counted_as_bad(tmp_path):

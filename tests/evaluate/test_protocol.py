@@ -13,7 +13,7 @@ from PIL import Image
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint, data
-from atebm_jax.evaluate import classification, ood, suite, suite_report
+from atebm_jax.evaluate import classification, ood, report, suite
 from atebm_jax.evaluate.options import Options
 
 pytestmark = pytest.mark.usefixtures("one_program_an_attack")
@@ -73,42 +73,42 @@ def test_temperature_is_never_fitted_on_reported_images(workdir, tmp_path):
         "data.test": f"folder:{tmp_path / 'test'}",
         "data.eval": f"folder:{tmp_path / 'eval'}",
     }
-    report = evaluate(workdir, tmp_path / "out", ("calibration",), **settings)
-    protocol = report["metrics"]["calibration"]["protocol"]
-    figures = report["metrics"]["calibration"]["figures"]
+    result = evaluate(workdir, tmp_path / "out", ("calibration",), **settings)
+    protocol = result["metrics"]["calibration"]["protocol"]
+    figures = result["metrics"]["calibration"]["figures"]
     assert protocol["left_out_as_test_images"] == 40
     assert figures["temperature"]["count"] == 40
     assert figures["ece_before"]["count"] == 60
     # Nothing else held out: half of the test images are given up for the fit.
     settings["data.eval"] = f"folder:{tmp_path / 'test'}/../test"
-    report = evaluate(workdir, tmp_path / "out", ("calibration",), **settings)
-    metric = report["metrics"]["calibration"]
+    result = evaluate(workdir, tmp_path / "out", ("calibration",), **settings)
+    metric = result["metrics"]["calibration"]
     assert metric["protocol"]["fitted_on"] == "every second test image"
     assert metric["figures"]["ece_before"]["count"] == 30
 
 
 def test_report_names_data_versions_and_its_own_plots_only(workdir, tmp_path):
     evaluate(workdir, tmp_path, ("pgd",), replace(OPTIONS, epsilons=(0.5,)))
-    report = evaluate(workdir, tmp_path, ("calibration",))
+    result = evaluate(workdir, tmp_path, ("calibration",))
     assert (tmp_path / "robust_accuracy.png").exists()
     text = (tmp_path / "report.md").read_text()
     assert "![reliability.png]" in text and "robust_accuracy.png" not in text
     for said in (
-        report["data"]["test"]["sha256"],
-        report["checkpoint"]["averaged_weights_sha256"],
+        result["data"]["test"]["sha256"],
+        result["checkpoint"]["averaged_weights_sha256"],
         "80 of 359 of digits:test, 8x8x1, preprocessing none",
-        f"jaxlib {report['versions']['jaxlib']}",
+        f"jaxlib {result['versions']['jaxlib']}",
     ):
         assert said in text
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == result
 
 
 def test_training_evaluation_and_model_have_one_adversary(workdir, tmp_path):
     """The momentum and the memory of the config's attack count in all of them."""
     trained = json.loads((workdir / "report.json").read_text())
     options = replace(OPTIONS, num_examples=0, epsilons=(0.5,))
-    report = suite.evaluate(workdir, tmp_path, metrics=("pgd",), options=options)
-    metric = report["metrics"]["pgd"]
+    result = suite.evaluate(workdir, tmp_path, metrics=("pgd",), options=options)
+    metric = result["metrics"]["pgd"]
     model = atebm_jax.load(workdir)
     images, labels = digits("test", 359)
 
@@ -263,5 +263,5 @@ def test_intervals_of_detection_are_no_points_and_stay_in_bounds(name, apart):
 
 
 def test_texts_of_lists_and_of_nothing_are_readable():
-    assert suite_report._text(["a", "b"]) == "a, b"
-    assert suite_report._text([]) == suite_report._text("") == "none"
+    assert report._text(["a", "b"]) == "a, b"
+    assert report._text([]) == report._text("") == "none"

@@ -10,7 +10,7 @@ from etils import epath
 from rich.console import Console
 
 from atebm_jax import UserError
-from atebm_jax.evaluate import report, samples, suite_report
+from atebm_jax.evaluate import pixel_scores, report
 
 
 def test_table_has_a_row_a_stage_and_only_measured_columns():
@@ -23,7 +23,7 @@ def test_table_has_a_row_a_stage_and_only_measured_columns():
         "seed": 0,
         "notes": ["robust: how it was measured."],
     }
-    report.show(Console(file=printed, width=120), content)
+    report.show_stages(Console(file=printed, width=120), content)
     assert "0.9750" in printed.getvalue() and "agreement" not in printed.getvalue()
     assert "0.051" in printed.getvalue()
     assert "how it was measured" in printed.getvalue()
@@ -40,9 +40,9 @@ def test_names_stand_in_tables_as_they_are(name):
         "seed": 0,
         "notes": [f"images of {name}"],
     }
-    report.show(console, content)
+    report.show_stages(console, content)
     figures = {f"{name}/clean/auroc": {"value": 0.5}}
-    suite_report.show(console, {"metrics": {"ood": {"figures": figures}}})
+    report.show_figures(console, {"metrics": {"ood": {"figures": figures}}})
     shown = printed.getvalue()
     assert f"folder:{name}, seed 0" in shown and f"images of {name}" in shown
     assert f"{name} (6 steps)" in shown and f"{name}/clean/auroc" in shown
@@ -50,30 +50,30 @@ def test_names_stand_in_tables_as_they_are(name):
 
 def test_report_is_read_as_it_was_written(tmp_path):
     workdir = epath.Path(tmp_path)
-    assert report.read(workdir) is None
+    assert report.read_stages(workdir) is None
     written = {"seed": 1, "stages": {}}
-    report.write(workdir, written)
-    assert report.read(workdir) == written
+    report.write_stages(workdir, written)
+    assert report.read_stages(workdir) == written
     assert json.loads((tmp_path / "report.json").read_text()) == written
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "\udcff"])
 def test_damaged_report_counts_as_none(tmp_path, text):
     (tmp_path / "report.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert report.read(epath.Path(tmp_path)) is None
+    assert report.read_stages(epath.Path(tmp_path)) is None
 
 
 @pytest.fixture
 def reference(digits):
     settings = type("Settings", (), {"pca_components": 16, "judge": "svc"})
-    return samples.make_reference(*digits, settings)
+    return pixel_scores.make_reference(*digits, settings)
 
 
 def test_reference_of_one_class_is_told_by_the_field_that_took_it(digits):
     settings = type("Settings", (), {"num_reference": 2, "judge": "svc"})
     images, labels = digits
     with pytest.raises(UserError, match="num_reference is 2, which takes 2 .* judge"):
-        samples.make_reference(images[:2], labels[:2] * 0, settings)
+        pixel_scores.make_reference(images[:2], labels[:2] * 0, settings)
 
 
 @pytest.fixture
@@ -84,17 +84,17 @@ def digits():
 
 
 def test_real_images_are_near_themselves_and_agree_with_their_labels(reference, digits):
-    scores = samples.score(reference, *digits)
+    scores = pixel_scores.score(reference, *digits)
     assert scores["sample_distance"] == pytest.approx(0, abs=1e-6)
     assert scores["sample_agreement"] > 0.98
     noise = np.random.default_rng(0).random((50, 8, 8, 1), np.float32)
-    assert samples.score(reference, noise, digits[1][:50])["sample_distance"] > 1
+    assert pixel_scores.score(reference, noise, digits[1][:50])["sample_distance"] > 1
 
 
 def test_broken_samples_are_infinitely_far(reference, digits):
     images = digits[0][:20].astype(np.float32) / 255
     images[3] = np.inf
-    assert samples.score(reference, images, digits[1][:20])["sample_distance"] == (
+    assert pixel_scores.score(reference, images, digits[1][:20])["sample_distance"] == (
         float("inf")
     )
 
@@ -114,7 +114,7 @@ def test_names_end_no_row_of_a_report():
         "device": "1 x cpu",
         "notes": [name],
     }
-    lines = suite_report.markdown(content).splitlines()
+    lines = report.markdown(content).splitlines()
     assert r"| folder:a&#124;b\nc/auroc | 0.5000 |  |  |" in lines
     assert r"- set: folder:a|b\nc" in lines and r"- folder:a|b\nc" in lines
     assert all(line[:1] in ("", "#", "-", "|") for line in lines)

@@ -9,9 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, data, load, metrics, sharding, workdir_lock
-from atebm_jax.evaluate import drawing, extractors, generation, references, suite
-from atebm_jax.evaluate.context import Context, Options
+from atebm_jax import UserError, drawing, load, metrics, workdir_lock
+from atebm_jax.evaluate import extractors, generation, references, suite
+from atebm_jax.evaluate.context import Options
 from atebm_jax.sample import __main__ as sample
 
 
@@ -251,28 +251,6 @@ def folder_of_seeds(folder, number, bad):
         image.save(folder / f"{level:02d}.png")
     (folder / f"{bad:02d}.png").write_text("no image")
     return folder
-
-
-@pytest.mark.parametrize("size", [8, 24])
-def test_seed_that_cannot_be_decoded_gives_way_to_the_next(tmp_path, size):
-    """Never a black image, whether seeds fill a batch or not."""
-    config = tiny.config(**{"evaluate.batch_size": size, "data.seeds": "mine"})
-    source = data.open_source(f"folder:{folder_of_seeds(tmp_path / 'seeds', 20, 5)}")
-    context = Context(
-        config=config,
-        model=None,
-        variables=None,
-        mesh=sharding.make_mesh(),
-        sources={"seeds": source},
-        fingerprints={},
-        store=None,
-        options=Options(),
-    )
-    images, stand_in = next(drawing._seeds(context, 0))
-    places = np.arange(8) * 20 // 16 if size == 8 else np.arange(24) % 20
-    levels = 10 * np.where(places == 5, 6, places)
-    np.testing.assert_allclose(np.asarray(images)[:, 0, 0, 0] * 255, levels, atol=1e-4)
-    np.testing.assert_array_equal(stand_in, places == 5)
 
 
 def test_another_network_names_its_scores(workdir, options, tmp_path):

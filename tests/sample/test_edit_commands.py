@@ -1,15 +1,22 @@
 """explain and edit: what they write, that results keep their identity, mistakes."""
 
-import argparse
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from atebm_jax import UserError, constraints, data, pictures, workdir_lock
+from atebm_jax import (
+    UserError,
+    constraints,
+    data,
+    editing,
+    pictures,
+    trained,
+    workdir_lock,
+)
 from atebm_jax.sample import __main__ as command
-from atebm_jax.sample import draw, edits, loading
+from atebm_jax.sample import draw
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def plain(monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded(workdir):
-    return loading.load(argparse.Namespace(workdir=workdir, best_by=None))
+    return trained.load(workdir)
 
 
 def run(name, workdir, out, *more):
@@ -59,10 +66,10 @@ def test_edits_take_the_sampler_that_the_config_s_steps_are_of(loaded):
         (constraints.ball(images, 2.0), "pgd", 0.4),
         (constraints.ball(images, 0.1, "linf"), "sign", 0.02),
     ):
-        rows, recipe = edits.prepare(constraint, None, settings)
+        rows, recipe = editing.prepare(constraint, None, settings)
         assert recipe.sampler == sampler
         np.testing.assert_allclose(rows.step_sizes, size, rtol=1e-6)
-    rows, recipe = edits.prepare(
+    rows, recipe = editing.prepare(
         constraints.ball(images, 2.0), None, settings, sampler="sgld"
     )
     assert recipe.sampler == "sgld(noise=0.01)"
@@ -171,7 +178,7 @@ def test_stopped_command_makes_only_what_is_missing(
     assert (out / written[0]).stat().st_mtime_ns == old
     # Another image joins those that are there; a finished command computes nothing.
     with monkeypatch.context() as patch:
-        patch.setattr(edits, "edit_chunks", lambda *a: pytest.fail("computed again"))
+        patch.setattr(editing, "edit_chunks", lambda *a: pytest.fail("computed again"))
         assert run("explain", workdir, out, *arguments) == expected
     more = run("explain", workdir, out, digits / "5.png", *arguments[2:])
     assert more["results"][:5] == expected["results"] and len(more["results"]) == 6
@@ -354,7 +361,7 @@ def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path,
 def test_mistakes_are_told_and_nothing_is_written(
     workdir, loaded, digits, tmp_path, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr(loading, "load", lambda flags: loaded)
+    monkeypatch.setattr(trained, "load", lambda *a, **k: loaded)
     given = [argument.format(d=digits) for argument in arguments]
     with pytest.raises(UserError, match=message):
         run(given[0], workdir, tmp_path / "out", *given[1:])
@@ -364,7 +371,7 @@ def test_mistakes_are_told_and_nothing_is_written(
 def test_one_command_writes_into_a_folder_at_a_time(
     workdir, loaded, digits, tmp_path, monkeypatch, plain
 ):
-    monkeypatch.setattr(loading, "load", lambda flags: loaded)
+    monkeypatch.setattr(trained, "load", lambda *a, **k: loaded)
     commands = [
         ("explain", digits / "0.png", "--target=1"),
         ("edit", digits / "0.png", "--task=translate", "--target=1"),
@@ -377,7 +384,7 @@ def test_one_command_writes_into_a_folder_at_a_time(
 
 
 def test_home_is_found_in_paths(workdir, loaded, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda flags: loaded)
+    monkeypatch.setattr(trained, "load", lambda *a, **k: loaded)
     monkeypatch.setenv("HOME", str(digits.parent))
     flags = ["--task=inpaint", "--mask=~/none.png", "--target=1"]
     with pytest.raises(UserError, match="black everywhere"):

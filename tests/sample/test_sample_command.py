@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from atebm_jax import UserError, checksums, workdir_lock
+from atebm_jax import UserError, checksums, drawing, workdir_lock
 from atebm_jax.sample import __main__ as command
-from atebm_jax.sample import chunks
 
 
 def draw(workdir, out, *more):
@@ -231,7 +230,7 @@ def test_protocol_without_images_is_no_obstacle(workdir, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(chunks, "draw", none)
+        patch.setattr(drawing, "draw", none)
         draw(workdir, tmp_path, "--count=2", "--num_steps=4")
     assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
     assert len(draw(workdir, tmp_path, "--count=2")["arr_0"]) == 2
@@ -239,7 +238,7 @@ def test_protocol_without_images_is_no_obstacle(workdir, tmp_path):
 
 def test_samples_that_are_no_numbers_are_not_drawn(workdir, tmp_path, monkeypatch):
     broken = [(0, np.full((32, 8, 8, 1), np.nan, np.float32))]
-    monkeypatch.setattr(chunks, "draw", lambda *arguments: iter(broken))
+    monkeypatch.setattr(drawing, "draw", lambda *arguments: iter(broken))
     with pytest.raises(UserError, match="not finite numbers: the network has diverged"):
         draw(workdir, tmp_path, "--count=2")
     assert not list(tmp_path.glob("*.png"))
@@ -285,7 +284,7 @@ def test_seeds_of_another_size_leave_nothing_behind(workdir, tmp_path):
         (["--smooth=65"], "0 to 64 pixels"),
         (["--seed=-1"], "seed is -1"),
         (["--seed=4294967296"], "seed is 4294967296"),
-        (["--quantise=up"], "--quantise is 'up'"),
+        (["--quantise=up"], "unknown --quantise 'up'"),
         (["--seeds=folder:/nowhere"], "nowhere"),
         (["--workdir=/nowhere"], "no checkpoint at /nowhere"),
     ],
@@ -307,11 +306,10 @@ def test_unknown_flag_exits_with_2(capsys):
 
 def test_other_seeds_and_steps_need_no_compilation(workdir):
     import atebm_jax
-    from atebm_jax.sample import chunks
 
     model = atebm_jax.load(workdir)
     model.sample(count=1, num_steps=1, target_energy=0.0)
-    before = chunks._program.cache_info().misses
+    before = drawing._program.cache_info().misses
     for seed in range(3):
         model.sample(
             count=1,
@@ -320,4 +318,4 @@ def test_other_seeds_and_steps_need_no_compilation(workdir):
             step_size=0.1 + seed,
             target_energy=float(seed),
         )
-    assert chunks._program.cache_info().misses == before
+    assert drawing._program.cache_info().misses == before

@@ -1,4 +1,4 @@
-"""Samples of a model and two scores of them that need no downloaded network.
+"""Two scores of samples, on pixels: they need no network.
 
 The sample distance is the Frechet distance between real images and samples on the
 principal components of the training pixels. It compares runs on one data set; it is
@@ -9,21 +9,13 @@ calls by the requested class.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from atebm_jax import ascent, energy, metrics, models, sampling, sharding
+from atebm_jax import metrics
 from atebm_jax.errors import UserError
-
-SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-# (numbers [B], labels [B]) -> seeds float32 [B, H, W, C] in [0, 1].
-SeedsFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 JUDGES: dict[str, Callable[[], Any]] = {"svc": lambda: SVC(gamma="scale")}
 
@@ -112,88 +104,6 @@ def score(
         agrees = reference.judge.predict(pixels) == labels
         result["sample_agreement"] = float(agrees.mean())
     return result
-
-
-def make_sampler(
-    model: nn.Module, config: ml_collections.ConfigDict, mesh: Mesh, seed: int
-) -> SampleFn:
-    """Compiles conditional sampling with the settings of `config.evaluate.samples`.
-
-    Args:
-      model: images to logits.
-      config: `config.evaluate.samples`.
-      mesh: where batches live.
-      seed: of the noise of samplers that have some.
-
-    Returns:
-      (variables, seeds [B, H, W, C], labels [B], numbers [B] int32) -> images
-      [B, H, W, C] in [0, 1], each by its own seed, label and number.
-    """
-    rule = ascent.rule(config.sampler)
-
-    def sample(
-        variables: Any, seeds: jax.Array, labels: jax.Array, numbers: jax.Array
-    ) -> jax.Array:
-        logits_fn = models.logits_fn(model, variables)
-        return ascent.climb(
-            lambda x: energy.score(logits_fn(x), labels),
-            seeds,
-            rule,
-            keys=sampling.step_keys(jax.random.key(seed), numbers),
-            step_size=config.step_size,
-            num_steps=config.num_steps,
-        )
-
-    return jax.jit(sample, out_shardings=sharding.replicated(mesh))
-
-
-def draw(
-    sample: SampleFn,
-    variables: Any,
-    *,
-    num: int,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    batch_size: int,
-    seed: int,
-    mesh: Mesh,
-    seeds_of: SeedsFn | None = None,
-    check_stop: Callable[[], None] = lambda: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws class-balanced samples in batches of one size.
-
-    Args:
-      sample: as of `make_sampler`.
-      variables: the network, placed on every device.
-      num: how many.
-      num_classes: labels run 0..K-1 cyclically.
-      image_shape: (H, W, C).
-      batch_size: images at once; a multiple of the device count.
-      seed: of the noise seeds; image i is the same for every `num`.
-      mesh: where batches live.
-      seeds_of: seeds by number and label, instead of noise.
-      check_stop: called before every batch; raises where the job shall end.
-
-    Returns:
-      (images [num, H, W, C] float32 in [0, 1], labels [num] int32).
-    """
-    key = jax.random.key(seed)
-    target = sharding.batched(mesh)
-    images = []
-    for start in range(0, num, batch_size):
-        check_stop()
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
-        if seeds_of is None:
-            noise = sampling.noise_seeds(key, jnp.asarray(indices), image_shape)
-            start_images = np.asarray(noise)
-        else:
-            start_images = seeds_of(indices, indices % num_classes)
-        seeds = jax.device_put(start_images, target)
-        labels = jax.device_put(indices % num_classes, target)
-        numbers = jax.device_put(indices, target)
-        images.append(np.asarray(sample(variables, seeds, labels, numbers)))
-    labels = np.asarray(sampling.cyclic_labels(num, num_classes))
-    return np.concatenate(images)[:num], labels
 
 
 def _flatten(images: np.ndarray) -> np.ndarray:

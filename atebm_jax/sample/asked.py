@@ -1,76 +1,21 @@
-"""A trained model for the commands, and its classes by number or name."""
+"""What flags ask for: classes by number or name, and radii."""
 
 import argparse
-import importlib.metadata
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import flax.linen as nn
 import ml_collections
 import numpy as np
 
-from atebm_jax import checkpoint, data, models
-from atebm_jax import config as configuration
+from atebm_jax import data
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.store import weights_fingerprint
-from atebm_jax.seeds import Gaussian, from_arrays
+from atebm_jax.trained import Trained
 
 _log = logging.getLogger(__name__)
 
 
-class Loaded(NamedTuple):
-    """A trained model.
-
-    Attributes:
-      model: images to logits.
-      variables: its averaged weights.
-      config: complete.
-      image_shape: (H, W, C).
-      num_classes: K.
-      described: for protocols.
-      gaussian: what seeds of training were drawn from; None where they were not.
-      class_names: K names, or None where the checkpoint has none.
-    """
-
-    model: nn.Module
-    variables: Any
-    config: Any
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    described: dict[str, Any]
-    gaussian: Gaussian | None = None
-    class_names: tuple[str, ...] | None = None
-
-
-def load(flags: argparse.Namespace) -> Loaded:
-    """Loads --workdir.
-
-    Raises:
-      UserError: nothing is there, or it cannot be read.
-    """
-    weights, meta = checkpoint.load_weights(flags.workdir, best_by=flags.best_by)
-    config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
-    described = {
-        "checkpoint": str(flags.workdir),
-        "averaged_weights_sha256": weights_fingerprint(weights),
-        "versions": {n: importlib.metadata.version(n) for n in ("atebm_jax", "jax")},
-    }
-    shape = tuple(config.data.image_shape)
-    return Loaded(
-        models.build(config.model),
-        weights,
-        config,
-        shape,
-        config.model.num_classes,
-        described,
-        from_arrays(meta["seeds"], shape) if "seeds" in meta else None,
-        checkpoint.class_names(meta),
-    )
-
-
-def class_names(loaded: Loaded, flags: argparse.Namespace) -> list[str]:
+def class_names(loaded: Trained, flags: argparse.Namespace) -> list[str]:
     """K names: those of the checkpoint, or numbers where it has none.
 
     With --classes_by_place such a checkpoint takes them from the config's test images,
@@ -90,7 +35,7 @@ def class_names(loaded: Loaded, flags: argparse.Namespace) -> list[str]:
     return [str(k) for k in range(number)]
 
 
-def _names_of_data(config: Any, data_dir: str) -> tuple[str, ...]:
+def _names_of_data(config: ml_collections.ConfigDict, data_dir: str) -> tuple[str, ...]:
     try:
         source = data.open_source(config.data.test, data_dir or config.data.data_dir)
     except (UserError, ImportError):
@@ -109,11 +54,6 @@ def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
         return np.arange(len(names), dtype=np.int32)
     words = [text] if text in names else [part.strip() for part in text.split(",")]
     return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
-
-
-def named(k: int, names: Sequence[str]) -> dict[str, Any]:
-    """A class for JSON."""
-    return {"class": int(k), "name": names[k]}
 
 
 def parse_radii(text: str) -> list[float]:

@@ -1,14 +1,27 @@
-"""Samples, edits, seeds and labels."""
+"""Samples, their seeds and labels, and edits."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
+from flax import linen as nn
+from PIL import Image
 
-from atebm_jax import ascent, attacks, constraints, energy, models, sampling
+from atebm_jax import (
+    ascent,
+    attacks,
+    constraints,
+    data,
+    drawing,
+    editing,
+    energy,
+    models,
+)
 
 SHAPE = (4, 4, 3)
+LABELS = jnp.arange(6) % 3
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +86,8 @@ def marginal_score(x):
 
 
 def test_samples_of_a_linear_model_lower_their_own_energy():
-    seeds = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
-    labels = sampling.cyclic_labels(6, 3)
+    seeds = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    labels = LABELS
     options = {"step_size": 0.2, "num_steps": 5}
     made = ascent.climb(joint_score(labels), seeds, **options)
     assert (made >= 0).all() and (made <= 1).all()
@@ -92,7 +105,7 @@ def test_samples_of_a_linear_model_lower_their_own_energy():
 def edit(constraint, labels, num_steps=6, capacity=8, **options):
     keys = jnp.broadcast_to(jax.random.key(0), constraint.start.shape[:1])
     settings = {"rule": ascent.pgd(), "step_size": 0.3} | options
-    return sampling.edit(
+    return editing.descend(
         linear_logits,
         constraint,
         labels,
@@ -104,8 +117,8 @@ def edit(constraint, labels, num_steps=6, capacity=8, **options):
 
 
 def test_edit_in_a_ball_is_the_counterfactual():
-    images = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
-    targets = sampling.cyclic_labels(6, 3)
+    images = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    targets = LABELS
     for norm, rule in (("l2", ascent.pgd()), ("linf", ascent.sign())):
         made = edit(constraints.ball(images, 0.4, norm), targets, rule=rule)
         expected = attacks.attack(
@@ -119,8 +132,8 @@ def test_edit_in_a_ball_is_the_counterfactual():
 
 
 def test_path_of_an_edit_reads_its_images():
-    images = sampling.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
-    labels = sampling.cyclic_labels(6, 3)
+    images = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    labels = LABELS
     made = edit(constraints.ball(images, 1.0), labels)
     for row, x in ((0, images), (6, made.images)):
         logits = linear_logits(x)
@@ -139,12 +152,12 @@ def test_path_of_an_edit_reads_its_images():
 
 
 def test_edit_without_a_class_or_with_a_guessed_one():
-    images = sampling.noise_seeds(jax.random.key(1), jnp.arange(3), SHAPE)
+    images = drawing.noise_seeds(jax.random.key(1), jnp.arange(3), SHAPE)
     ball = constraints.ball(images, 1.0)
     free = edit(ball, None)
     marginal = energy.marginal(linear_logits(free.images))
     np.testing.assert_allclose(free.path.energy[6], marginal)
-    guessed = edit(ball, jnp.full(3, sampling.GUESS))
+    guessed = edit(ball, jnp.full(3, editing.GUESS))
     np.testing.assert_array_equal(guessed.targets, guessed.originals)
     told = edit(ball, guessed.originals)
     np.testing.assert_array_equal(guessed.images, told.images)
@@ -159,27 +172,27 @@ def test_growing_steps_of_an_edit_does_not_recompile():
 
 
 def test_steps_of_a_counterfactual_shrink_with_its_ball():
-    sizes = sampling.counterfactual_step_size(0.3, np.array([0.5, 1.5, 4.0]))
+    sizes = editing.counterfactual_step_size(0.3, np.array([0.5, 1.5, 4.0]))
     np.testing.assert_allclose(sizes, [0.1, 0.3, 0.3])
 
 
 def test_no_steps_return_the_seeds():
-    seeds = sampling.noise_seeds(jax.random.key(0), jnp.arange(2), SHAPE)
+    seeds = drawing.noise_seeds(jax.random.key(0), jnp.arange(2), SHAPE)
     made = ascent.climb(marginal_score, seeds, step_size=0.2, num_steps=0)
     np.testing.assert_array_equal(made, seeds)
 
 
 def test_noise_of_an_index_does_not_depend_on_the_batch():
     key = jax.random.key(3)
-    together = sampling.noise_seeds(key, jnp.arange(8), SHAPE)
-    apart = [sampling.noise_seeds(key, jnp.asarray([i]), SHAPE)[0] for i in (5, 2)]
+    together = drawing.noise_seeds(key, jnp.arange(8), SHAPE)
+    apart = [drawing.noise_seeds(key, jnp.asarray([i]), SHAPE)[0] for i in (5, 2)]
     np.testing.assert_array_equal(together[jnp.asarray([5, 2])], apart)
     assert len(np.unique(together)) == together.size
 
 
 def test_noise_is_uniform_and_follows_its_key():
     noise = [
-        np.asarray(sampling.noise_seeds(jax.random.key(k), jnp.arange(50), SHAPE))
+        np.asarray(drawing.noise_seeds(jax.random.key(k), jnp.arange(50), SHAPE))
         for k in (0, 1)
     ]
     assert noise[0].min() >= 0 and noise[0].max() <= 1
@@ -189,7 +202,58 @@ def test_noise_is_uniform_and_follows_its_key():
 
 
 def test_labels_are_cyclic_and_balanced():
-    np.testing.assert_array_equal(sampling.cyclic_labels(7, 3), [0, 1, 2, 0, 1, 2, 0])
-    assert sampling.cyclic_labels(7, 3).dtype == jnp.int32
-    np.testing.assert_array_equal(sampling.cyclic_labels(3, 1), [0, 0, 0])
-    assert sampling.cyclic_labels(0, 3).shape == (0,)
+    labels = drawing.cyclic_labels(3)(np.arange(7))
+    np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1, 2, 0])
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(drawing.cyclic_labels(1)(np.arange(3)), [0, 0, 0])
+
+
+def test_seed_that_cannot_be_decoded_gives_way_to_the_next(tmp_path):
+    """Never a black image, and again where there are fewer seeds than images."""
+    for level in range(20):
+        image = Image.fromarray(np.full((8, 8), 10 * level, np.uint8))
+        image.save(tmp_path / f"{level:02d}.png")
+    (tmp_path / "05.png").write_text("no image")
+    seeds_of = drawing.ReadSeeds(
+        data.open_source(f"folder:{tmp_path}"), tiny.config().data
+    )
+    indices = np.arange(4, 28, dtype=np.int32)
+    images = seeds_of(indices, indices)
+    places = indices % 20
+    levels = 10 * np.where(places == 5, 6, places)
+    np.testing.assert_allclose(images[:, 0, 0, 0] * 255, levels, atol=1e-4)
+    assert seeds_of.stand_ins == {5, 25}
+
+
+class Linear(nn.Module):
+    """Class k is the sum of channel k."""
+
+    def __call__(self, images):
+        return linear_logits(images)
+
+
+@pytest.mark.parametrize("sampler", ["pgd", "sgld(noise=0.01)"])
+def test_image_i_does_not_depend_on_what_is_drawn_beside_it(sampler):
+    recipe = drawing.Recipe(sampler, num_steps=3, seed=5)
+    settings = tiny.config().data
+    settings.image_shape = SHAPE
+    labels_of = drawing.cyclic_labels(3)
+    seeds_of = drawing.seeds_fn("noise", recipe.seed, settings)
+    arguments = (Linear(), {}, recipe)
+    many = drawing.images(*arguments, 100, labels_of, seeds_of)
+    few = drawing.images(*arguments, 5, labels_of, seeds_of)
+    np.testing.assert_array_equal(many[:5], few)
+    (number, chunk), *_ = drawing.draw(*arguments, [2], labels_of, seeds_of)
+    assert number == 2
+    np.testing.assert_array_equal(many[64:96], chunk)
+    # The same image again where other numbers of steps are looked at on the way.
+    made = drawing.draw(
+        *arguments, [2], labels_of, seeds_of, ends=[0, 3], read=_both_ends
+    )
+    before, after = next(made)[1]
+    np.testing.assert_array_equal(after, chunk)
+    np.testing.assert_array_equal(before[0], seeds_of(np.array([64]), None)[0])
+
+
+def _both_ends(weights, images):
+    return images[0], images[1]

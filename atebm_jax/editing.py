@@ -1,4 +1,7 @@
-"""Edits in chunks: each depends on its own image and settings alone."""
+"""Edits of images: energy is lowered within a constraint (paper, section 5).
+
+An edit depends on its own image and settings alone, whatever is edited beside it.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -7,13 +10,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from atebm_jax import ascent, constraints, models, sampling
+from atebm_jax import ascent, constraints, drawing, energy, models
+from atebm_jax.constraints import Constraint
+from atebm_jax.drawing import Recipe
 from atebm_jax.errors import UserError
-from atebm_jax.sample import chunks
-from atebm_jax.sampling import Edited
+from atebm_jax.models import LogitsFn
 
+# A label for `edit`: the class that the model takes the start for.
+GUESS = -1
 # A path of so many steps takes half a gigabyte a chunk.
 _MOST_STEPS = 10**6
 # The fewest steps that the record of a path has room for; then doubled.
@@ -25,7 +32,7 @@ class Rows(NamedTuple):
 
     Attributes:
       constraint: of `atebm_jax.constraints`; every array [N, ...].
-      labels: [N] int32 in 0..K-1 or `sampling.GUESS`; None to lower E(x).
+      labels: [N] int32 in 0..K-1 or `GUESS`; None to lower E(x).
       step_sizes: [N] float32 > 0, as of the sampler.
     """
 
@@ -34,20 +41,123 @@ class Rows(NamedTuple):
     step_sizes: Any
 
 
-class Recipe(NamedTuple):
-    """How rows are edited.
+class Path(NamedTuple):
+    """What the model reads in images along their way.
+
+    [T + 1, B] arrays; the batched functions turn them into numpy, [N, T + 1].
 
     Attributes:
-      sampler: as of `ascent.rule`, with all settings.
-      schedule: a key of `ascent.SCHEDULES`.
-      num_steps: >= 0.
-      seed: of the noise of samplers that have some; images share it.
+      energy: the one that is lowered: E(x, target), or E(x) without targets.
+      target_confidence: p(target | x).
+      original_confidence: p(original | x).
+      predicted: the likeliest class, int32.
     """
 
-    sampler: str = "pgd"
-    schedule: str = "constant"
-    num_steps: int = 35
-    seed: int = 0
+    energy: Any
+    target_confidence: Any
+    original_confidence: Any
+    predicted: Any
+
+
+class Edited(NamedTuple):
+    """Edited images.
+
+    Attributes:
+      images: [B, H, W, C] in [0, 1], in the constraint's set.
+      start: [B, H, W, C], where they began.
+      targets: [B] int32, the classes asked for; the originals where none was.
+      originals: [B] int32, the classes that the model takes `start` for.
+      path: readings before each step and at the end.
+    """
+
+    images: Any
+    start: Any
+    targets: Any
+    originals: Any
+    path: Path
+
+
+def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
+    """Five steps or more from the centre to the edge of a ball: min(step, radius / 5).
+
+    Args:
+      step_size: that of free samples, pixels of the ball's norm; a number or an array.
+      radius: of the ball, pixels of its norm; a number or an array.
+
+    Returns:
+      The smaller one, pixels; of the shape that both broadcast to.
+    """
+    return np.minimum(step_size, radius / 5)
+
+
+def descend(
+    logits_fn: LogitsFn,
+    constraint: Constraint,
+    labels: jax.Array | None,
+    keys: jax.Array,
+    *,
+    rule: ascent.Rule,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    capacity: int,
+    schedule: ascent.ScheduleFn = ascent.SCHEDULES["constant"],
+) -> Edited:
+    """Lowers the energy from `constraint.start` within the constraint's set.
+
+    A pure function that jits, vmaps over trees of constraints, and needs no
+    communication where the images are split over devices.
+
+    Args:
+      logits_fn: images [B, H, W, C] -> logits [B, K].
+      constraint: of B images, one of `constraints`.
+      labels: [B] int32 in 0..K-1, or `GUESS`; None to lower E(x).
+      keys: [B], for rules with noise.
+      rule: `ascent.pgd()` say, or `ascent.sign()` in a ball of the maximum norm.
+      step_size: as of the rule; one for all or [B, 1, 1, 1].
+      num_steps: a traced int32 never recompiles.
+      capacity: greatest number of steps, static; the path has capacity + 1 rows.
+      schedule: factor of the step size in each step.
+
+    Returns:
+      Images, start, classes and path, each of B images; rows of the path beyond
+      `num_steps` are zero.
+    """
+    start = constraint.start
+    originals = jnp.argmax(logits_fn(start), axis=-1).astype(jnp.int32)
+    targets = originals
+    if labels is not None:
+        targets = jnp.where(labels == GUESS, originals, labels)
+
+    def confidence(logits: jax.Array, classes: jax.Array) -> jax.Array:
+        probabilities = energy.class_probabilities(logits)
+        return jnp.take_along_axis(probabilities, classes[:, None], axis=-1)[:, 0]
+
+    def objective(x: jax.Array) -> tuple[jax.Array, Path]:
+        logits = logits_fn(x)
+        score = energy.score(logits, None if labels is None else targets)
+        lowered = (
+            energy.marginal(logits) if labels is None else energy.joint(logits, targets)
+        )
+        readings = Path(
+            lowered,
+            confidence(logits, targets),
+            confidence(logits, originals),
+            jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        )
+        return score, readings
+
+    images, path = ascent.trace(
+        objective,
+        start,
+        rule,
+        capacity=capacity,
+        keys=keys,
+        step_size=step_size,
+        num_steps=num_steps,
+        schedule=schedule,
+        project=constraint.project,
+    )
+    return Edited(images, start, targets, originals, path)
 
 
 def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
@@ -91,7 +201,7 @@ def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
 def prepare(
     constraint: Any,
     labels: np.ndarray | None,
-    settings: Any,
+    settings: ml_collections.ConfigDict,
     *,
     step_size: float | None = None,
     num_steps: int | None = None,
@@ -119,20 +229,13 @@ def prepare(
         # The config's step size is its own sampler's, whose unit may be another.
         if step_size is None:
             longest = ascent.step_length(settings.sampler, chosen)
-    recipe = Recipe(
-        ascent.resolved(settings.sampler if sampler is None else sampler),
-        schedule,
-        settings.num_steps if num_steps is None else num_steps,
-        seed,
-    )
-    chunks.check(
-        chunks.Recipe(
-            sampler=recipe.sampler,
-            schedule=schedule,
-            step_size=chosen,
-            num_steps=recipe.num_steps,
-            seed=seed,
-        )
+    recipe = drawing.recipe(
+        settings,
+        sampler=sampler,
+        schedule=schedule,
+        step_size=chosen,
+        num_steps=num_steps,
+        seed=seed,
     )
     if recipe.num_steps > _MOST_STEPS:
         raise UserError(
@@ -143,7 +246,7 @@ def prepare(
     sizes = np.full(number, longest, np.float64)
     for ball in balls if step_size is None else ():
         radii = np.asarray(ball.radius, np.float64)[:, 0, 0, 0]
-        sizes = sampling.counterfactual_step_size(sizes, radii)
+        sizes = counterfactual_step_size(sizes, radii)
     return Rows(constraint, labels, sizes.astype(np.float32)), recipe
 
 
@@ -195,11 +298,11 @@ def edit_chunks(
         capacity *= 2
     program = _program(model, recipe.sampler, recipe.schedule, capacity)
     seed, steps = np.uint32(recipe.seed), np.int32(recipe.num_steps)
-    size = chunks.CHUNK
-    made = chunks.on_devices(
+    size = drawing.CHUNK
+    made = drawing.on_devices(
         program,
         variables,
-        range(-(-number // size)),
+        range(drawing.num_chunks(number)),
         lambda indices: (seed, steps, rows_of(indices)),
     )
     for chunk, edited in made:
@@ -221,7 +324,7 @@ def _program(
         variables: Any, seed: jax.Array, num_steps: jax.Array, rows: Rows
     ) -> Edited:
         key = jax.random.key(seed)
-        return sampling.edit(
+        return descend(
             models.logits_fn(model, variables),
             rows.constraint,
             rows.labels,
