@@ -97,7 +97,7 @@ def test_a_checkpoint_keeps_them_and_samples_need_no_data(
         model.sample(labels, num_steps=0, seed=seed), expected
     )
     arguments = [f"--workdir={workdir}", f"--out={tmp_path}", "--classes=3,7"]
-    monkeypatch.setattr("atebm_jax.sample.loading.class_names", lambda *_: "0123456789")
+    monkeypatch.setattr("atebm_jax.sample.asked.class_names", lambda *_: "0123456789")
     sample([*arguments, "--count=3", "--num_steps=0", f"--seed={seed}"])
     with np.load(tmp_path / "samples.npz") as drawn:
         np.testing.assert_array_equal(drawn["arr_0"], np.rint(expected * 255))
