@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,9 +75,8 @@ class Store:
         if not path.exists():
             return None
         try:
-            with path.open("rb") as file, np.load(file) as stored:
-                return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return storage.read_npz(path)
+        except OSError:
             return None
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
