@@ -329,7 +329,10 @@ def _with_gaussian(
         gaussian = seeds.from_arrays(meta["seeds"], context.image_shape)
     else:
         train = context.sources["train"]
-        gaussian = seeds.of_source(settings.seeds, train, settings, out / seeds.FILE)
+        # What was evaluated before does not go on here: the store keeps it apart.
+        gaussian = seeds.of_source(
+            settings.seeds, train, settings, out / seeds.FILE, anew=True
+        )
     return dataclasses.replace(
         context,
         gaussian=gaussian,

@@ -191,7 +191,8 @@ def _seeds(
     own = config.data.seeds
     spec = own if flags.seeds == "own" else flags.seeds
     if spec is None:
-        spec = own if own in seeds.DRAWN else seeds.NOISE
+        # A job that was given its seeds in memory keeps none.
+        spec = seeds.NOISE if loaded.gaussian is None else own
     if spec == seeds.NOISE:
         return Seeds(None, spec, labels_of, set())
     if spec not in seeds.FITTED:
@@ -200,8 +201,8 @@ def _seeds(
     gaussian = loaded.gaussian
     if gaussian is None or spec != own:
         raise UserError(
-            f"--seeds={spec}: this checkpoint was trained from {own!r}, so that it "
-            f"holds no Gaussians of that kind: choose noise, own or a data set."
+            f"--seeds={spec}: this checkpoint, whose config.data.seeds is {own!r}, "
+            "holds no Gaussians of that kind: choose noise or a data set."
         )
 
     def drawn(indices: np.ndarray) -> np.ndarray:
