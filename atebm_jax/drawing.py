@@ -229,18 +229,18 @@ def seeds_fn(
 
     Args:
       spec: noise, a kind of Gaussians, or a data set.
-      seed: of what is drawn.
+      seed: of what is drawn; not of images that are read.
       settings: `config.data`.
       gaussian: what seeds are drawn from, where `spec` is a kind of them.
-      source: the images, where `spec` is a data set.
+      source: the images, where `spec` is a data set, or those that take its place.
     """
+    if source is not None:
+        return ReadSeeds(source, settings)
     if spec == NOISE:
         key, shape = jax.random.key(seed), tuple(settings.image_shape)
         return lambda indices, labels: np.asarray(_noise(key, indices, shape))
-    if gaussian is not None:
-        return partial(gaussian.batch, seed)
-    assert source is not None
-    return ReadSeeds(source, settings)
+    assert gaussian is not None
+    return partial(gaussian.batch, seed)
 
 
 def smooth(images: jax.Array, sigma: float) -> jax.Array:

@@ -79,7 +79,7 @@ class Watch:
     better_entropy: float = 0.0  #: evidence that it was below chance; 1 stays
     better_accuracy: float = 0.0  #: the same of the accuracy
     norms: Sequence[float] = ()  #: latest gradient norms, large ones left out
-    spreads: Sequence[float] = ()  #: latest spreads of logits, while better
+    spreads: Sequence[float] = ()  #: latest spreads of a trained network's logits
     first_norm: float | None = None  #: of the first step
     first_size: float | None = None  #: of scores and logits, in the first step
     window: Sequence[float] = (0, 0, 0.0)  #: T, steps with it, sum of their AUCs
@@ -134,7 +134,7 @@ def look(
         return watch, []
     watch = _remember(watch, metrics, setting)
     gains = _gains(watch, metrics, setting)
-    watch = replace(watch, **_history(watch, metrics, gains))
+    watch = replace(watch, **_history(watch, metrics, gains, setting))
     watch, windows = _windows(watch, metrics, setting)
     evidence = dict(watch.evidence)
     for name, gain in (gains | windows).items():
@@ -255,14 +255,20 @@ def _gains(
 
 
 def _history(
-    watch: Watch, metrics: Mapping[str, float], gains: Mapping[str, float]
+    watch: Watch,
+    metrics: Mapping[str, float],
+    gains: Mapping[str, float],
+    setting: Setting,
 ) -> dict[str, Any]:
     """The histories of the medians; what shows a sign is left out of them."""
     made: dict[str, Any] = {}
     if gains.get("gradient_norm", 0) <= 0:
         norms = (*watch.norms, metrics["gradient_norm"])
         made["norms"] = norms[-_MEDIAN_STEPS:]
-    if watch.better_entropy >= 1 and gains.get("logit_spread", 0) <= 0:
+    # Logits of a fresh network may shrink in its first steps. Those that stage 2 starts
+    # from count from the first: few images may never show that they are better.
+    trained = setting.stage == "stage2" or watch.better_entropy >= 1
+    if trained and gains.get("logit_spread", 0) <= 0:
         spreads = (*watch.spreads, metrics["logit_spread"])
         made["spreads"] = spreads[-_MEDIAN_STEPS:]
     return made

@@ -117,11 +117,12 @@ def _run(
     described = _describe(sources)
     if not allow_config_change:
         _check_data(workdir, sources, described, classes_by_place)
+    new_seeds = _fit_seeds(config, workdir, sources, note, anew=allow_config_change)
     _claim(workdir, config, described, lock)
     stop = StopSignal()
     writer = MetricWriter(workdir)
     try:
-        gaussian = _gaussian(config, workdir, sources["train"], console)
+        gaussian = _keep_seeds(config, workdir, new_seeds)
         evaluation = Evaluation(config, workdir, mesh, model, sources, stop, gaussian)
         training = {k: v for k, v in sources.items() if k in ("train", "seeds")}
         job = Job(
@@ -383,18 +384,35 @@ def _read_stored(path: epath.Path) -> dict[str, Any]:
 _DAMAGED = "Give --allow_config_change to write it anew, or another --workdir."
 
 
-def _gaussian(
+def _fit_seeds(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
-    train: data.Source,
-    console: Console,
-) -> seeds.Gaussian | None:
-    """What the job's seeds are drawn from; None where they are noise or read."""
-    kind = config.data.seeds
-    if kind not in seeds.FITTED:
+    sources: Mapping[str, data.Source],
+    note: Callable[[str], None],
+    anew: bool,
+) -> seeds.Fit | None:
+    """The Gaussians that seeds are drawn from; None where they are noise or read."""
+    if config.data.seeds not in seeds.FITTED or "seeds" in sources:
         return None
-    note = partial(say, console)
-    return seeds.of_source(kind, train, config.data, workdir / seeds.FILE, note)
+    return seeds.fit_if_absent(
+        config.data.seeds,
+        sources["train"],
+        config.data,
+        workdir / seeds.FILE,
+        note,
+        anew=anew,
+    )
+
+
+def _keep_seeds(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    new: seeds.Fit | None,
+) -> seeds.Gaussian | None:
+    if new is None:
+        return None
+    shape = tuple(config.data.image_shape)
+    return seeds.keep(new, workdir / seeds.FILE, shape)
 
 
 def _greet(console: Console, job: Job) -> None:

@@ -117,7 +117,9 @@ def of_config(
         num,
         config.data.max_bad_images,
     )
-    if config.data.seeds in seeds.FITTED and gaussian is None:
+    kind = config.data.seeds
+    if kind in seeds.FITTED and gaussian is None and "seeds" not in sources:
+        seeds.check(kind, config.model.num_classes, shape)
         # Of one a class the mixture is near enough: it is a matter of whole pixels.
         gaussian = seeds.fit(images)
     drawn = config.evaluate.samples
@@ -191,13 +193,15 @@ class _Way(NamedTuple):
 
     def longer(self, distance: float) -> str:
         """Settings with which a straight line would cover a distance."""
-        steps = (
-            f"--config.{self.num_steps_field}={math.ceil(distance / self.step_size)}"
-        )
-        if self.num_steps == 0:
-            return steps
-        size = _round_up(distance / self.num_steps)
-        return f"--config.{self.step_size_field}={size:g} or {steps}"
+        found = []
+        if self.num_steps > 0:
+            size = _round_up(distance / self.num_steps)
+            found.append(f"--config.{self.step_size_field}={size:g}")
+        # A config's whole numbers have 32 bits.
+        if distance < self.step_size * 2**30:
+            steps = math.ceil(distance / self.step_size)
+            found.append(f"--config.{self.num_steps_field}={steps}")
+        return " or ".join(found)
 
 
 def _sentence(distance: float, least: float, ways: Sequence[_Way]) -> str | None:

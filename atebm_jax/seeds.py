@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-import zipfile
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import ml_collections
@@ -118,20 +116,15 @@ def fit(
         their covariances would not fit in a file.
     """
     image_shape = images.shape[1:]
-    shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
-    small_shape = tuple(max(side // shrink, 1) for side in image_shape[:2])
+    per_class = labels is not None
+    groups = num_classes if per_class else 1
+    small_shape, rank = _described(image_shape, groups)
+    if labels is None:
+        labels = np.zeros(len(images), int)
+    members = [labels == k for k in range(groups)]
+    _check_members([int(chosen.sum()) for chosen in members], per_class)
     small = np.stack([_resized(image, small_shape, "BOX") for image in images])
-    size = small[0].size
-    groups = 1 if labels is None else num_classes
-    rank = min(_MOST_DIRECTIONS, _MOST_NUMBERS // (groups * size), size)
-    if rank < min(_FEWEST_DIRECTIONS, size):
-        raise UserError(
-            f"config.data.seeds is {GAUSSIAN_PER_CLASS!r}, and the covariances of "
-            f"{groups} classes are too large to be kept: choose {GAUSSIAN!r}, one for "
-            "all classes."
-        )
-    members = [slice(None) if labels is None else labels == k for k in range(groups)]
-    fitted = [_principal(small[chosen], rank, k) for k, chosen in enumerate(members)]
+    fitted = [_principal(small[chosen], rank) for chosen in members]
     # Fewer images than directions: the rest of them has no extent.
     rank = max(len(factors) for _, factors in fitted)
     means = np.stack([mean for mean, _ in fitted])
@@ -141,17 +134,57 @@ def fit(
     return Gaussian(means, factors, image_shape)
 
 
-def _principal(
-    images: np.ndarray, rank: int, group: int
-) -> tuple[np.ndarray, np.ndarray]:
+def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
+    """Refuses Gaussians that are too many to be kept, before images are read.
+
+    Args:
+      kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
+      num_classes: K.
+      image_shape: (H, W, C).
+
+    Raises:
+      UserError: says what else would do.
+    """
+    _described(image_shape, num_classes if kind == GAUSSIAN_PER_CLASS else 1)
+
+
+def _described(image_shape: Sequence[int], groups: int) -> tuple[tuple[int, int], int]:
+    """(h, w) at which images are described, and the number of directions."""
+    shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
+    height, width = (max(side // shrink, 1) for side in image_shape[:2])
+    size = height * width * image_shape[2]
+    rank = min(_MOST_DIRECTIONS, _MOST_NUMBERS // (groups * size), size)
+    if rank < min(_FEWEST_DIRECTIONS, size):
+        raise UserError(
+            f"config.data.seeds is {GAUSSIAN_PER_CLASS!r}, and the covariances of "
+            f"{groups} classes are too large to be kept: choose {GAUSSIAN!r}, one for "
+            "all classes."
+        )
+    return (height, width), rank
+
+
+def _check_members(numbers: Sequence[int], per_class: bool) -> None:
+    """Refuses a Gaussian of fewer than two images."""
+    few = next((k for k, number in enumerate(numbers) if number < 2), None)
+    if few is None:
+        return
+    number = f"{numbers[few]} image" + "s" * (numbers[few] != 1)
+    if not per_class:
+        raise UserError(
+            f"config.data.seeds is {GAUSSIAN!r}, and it is fitted to {number}: it "
+            f"needs two, or choose {NOISE!r}."
+        )
+    raise UserError(
+        f"config.data.seeds is {GAUSSIAN_PER_CLASS!r}, and class {few} has {number} "
+        f"among the {sum(numbers)} that are fitted: every class needs two, or choose "
+        f"{GAUSSIAN!r}, one for all classes."
+    )
+
+
+def _principal(images: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean [h, w, C] and scaled principal components [R, h, w, C] of uint8 images."""
     from sklearn.decomposition import PCA  # slow to import
 
-    if len(images) < 2:
-        raise UserError(
-            f"config.data.seeds: class {group} has {len(images)} training images of "
-            f"those a Gaussian is fitted to: it needs two, or choose {GAUSSIAN!r}."
-        )
     pixels = images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
     rank = min(rank, len(images) - 1)
     found = PCA(rank, svd_solver="randomized", random_state=0).fit(pixels)
@@ -174,16 +207,47 @@ def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarr
     return resized[..., None] if grey else resized
 
 
+class Fit(NamedTuple):
+    """What `keep` writes.
+
+    Attributes:
+      gaussian: what the first process fitted; None in the others, and where the file
+        holds it already.
+      fingerprint: of kind and images.
+    """
+
+    gaussian: Gaussian | None
+    fingerprint: str
+
+
 def of_source(
     kind: str,
     source: data.Source,
     config: ml_collections.ConfigDict,
     path: epath.Path,
-    note: Callable[[str], None] = lambda text: None,
+    *,
+    anew: bool = False,
 ) -> Gaussian:
     """The Gaussians of a training set: fitted once, then read from a file.
 
-    Every process of a job calls this; the first one fits and writes.
+    Arguments and errors as of `fit_if_absent` and `keep`.
+    """
+    new = fit_if_absent(kind, source, config, path, anew=anew)
+    return keep(new, path, tuple(config.image_shape))
+
+
+def fit_if_absent(
+    kind: str,
+    source: data.Source,
+    config: ml_collections.ConfigDict,
+    path: epath.Path,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    anew: bool = False,
+) -> Fit:
+    """Fits the Gaussians of a training set, unless a file holds them; writes nothing.
+
+    Every process of a job calls this; the first one fits. All refuse if it does.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -191,27 +255,77 @@ def of_source(
       config: `config.data`.
       path: the file, with a fingerprint of kind and images.
       note: is told that a fit begins.
+      anew: fit again where the file holds the Gaussians of other images.
 
     Raises:
-      UserError: as `fit`; the images cannot be read; or the file holds the Gaussians
-        of other images.
+      UserError: as `fit`; the images cannot be read; or the file is damaged or, unless
+        `anew`, holds the Gaussians of other images.
     """
     wanted = _fingerprint(kind, source, config)
-    if jax.process_index() == 0 and not path.exists():
-        note(f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}")
-        images, labels = _images(source, config, NUM_FITTED)
-        per_class = labels if kind == GAUSSIAN_PER_CLASS else None
-        _write(path, fit(images, per_class, source.num_classes or 1), wanted)
-    # Wait for the first process, which may be fitting.
-    sharding.first_said("")
-    gaussian, found = _read(path, tuple(config.image_shape))
-    if found != wanted:
+    gaussian, refusal = None, ""
+    if jax.process_index() == 0:
+        try:
+            if not _holds(path, wanted, kind, source, anew):
+                note(
+                    f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}"
+                )
+                gaussian = _fitted(kind, source, config)
+        except UserError as error:
+            refusal = str(error)
+    _refuse_in_all(refusal)
+    return Fit(gaussian, wanted)
+
+
+def keep(new: Fit, path: epath.Path, image_shape: tuple[int, int, int]) -> Gaussian:
+    """Writes what was fitted, and reads it; every process of a job calls this.
+
+    Raises:
+      UserError: the file cannot be written, or not be read.
+    """
+    refusal = ""
+    if new.gaussian is not None:
+        arrays = new.gaussian.arrays()
+        arrays["fingerprint"] = np.asarray(new.fingerprint)
+        try:
+            with storage.writing(path):
+                storage.write_npz(path, arrays)
+        except UserError as error:
+            refusal = str(error)
+    _refuse_in_all(refusal)
+    return from_arrays(_read(path), image_shape)
+
+
+def _refuse_in_all(refusal: str) -> None:
+    """Refuses in every process what the first one refuses, and waits for it."""
+    refusal = sharding.first_said(refusal)
+    if refusal:
+        raise UserError(refusal)
+
+
+def _holds(
+    path: epath.Path, wanted: str, kind: str, source: data.Source, anew: bool
+) -> bool:
+    """Whether the file is there with the right Gaussians."""
+    if not path.exists():
+        return False
+    if str(_read(path)["fingerprint"]) == wanted:
+        return True
+    if not anew:
         raise UserError(
             f"{path} holds the seeds of another config.data.seeds than {kind!r} or of "
             f"other images than {source.spec} has now: give what it was made of, "
             "another folder, or delete the file to fit it anew."
         )
-    return gaussian
+    return False
+
+
+def _fitted(
+    kind: str, source: data.Source, config: ml_collections.ConfigDict
+) -> Gaussian:
+    num_classes = source.num_classes or 1
+    check(kind, num_classes, config.image_shape)
+    images, labels = _images(source, config, NUM_FITTED)
+    return fit(images, labels if kind == GAUSSIAN_PER_CLASS else None, num_classes)
 
 
 def _images(
@@ -236,6 +350,8 @@ def _fingerprint(
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     settings = (kind, len(source), NUM_FITTED, _MOST_DIRECTIONS, _LARGEST_SIDE)
     digest.update(repr((settings, images.shape)).encode())
+    if kind == GAUSSIAN_PER_CLASS:
+        digest.update(repr(source.num_classes).encode())
     return digest.hexdigest()
 
 
@@ -248,18 +364,11 @@ def from_arrays(
     )
 
 
-def _write(path: epath.Path, gaussian: Gaussian, fingerprint: str) -> None:
-    arrays = {"means": gaussian.means, "factors": gaussian.factors}
-    storage.write_npz(path, arrays | {"fingerprint": np.asarray(fingerprint)})
-
-
-def _read(path: epath.Path, image_shape: tuple[int, int, int]) -> tuple[Gaussian, str]:
+def _read(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            arrays = dict(stored)
-        return from_arrays(arrays, image_shape), str(arrays["fingerprint"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        return storage.read_npz(path, ("means", "factors", "fingerprint"))
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): delete it, and "
-            "the same command fits it anew."
+            f"{path} cannot be read ({error}): delete it, and the same command fits it "
+            "anew."
         ) from error

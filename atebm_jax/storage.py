@@ -6,7 +6,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,28 @@ def write_npz(
         return
     with replacing(path) as temporary, temporary.open("wb") as file:
         save(file, allow_pickle=False, **arrays)
+
+
+def read_npz(
+    path: epath.Path, names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of a file as of `write_npz`.
+
+    Args:
+      path: of the file.
+      names: of the arrays to read; None for all.
+
+    Raises:
+      OSError: it is not there, damaged, or holds no such arrays. A damaged file fails
+        in as many ways as it has bytes.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in names or stored.files}
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -418,11 +418,12 @@ class _Log:
         self.healthy = skipped == 0 and not (heeded and self.watch.suspicious())
         for sign in signs:
             self._line.note(f"{self._name} step {step}: {sign.text}")
-        if skipped >= config.max_skipped_in_row or (dying and heeded):
-            raise Diverged(step, self.watch, dying if heeded else ())
         if signs:
+            # Also where the job ends now; a rollback writes them again, further up.
             marks = {f"sign_{sign.name}": step for sign in signs}
             self._job.writer.write(self._name, step, marks)
+        if skipped >= config.max_skipped_in_row or (dying and heeded):
+            raise Diverged(step, self.watch, dying if heeded else ())
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         values["health_signs"] = self.watch.count

@@ -14,13 +14,15 @@ They need one 80 GB GPU, about 30 hours for stage 1 and ten hours for stage 2
 Row for one GPU:
 
 * `small`: WRN-16-4 in bfloat16, 20 + 10 epochs. It takes about 25 minutes on one H100
-  (estimated, not run). Its stage 2 has the settings of `hour`, which was run.
+  (estimated, not run). Its stage 2 has the learning rate, the contrastive steps and the
+  threshold of `hour`, which was run.
 
 Rows for two CPU cores, WRN-10-2 in float32. Put JAX_NUM_CPU_DEVICES=2 before the
 command:
 
-* `hour`: 5 epochs of stage 1 and 200 steps of stage 2. It takes about an hour.
-  Measured numbers: docs/results.md.
+* `hour`: 5 epochs of stage 1 and 200 steps of stage 2. It takes an hour and ten
+  minutes (estimated; 86 minutes with other work beside it). Measured numbers:
+  docs/results.md.
 * `cpu`: 14 epochs of stage 1 and 500 steps of stage 2. It takes two hours and a
   quarter. Clean 0.718, 20-step PGD 0.560 of 1,000 test images. All measured numbers:
   docs/results.md.
@@ -91,7 +93,8 @@ def hour() -> ConfigDict:
 def noise() -> ConfigDict:
     config = hour()
     config.data.seeds = "noise"
-    # Noise is about 16 L2 pixels away from images: 40 steps of 1 can reach them.
+    # Noise is 21 L2 pixels from an image, and at least 14 from any that is like one
+    # (docs/curriculum.md): 40 steps of 1 can reach them.
     config.stage2.contrastive_step_size = 1.0
     config.stage2.t_max = 40
     config.evaluate.samples.step_size = 1.0

@@ -123,6 +123,16 @@ def test_logits_without_spread_take_five_steps_whatever_the_batch(size):
     assert shown([*healthy, *rows([DEAD] * 10)], setting)["logit_spread"] == 205
 
 
+@pytest.mark.parametrize("size", [4, 16, 64])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_death_in_the_first_update_of_stage2_takes_six_steps(size, classes):
+    """Too few images to show that the network was better are no excuse."""
+    setting = health.Setting("stage2", classes, size, t_max=25, auc_window=250)
+    first = row(ce=0.8 * math.log(classes), accuracy=1.2 / classes)
+    dead = row(*DEAD) | {"loss_ce": math.log(classes), "accuracy_adv": 1 / classes}
+    assert shown([first, *[dead] * 10], setting)["logit_spread"] == 6
+
+
 def test_cross_entropy_at_chance_counts_after_it_was_better():
     better, chance = [row()] * 10, [row(ce=2.31)] * 20
     assert shown([*better, *chance], STAGE1) == {"cross_entropy": 17}

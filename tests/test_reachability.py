@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atebm_jax import data, reachability
+from atebm_jax import UserError, data, reachability
 from atebm_jax.command_line import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -147,6 +147,22 @@ def test_without_any_step_only_more_steps_would_do(sets):
     assert found.farthest_contrastive == 0
     assert "contrastive_step_size" not in found.sentence
     assert "--config.stage2.t_max=" in found.sentence
+
+
+def test_no_remedy_is_beyond_what_a_config_can_hold(sets):
+    for step in (1e-12, 1e-320):
+        found = measured(sets, "noise", 20, step)
+        assert "--config.stage2.contrastive_step_size=" in found.sentence
+        assert "t_max" not in found.sentence
+
+
+def test_classes_too_many_for_gaussians_are_told_before_a_run():
+    config = load_config(f"{CONFIGS}/cifar100.py:small")
+    config.data.seeds = "gaussian_per_class"
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    sources = {"train": data.ArraySource(images, np.arange(4), num_classes=100)}
+    with pytest.raises(UserError, match="100 classes are too large to be kept"):
+        reachability.of_config(config, sources)
 
 
 def test_seeds_that_are_the_training_images_do_not_meet_themselves(sets):

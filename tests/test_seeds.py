@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint, data, seeds
@@ -67,8 +68,13 @@ def test_classes_too_many_or_too_small_are_refused():
     images = np.zeros((40, 32, 32, 3), np.uint8)
     with pytest.raises(UserError, match="choose 'gaussian'"):
         seeds.fit(images, np.arange(40), 1000)
-    with pytest.raises(UserError, match="class 1 has 1 training images"):
+    with pytest.raises(UserError, match="class 1 has 1 image among the 3"):
         seeds.fit(images[:3, :8, :8], np.array([0, 0, 1]), 2)
+    with pytest.raises(UserError, match="fitted to 1 image: it needs two, .* 'noise'"):
+        seeds.fit(images[:1])
+    seeds.check("gaussian", 1000, (256, 256, 3))
+    with pytest.raises(UserError, match="1000 classes are too large"):
+        seeds.check("gaussian_per_class", 1000, (256, 256, 3))
 
 
 @pytest.fixture(scope="module", params=seeds.FITTED)
@@ -138,23 +144,98 @@ def test_training_draws_by_position_and_label():
         np.testing.assert_array_equal(part["x_ood"], whole[1]["x_ood"][rank::2])
 
 
-def test_a_workdir_keeps_its_seeds_apart_from_those_of_other_images(trained):
-    workdir, config = trained
-    images, labels = blobs(60, (8, 8, 1))
-    sources = {"train": data.ArraySource(images, labels % 2, num_classes=10)}
+def source_of(number, shape=(8, 8, 1), **options):
+    images, labels = blobs(number, shape)
+    return data.ArraySource(images, labels, num_classes=2, **options)
+
+
+def test_a_workdir_keeps_its_seeds_apart_from_those_of_others(tmp_path):
+    path, config = epath.Path(tmp_path) / seeds.FILE, tiny.config().data
+    first = source_of(60)
+    fitted = seeds.of_source("gaussian", first, config, path)
+    same = seeds.of_source("gaussian", first, config, path)
+    assert same.fingerprint() == fitted.fingerprint()
+    others = {"gaussian": source_of(60), "gaussian_per_class": first}
+    for kind, source in others.items():
+        with pytest.raises(UserError, match="holds the seeds of another"):
+            seeds.of_source(kind, source, config, path)
+    config.preprocess, config.image_shape = "resize(4)", (4, 4, 1)
     with pytest.raises(UserError, match="holds the seeds of another"):
-        seeds.of_source(
-            config.data.seeds, sources["train"], config.data, workdir / seeds.FILE
-        )
-    (workdir / "broken.npz").write_bytes(b"no file")
-    with pytest.raises(UserError, match="delete it"):
-        seeds.of_source(
-            config.data.seeds, sources["train"], config.data, workdir / "broken.npz"
-        )
+        seeds.of_source("gaussian", first, config, path)
+    small = seeds.of_source("gaussian", first, config, path, anew=True)
+    assert small.draw(0, 0).shape == (4, 4, 1)
+    assert seeds.of_source("gaussian", first, config, path).means.shape == (1, 4, 4, 1)
 
 
-def test_a_checkpoint_without_them_says_so(tmp_path, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("noise") / "digits"
-    tiny.run(tiny.config(), workdir)
-    with pytest.raises(UserError, match="trained from 'noise'"):
+def test_gaussians_of_another_number_of_classes_are_others(tmp_path):
+    path, config = epath.Path(tmp_path) / seeds.FILE, tiny.config().data
+    images = blobs(60, (8, 8, 1))[0]
+    labels = np.arange(60) % 3
+    per_class = "gaussian_per_class"
+    seeds.of_source(per_class, data.ArraySource(images, labels), config, path)
+    more = data.ArraySource(images, labels, num_classes=4)
+    with pytest.raises(UserError, match="holds the seeds of another"):
+        seeds.of_source(per_class, more, config, path)
+    with pytest.raises(UserError, match="class 3 has 0 images among the 60"):
+        seeds.of_source(per_class, more, config, path, anew=True)
+    assert seeds.of_source(
+        per_class, data.ArraySource(images, labels), config, path
+    ).means.shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no file", b"PK\x03\x04"])
+def test_a_damaged_file_is_told(tmp_path, content):
+    path = epath.Path(tmp_path) / seeds.FILE
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="seeds.npz cannot be read .*: delete it"):
+        seeds.of_source("gaussian", source_of(9), tiny.config().data, path)
+
+
+@pytest.mark.parametrize("fault", ["one image", "no folder"])
+def test_what_the_first_process_refuses_all_refuse(tmp_path, monkeypatch, fault):
+    """Else the others would wait for it."""
+    said = []
+    monkeypatch.setattr(
+        seeds.sharding, "first_said", lambda text: said.append(text) or text
+    )
+    folder = epath.Path(tmp_path) / ("absent" if fault == "no folder" else "")
+    source = source_of(1 if fault == "one image" else 9)
+    with pytest.raises(UserError) as told:
+        seeds.of_source("gaussian", source, tiny.config().data, folder / seeds.FILE)
+    assert said[-1] == str(told.value)
+    assert not (folder / seeds.FILE).exists()
+    # Another process, which would not know.
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    monkeypatch.setattr(seeds.sharding, "first_said", lambda text: "the first's")
+    with pytest.raises(UserError, match="the first's"):
+        path = folder / seeds.FILE
+        seeds.fit_if_absent("gaussian", source, tiny.config().data, path)
+
+
+def test_seeds_that_cannot_be_fitted_are_refused_before_a_workdir_is_made(tmp_path):
+    config = tiny.config()
+    config.data.seeds = "gaussian_per_class"
+    images, _ = blobs(40, (8, 8, 1))
+    labels = np.append(np.arange(39) % 9, 9)
+    sources = {"train": data.ArraySource(images, labels)}
+    with pytest.raises(UserError, match="class 9 has 1 image among the 40"):
+        tiny.run(config, tmp_path / "digits", sources=sources)
+    assert not (tmp_path / "digits").exists()
+
+
+def test_seeds_in_memory_take_the_place_of_gaussians(tmp_path, tmp_path_factory):
+    """They are in no checkpoint, so that samples start from noise then."""
+    workdir = tmp_path_factory.mktemp("memory") / "digits"
+    config = tiny.config()
+    config.data.seeds = "gaussian"
+    black = data.ArraySource(np.zeros((50, 8, 8, 1), np.uint8), spec="black")
+    report, _ = tiny.run(config, workdir, sources={"seeds": black})
+    assert "from black;" in " ".join(report["notes"])
+    # Black images have little to lose: the Gaussians would lie far nearer.
+    assert report["reachability"]["least_distance"] > 2
+    assert not (workdir / seeds.FILE).exists()
+    assert "seeds" not in checkpoint.load_weights(workdir)[1]
+    with pytest.raises(UserError, match="config.data.seeds is 'gaussian', holds no"):
         sample([f"--workdir={workdir}", f"--out={tmp_path}", "--seeds=gaussian"])
+    sample([f"--workdir={workdir}", f"--out={tmp_path}", "--count=2", "--num_steps=0"])
+    assert json.loads((tmp_path / "samples.json").read_text())["seeds"] == "noise"

@@ -1,5 +1,7 @@
 """Files that are whole or absent."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -125,3 +127,26 @@ def test_what_cannot_be_written_is_told_with_its_remedy(tmp_path):
         with pytest.raises(UserError) as told, storage.writing(what, remedy):
             raise OSError("full")
         assert str(told.value) == f"{what} cannot be written: full. {remedy}".rstrip()
+
+
+def test_arrays_are_read_whole_or_not_at_all(tmp_path):
+    """However a file is damaged: numpy and zip have many ways to say so."""
+    path = epath.Path(tmp_path) / "arrays.npz"
+    arrays = {"mean": np.arange(6.0), "name": np.asarray("abc")}
+    storage.write_npz(path, arrays)
+    whole = path.read_bytes()
+    assert list(storage.read_npz(path)) == ["mean", "name"]
+    assert list(storage.read_npz(path, ["name"])) == ["name"]
+    with pytest.raises(OSError, match="KeyError"):
+        storage.read_npz(path, ["sigma"])
+    array = io.BytesIO()
+    np.save(array, arrays["mean"])
+    damaged = [array.getvalue(), *(whole[:k] for k in range(0, len(whole), 7))]
+    for k in range(len(whole)):
+        damaged.append(whole[:k] + bytes([whole[k] ^ 1 << k % 8]) + whole[k + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with contextlib.suppress(OSError):
+            found = storage.read_npz(path)
+            if found.keys() == arrays.keys():
+                np.testing.assert_array_equal(found["mean"], arrays["mean"])

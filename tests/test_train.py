@@ -279,6 +279,8 @@ def test_dying_network_stops_the_job_where_asked(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="stage1 stopped at step 12: it is seen"):
         tiny.run(short(on_dying="stop"), tmp_path)
     assert checkpoint.steps_in(checkpoint.stage_folder(tmp_path, "stage1")) == [5]
+    mark = {"stage": "stage1", "step": 12, "sign_cross_entropy": 12}
+    assert read_metrics(tmp_path)[-1] == mark
 
 
 @pytest.mark.parametrize("chosen", [{"on_dying": "note"}, {"dying": False}])

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import zlib
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -41,7 +42,10 @@ def open_cifar(rest: str, spec: str) -> ArraySource:
             wanted = sorted(n for n in files if n.startswith(_FILES[split]))
             content = b"".join(_read(archive, files[name]) for name in wanted)
             names = b"".join(_read(archive, files[n]) for n in _NAMES if n in files)
-    except (OSError, EOFError, tarfile.TarError) as error:
+            # To the end, where gzip has the checksum of all.
+            while archive.fileobj is not None and archive.fileobj.read(2**20):
+                pass
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{spec}: {path} cannot be read: {error}.") from error
     classes = [name for name in names.decode(errors="replace").split("\n") if name]
     # CIFAR-100 has the superclass before the class.

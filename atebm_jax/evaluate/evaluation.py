@@ -201,7 +201,8 @@ class Evaluation:
 
     def _notes(self, stages: dict[str, dict[str, Any]]) -> list[str]:
         attack, sample = self._config.evaluate.attack, self._config.evaluate.samples
-        seeds = self._config.data.seeds
+        read = self._sources.get("seeds")
+        seeds = self._config.data.seeds if read is None else read.spec
         components = self._fitted_reference().pca.n_components_
         robust = (
             f"robust: {attack.num_steps}-step PGD, {attack.norm} radius "

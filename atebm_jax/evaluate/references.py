@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -84,9 +83,9 @@ def read(path: str, dimensions: int) -> Reference:
       UserError: it is not there, damaged, or of other features.
     """
     try:
-        with checkpoint.absolute(path).open("rb") as file, np.load(file) as stored:
-            mean, covariance = (np.asarray(stored[k], float) for k in ("mu", "sigma"))
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        stored = storage.read_npz(checkpoint.absolute(path), ("mu", "sigma"))
+        mean, covariance = (np.asarray(stored[k], float) for k in ("mu", "sigma"))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--reference_statistics={path} cannot be read ({error}): expected an .npz "
             "with the arrays mu [D] and sigma [D, D]."

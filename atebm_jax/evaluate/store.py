@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,12 +103,9 @@ class Store:
 
 
 def _read(path: epath.Path) -> Arrays | None:
-    if not path.exists():
-        return None
     try:
-        with path.open("rb") as file, np.load(file) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return storage.read_npz(path) if path.exists() else None
+    except OSError:
         return None
 
 

@@ -323,7 +323,10 @@ def _with_gaussian(context: Context, loaded: Trained, out: epath.Path) -> Contex
     gaussian = loaded.gaussian
     if gaussian is None or loaded.config.data.seeds != settings.seeds:
         train = context.sources["train"]
-        gaussian = seeds.of_source(settings.seeds, train, settings, out / seeds.FILE)
+        # What was evaluated before does not go on here: the store keeps it apart.
+        gaussian = seeds.of_source(
+            settings.seeds, train, settings, out / seeds.FILE, anew=True
+        )
     return dataclasses.replace(
         context,
         gaussian=gaussian,

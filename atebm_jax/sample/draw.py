@@ -169,11 +169,12 @@ def _start(flags: argparse.Namespace, loaded: Trained) -> Start:
     own = config.data.seeds
     spec = own if flags.seeds == "own" else flags.seeds
     if spec is None:
-        spec = own if own in seeds.DRAWN else seeds.NOISE
+        # A job that was given its seeds in memory keeps none.
+        spec = seeds.NOISE if loaded.gaussian is None else own
     if spec in seeds.FITTED and (loaded.gaussian is None or spec != own):
         raise UserError(
-            f"--seeds={spec}: this checkpoint was trained from {own!r}, so that it "
-            f"holds no Gaussians of that kind: choose noise, own or a data set."
+            f"--seeds={spec}: this checkpoint, whose config.data.seeds is {own!r}, "
+            "holds no Gaussians of that kind: choose noise or a data set."
         )
     if spec in seeds.DRAWN:
         gaussian = loaded.gaussian if spec in seeds.FITTED else None

@@ -156,6 +156,22 @@ def test_other_archives_and_splits_of_cifar_are_explained(tmp_path):
         open_source(f"cifar:{tmp_path / 'python.tar.gz'}:train")
 
 
+def test_damaged_archives_of_cifar_are_read_whole_or_refused(tmp_path):
+    whole = cifar_archive(tmp_path / "cifar.tar.gz", 10).read_bytes()
+    path = tmp_path / "damaged.tar.gz"
+    refused = 0
+    for k in range(len(whole)):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 1 << k % 8]) + whole[k + 1 :])
+        try:
+            train = open_source(f"cifar:{path}:train")
+        except UserError:
+            refused += 1
+            continue
+        assert [train[i]["image"][0, 0, 0] for i in range(len(train))] == [*range(6)]
+    # All but the date and the name in gzip's own head.
+    assert refused > 0.9 * len(whole)
+
+
 def test_missing_tfds_folder_is_explained(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         open_source("tfds:cifar10:train", str(tmp_path / "absent"))
