@@ -262,6 +262,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: names the field, its value, what is allowed and the remedy.
     """
+    check_complete(config)
     stages_to_run(config)
     for field, value in flatten(config):
         _check_number(field, value)
@@ -293,6 +294,31 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
     for name in stages_to_run(config):
         _check_stage(name, config[name])
+
+
+def check_complete(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that lacks a field, or has one of another type.
+
+    Raises:
+      UserError: names the first such field.
+    """
+    fields = dict(flatten(config))
+    for field, usual in flatten(default()):
+        if field not in fields:
+            raise UserError(
+                f"the config has no field {field}: start from "
+                "atebm_jax.config.default(), which has all of them, and set others."
+            )
+        kinds = _KINDS.get(type(usual), type(usual))
+        if not isinstance(fields[field], kinds):
+            raise UserError(
+                f"config.{field} is {fields[field]!r}: expected a value such as "
+                f"{usual!r}."
+            )
+
+
+# What stands for a number or for several, beside a default's own type.
+_KINDS: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (tuple, list)}
 
 
 def _check_number(field: str, value: Any) -> None:
