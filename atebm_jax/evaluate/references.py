@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, storage
+from atebm_jax import storage
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Network, check_finite
 from atebm_jax.evaluate.extractors import Extractor
@@ -84,7 +84,7 @@ def read(path: str, dimensions: int) -> Reference:
       UserError: it is not there, damaged, or of other features.
     """
     try:
-        with checkpoint.absolute(path).open("rb") as file, np.load(file) as stored:
+        with storage.reached(path).open("rb") as file, np.load(file) as stored:
             mean, covariance = (np.asarray(stored[k], float) for k in ("mu", "sigma"))
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
@@ -146,7 +146,7 @@ def _cache_of(context: Context, extractor: Extractor) -> tuple[dict[str, Any], S
         "preprocess": context.preprocess("train"),
         "image_shape": list(context.image_shape),
     }
-    folder = checkpoint.absolute(options.cache_dir or _users_cache())
+    folder = storage.reached(options.cache_dir or _users_cache())
     store = Store(folder, {}, "--cache_dir")
     return description, store.within(
         **description,

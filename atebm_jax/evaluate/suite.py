@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, data, models, seeds, sharding
+from atebm_jax import checkpoint, data, models, seeds, sharding, storage
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import (
@@ -54,6 +54,7 @@ CHECKS: dict[str, Callable[[Context], None]] = {
     "pgd": classification.check_pgd,
     "autoattack": robustness.check,
     "generation": generation.check,
+    "ood": ood.check,
     "counterfactual": counterfactual.check,
 }
 
@@ -109,7 +110,10 @@ def evaluate(
     weights, meta = checkpoint.load_weights(path, best_by=best_by)
     settings = _settings(meta, config, data_dir)
     wanted = tuple(name for name in METRICS if name in metrics)
-    folder = checkpoint.absolute(out)
+    folder = storage.reached(out)
+    _check_out(
+        folder, checkpoint.absolute(path), checkpoint.find(path, best_by=best_by)
+    )
     names = checkpoint.class_names(meta)
     context = _context(
         weights, settings, folder, options, show, wanted, names, classes_by_place
@@ -119,10 +123,21 @@ def evaluate(
     for name in wanted:
         CHECKS.get(name, lambda context: None)(context)
     with held(folder, "--out", alone=False):
+        if "generation" in wanted:
+            context = _with_gaussian(context, meta, folder, classes_by_place)
         report = _measure(context, meta, folder, wanted, path)
         if jax.process_index() == 0:
             suite_report.write(folder, report)
     return report
+
+
+def _check_out(folder: epath.Path, evaluated: epath.Path, step: epath.Path) -> None:
+    """Refuses to write over a job's own report, or into a step, which will go."""
+    if folder == evaluated or folder.is_relative_to(step):
+        raise UserError(
+            f"the report would be written to {folder}, among the files of what is "
+            "evaluated: give --out, another folder."
+        )
 
 
 def _measure(
@@ -133,8 +148,6 @@ def _measure(
     path: str | epath.Path,
 ) -> dict[str, Any]:
     """Runs the protocols that are wanted; the report."""
-    if "generation" in wanted:
-        context = _with_gaussian(context, meta, folder)
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
@@ -165,6 +178,7 @@ def _settings(
     """The checkpoint's config, or the caller's with the checkpoint's network."""
     settings = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     if config is not None:
+        configuration.check_complete(config)
         _check_same_network(settings, config, meta["stage"])
         network = settings.model
         settings = ml_collections.ConfigDict(config.to_dict())
@@ -319,7 +333,7 @@ def _sources(
 
 
 def _with_gaussian(
-    context: Context, meta: Mapping[str, Any], out: epath.Path
+    context: Context, meta: Mapping[str, Any], out: epath.Path, by_place: bool
 ) -> Context:
     """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
     settings = context.config.data
@@ -328,7 +342,14 @@ def _with_gaussian(
     if meta["config"]["data"].get("seeds") == settings.seeds and "seeds" in meta:
         gaussian = seeds.from_arrays(meta["seeds"], context.image_shape)
     else:
-        train = context.sources["train"]
+        # Of one a class each must be the class that the network draws from it.
+        train = data.relabel.follow(
+            context.sources["train"],
+            checkpoint.class_names(meta),
+            f"config.data.train={settings.train}",
+            by_place=by_place,
+            note=_log.warning,
+        )
         gaussian = seeds.of_source(settings.seeds, train, settings, out / seeds.FILE)
     return dataclasses.replace(
         context,
