@@ -1,7 +1,6 @@
 """Samples into a folder: the command without a name."""
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from atebm_jax import ascent, data, seeds, storage
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import drawing
+from atebm_jax.local_path import local
 from atebm_jax.progress import say, track
 from atebm_jax.sample import chunks, files, inputs, loading
 from atebm_jax.sample.chunks import Recipe
@@ -69,7 +69,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         return classes[indices % len(classes)]
 
     drawn_from = _seeds(flags, loaded, labels_of)
-    out = Path(os.path.expanduser(flags.out))
+    out = Path(local("--out", flags.out))
     if drawn_from.spec.startswith("folder:"):
         files.check_outside(out, drawn_from.spec)
     protocol = {

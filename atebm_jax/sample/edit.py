@@ -15,8 +15,9 @@ from rich.console import Console
 from atebm_jax import constraints, metrics, pictures, sampling
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import local
 from atebm_jax.progress import say
-from atebm_jax.sample import edits, files, inputs, loading, process, records
+from atebm_jax.sample import chunks, edits, files, inputs, loading, process, records
 from atebm_jax.sample.loading import Loaded
 from atebm_jax.sample.process import Item
 
@@ -63,7 +64,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     names = loading.class_names(loaded, given)
     problem = _problem(given, loaded)
     label = _label(given, names)
-    out = Path(os.path.expanduser(given.out))
+    out = Path(local("--out", given.out))
     for named in given.images:
         files.check_outside(out, named)
 
@@ -170,6 +171,10 @@ def _checked(given: argparse.Namespace) -> argparse.Namespace:
         raise UserError(
             "with --degrade the images are the truth: leave out --reference."
         )
+    # What is made of the images first takes these as they are.
+    chunks.check_seed(given.seed)
+    if given.task == "denoise":
+        constraints.check_noise(given.sigma)
     missing = {k: v for k, v in _DEFAULTS.items() if getattr(given, k) is None}
     return argparse.Namespace(**vars(given) | missing)
 

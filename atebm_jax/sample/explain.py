@@ -1,7 +1,6 @@
 """Counterfactuals into a folder: `python -m atebm_jax.sample explain`."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from atebm_jax import constraints, pictures, sampling
+from atebm_jax.local_path import local
 from atebm_jax.progress import say
 from atebm_jax.sample import edits, files, inputs, loading, process, records
 from atebm_jax.sample.process import Item
@@ -28,7 +28,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     targets = loading.parse_classes("--target", given.target, names).tolist()
     radii = loading.parse_radii(given.radius)
     asked = [(target, radius) for target in dict.fromkeys(targets) for radius in radii]
-    out = Path(os.path.expanduser(given.out))
+    out = Path(local("--out", given.out))
     for named in given.images:
         files.check_outside(out, named)
 

@@ -15,6 +15,7 @@ from atebm_jax import config as configuration
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.store import weights_fingerprint
+from atebm_jax.names import of_class
 from atebm_jax.seeds import Gaussian, from_arrays
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,11 @@ def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
     if text == "all":
         classes.check_keyword(flag, text, names)
         return np.arange(len(names), dtype=np.int32)
-    words = [text] if text in names else [part.strip() for part in text.split(",")]
+    words = (
+        [text]
+        if of_class(text) in names
+        else [part.strip() for part in text.split(",")]
+    )
     return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
 
 
