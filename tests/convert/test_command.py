@@ -366,6 +366,7 @@ def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
         (["--mean=0.5,0.5", "--std=0.5,0.5"], "3 channels"),
         (["--normalization=none", "--mean=0"], "exclude each other"),
         (["--image_size=0"], "positive"),
+        (["--image_size=100000"], "4096 pixels at most"),
         (["--activation=tanh"], "activation"),
         (["--export=onnx"], "unknown --export=onnx"),
     ],
