@@ -373,7 +373,7 @@ def _written(
             record = prepared.pack(
                 resized(example["image"], size, quality), example["label"]
             )
-        except (OSError, ValueError) as error:
+        except content.UNREADABLE as error:
             bad.append(f"{source.describe(index)}: {error}")
             continue
         writer.write(record)

@@ -559,7 +559,10 @@ def parse_tfds_spec(spec: str) -> tuple[str, str]:
 def _find_prepared(spec: str, name: str, data_dir: str) -> str:
     """The folder `data_dir/name/version`; the newest version unless one is named."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = reached(data_dir or default)
+    try:
+        root = reached(data_dir or default)
+    except UserError as error:
+        raise UserError(f"{spec}: data_dir: {error}") from error
     check_utf8(f"{spec}: data_dir", root)
     path, _, version = name.partition(":")
     folder = root / path

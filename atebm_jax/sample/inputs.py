@@ -292,7 +292,7 @@ def _of_source(source: data.Source, index: str | None, config: Any) -> list[Pict
 def _label(source: data.Source, place: int) -> int:
     try:
         return source[place]["label"]
-    except (OSError, ValueError) as error:
+    except data.content.UNREADABLE as error:
         raise UserError(
             f"{source.describe(place)} cannot be read ({error}): leave it out."
         ) from error

@@ -81,6 +81,16 @@ def test_unreadable_images_are_listed_and_limited(folder, tmp_path):
         make(folder, tmp_path / "other", max_bad_images=0)
 
 
+def test_images_of_a_damaged_shard_are_unreadable_ones(folder, tmp_path):
+    make(folder, tmp_path / "set")
+    source = data.open_source(f"prepared:{tmp_path / 'set'}")
+    shard = tmp_path / "set" / prepared.shard_name(1, 4)
+    shard.write_bytes(shard.read_bytes()[:-5])
+    index = prepare.prepare(source, tmp_path / "other", size=8)
+    assert index["num_images"] + index["num_bad_images"] == 10
+    assert index["num_bad_images"] >= 3
+
+
 def test_damaged_shard_is_found(folder, tmp_path):
     make(folder, tmp_path / "set")
     assert prepare.check(tmp_path / "set") == 10
