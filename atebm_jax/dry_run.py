@@ -73,7 +73,9 @@ class Machine(NamedTuple):
         for flag, value in self._asdict().items():
             flag = "device_memory_gib" if flag == "memory_gib" else flag
             if not 0 < value < math.inf:
-                raise UserError(f"--{flag} is {value:g}: it must be positive.")
+                raise UserError(
+                    f"--{flag} is {value:g}: it must be positive, and finite."
+                )
         if self.utilisation > 1:
             raise UserError(
                 f"--utilisation is {self.utilisation:g}: a share of the peak is at "

@@ -230,6 +230,7 @@ def test_figures_are_printed_and_written(tmp_path):
     [
         (Machine(devices=0), "--devices is 0"),
         (Machine(memory_gib=-1.0), "--device_memory_gib is -1"),
+        (Machine(memory_gib=math.inf), "--device_memory_gib is inf: .*and finite"),
         (Machine(utilisation=2.0), "at most 1"),
         (Machine(devices=3), "does not split over --devices=3"),
     ],

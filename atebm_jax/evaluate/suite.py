@@ -61,6 +61,7 @@ CHECKS: dict[str, Callable[[Context], None]] = {
 # Sources that a metric needs beside the test images.
 _NEEDS = {"generation": ("train", "seeds"), "calibration": ("eval",)}
 
+# Of the noise among the out-of-distribution sets, unless there are more test images.
 _NOISE_IMAGES = 10_000
 
 
@@ -325,7 +326,8 @@ def _sources(
             continue
         # The network's sizes, so that no resizing smooths the noise.
         shape = tuple(settings.data.image_shape)
-        number = options.num_examples or _NOISE_IMAGES
+        most = max(len(sources["test"]), _NOISE_IMAGES)
+        number = min(options.num_examples or _NOISE_IMAGES, most)
         rng = np.random.default_rng(options.seed)
         images = rng.integers(0, 256, (number, *shape), np.uint8)
         sources[spec] = data.ArraySource(images, spec=f"noise(seed={options.seed})")
