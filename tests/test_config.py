@@ -279,7 +279,7 @@ def test_config_that_lacks_a_field_or_has_another_kind_of_one_is_told():
     for change, message in (
         (lambda made: made.__delitem__("stages"), "no field stages: start from"),
         (lambda made: made.stage2.__delitem__("t_max"), "no field stage2.t_max"),
-        (lambda made: made.__setitem__("model", None), "no field model.name"),
+        (lambda made: made.__setitem__("model", None), "no field model.activation"),
         (lambda made: made.data.update(image_shape=None), "image_shape is None: expec"),
         (lambda made: made.stage1.update(num_steps=2.5), "num_steps is 2.5: expected"),
     ):
