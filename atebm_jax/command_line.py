@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from ml_collections import ConfigDict
 
-from atebm_jax.config import check_override
+from atebm_jax.config import check_override, default, flatten, nearest
 from atebm_jax.errors import UserError
 from atebm_jax.names import printable
 
@@ -92,9 +92,27 @@ def load_config(path_and_row: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config of config file {path!r} returns a {type(config).__name__}: "
-            "expected atebm_jax.config.default() with fields of its own."
+            "expected atebm_jax.config.default() with values of its own."
         )
+    _check_names(path, config)
     return config
+
+
+def _check_names(path: str, config: ConfigDict) -> None:
+    """Refuses a field that nothing reads; a family of the user's own may read more."""
+    fields = [name for name, _ in flatten(default())]
+    others = [name for name, _ in flatten(config) if name not in fields]
+    if any(name.startswith("model.") for name in others):
+        from atebm_jax import models  # slow to import
+
+        if config.model.get("name") not in models.BUILT_IN:
+            others = [name for name in others if not name.startswith("model.")]
+    if others:
+        near = nearest(others[0], fields) or sorted(default())
+        raise UserError(
+            f"config file {path!r} sets {others[0]}, which nothing reads: the nearest "
+            f"valid names are {', '.join(near)}."
+        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
 import ast
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -491,15 +491,7 @@ def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> 
     fields = dict(flatten(config))
     if field not in fields:
         inside = [name for name in fields if name.startswith(f"{field}.")]
-        leaf = {name.rpartition(".")[2]: name for name in fields}
-        near = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
-        near += [
-            leaf[match]
-            for match in difflib.get_close_matches(
-                field.rpartition(".")[2], leaf, n=3, cutoff=0.6
-            )
-        ]
-        names = inside[:5] or list(dict.fromkeys(near))[:4] or sorted(config)
+        names = inside[:5] or nearest(field, fields) or sorted(config)
         problem = "is a group of fields" if inside else "does not exist"
         raise UserError(
             f"--config.{field} {problem}: the nearest valid names are "
@@ -511,6 +503,15 @@ def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> 
             f"--config.{field}={text} is no {wanted.__name__}: expected a value such "
             f"as {fields[field]!r}."
         )
+
+
+def nearest(field: str, fields: Collection[str]) -> list[str]:
+    """At most four fields that a misspelt one may mean, by all of it or its end."""
+    leaf = {name.rpartition(".")[2]: name for name in fields}
+    end = field.rpartition(".")[2]
+    near = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
+    near += [leaf[name] for name in difflib.get_close_matches(end, leaf, 3, 0.6)]
+    return list(dict.fromkeys(near))[:4]
 
 
 def _is_number(text: str, kind: type) -> bool:

@@ -259,7 +259,12 @@ def get_config():
         (
             f"{DEFAULT}  made.stage1.batchsize = 8\n  return made",
             "",
-            "AttributeError: .*batchsize",
+            "sets stage1.batchsize, which nothing reads: .* stage1.batch_size",
+        ),
+        (
+            f"{DEFAULT}  made.model.dept = 16\n  return made",
+            "",
+            "sets model.dept, which nothing reads: .* model.depth",
         ),
         (
             f"{DEFAULT}  made.data.image_shape = 32\n  return made",
