@@ -13,6 +13,7 @@ number only when it is complete, with the checksums of its files, and is moved t
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,12 +25,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, sharding
+from atebm_jax import checksums, local_path, sharding
 from atebm_jax.errors import UserError
-from atebm_jax.local_path import LocalPath
-from atebm_jax.names import check_utf8
+from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
-from atebm_jax.storage import in_bucket
+from atebm_jax.storage import in_bucket, reached
 from atebm_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -45,17 +45,8 @@ STAGE_ORDER = ("stage1", "stage2")
 IMPORTED = "imported"
 
 
-def absolute(path: str | epath.Path) -> epath.Path:
-    """A path as Orbax wants it: absolute, or of a cloud (gs://...); ~ is the home."""
-    if "://" in str(path):
-        try:
-            return epath.Path(path)
-        except KeyError as error:
-            raise UserError(
-                f"{path} is of no kind of storage that is known here: give a folder, "
-                "or one in a bucket, gs://BUCKET/FOLDER."
-            ) from error
-    return LocalPath(path).expanduser().absolute()
+#: A path as Orbax wants it.
+absolute = local_path.absolute
 
 
 def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
@@ -258,7 +249,7 @@ def load_weights(
 def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
     """What a network's outputs mean, by number; None where its `meta` does not say."""
     names = meta.get("class_names")
-    return tuple(map(str, names)) if names else None
+    return tuple(of_class(str(name)) for name in names) if names else None
 
 
 def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
@@ -299,7 +290,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    folder = absolute(path)
+    folder = reached(path)
     check_utf8("the path", folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -328,6 +319,10 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     )
 
 
+# Of a step, as Orbax writes it: others may have put folders beside.
+_NUMBER = re.compile("0|[1-9][0-9]*")
+
+
 def steps_in(folder: epath.Path) -> list[int]:
     """Complete steps in a stage's folder, ascending; none if it does not exist.
 
@@ -337,7 +332,7 @@ def steps_in(folder: epath.Path) -> list[int]:
     if not folder.is_dir():
         return []
     try:
-        numbered = [path for path in folder.iterdir() if path.name.isdigit()]
+        numbered = [p for p in folder.iterdir() if _NUMBER.fullmatch(p.name)]
     except OSError as error:
         raise UserError(
             f"{folder} cannot be read ({error.strerror or error}): make it readable, "

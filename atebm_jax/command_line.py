@@ -1,6 +1,7 @@
 """What the commands share: config files, overrides, quiet libraries, exit code 2."""
 
 import argparse
+import contextlib
 import inspect
 import io
 import logging
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 from ml_collections import ConfigDict
 
-from atebm_jax.config import check_override
+from atebm_jax.config import check_override, default, flatten, nearest
 from atebm_jax.errors import UserError
 from atebm_jax.names import printable
 
@@ -69,7 +70,8 @@ def load_config(path_and_row: str) -> ConfigDict:
     """Loads a config file, `configs/cifar10.py:small` with its row.
 
     Raises:
-      UserError: no such file or row, or a file without `get_config`.
+      UserError: no such file or row, one that fails, or one without a `get_config` that
+        returns a config.
     """
     path, _, row = os.path.expanduser(path_and_row).partition(":")
     if not os.path.isfile(path):
@@ -78,18 +80,52 @@ def load_config(path_and_row: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"config file {path!r} is no Python file (.py).")
     module = util.module_from_spec(spec)
-    try:
+    with _running(path):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"config file {path!r} cannot be run: {type(error).__name__}: {error}."
-        ) from error
-    if not hasattr(module, "get_config"):
+    if not callable(vars(module).get("get_config")):
         raise UserError(f"config file {path!r} has no function get_config.")
     takes_row = bool(inspect.signature(module.get_config).parameters)
     if row and not takes_row:
         raise UserError(f"config file {path!r} has no rows: leave out {':' + row!r}.")
-    return module.get_config(row) if row else module.get_config()
+    with _running(path):
+        config = module.get_config(row) if row else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config of config file {path!r} returns a {type(config).__name__}: "
+            "expected atebm_jax.config.default() with values of its own."
+        )
+    _check_names(path, config)
+    return config
+
+
+def _check_names(path: str, config: ConfigDict) -> None:
+    """Refuses a field that nothing reads; a family of the user's own may read more."""
+    fields = [name for name, _ in flatten(default())]
+    others = [name for name, _ in flatten(config) if name not in fields]
+    if any(name.startswith("model.") for name in others):
+        from atebm_jax import models  # slow to import
+
+        if config.model.get("name") not in models.BUILT_IN:
+            others = [name for name in others if not name.startswith("model.")]
+    if others:
+        near = nearest(others[0], fields) or sorted(default())
+        raise UserError(
+            f"config file {path!r} sets {others[0]}, which nothing reads: the nearest "
+            f"valid names are {', '.join(near)}."
+        )
+
+
+@contextlib.contextmanager
+def _running(path: str) -> Iterator[None]:
+    """Says in one sentence what fails in a config file: a misspelt field, say."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"config file {path!r} cannot be run: {type(error).__name__}: {error}."
+        ) from error
 
 
 def quiet_libraries() -> None:

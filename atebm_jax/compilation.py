@@ -4,9 +4,8 @@ import os
 
 import jax
 
-from atebm_jax import checkpoint
 from atebm_jax.names import check_utf8
-from atebm_jax.storage import in_bucket
+from atebm_jax.storage import in_bucket, reached
 
 FOLDER = "compilation_cache"
 
@@ -32,8 +31,8 @@ def use_cache(choice: str, workdir: str) -> None:
         return
     if choice == "workdir" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    in_workdir = checkpoint.absolute(workdir) / FOLDER
-    folder = in_workdir if choice == "workdir" else checkpoint.absolute(choice)
+    in_workdir = reached(workdir) / FOLDER
+    folder = in_workdir if choice == "workdir" else reached(choice)
     check_utf8("workdir" if choice == "workdir" else "--compilation_cache", folder)
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     if not in_bucket(folder):

@@ -7,7 +7,7 @@ command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
 import ast
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -262,6 +262,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: names the field, its value, what is allowed and the remedy.
     """
+    check_complete(config)
     stages_to_run(config)
     for field, value in flatten(config):
         _check_number(field, value)
@@ -293,6 +294,31 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
     for name in stages_to_run(config):
         _check_stage(name, config[name])
+
+
+def check_complete(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that lacks a field, or has one of another type.
+
+    Raises:
+      UserError: names the first such field.
+    """
+    fields = dict(flatten(config))
+    for field, usual in flatten(default()):
+        if field not in fields:
+            raise UserError(
+                f"the config has no field {field}: start from "
+                "atebm_jax.config.default(), which has all of them, and set others."
+            )
+        kinds = _KINDS.get(type(usual), type(usual))
+        if not isinstance(fields[field], kinds):
+            raise UserError(
+                f"config.{field} is {fields[field]!r}: expected a value such as "
+                f"{usual!r}."
+            )
+
+
+# What stands for a number or for several, beside a default's own type.
+_KINDS: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (tuple, list)}
 
 
 def _check_number(field: str, value: Any) -> None:
@@ -465,15 +491,7 @@ def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> 
     fields = dict(flatten(config))
     if field not in fields:
         inside = [name for name in fields if name.startswith(f"{field}.")]
-        leaf = {name.rpartition(".")[2]: name for name in fields}
-        near = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
-        near += [
-            leaf[match]
-            for match in difflib.get_close_matches(
-                field.rpartition(".")[2], leaf, n=3, cutoff=0.6
-            )
-        ]
-        names = inside[:5] or list(dict.fromkeys(near))[:4] or sorted(config)
+        names = inside[:5] or nearest(field, fields) or sorted(config)
         problem = "is a group of fields" if inside else "does not exist"
         raise UserError(
             f"--config.{field} {problem}: the nearest valid names are "
@@ -485,6 +503,15 @@ def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> 
             f"--config.{field}={text} is no {wanted.__name__}: expected a value such "
             f"as {fields[field]!r}."
         )
+
+
+def nearest(field: str, fields: Collection[str]) -> list[str]:
+    """At most four fields that a misspelt one may mean, by all of it or its end."""
+    leaf = {name.rpartition(".")[2]: name for name in fields}
+    end = field.rpartition(".")[2]
+    near = difflib.get_close_matches(field, fields, n=3, cutoff=0.6)
+    near += [leaf[name] for name in difflib.get_close_matches(end, leaf, 3, 0.6)]
+    return list(dict.fromkeys(near))[:4]
 
 
 def _is_number(text: str, kind: type) -> bool:

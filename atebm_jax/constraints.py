@@ -213,12 +213,21 @@ def denoise(images: Any, sigma: float, *, strength: float = 0.5) -> Ball:
     Raises:
       UserError: sigma or strength is not positive.
     """
+    check_noise(sigma, strength)
     origin = as_images(images)
+    length = float(sigma) * math.sqrt(math.prod(origin.shape[1:]))
+    return ball(origin, float(strength) * length)
+
+
+def check_noise(sigma: float, strength: float = 0.5) -> None:
+    """Refuses what `denoise` does.
+
+    Raises:
+      UserError: sigma or strength is not positive.
+    """
     for name, value in {"sigma": sigma, "strength": strength}.items():
         if not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
             raise UserError(f"{name} is {value!r}: it must be a positive number.")
-    length = float(sigma) * math.sqrt(math.prod(origin.shape[1:]))
-    return ball(origin, float(strength) * length)
 
 
 def superres(images: Any, factor: int) -> BoxMean:

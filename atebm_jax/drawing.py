@@ -116,15 +116,24 @@ def check(recipe: Recipe) -> None:
         )
     if steps >= 2**31:
         raise UserError(f"num_steps is {steps}: it must be below 2**31.")
-    if not isinstance(recipe.seed, whole) or not 0 <= recipe.seed < 2**32:
-        raise UserError(
-            f"seed is {recipe.seed!r}: expected a whole number from 0 to 2**32 - 1."
-        )
+    check_seed(recipe.seed)
     smooth, target = recipe.smooth, recipe.target_energy
     if not isinstance(smooth, number) or not 0 <= smooth <= _WIDEST_BLUR:
         raise UserError(f"smooth is {smooth!r}: expected 0 to {_WIDEST_BLUR} pixels.")
     if target is not None and not (isinstance(target, number) and np.isfinite(target)):
         raise UserError(f"target_energy is {target!r}: expected a finite number.")
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that no random key can be made of.
+
+    Raises:
+      UserError: names the allowed ones.
+    """
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise UserError(
+            f"seed is {seed!r}: expected a whole number from 0 to 2**32 - 1."
+        )
 
 
 def check_sampler(text: str) -> None:

@@ -38,7 +38,7 @@ from atebm_jax import (
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.local_path import is_device, real
+from atebm_jax.local_path import is_device, local, real
 from atebm_jax.progress import say
 from atebm_jax.train import build_step
 
@@ -73,7 +73,9 @@ class Machine(NamedTuple):
         for flag, value in self._asdict().items():
             flag = "device_memory_gib" if flag == "memory_gib" else flag
             if not 0 < value < math.inf:
-                raise UserError(f"--{flag} is {value:g}: it must be positive.")
+                raise UserError(
+                    f"--{flag} is {value:g}: it must be positive, and finite."
+                )
         if self.utilisation > 1:
             raise UserError(
                 f"--utilisation is {self.utilisation:g}: a share of the peak is at "
@@ -375,7 +377,7 @@ def _place_of(json_file: str) -> epath.Path:
 
     A device or a pipe (`/dev/stdout`) is written through.
     """
-    path = real(json_file)
+    path = real(local("--dry_run_json", json_file))
     wrong = ""
     if os.path.isdir(path):
         wrong = "is a folder"

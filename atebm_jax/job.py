@@ -72,9 +72,8 @@ def run(
       preemption.Interrupted: a signal asked to stop; it says what is saved.
     """
     configuration.check(config)
-    workdir = checkpoint.absolute(workdir)
+    workdir = storage.reached(workdir)
     check_utf8("workdir", workdir)
-    storage.check_bucket(workdir)
     lock = Lock(workdir)
     try:
         # Before anything is read: nobody may be writing it.
@@ -480,7 +479,6 @@ def _origins(
 
     def given() -> Any:
         try:
-            storage.check_bucket(checkpoint.absolute(config.init_from))
             return loaded(config.init_from)
         except UserError as error:
             raise UserError(f"config.init_from: {error}") from error

@@ -1,10 +1,12 @@
-"""Local paths: their own letters are never a pattern; where links lead to."""
+"""Paths as users give them: local ones, whose letters are no pattern, and buckets."""
 
 import glob
 import os
 from collections.abc import Iterator
 
 from etils import epath
+
+from atebm_jax.errors import UserError
 
 
 class LocalPath(type(epath.Path())):  # type: ignore[misc]
@@ -20,6 +22,45 @@ class LocalPath(type(epath.Path())):  # type: ignore[misc]
         """Files of any kind below this folder that match the pattern."""
         found = glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern))
         return (type(self)(name) for name in found)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """An absolute path, or one of a cloud (gs://...); ~ is the home.
+
+    Raises:
+      UserError: a cloud that is not known.
+    """
+    if in_cloud(path):
+        try:
+            return epath.Path(path)
+        except KeyError as error:
+            raise UserError(
+                f"{path} is of no kind of storage that is known here: give a folder, "
+                "or one in a bucket, gs://BUCKET/FOLDER."
+            ) from error
+    return LocalPath(path).expanduser().absolute()
+
+
+def in_cloud(path: str | os.PathLike) -> bool:
+    """Whether files there are objects of a bucket (gs://, s3://)."""
+    return "://" in os.fspath(path)
+
+
+def local(flag: str, path: str | os.PathLike) -> str:
+    """A path on a disk, where nothing else can be written; `~` is the home.
+
+    Raises:
+      UserError: it is in a cloud, where a folder "gs:" would be made instead, or empty,
+        which would mean the folder that the command runs in.
+    """
+    given = os.fspath(path)
+    if in_cloud(given):
+        raise UserError(
+            f"{flag}={given} is in a cloud: give a local path, then copy what is there."
+        )
+    if not given:
+        raise UserError(f"{flag} is empty: give a path.")
+    return os.path.expanduser(given)
 
 
 def real(path: str | os.PathLike) -> LocalPath:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import unicodedata
 
 from atebm_jax.errors import UserError
 
@@ -17,6 +18,15 @@ def printable(name: str) -> str:
     text file and no font takes), control characters `\n` and the like.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in name)
+
+
+def of_class(name: str) -> str:
+    """A name of a class as it is compared: as of `printable`, its accents composed.
+
+    macOS writes "é" as a letter and an accent, most others as one letter; both look
+    alike, and mean one class.
+    """
+    return printable(unicodedata.normalize("NFC", name))
 
 
 def writable(text: str) -> str:

@@ -13,33 +13,49 @@ import numpy as np
 from etils import epath
 
 from atebm_jax.errors import UserError
-from atebm_jax.local_path import is_device, real
+from atebm_jax.local_path import absolute, in_cloud, is_device, local, real
 from atebm_jax.names import writable
 
 
 def in_bucket(path: epath.Path) -> bool:
     """Whether files there are objects (gs://, s3://), which cannot be appended to."""
-    return "://" in os.fspath(path)
+    return in_cloud(path)
 
 
-# What a workdir in a bucket needs: module -> package.
-_FOR_BUCKETS = {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"}
+# What each kind of bucket is reached with: module -> package.
+_FOR_BUCKETS = {
+    "gs://": {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"},
+    "s3://": {"s3fs": "s3fs"},
+    "az://": {"adlfs": "adlfs"},
+}
+_EXTRAS = {"gs://": "'atebm_jax[gcs]'"}
+
+
+def reached(path: str | os.PathLike) -> epath.Path:
+    """As `local_path.absolute`, and of a bucket only what can be reached from here.
+
+    Raises:
+      UserError: a cloud that is not known, or packages that are not installed.
+    """
+    found = absolute(path)
+    check_bucket(found)
+    return found
 
 
 def check_bucket(path: epath.Path) -> None:
-    """Refuses gs:// where the packages that reach it are not installed.
+    """Refuses a bucket where the packages that reach it are not installed.
 
     Raises:
-      UserError: names them and the extra that has them.
+      UserError: names them and how to install them.
     """
-    if not os.fspath(path).startswith("gs://"):
-        return
-    missing = [name for module, name in _FOR_BUCKETS.items() if not _found(module)]
+    scheme = os.fspath(path).partition("://")[0] + "://"
+    needed = _FOR_BUCKETS.get(scheme, {})
+    missing = [name for module, name in needed.items() if not _found(module)]
     if missing:
         raise UserError(
             f"{path} is in a bucket and {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed: "
-            "pip install 'atebm_jax[gcs]'."
+            f"pip install {_EXTRAS.get(scheme, ' '.join(missing))}."
         )
 
 
@@ -182,7 +198,7 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
       UserError: it cannot be written, by whatever library that is said. Nothing is left
         behind then, nor after any other error.
     """
-    place = real(to)
+    place = real(local(flag, to))
     if is_device(place):
         raise UserError(
             f"{flag}={to} is neither a file nor a folder, and is left as it is: give "

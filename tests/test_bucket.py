@@ -88,6 +88,7 @@ def workdir(monkeypatch):
     Bucket.pseudo_dirs[:] = [""]
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: bucket)
     monkeypatch.setattr(tensorboardX, "SummaryWriter", Events)
+    monkeypatch.setattr(storage, "_found", lambda module: True)
     return epath.Path("gs://bucket/run")
 
 

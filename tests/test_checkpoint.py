@@ -17,13 +17,17 @@ from atebm_jax import (
     UserError,
     checkpoint,
     checksums,
+    compilation,
+    data,
     fitting,
     models,
     optim,
     sharding,
+    storage,
     train_state,
 )
 from atebm_jax.convert import importing
+from atebm_jax.evaluate import references
 
 CONFIG = tiny.config()
 
@@ -194,6 +198,34 @@ def test_cloud_paths_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
     assert checkpoint.absolute("run") == tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://b/run", r"gcsfs and google-cloud-storage are .*'atebm_jax\[gcs\]'"),
+        ("s3://b/run", "s3fs is not installed: pip install s3fs"),
+        ("ftp://b/run", "of no kind of storage that is known"),
+    ],
+)
+def test_bucket_that_cannot_be_reached_from_here_is_told(path, message, monkeypatch):
+    monkeypatch.setattr(storage, "_found", lambda module: False)
+    for reach in (
+        checkpoint.find,
+        data.open_source,
+        lambda to: compilation.use_cache(to, "run"),
+        lambda to: references.read(to, 3),
+        lambda to: importing.with_class_names(None, to),
+    ):
+        options = {"data_dir": path} if reach is data.open_source else {}
+        with pytest.raises(UserError, match=message):
+            reach("tfds:a:train" if options else path, **options)
+
+
+def test_folders_that_are_no_steps_are_passed_over(tmp_path):
+    for name in ("3", "12", "\N{SUPERSCRIPT TWO}", "0005", "x", "-1"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps_in(epath.Path(tmp_path)) == [3, 12]
 
 
 @pytest.mark.parametrize("best_by", ["accuracy", "robust_acc"])

@@ -63,9 +63,10 @@ def test_platform_without_its_library_is_told(error, reason, monkeypatch):
 @pytest.mark.parametrize("row", ["", ":small"])
 def test_home_is_found_in_the_path_of_a_config(tmp_path, monkeypatch, row):
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = "def get_config(row='none'):\n    return row\n"
+    text = "from atebm_jax import config\n\ndef get_config(row='none'):\n"
+    text += "    made = config.default()\n    made.stages = row\n    return made\n"
     (tmp_path / "mine.py").write_text(text)
-    assert command_line.load_config(f"~/mine.py{row}") == (row[1:] or "none")
+    assert command_line.load_config(f"~/mine.py{row}").stages == (row[1:] or "none")
     there = f"{tmp_path}/mine.py{row}"
     for given, made in (
         ([f"--config=~/mine.py{row}", "--x=~/y"], [f"--config={there}", "--x=~/y"]),

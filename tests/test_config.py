@@ -238,11 +238,61 @@ def test_command_line_overrides_reach_the_config(monkeypatch):
     assert settings.model.depth == 16
 
 
-def test_config_file_that_cannot_be_run_is_explained(tmp_path):
+DEFAULT = """
+from atebm_jax import config
+
+def get_config():
+  made = config.default()
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "message"),
+    [
+        ("nothing.here", "", "NameError"),
+        ("import sys; sys.exit(0)", "", "cannot be run: SystemExit"),
+        ("get_config = 3", "", "has no function get_config"),
+        ("def get_config():\n  pass", "", "returns a NoneType: expected atebm_jax.con"),
+        ("def get_config():\n  return {'seed': 1}", "", "returns a dict"),
+        ("def get_config(row):\n  pass", "", "cannot be run: TypeError: .*'row'"),
+        ("def get_config(row=''):\n  return {}[row]", ":b", "cannot be run: KeyError"),
+        (
+            f"{DEFAULT}  made.stage1.batchsize = 8\n  return made",
+            "",
+            "sets stage1.batchsize, which nothing reads: .* stage1.batch_size",
+        ),
+        (
+            f"{DEFAULT}  made.model.dept = 16\n  return made",
+            "",
+            "sets model.dept, which nothing reads: .* model.depth",
+        ),
+        (
+            f"{DEFAULT}  made.data.image_shape = 32\n  return made",
+            "",
+            "TypeError: .*image_shape",
+        ),
+    ],
+)
+def test_config_file_that_cannot_be_run_is_explained(tmp_path, text, row, message):
     path = tmp_path / "mine.py"
-    path.write_text("nothing.here")
-    with pytest.raises(UserError, match="NameError"):
-        command_line.load_config(str(path))
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        command_line.load_config(f"{path}{row}")
+
+
+def test_config_that_lacks_a_field_or_has_another_kind_of_one_is_told():
+    for change, message in (
+        (lambda made: made.__delitem__("stages"), "no field stages: start from"),
+        (lambda made: made.stage2.__delitem__("t_max"), "no field stage2.t_max"),
+        (lambda made: made.__setitem__("model", None), "no field model.activation"),
+        (lambda made: made.data.update(image_shape=None), "image_shape is None: expec"),
+        (lambda made: made.stage1.update(num_steps=2.5), "num_steps is 2.5: expected"),
+    ):
+        made = config.default()
+        with made.unlocked(), made.ignore_type():
+            change(made)
+        with pytest.raises(UserError, match=message):
+            config.check(made)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,15 @@ def test_figures_that_have_no_place_are_refused_before_the_work(
         dry_run.run(settings(), Machine(), console=quiet(), json_file=place)
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("gs://x/cost.json", "is in a cloud"), ("", "is empty: give a path")],
+)
+def test_figures_go_to_a_local_file_that_is_named(place, message):
+    with pytest.raises(UserError, match=f"--dry_run_json.* {message}"):
+        dry_run.run(settings(), Machine(), console=quiet(), json_file=place)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "loop/x"])
 def test_figures_that_could_not_be_written_are_refused_before_the_work(
     tmp_path, monkeypatch, name
@@ -221,6 +230,7 @@ def test_figures_are_printed_and_written(tmp_path):
     [
         (Machine(devices=0), "--devices is 0"),
         (Machine(memory_gib=-1.0), "--device_memory_gib is -1"),
+        (Machine(memory_gib=math.inf), "--device_memory_gib is inf: .*and finite"),
         (Machine(utilisation=2.0), "at most 1"),
         (Machine(devices=3), "does not split over --devices=3"),
     ],

@@ -66,7 +66,8 @@ FREE += ("calls", "health")
 FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
-    "data": {"names", "calls", "storage", "progress", "workdir_lock", "command_line"},
+    "data": {"names", "calls", "local_path", "storage", "progress", "workdir_lock"}
+    | {"command_line"},
     "storage": {"local_path", "names"},
     "progress": {"names"},
     "sharding": {"names"},
@@ -84,7 +85,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "pictures": {"names", "metrics", "data", "storage"},
     "reachability": {"ascent", "data", "drawing", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
-    | {"names", "storage", "progress"},
+    | {"names", "local_path", "storage", "progress"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from atebm_jax.convert.importing import Imported
     from atebm_jax.convert.matching import Match
 
+# Of the fixed image: the network's features of a larger one take tens of gigabytes.
+_LARGEST_SIDE = 4096
 # Logits that are shown; all are in import.json.
 _SHOWN_LOGITS = 10
 
@@ -106,8 +108,11 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
     # Imported late, so that --help answers at once.
     from atebm_jax.convert import importing, normalization
 
-    if flags.image_size is not None and flags.image_size < 1:
-        raise UserError(f"--image_size={flags.image_size}: it must be positive.")
+    if flags.image_size is not None and not 1 <= flags.image_size <= _LARGEST_SIDE:
+        raise UserError(
+            f"--image_size={flags.image_size}: it must be positive, "
+            f"{_LARGEST_SIDE} pixels at most."
+        )
     asked = normalization.parse(flags.normalization, flags.mean, flags.std)
     importing.check_target(flags.to)
     made = importing.read(

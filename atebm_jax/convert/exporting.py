@@ -9,6 +9,7 @@ import numpy as np
 from atebm_jax import archs, checkpoint, storage
 from atebm_jax.convert.names import to_torch
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import local
 
 FORMATS = ("safetensors",)
 
@@ -37,7 +38,7 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     """
     if kind not in FORMATS:
         raise UserError(f"unknown --export={kind}: choose one of {', '.join(FORMATS)}.")
-    to = os.path.abspath(os.path.expanduser(to))
+    to = os.path.abspath(local("--to", to))
     if os.path.exists(to):
         raise UserError(f"--to={to} is there already: give a new file.")
     try:

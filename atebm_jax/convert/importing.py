@@ -19,9 +19,10 @@ from atebm_jax.convert import layouts, matching, names, normalization
 from atebm_jax.convert.files import Source, open_source, printable
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import local
 from atebm_jax.models.family import Shapes
 from atebm_jax.models.layers import ACTIVATIONS
-from atebm_jax.names import check_utf8
+from atebm_jax.names import check_utf8, of_class
 
 
 class Imported(NamedTuple):
@@ -94,6 +95,11 @@ def read(
         assumed.insert(0, normalization.assumption(chosen))
     config = _config(model, shape)
     logits = probe_logits(models.build(config.model), variables, shape)
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"{source.path} makes NaN or Inf of an image: its weights have diverged or "
+            "are damaged, or the numbers of --std are too small."
+        )
     record = _record(source, weights, name, matches, chosen, config)
     record["assumed"] = assumed
     record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
@@ -180,7 +186,7 @@ def _exported_names(
     except ValueError:
         return None
     whole = isinstance(names, list) and len(names) == model.num_classes
-    return tuple(printable(str(name)) for name in names) if whole else None
+    return tuple(of_class(str(name)) for name in names) if whole else None
 
 
 def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
@@ -293,10 +299,10 @@ def with_class_names(imported: Imported, path: str | os.PathLike) -> Imported:
       UserError: it cannot be read, or does not name each class once.
     """
     try:
-        text = epath.Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        text = storage.reached(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes_file={path} cannot be read: {error}.") from error
-    names = [line.strip() for line in text.strip().splitlines()]
+    names = [of_class(line.strip()) for line in text.strip().splitlines()]
     number = imported.config.model.num_classes
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if len(names) != number or twice or "" in names:
@@ -312,12 +318,10 @@ def check_target(to: str | os.PathLike) -> epath.Path:
     """The folder to write, which must not be there or be empty.
 
     Raises:
-      UserError: something is there, or it is no local folder.
+      UserError: something is there, or it is no local path.
     """
-    if "://" in str(to):
-        raise UserError(f"--to={to} is in a cloud: give a local folder, then copy it.")
     check_utf8("--to", to)
-    folder = checkpoint.absolute(to)
+    folder = checkpoint.absolute(local("--to", to))
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if folder.exists():

@@ -61,12 +61,14 @@ _NORMALIZER = re.compile(
 )
 
 
-# Arrays of one number that say how long a network was trained or averaged.
-_COUNTERS = frozenset(
+# Words that names of counters are made of: arrays of one number that say how long a
+# network was trained or averaged ("num_updates", "swa_n").
+_COUNTED = frozenset(
     {
-        *("n_averaged", "num_updates", "n_updates", "updates", "initted", "inited"),
-        *("step", "steps", "global_step", "num_steps", "iteration", "iterations"),
-        *("iter", "iters", "num_iters", "epoch", "decay", "ema_decay"),
+        *("n", "num", "number", "count", "counter", "total", "global", "current"),
+        *("update", "updates", "step", "steps", "iter", "iters", "iteration"),
+        *("iterations", "epoch", "epochs", "batches", "samples", "averaged"),
+        *("initted", "inited", "decay", "ema", "swa", "train", "training"),
     }
 )
 
@@ -177,7 +179,7 @@ def _without_inner_wrappers(named: dict[str, Any], steps: list[str]) -> dict[str
 
 def _pass_over_counters(weights: Weights) -> None:
     single = [n for n, value in weights.arrays.items() if math.prod(shape(value)) == 1]
-    counters = [n for n in single if n.rpartition(".")[2] in _COUNTERS]
+    counters = [n for n in single if _is_counter(n.rpartition(".")[2])]
     # What they say is read where the normalisation is.
     switches = [n for n in single if normalization.is_switch(n)]
     for name in counters + switches:
@@ -187,6 +189,11 @@ def _pass_over_counters(weights: Weights) -> None:
     named = [repr(name) for name in counters if name != "n_averaged"]
     if named:
         weights.steps.append(f"passed over counters: {', '.join(named[:4])}")
+
+
+def _is_counter(name: str) -> bool:
+    words = name.lower().split("_")
+    return _COUNTED.issuperset(words)
 
 
 def _take_heads(weights: Weights) -> None:

@@ -96,9 +96,16 @@ def _mappings(tree: Any) -> Iterator[tuple[str, dict]]:
         return
     yield "", tree
     for name, inner in tree.items():
-        inner = inner.state if isinstance(inner, Inert) else inner
+        inner = _held(inner) if isinstance(inner, Inert) else inner
         if isinstance(name, str) and isinstance(inner, dict):
             yield f"{name}.", inner
+
+
+def _held(settings: Inert) -> dict[str, Any]:
+    """What an object holds by name: its attributes, or its items if it is a mapping."""
+    held = settings.state if isinstance(settings.state, dict) else {}
+    pairs = [x for x in settings.items if isinstance(x, tuple) and len(x) == 2]
+    return held | {name: value for name, value in pairs if isinstance(name, str)}
 
 
 def _truth(value: Any, read: Callable[[Any], np.ndarray]) -> bool | None:

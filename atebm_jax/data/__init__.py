@@ -12,6 +12,7 @@ from atebm_jax.data.pipeline import (
     train_batches,
 )
 from atebm_jax.data.sources import (
+    KINDS,
     UNLABELLED,
     ArraySource,
     FolderSource,
@@ -21,6 +22,7 @@ from atebm_jax.data.sources import (
 )
 
 __all__ = [
+    "KINDS",
     "UNLABELLED",
     "ArraySource",
     "Augmentation",

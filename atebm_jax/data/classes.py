@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from atebm_jax.errors import UserError
+from atebm_jax.names import of_class
 
 # More digits than any place has.
 _LONGEST_PLACE = 9
@@ -32,7 +33,7 @@ def find(
     Raises:
       UserError: no such class, or more than one.
     """
-    found = _meant(flag, word, names)
+    found = _meant(flag, of_class(word), names)
     if len(found) > 1:
         several = ", ".join(f"{names[place]!r} at place {place}" for place in found[:6])
         raise UserError(

@@ -15,7 +15,8 @@ import numpy as np
 from atebm_jax.data.sources import Source, listing
 from atebm_jax.errors import UserError
 
-_UNREADABLE = (OSError, ValueError, RuntimeError, LookupError)
+#: What sources raise of an image that cannot be read, those of records among them.
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError)
 # Images whose bytes are read, evenly spread over the source.
 _NUM_READ = 256
 
@@ -102,7 +103,7 @@ def _bytes_of_some(source: Source) -> Iterator[bytes]:
     for position in range(number):
         try:
             example = source[position * len(source) // number]
-        except _UNREADABLE:  # told by who needs the image
+        except UNREADABLE:  # told by who needs the image
             yield b"cannot be read"
             continue
         yield str(example["label"]).encode()

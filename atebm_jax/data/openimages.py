@@ -4,6 +4,8 @@ import contextlib
 import csv
 import io
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +14,8 @@ from typing import Any
 
 from atebm_jax.errors import UserError
 from atebm_jax.storage import replace_text
+
+_log = logging.getLogger(__name__)
 
 
 def normalise(name: str) -> str:
@@ -88,7 +92,8 @@ def select(
 
     Args:
       labels_file: CSV with ImageID, LabelName, Confidence; only verified positive
-        labels (Confidence 1) count. An image without any is left out.
+        labels (Confidence 1) count. An image without any is left out, and so is one
+        with a label that has no name.
       descriptions_file: CSV of label identifier and name.
       classes_file: ImageNet's class names, see `names_of_classes`.
       hierarchy_file: JSON of the label hierarchy, or None.
@@ -102,6 +107,11 @@ def select(
     with _told(f"--class_descriptions={descriptions_file}", "table (CSV)"):
         rows = [row[:2] for row in csv.reader(lines) if len(row) > 1]
     display = {label: name for label, name in rows if label != "LabelName"}
+    if not display:
+        raise UserError(
+            f"--class_descriptions={descriptions_file} holds no names: expected a "
+            "label and its name a line, with a comma between them."
+        )
     hierarchy = _hierarchy(hierarchy_file) if hierarchy_file else None
     overlap = overlapping_labels(display, names_of_classes(classes_file), hierarchy)
     table = io.StringIO()
@@ -109,7 +119,7 @@ def select(
     writer.writerow(["label", "name", "overlaps"])
     writer.writerows([k, name, overlap.get(k, "")] for k, name in display.items())
     replace_text(decisions, table.getvalue())
-    return _without(labels_file, overlap)
+    return _without(labels_file, display, overlap)
 
 
 def _hierarchy(path: str) -> Mapping[str, Any]:
@@ -119,7 +129,7 @@ def _hierarchy(path: str) -> Mapping[str, Any]:
     try:
         for line in _paths(hierarchy):
             hash(line)
-    except (AttributeError, LookupError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"--hierarchy={path} is no hierarchy of labels: expected "
             '{"LabelName": ..., "Subcategory": [...]}, as Open Images has it.'
@@ -127,7 +137,11 @@ def _hierarchy(path: str) -> Mapping[str, Any]:
     return hierarchy
 
 
-def _without(labels_file: str, overlap: Mapping[str, str]) -> set[str]:
+def _without(
+    labels_file: str, display: Mapping[str, str], overlap: Mapping[str, str]
+) -> set[str]:
+    """Images with a verified label, of which none overlaps or is without a name."""
+    nameless: set[str] = set()
     reader = csv.DictReader(_lines(labels_file, "--labels"))
     wanted = {"ImageID", "LabelName", "Confidence"}
     seen, refused = set(), set()
@@ -139,20 +153,32 @@ def _without(labels_file: str, overlap: Mapping[str, str]) -> set[str]:
             )
         for row in reader:
             if _confidence(row["Confidence"], labels_file, reader.line_num) == 1.0:
-                seen.add(row["ImageID"])
-                if row["LabelName"] in overlap:
-                    refused.add(row["ImageID"])
+                image, label = row["ImageID"], row["LabelName"] or ""
+                seen.add(image)
+                if label not in display:
+                    nameless.add(label)
+                if label in overlap or label not in display:
+                    refused.add(image)
+    if nameless:
+        _log.warning(
+            "--labels=%s has %d labels that --class_descriptions does not name (%r, "
+            "...): nobody knows what they show, and their images are left out",
+            *(labels_file, len(nameless), min(nameless)),
+        )
     return seen - refused
 
 
 def _confidence(text: str | None, labels_file: str, line: int) -> float:
     try:
-        return float(text or 0)
-    except ValueError as error:
+        confidence = float(text or 0)
+    except ValueError:
+        confidence = math.nan
+    if not 0 <= confidence <= 1:
         raise UserError(
             f"--labels={labels_file}, line {line}: Confidence is {text!r}: expected a "
             "number from 0 to 1, where 1 is a label that was verified."
-        ) from error
+        )
+    return confidence
 
 
 def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ...]]:
@@ -182,5 +208,5 @@ def _told(what: str, wanted: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (csv.Error, ValueError) as error:
+    except (csv.Error, ValueError, RecursionError) as error:
         raise UserError(f"{what} is no {wanted}: {error}.") from error

@@ -32,6 +32,7 @@ from atebm_jax.command_line import fail, quiet_libraries
 from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.sources import FolderSource, Source, open_source
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import local
 from atebm_jax.names import check_utf8
 from atebm_jax.progress import track
 from atebm_jax.workdir_lock import FILE as LOCK
@@ -61,15 +62,29 @@ _SHARD_SIZE = flags.DEFINE_integer(
     "shard_size", 2048, "Images of a shard.", flag_values=_FLAGS
 )
 _WORKERS = flags.DEFINE_integer(
-    "num_workers", 0, "Processes; 0 for one a core.", flag_values=_FLAGS
+    "num_workers",
+    0,
+    "Processes; 0 for one a core.",
+    lower_bound=0,
+    flag_values=_FLAGS,
 )
 _MAX_BAD = flags.DEFINE_integer(
-    "max_bad_images", 100, "Unreadable images that are passed over.", flag_values=_FLAGS
+    "max_bad_images",
+    100,
+    "Unreadable images that are passed over.",
+    lower_bound=0,
+    flag_values=_FLAGS,
 )
 _COUNT = flags.DEFINE_integer(
-    "count", 0, "Only so many, drawn at random; 0 for all.", flag_values=_FLAGS
+    "count",
+    0,
+    "Only so many, drawn at random; 0 for all.",
+    lower_bound=0,
+    flag_values=_FLAGS,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of that draw.", flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of that draw.", lower_bound=0, flag_values=_FLAGS
+)
 _CHECK = flags.DEFINE_bool(
     "check", False, "Only verify the set in --to.", flag_values=_FLAGS
 )
@@ -142,7 +157,7 @@ def prepare(
         "shard_size": shard_size,
         "data": content.describe(source),
     }
-    root = Path(os.path.expanduser(to))
+    root = Path(local("--to", to))
     check_utf8("--to", root)
     then = "with its finished shards"
     with held(root, "--to"), storage.told_plainly(root, "prepared set", then):
@@ -200,7 +215,7 @@ def check(root: str | Path) -> int:
     Raises:
       UserError: names the shard that differs.
     """
-    root = Path(os.path.expanduser(root))
+    root = Path(local("--to", root))
     index = prepared.read_index(root)
     for number, shard in enumerate(index["shards"]):
         path = root / prepared.shard_name(number, len(index["shards"]))
@@ -358,7 +373,7 @@ def _written(
             record = prepared.pack(
                 resized(example["image"], size, quality), example["label"]
             )
-        except (OSError, ValueError) as error:
+        except content.UNREADABLE as error:
             bad.append(f"{source.describe(index)}: {error}")
             continue
         writer.write(record)
@@ -412,7 +427,7 @@ def _open(to: str) -> tuple[Source, np.ndarray | None]:
         if missing:
             raise UserError(f"openimages needs {' and '.join(missing)} too.")
         images = FolderSource(folder)
-        decisions = Path(os.path.expanduser(f"{to.rstrip(os.sep)}.labels.csv"))
+        decisions = Path(local("--to", to).rstrip(os.sep) + ".labels.csv")
         with storage.writing(decisions, "Make room or give another --to."):
             decisions.parent.mkdir(parents=True, exist_ok=True)
             allowed = openimages.select(

@@ -12,7 +12,7 @@ from array_record.python import array_record_data_source
 
 from atebm_jax.data.sources import UNLABELLED, Example
 from atebm_jax.errors import UserError
-from atebm_jax.names import check_utf8
+from atebm_jax.names import check_utf8, of_class
 
 INDEX = "index.json"
 FORMAT = 1
@@ -49,7 +49,7 @@ class PreparedSource:
         self._root = Path(os.path.expanduser(path))
         check_utf8("the prepared set", self._root)
         index = read_index(self._root)
-        self.class_names = tuple(index["class_names"] or ()) or None
+        self.class_names = tuple(map(of_class, index["class_names"] or ())) or None
         self.num_classes = len(self.class_names) if self.class_names else None
         counts = [shard["num_images"] for shard in index["shards"]]
         self._paths = [
@@ -108,4 +108,22 @@ def read_index(root: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"prepared:{root}: {path} is of another format than {FORMAT}.")
+    if not _is_whole(index):
+        raise UserError(
+            f"prepared:{root}: {path} is not as it was written: prepare the set again "
+            "into the same folder."
+        )
     return index
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Whether all that is read of an index is there, and of its type."""
+    names, shards = index.get("class_names", ""), index.get("shards")
+    return (
+        (names is None or isinstance(names, list))
+        and type(index.get("num_images")) is int
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) for shard in shards)
+        and all(type(shard.get("num_images")) is int for shard in shards)
+        and all(isinstance(shard.get("sha256"), str) for shard in shards)
+    )

@@ -19,11 +19,15 @@ import numpy as np
 
 from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
-from atebm_jax.names import check_utf8, printable
+from atebm_jax.names import check_utf8, of_class, printable
+from atebm_jax.storage import reached
 
 _log = logging.getLogger(__name__)
 
 UNLABELLED = -1
+
+#: What the spec of a data set begins with.
+KINDS = ("digits:", "tfds:", "cifar:", "folder:", "prepared:")
 
 _EXAMPLES = (
     "digits:train, tfds:cifar10:train, tfds:cifar10:test[:1000], "
@@ -108,8 +112,8 @@ def open_source(spec: str, data_dir: str = "") -> Source:
 
         return PreparedSource(rest)
     raise UserError(
-        f"unknown data source {spec!r}: it must begin with digits:, tfds:, cifar:, "
-        f"folder: or prepared:, for example {_EXAMPLES}"
+        f"unknown data source {spec!r}: it must begin with one of {', '.join(KINDS)}, "
+        f"for example {_EXAMPLES}"
     )
 
 
@@ -141,7 +145,7 @@ class ArraySource:
         self.spec = spec
         self.class_names: tuple[str, ...] | None = None
         if class_names is not None:
-            self.class_names = tuple(printable(str(name)) for name in class_names)
+            self.class_names = tuple(of_class(str(name)) for name in class_names)
         self.num_classes: int | None = None
         self._images = images
         self._labels = np.full(len(images), UNLABELLED)
@@ -258,7 +262,7 @@ class FolderSource:
             self._paths += paths
             labels += [label] * len(paths)
         self._labels = np.array(labels, np.int32)
-        self.class_names = tuple(map(printable, folders)) or None
+        self.class_names = tuple(map(of_class, folders)) or None
         self.num_classes = len(folders) or None
         _say_passed_over(self.spec, tree.passed_over)
         self._check_not_empty(self.class_names or ())
@@ -473,7 +477,15 @@ class TfdsSource:
         """The records and the features of the data set."""
         import tensorflow_datasets as tfds  # slow, and only this source needs it
 
-        builder = tfds.builder_from_directory(self._folder)
+        try:
+            builder = tfds.builder_from_directory(self._folder)
+        # A damaged description fails in as many ways as there are fields in it.
+        except Exception as error:
+            raise UserError(
+                f"{self.spec}: the data set in {self._folder} cannot be read "
+                f"({type(error).__name__}: {error}): prepare it again with `tfds build "
+                "--file_format=array_record`"
+            ) from error
         self._splits = [
             f"{name} {int(info.num_bytes)} {list(info.shard_lengths)}"
             for name, info in builder.info.splits.items()
@@ -546,10 +558,11 @@ def parse_tfds_spec(spec: str) -> tuple[str, str]:
 
 def _find_prepared(spec: str, name: str, data_dir: str) -> str:
     """The folder `data_dir/name/version`; the newest version unless one is named."""
-    from etils import epath  # TFDS brings it; reads cloud storage as well
-
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = epath.Path(data_dir or default).expanduser()
+    try:
+        root = reached(data_dir or default)
+    except UserError as error:
+        raise UserError(f"{spec}: data_dir: {error}") from error
     check_utf8(f"{spec}: data_dir", root)
     path, _, version = name.partition(":")
     folder = root / path
@@ -608,4 +621,4 @@ def _tfds_classes(
             f"{spec}: the feature 'label' must be a ClassLabel, got "
             f"{type(label).__name__}"
         )
-    return label.num_classes, tuple(label.names)
+    return label.num_classes, tuple(map(of_class, label.names))

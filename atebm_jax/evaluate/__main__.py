@@ -209,6 +209,8 @@ def _options() -> Options:
     }.items():
         if flag.value < 0:
             raise UserError(f"--{name} is {flag.value}: it must not be negative.")
+    if _SEED.value >= 2**32:
+        raise UserError(f"--seed is {_SEED.value}: expected 0 to 2**32 - 1.")
     return Options(
         num_examples=_NUM_EXAMPLES.value,
         num_samples=_NUM_SAMPLES.value,

@@ -50,6 +50,8 @@ def check_pgd(context: Context) -> None:
     Raises:
       UserError: says which.
     """
+    # The others are multiples of the config's own radius.
+    attacks.adversary(**context.config.evaluate.attack)
     for attack in _attacks(context).values():
         attacks.adversary(**attack)
 

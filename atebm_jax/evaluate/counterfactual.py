@@ -71,11 +71,13 @@ def _target(context: Context) -> str:
 
 
 def check(context: Context) -> None:
-    """Refuses targets that are none, and features that are not there.
+    """Refuses targets that are none, no radii, and features that are not there.
 
     Raises:
       UserError: says which.
     """
+    if not context.options.radii:
+        raise UserError("--radii is empty: give positive numbers, such as 1,2,4.")
     _target(context)
     extractors.of(context)
 

@@ -20,6 +20,8 @@ from atebm_jax.metrics import Moments, SplitSums
 _SPLITS = 10
 _GROUPS = 10
 _SMALLEST = 2 * _SPLITS
+# Of each sample some numbers stay in memory, of each number of steps a covariance.
+_MOST_SAMPLES, _WIDEST_SWEEP = 10**7, 100
 _KERNEL_BLOCK = 1000
 
 
@@ -87,10 +89,15 @@ def check(context: Context) -> None:
     """
     options = context.options
     drawing.check_sampler(context.config.evaluate.samples.sampler)
-    if options.num_samples < _SMALLEST:
+    if not _SMALLEST <= options.num_samples <= _MOST_SAMPLES:
         raise UserError(
             f"--num_samples is {options.num_samples}: the scores of samples need "
-            f"{_SMALLEST} or more."
+            f"{_SMALLEST} or more, and {_MOST_SAMPLES} are the most."
+        )
+    if options.sweep > _WIDEST_SWEEP:
+        raise UserError(
+            f"--sweep is {options.sweep}: at most {_WIDEST_SWEEP} numbers of steps are "
+            "tried to either side."
         )
     if options.sweep and options.sweep_samples < _SMALLEST:
         raise UserError(

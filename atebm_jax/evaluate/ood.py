@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import attacks, energy, metrics, models, pictures
+from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Network, check_finite, figure
 from atebm_jax.names import for_files, printable
 
@@ -91,6 +92,18 @@ def attack(
         step_size=limits.step_size,
         num_steps=limits.num_steps,
     )
+
+
+def check(context: Context) -> None:
+    """Refuses to detect nothing.
+
+    Raises:
+      UserError: no set is named.
+    """
+    if not context.options.ood:
+        raise UserError(
+            "--ood is empty: give noise or a source, or leave out the metric ood."
+        )
 
 
 def run(context: Context, out: epath.Path) -> dict[str, Any]:

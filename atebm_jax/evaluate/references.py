@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, storage
+from atebm_jax import storage
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Network, check_finite
 from atebm_jax.evaluate.extractors import Extractor
@@ -83,7 +83,7 @@ def read(path: str, dimensions: int) -> Reference:
       UserError: it is not there, damaged, or of other features.
     """
     try:
-        stored = storage.read_npz(checkpoint.absolute(path), ("mu", "sigma"))
+        stored = storage.read_npz(storage.reached(path), ("mu", "sigma"))
         mean, covariance = (np.asarray(stored[k], float) for k in ("mu", "sigma"))
     except (OSError, ValueError) as error:
         raise UserError(
@@ -145,7 +145,7 @@ def _cache_of(context: Context, extractor: Extractor) -> tuple[dict[str, Any], S
         "preprocess": context.preprocess("train"),
         "image_shape": list(context.image_shape),
     }
-    folder = checkpoint.absolute(options.cache_dir or _users_cache())
+    folder = storage.reached(options.cache_dir or _users_cache())
     store = Store(folder, {}, "--cache_dir")
     return description, store.within(
         **description,

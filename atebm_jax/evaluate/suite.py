@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, data, models, seeds, sharding, trained
+from atebm_jax import checkpoint, data, models, seeds, sharding, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import (
@@ -55,12 +55,14 @@ CHECKS: dict[str, Callable[[Context], None]] = {
     "pgd": classification.check_pgd,
     "autoattack": robustness.check,
     "generation": generation.check,
+    "ood": ood.check,
     "counterfactual": counterfactual.check,
 }
 
 # Sources that a metric needs beside the test images.
 _NEEDS = {"generation": ("train", "seeds"), "calibration": ("eval",)}
 
+# Of the noise among the out-of-distribution sets, unless there are more test images.
 _NOISE_IMAGES = 10_000
 
 
@@ -110,7 +112,10 @@ def evaluate(
     loaded = trained.load(path, best_by=best_by)
     settings = _settings(loaded, config, data_dir)
     wanted = tuple(name for name in METRICS if name in metrics)
-    folder = checkpoint.absolute(out)
+    folder = storage.reached(out)
+    _check_out(
+        folder, checkpoint.absolute(path), checkpoint.find(path, best_by=best_by)
+    )
     context = _context(
         loaded, settings, folder, options, show, wanted, classes_by_place
     )
@@ -119,10 +124,21 @@ def evaluate(
     for name in wanted:
         CHECKS.get(name, lambda context: None)(context)
     with held(folder, "--out", alone=False):
+        if "generation" in wanted:
+            context = _with_gaussian(context, loaded, folder, classes_by_place)
         result = _measure(context, loaded, folder, wanted, path)
         if jax.process_index() == 0:
             report.write_figures(folder, result)
     return result
+
+
+def _check_out(folder: epath.Path, evaluated: epath.Path, step: epath.Path) -> None:
+    """Refuses to write over a job's own report, or into a step, which will go."""
+    if folder == evaluated or folder.is_relative_to(step):
+        raise UserError(
+            f"the report would be written to {folder}, among the files of what is "
+            "evaluated: give --out, another folder."
+        )
 
 
 def _measure(
@@ -133,8 +149,6 @@ def _measure(
     path: str | epath.Path,
 ) -> dict[str, Any]:
     """Runs the protocols that are wanted; the report."""
-    if "generation" in wanted:
-        context = _with_gaussian(context, loaded, folder)
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
@@ -163,6 +177,7 @@ def _settings(
     """The checkpoint's config, or the caller's with the checkpoint's network."""
     settings = loaded.config.copy_and_resolve_references()
     if config is not None:
+        configuration.check_complete(config)
         _check_same_network(settings, config, loaded.meta["stage"])
         network = settings.model
         settings = ml_collections.ConfigDict(config.to_dict())
@@ -308,21 +323,31 @@ def _sources(
             continue
         # The network's sizes, so that no resizing smooths the noise.
         shape = tuple(settings.data.image_shape)
-        number = options.num_examples or _NOISE_IMAGES
+        most = max(len(sources["test"]), _NOISE_IMAGES)
+        number = min(options.num_examples or _NOISE_IMAGES, most)
         rng = np.random.default_rng(options.seed)
         images = rng.integers(0, 256, (number, *shape), np.uint8)
         sources[spec] = data.ArraySource(images, spec=f"noise(seed={options.seed})")
     return sources
 
 
-def _with_gaussian(context: Context, loaded: Trained, out: epath.Path) -> Context:
+def _with_gaussian(
+    context: Context, loaded: Trained, out: epath.Path, by_place: bool
+) -> Context:
     """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
     settings = context.config.data
     if settings.seeds not in seeds.FITTED:
         return context
     gaussian = loaded.gaussian
     if gaussian is None or loaded.config.data.seeds != settings.seeds:
-        train = context.sources["train"]
+        # Of one a class each must be the class that the network draws from it.
+        train = data.relabel.follow(
+            context.sources["train"],
+            loaded.class_names,
+            f"config.data.train={settings.train}",
+            by_place=by_place,
+            note=_log.warning,
+        )
         # What was evaluated before does not go on here: the store keeps it apart.
         gaussian = seeds.of_source(
             settings.seeds, train, settings, out / seeds.FILE, anew=True

@@ -15,12 +15,12 @@ from atebm_jax.metrics import reals
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether the largest logit is the label's: [B, K], [B] -> [B] bool."""
-    if any(isinstance(x, jax.Array) for x in (logits, labels)):
-        best, wanted = jnp.asarray(logits).argmax(axis=-1), jnp.asarray(labels)
-        best, wanted = reals.traced(best, wanted)
-        return best == wanted
-    hits = reals.real(logits).argmax(axis=-1) == reals.real(labels)
-    return hits  # type: ignore[return-value]
+    if reals.on_host(logits, labels):
+        hits = reals.real(logits).argmax(axis=-1) == reals.real(labels)
+        return hits  # type: ignore[return-value]
+    best, wanted = jnp.asarray(logits).argmax(axis=-1), jnp.asarray(labels)
+    best, wanted = reals.traced(best, wanted)
+    return best == wanted
 
 
 def auroc(positive: Any, negative: Any) -> Any:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from atebm_jax.metrics import reals
+
 # Numbers of an image chunk that is transformed at once: some 100 MB of work space.
 _CHUNK_SIZE = 2**21
 
@@ -53,7 +55,9 @@ def _lengths(images: np.ndarray) -> _Lengths:
     per_chunk = max(_CHUNK_SIZE // images[0].size, 1)
     energies = []
     for start in range(0, len(images), per_chunk):
-        chunk = images[start : start + per_chunk].astype(np.float32)
+        chunk = images[start : start + per_chunk]
+        if chunk.dtype != np.float32:
+            chunk = reals.floats(chunk)
         spectrum = np.fft.rfft2(chunk, axes=(1, 2), norm="ortho")
         energy = np.square(np.abs(spectrum)) * weight[..., None]
         flat = energy.reshape(len(chunk), ring.size, -1)[:, order]

@@ -24,6 +24,9 @@ FAMILIES: dict[str, Family] = {
     "vit": vit.FAMILY,
 }
 
+#: The families of this package.
+BUILT_IN = frozenset(FAMILIES)
+
 DTYPES = ("float32", "bfloat16")
 
 

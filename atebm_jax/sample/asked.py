@@ -10,6 +10,7 @@ import numpy as np
 from atebm_jax import data
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
+from atebm_jax.names import of_class
 from atebm_jax.trained import Trained
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,11 @@ def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
     if text == "all":
         classes.check_keyword(flag, text, names)
         return np.arange(len(names), dtype=np.int32)
-    words = [text] if text in names else [part.strip() for part in text.split(",")]
+    words = (
+        [text]
+        if of_class(text) in names
+        else [part.strip() for part in text.split(",")]
+    )
     return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
 
 

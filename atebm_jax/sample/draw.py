@@ -1,7 +1,6 @@
 """Samples into a folder: the command without a name."""
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from atebm_jax import data, drawing, seeds, storage, trained
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.local_path import local
 from atebm_jax.progress import say, track
 from atebm_jax.sample import asked, files, records
 from atebm_jax.trained import Trained
@@ -75,7 +75,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         return classes[indices % len(classes)]
 
     start = _start(flags, loaded)
-    out = Path(os.path.expanduser(flags.out))
+    out = Path(local("--out", flags.out))
     if start.spec.startswith("folder:"):
         files.check_outside(out, start.spec)
     protocol = {

@@ -20,6 +20,7 @@ from rich.console import Console
 from atebm_jax import constraints, drawing, editing, metrics, pictures, trained
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
+from atebm_jax.local_path import local
 from atebm_jax.progress import say
 from atebm_jax.sample import asked, files, inputs, process, records
 from atebm_jax.sample.process import Item
@@ -89,7 +90,7 @@ def run(command: str, given: argparse.Namespace, console: Console) -> None:
         problem = _edit(given, loaded, names)
     else:
         problem = _explanation(given, loaded, names)
-    out = Path(os.path.expanduser(given.out))
+    out = Path(local("--out", given.out))
     for named in given.images:
         files.check_outside(out, named)
     prepare = partial(_prepare, given, loaded, problem)
@@ -311,6 +312,10 @@ def _checked(given: argparse.Namespace) -> argparse.Namespace:
         raise UserError(
             "with --degrade the images are the truth: leave out --reference."
         )
+    # What is made of the images first takes these as they are.
+    drawing.check_seed(given.seed)
+    if given.task == "denoise":
+        constraints.check_noise(given.sigma)
     missing = {k: v for k, v in _DEFAULTS.items() if getattr(given, k) is None}
     return argparse.Namespace(**vars(given) | missing)
 

@@ -25,7 +25,6 @@ from atebm_jax.names import printable
 
 _log = logging.getLogger(__name__)
 
-_SOURCES = ("digits:", "tfds:", "folder:", "prepared:")
 # 32 bits a value, and no range that is known.
 _MODES_WITHOUT_RANGE = ("I", "F")
 
@@ -83,7 +82,7 @@ def pictures(
     found: list[Picture] = []
     for text in named:
         path = Path(os.path.expanduser(text))
-        if text.startswith(_SOURCES):
+        if text.startswith(data.KINDS):
             source = data.open_source(text, data_dir or config.data.data_dir)
             if source.num_classes == config.model.num_classes:
                 source = data.relabel.follow(
@@ -261,10 +260,19 @@ def _of_source(source: data.Source, index: str | None, config: Any) -> list[Pict
                 )
             return image
 
-        label = source[place]["label"] if labelled else None
+        label = _label(source, place) if labelled else None
         return Picture(f"{prefix}_{place:06d}", source.describe(place), label, read)
 
     return [picture(place) for place in _places(index, len(source), spec)]
+
+
+def _label(source: data.Source, place: int) -> int:
+    try:
+        return source[place]["label"]
+    except data.content.UNREADABLE as error:
+        raise UserError(
+            f"{source.describe(place)} cannot be read ({error}): leave it out."
+        ) from error
 
 
 def _places(index: str, length: int, what: str) -> list[int]:

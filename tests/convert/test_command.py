@@ -276,6 +276,14 @@ def test_file_that_says_it_does_not_normalise_is_believed(small, tmp_path):
     assert "ASSUMED input normalisation" not in printed
 
 
+def test_network_that_makes_no_numbers_is_not_written(small, tmp_path, monkeypatch):
+    arrays, write = small
+    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.array([1, np.nan]))
+    with pytest.raises(UserError, match="makes NaN or Inf of an image"):
+        run(*write(arrays), "--mean=0.5,0.5,0.5", "--std=1e-46,1e-46,1e-46")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_assumed_stands_on_a_line_of_its_own(small, tmp_path):
     arrays, write = small
     printed = run(*write(arrays), "--normalization=none")
@@ -358,6 +366,7 @@ def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
         (["--mean=0.5,0.5", "--std=0.5,0.5"], "3 channels"),
         (["--normalization=none", "--mean=0"], "exclude each other"),
         (["--image_size=0"], "positive"),
+        (["--image_size=100000"], "4096 pixels at most"),
         (["--activation=tanh"], "activation"),
         (["--export=onnx"], "unknown --export=onnx"),
     ],
@@ -447,6 +456,15 @@ def test_devices_stay_and_links_are_followed(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder/weights").exists()
     with pytest.raises(UserError, match="--from=/dev/null is no file"):
         run("--from=/dev/null", f"--to={tmp_path / 'new'}")
+
+
+@pytest.mark.parametrize("kind", ["--export=safetensors", "--normalization=none"])
+def test_results_go_to_a_local_place_that_is_named(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for to, message in (("gs://x/y", "gs://x/y is in a cloud"), ("", "--to is empty")):
+        with pytest.raises(UserError, match=message):
+            run("--from=nowhere", f"--to={to}", kind)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["file/below", "x" * 300])

@@ -129,6 +129,13 @@ PLAIN = {
         for n, value in network().items()
     },
     "counters of averages": lambda: network() | counters("net_ema."),
+    "counters of other names": lambda: (
+        network()
+        | {
+            name: np.array(3)
+            for name in ("swa_n", "ema_updates", "update_count", "net.num_batches")
+        }
+    ),
     "two networks, one averaged": lambda: (
         {"initted": np.array(True), "step": np.array(7)}
         | under("online_model", network(1))

@@ -80,6 +80,8 @@ def test_file_that_contradicts_itself_leaves_it_to_the_flag():
 WEIGHTS = {"conv1.weight": np.ones((16, 3, 3, 3), np.float32)}
 THREE = [0.25, 0.5, 0.75]
 NAMESPACE = values.Inert("argparse.Namespace", state={"mean": THREE, "std": THREE})
+# A subclass of a dictionary, as Lightning and others keep their settings in.
+ATTRIBUTES = values.Inert("x.AttributeDict", items=[("normalize_input", False), (3, 4)])
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,7 @@ NAMESPACE = values.Inert("argparse.Namespace", state={"mean": THREE, "std": THRE
         ({"net": {"state_dict": WEIGHTS, "input_normalization": False}}, False, ()),
         ({"net": WEIGHTS, "mean": THREE, "std": (0.5, 0.5, 0.5)}, None, tuple(THREE)),
         ({"net": WEIGHTS, "args": NAMESPACE}, None, tuple(THREE)),
+        ({"net": WEIGHTS, "hyper_parameters": ATTRIBUTES}, False, ()),
         # Figures of the run, settings that were not given, pixels of 0 to 255.
         ({"net": WEIGHTS, "results": {"mean": [0.5], "std": [0.1]}}, None, ()),
         ({"net": WEIGHTS, "args": {"mean": None, "std": None}}, None, ()),

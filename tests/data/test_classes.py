@@ -31,6 +31,9 @@ SHIFTED = ["1", "2", "three", "300"]
         ("place:2", SORTED, 2),
         ("place:3", SORTED, 3),
         ("name:dog", ANIMALS, 2),
+        # As macOS writes an accent, and a shell a byte that is no UTF-8.
+        ("cafe\u0301", ["tea", "caf\u00e9"], 1),
+        ("caf\udce9", ["tea", "caf\\xe9"], 1),
         # A class may be called so.
         ("place:1", ["cat", "dog", "place:1"], 2),
     ],

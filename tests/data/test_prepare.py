@@ -81,6 +81,16 @@ def test_unreadable_images_are_listed_and_limited(folder, tmp_path):
         make(folder, tmp_path / "other", max_bad_images=0)
 
 
+def test_images_of_a_damaged_shard_are_unreadable_ones(folder, tmp_path):
+    make(folder, tmp_path / "set")
+    source = data.open_source(f"prepared:{tmp_path / 'set'}")
+    shard = tmp_path / "set" / prepared.shard_name(1, 4)
+    shard.write_bytes(shard.read_bytes()[:-5])
+    index = prepare.prepare(source, tmp_path / "other", size=8)
+    assert index["num_images"] + index["num_bad_images"] == 10
+    assert index["num_bad_images"] >= 3
+
+
 def test_damaged_shard_is_found(folder, tmp_path):
     make(folder, tmp_path / "set")
     assert prepare.check(tmp_path / "set") == 10
@@ -247,6 +257,11 @@ def test_file_that_cannot_be_written_is_told_and_gone_on_with(
         (["--to=nowhere", "--check"], "cannot be read"),
         (["--to=x", "--from=openimages:y"], "needs --labels"),
         (["--to=x", "--size=big"], "size"),
+        (["--to=x", "--from=digits:test", "--count=-1"], "--count"),
+        (["--to=x", "--from=digits:test", "--count=2", "--seed=-1"], "--seed"),
+        (["--to=x", "--from=digits:test", "--num_workers=-1"], "--num_workers"),
+        (["--to=gs://x/y", "--from=digits:test"], "--to=gs://x/y is in a cloud"),
+        (["--to=gs://x/y", "--check"], "--to=gs://x/y is in a cloud"),
     ],
 )
 def test_user_mistake_exits_with_2(monkeypatch, tmp_path, capsys, arguments, message):
@@ -333,10 +348,24 @@ def test_byte_order_mark_is_no_part_of_a_table(tmp_path):
     assert chosen_from(tmp_path, encoding="utf-8-sig") == {"2"}
 
 
+def test_images_of_labels_without_a_name_are_left_out_and_that_is_said(
+    tmp_path, caplog
+):
+    """Of a table of fewer labels, or with a blank behind one: it may be a tench."""
+    labels = "3,/m/b,1\n3,/m/c,1\n4,/m/a ,1\n5,/m/c,0.9\n5,/m/b,1\n"
+    assert chosen_from(tmp_path, labels=TABLES["labels"] + labels) == {"2", "5"}
+    assert "2 labels that --class_descriptions does not name ('/m/a '" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
         ({"labels": TABLES["labels"].replace("b,1", "b,yes")}, "line 3: .*'yes'"),
+        ({"labels": TABLES["labels"].replace("b,1", "b,nan")}, "line 3: .*'nan'"),
+        ({"labels": TABLES["labels"].replace("b,1", "b,1e400")}, "line 3: .*'1e400'"),
+        ({"labels": TABLES["labels"].replace("b,1", "b,100")}, "number from 0 to 1"),
+        ({"names": TABLES["names"].replace(",", ";")}, "descriptions=.* no names"),
+        ({"hierarchy": "[" * 100_000}, "--hierarchy=.* is no JSON"),
         ({"labels": f"{TABLES['labels']}{'x' * 200_000}"}, "--labels=.* is no table"),
         ({"labels": ""}, "--labels=.* has the columns None"),
         ({"names": "x" * 200_000}, "--class_descriptions=.* is no table"),
@@ -356,9 +385,27 @@ def test_table_of_another_encoding_is_told_in_one_sentence(tmp_path):
         chosen_from(tmp_path, encoding="utf-16")
 
 
-def test_index_of_another_format_is_refused(tmp_path):
-    (tmp_path / prepared.INDEX).write_text(json.dumps({"format": 0}))
-    with pytest.raises(UserError, match="of another format"):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"format": 0}, "of another format"),
+        ([], "of another format"),
+        ({"format": 1}, "not as it was written"),
+        ({"shards": 2}, "not as it was written"),
+        ({"shards": [{"num_images": 1}]}, "not as it was written"),
+        ({"class_names": "ab"}, "not as it was written"),
+    ],
+)
+def test_index_of_another_format_is_refused(tmp_path, index, message):
+    if isinstance(index, dict) and "format" not in index:
+        index = {
+            "format": 1,
+            "class_names": None,
+            "shards": [],
+            "num_images": 0,
+        } | index
+    (tmp_path / prepared.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
         data.open_source(f"prepared:{tmp_path}")
 
 

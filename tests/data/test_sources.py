@@ -310,6 +310,16 @@ def test_names_that_are_no_utf8_are_escaped_where_they_are_shown(
     assert len(whole) == 2 and whole.spec.endswith("caf\\xe9")
 
 
+def test_accents_of_class_folders_are_composed(tmp_path, encode, image):
+    """As of a folder that was packed under macOS: it looks alike, and is the same."""
+    for place, name in (("here", "caf\u00e9"), ("there", "cafe\u0301")):
+        (tmp_path / place / name).mkdir(parents=True)
+        (tmp_path / place / name / "x.png").write_bytes(encode(image, "PNG"))
+        source = open_source(f"folder:{tmp_path / place}")
+        assert source.class_names == ("caf\u00e9",) and len(source) == 1
+        np.testing.assert_array_equal(decode(source[0]["image"], 3), image)
+
+
 def test_flat_folder_is_unlabelled(flat_folder):
     source = open_source(f"folder:{flat_folder(3)}")
     assert len(source) == 3

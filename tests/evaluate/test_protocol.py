@@ -14,7 +14,9 @@ from PIL import Image
 import atebm_jax
 from atebm_jax import UserError, checkpoint, data
 from atebm_jax.evaluate import classification, ood, report, suite
+from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.options import Options
+from atebm_jax.evaluate.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_program_an_attack")
 
@@ -144,6 +146,38 @@ def test_attack_without_a_ball_has_no_curve(settings):
     assert attacks_of(**settings) == {math.inf: 0.1}
     with pytest.raises(UserError, match="must be finite"):
         attacks_of(epsilons=(0.5,), **settings)
+
+
+def test_attack_of_radius_0_is_told_before_its_multiples_are_made():
+    attack = dict(tiny.config().evaluate.attack) | {"epsilon": 0.0}
+    settings = SimpleNamespace(evaluate=SimpleNamespace(attack=attack))
+    context = SimpleNamespace(config=settings, options=Options(epsilons=(0.5,)))
+    with pytest.raises(UserError, match="epsilon is 0.0: it must be positive"):
+        classification.check_pgd(context)
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_gaussians_of_classes_follow_the_names_of_the_network(
+    tmp_path, monkeypatch, by_place
+):
+    config = tiny.config(**{"data.seeds": "gaussian_per_class"})
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    train = data.ArraySource(images, [0, 1], class_names=("dog", "cat"))
+    context = Context(
+        *(config, None, None, None, {"train": train}, {}, Store(tmp_path, {})),
+        options=OPTIONS,
+    )
+    fitted = []
+
+    def fit(kind, source, *rest, **more):
+        fitted.append([source[k]["label"] for k in range(2)])
+        return SimpleNamespace(fingerprint=lambda: "x")
+
+    monkeypatch.setattr(suite.seeds, "of_source", fit)
+    before = SimpleNamespace(data=SimpleNamespace(seeds="noise"))
+    loaded = SimpleNamespace(gaussian=None, config=before, class_names=("cat", "dog"))
+    suite._with_gaussian(context, loaded, tmp_path, by_place)
+    assert fitted == [[0, 1] if by_place else [1, 0]]
 
 
 def test_what_cannot_be_measured_is_told_before_anything_is(workdir, tmp_path):

@@ -270,6 +270,8 @@ def test_another_network_names_its_scores(workdir, options, tmp_path):
     ("change", "message"),
     [
         ({"num_samples": 19}, "num_samples is 19"),
+        ({"num_samples": 10**12}, "num_samples is 1000000000000: .*are the most"),
+        ({"sweep": 10**9}, "sweep is 1000000000: at most 100"),
         ({"sweep_samples": 1}, "sweep_samples is 1: .*or give --sweep=0"),
         ({"quantise": "up"}, "quantise is 'up': choose"),
         ({"score_protocol": "mine"}, "score_protocol is 'mine': choose"),

@@ -218,6 +218,8 @@ def test_targets_are_other_classes(target, expected):
             "nowhere",
         ),
         ({"options": Options(target="10")}, "from 0 to 9"),
+        ({"options": Options(radii=())}, "--radii is empty"),
+        ({"metrics": ("ood",), "options": Options(ood=())}, "--ood is empty"),
         ({"judge": "nowhere"}, "no checkpoint at nowhere"),
     ],
 )
@@ -225,6 +227,16 @@ def test_what_cannot_be_measured_is_refused(workdir, tmp_path, arguments, messag
     arguments = {"metrics": ("counterfactual",)} | arguments
     with pytest.raises(UserError, match=message):
         suite.evaluate(workdir, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints/stage1/4/evaluation"])
+def test_report_does_not_go_among_the_files_of_what_is_evaluated(workdir, below):
+    before = (workdir / "report.json").read_bytes()
+    path = workdir / "checkpoints/stage1/4" if below else workdir
+    with pytest.raises(UserError, match="among the files of what is evaluated"):
+        suite.evaluate(path, workdir / below, metrics=("accuracy",))
+    assert (workdir / "report.json").read_bytes() == before
+    assert not (workdir / below / "units").exists()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +264,7 @@ def test_config_of_another_network_is_refused(workdir, tmp_path, field, value):
         (["--workdir=x", "stray"], "unexpected argument"),
         (["--workdir=x", "--radii=0"], "expected positive numbers"),
         (["--workdir=x", "--seed=-1"], "must not be negative"),
+        (["--workdir=x", f"--seed={2**32}"], "expected 0 to 2**32 - 1"),
         (["--workdir=x", "--norm=linf"], "go together"),
         (["--workdir=x", "--process_id=0"], "--process_id go together"),
         (["--workdir=x", "--metrics=fid"], "unknown metric 'fid'"),

@@ -52,6 +52,9 @@ EVERY = {
     ),
     "inception_score": lambda a: metrics.inception_score(a(LOGITS), 2),
     "score_spread": lambda a: metrics.score_spread(a(ONES), "reference"),
+    "spectral_distance": lambda a: metrics.spectral_distance(
+        a(np.stack([LOGITS] * 3, axis=-1)[None]), a(np.ones((1, 4, 3, 3)))
+    ),
     "psnr": lambda a: metrics.psnr(a(LOGITS), a(LOGITS[::-1])),
 }
 
@@ -94,6 +97,13 @@ def test_areas_that_a_cast_would_change_are_exact():
     assert metrics.auroc(np.array([2**53 + 1]), np.array([2.0**53])) == 1
     assert metrics.average_precision(big, np.array([2**63 - 1])) == 1
     assert metrics.fpr_at_tpr(np.array([2**60 + 1]), np.array([2**60])) == 0
+
+
+@pytest.mark.parametrize("where", [np.asarray, jnp.asarray])
+def test_logits_are_compared_as_they_are_wherever_labels_lie(where):
+    logits = np.array([[0.5, 0.5 + 1e-9], [2**53, 2**53 - 1]])
+    hits = metrics.accuracy(logits, where([1, 0]))
+    assert np.asarray(hits).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,23 @@ def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path,
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["explain", "--target=1"], ["edit", "--task=denoise", "--sigma=1"]],
+)
+def test_results_go_to_a_local_folder_that_is_named(
+    workdir, loaded, digits, tmp_path, monkeypatch, arguments
+):
+    monkeypatch.setattr(trained, "load", lambda *a, **k: loaded)
+    monkeypatch.chdir(tmp_path)
+    given = (arguments[0], workdir), (f"{digits}/0.png", *arguments[1:])
+    with pytest.raises(UserError, match="--out=gs://x/y is in a cloud"):
+        run(*given[0], "gs://x/y", *given[1])
+    with pytest.raises(UserError, match="--out is empty"):
+        run(*given[0], "", *given[1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["explain", "nowhere.png", "--target=1"], "no image 'nowhere.png'"),
@@ -326,6 +343,21 @@ def test_degraded_images_are_compared_with_themselves(workdir, digits, tmp_path,
         (["edit", "{d}/0.png", "--task=translate", "--target=1,2"], "one class"),
         (["edit", "{d}/0.png", "--task=denoise"], "needs --sigma"),
         (["edit", "{d}/0.png", "--task=denoise", "--sigma=-1"], "sigma is -1"),
+        (
+            ["edit", "{d}/0.png", "--task=denoise", "--sigma=nan", "--degrade"],
+            "sigma is nan",
+        ),
+        (
+            ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--seed=-1"],
+            "seed is -1",
+        ),
+        (
+            [
+                *("edit", "{d}/0.png", "--task=inpaint", "--mask={d}/0.png"),
+                *("--fill=noise", "--seed=9999999999999999999999"),
+            ],
+            "seed is 9999999999999999999999",
+        ),
         (
             ["edit", "{d}/0.png", "--task=denoise", "--sigma=1", "--factor=2"],
             "takes no",

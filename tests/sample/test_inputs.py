@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError
+from atebm_jax import UserError, data
 from atebm_jax.sample import files, inputs
 
 CONFIG = tiny.config()
@@ -184,6 +184,25 @@ def test_labels_of_data_sets_follow_the_names_of_the_network():
         chosen(class_names=names)
     by_place = chosen(class_names=names, by_place=True)
     assert [picture.label for picture in by_place] == own
+
+
+def test_link_to_nowhere_in_a_data_set_is_named(tmp_path):
+    for label in range(10):
+        (tmp_path / str(label)).mkdir()
+        saved(tmp_path / str(label), GREY)
+    (tmp_path / "3" / "y.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="3/y.png cannot be read.*leave it out"):
+        inputs.pictures([f"folder:{tmp_path}"], "all", CONFIG)
+    found = inputs.pictures([f"folder:{tmp_path}"], "0:4,5", CONFIG)
+    assert [picture.label for picture in found] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_data_sets_of_every_kind_are_no_files(kind):
+    with pytest.raises(UserError) as refused:
+        inputs.pictures([f"{kind}nowhere"], "0", CONFIG)
+    for wrong in ("there is no image", "unknown data source"):
+        assert wrong not in str(refused.value)
 
 
 def test_places_are_numbers_and_runs():

@@ -286,6 +286,8 @@ def test_seeds_of_another_size_leave_nothing_behind(workdir, tmp_path):
         (["--seed=4294967296"], "seed is 4294967296"),
         (["--quantise=up"], "unknown --quantise 'up'"),
         (["--seeds=folder:/nowhere"], "nowhere"),
+        (["--out=gs://x/y"], "--out=gs://x/y is in a cloud"),
+        (["--out="], "--out is empty"),
         (["--workdir=/nowhere"], "no checkpoint at /nowhere"),
     ],
 )
