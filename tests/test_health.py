@@ -10,7 +10,7 @@ from atebm_jax import health
 
 STAGE1 = health.Setting("stage1", num_classes=10, batch_size=128)
 STAGE2 = health.Setting(
-    "stage2", num_classes=10, batch_size=128, t_max=50, auc_window=8
+    "stage2", num_classes=10, batch_size=128, t_max=50, auc_window=8, trained=True
 )
 DYING = {"cross_entropy", "accuracy", "logit_spread", "gradient_norm", "energy"}
 
@@ -169,7 +169,7 @@ def test_auc_of_one_half_at_no_steps_is_nothing_to_learn():
 
 
 def test_windows_of_the_auc_are_of_a_thousand_images_at_least():
-    small = health.Setting("stage2", 10, 16, t_max=5, auc_window=2)
+    small = health.Setting("stage2", 10, 16, t_max=5, auc_window=2, trained=True)
     assert shown([row(auc=1.0, T=5)] * 400, small) == {"auc_one": 3 * 63}
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from atebm_jax import UserError
 from atebm_jax.data import classes
-from atebm_jax.sample.loading import parse_classes
+from atebm_jax.sample.asked import parse_classes
 
 DIGITS = [str(k) for k in range(10)]
 ANIMALS = ["cat", "Dog", "dog", "Ox", "tench, Tinca tinca"]
