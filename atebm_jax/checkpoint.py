@@ -11,6 +11,7 @@ number only when it is complete, with the checksums of its files, and is moved t
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -29,6 +30,7 @@ from atebm_jax import checksums, local_path, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
+from atebm_jax.stages import STAGES
 from atebm_jax.storage import in_bucket, reached
 from atebm_jax.train_state import TrainState
 
@@ -39,7 +41,10 @@ FORMAT = 1
 #: Metrics by which a best checkpoint is kept, and whether more is better.
 BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
-STAGE_ORDER = ("stage1", "stage2")
+STAGE_ORDER = tuple(STAGES)
+
+# What an earlier version called the stage's own state.
+_EXTRA_BEFORE = "curriculum"
 
 # The stage of weights that came from elsewhere.
 IMPORTED = "imported"
@@ -106,6 +111,7 @@ def save(
     stage: str,
     config: ml_collections.ConfigDict,
     metrics: Mapping[str, float] | None,
+    contrastive_steps: int = 0,
     gaussian: Gaussian | None = None,
     watch: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
@@ -118,6 +124,7 @@ def save(
       stage: name of the stage.
       config: the whole config, stored beside the state.
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
+      contrastive_steps: T, which it has reached; 0 without any.
       gaussian: what seeds are drawn from; None where they are noise or a data set.
       watch: what a resumed job must know besides the state, as plain JSON values.
       class_names: what the network's outputs mean, by number; None if nobody knows.
@@ -129,7 +136,7 @@ def save(
         # Saved by a job that was stopped in its evaluation.
         delete(checkpoints, step)
     meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
-    meta["T"] = int(state.curriculum.num_steps)
+    meta["T"] = contrastive_steps
     meta["class_names"] = None if class_names is None else list(class_names)
     if watch is not None:
         meta["watch"] = dict(watch)
@@ -184,18 +191,32 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainSt
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
+    folder = epath.Path(checkpoints.directory) / str(step)
+    fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
+    # Without what the stage has none of: an earlier version had it in every stage.
+    fields = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
     try:
-        restored = checkpoints.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
-        )
+        with _without_hints(), ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder / "state").item_metadata.tree
+            if "extra" in fields and "extra" not in stored:
+                fields[_EXTRA_BEFORE] = fields.pop("extra")
+            restored = checkpointer.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=fields,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(fields),
+                    partial_restore=True,
+                ),
+            )
     except Exception as error:
         raise UserError(
-            f"checkpoint {epath.Path(checkpoints.directory) / str(step)} cannot be "
-            f"restored ({_first_line(error)}): it is damaged or of another network; "
-            "delete that folder to go on from the step before."
+            f"checkpoint {folder} cannot be restored ({_first_line(error)}): it is "
+            "damaged or of another network; delete that folder to go on from the step "
+            "before."
         ) from error
-    return restored["state"]
+    if _EXTRA_BEFORE in restored:
+        restored["extra"] = restored.pop(_EXTRA_BEFORE)
+    return dataclasses.replace(target, **restored)
 
 
 def load_weights(

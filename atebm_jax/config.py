@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from atebm_jax.errors import UserError
+from atebm_jax.stages import STAGES
 
 #: Fields that cannot change what is computed: a workdir may be continued with others.
 RUN_CONTROL = frozenset(
@@ -23,8 +24,7 @@ RUN_CONTROL = frozenset(
         "data.num_threads",
         # Only the order of sums, as with the number of devices.
         "mesh",
-        "stage1.num_micro_batches",
-        "stage2.num_micro_batches",
+        *(f"{name}.num_micro_batches" for name in STAGES),
     }
 )
 
@@ -54,10 +54,9 @@ def default() -> ml_collections.ConfigDict:
     config.rollback_learning_rate_factor = 0.3
     config.data = _data()
     config.model = _model()
-    config.stage1 = _stage()
-    config.stage2 = _stage()
-    config.stage2.schedule = "constant"
-    _add_contrastive(config.stage2)
+    for name, method in STAGES.items():
+        config[name] = _stage()
+        method.block(config[name])
     config.evaluate = _evaluate()
     return config
 
@@ -190,25 +189,6 @@ def _stage() -> ml_collections.ConfigDict:
     return stage
 
 
-def _add_contrastive(stage: ml_collections.ConfigDict) -> None:
-    # What contrastive images ascend: "conditional" f(x)[y] or "marginal" logsumexp.
-    stage.contrastive_objective = "conditional"
-    # L2 pixels per contrastive step.
-    stage.contrastive_step_size = 0.1
-    # T_max: T stops growing here.
-    stage.t_max = 50
-    # Mean AUC of a full window at which T grows by one.
-    stage.auc_threshold = 0.8
-    # Images in the AUC window: ceil(auc_window_images / batch_size) steps.
-    stage.auc_window_images = 1000
-    # Weights of the terms of the loss.
-    stage.weight_ce = 1.0
-    stage.weight_bce = 1.0
-    stage.weight_r1 = 0.0
-    # Compute and log R1 although its weight is 0 (costs a double backward pass).
-    stage.log_r1 = False
-
-
 def _evaluate() -> ml_collections.ConfigDict:
     evaluate = ml_collections.ConfigDict()
     evaluate.batch_size = 128
@@ -246,12 +226,13 @@ def stages_to_run(config: ml_collections.ConfigDict) -> tuple[str, ...]:
       UserError: an unknown name.
     """
     if config.stages == "auto":
-        return ("stage2",) if config.init_from else ("stage1", "stage2")
+        own = (name for name in STAGES if STAGES[name].starts_from)
+        return tuple(own if config.init_from else STAGES)
     names = tuple(name.strip() for name in config.stages.split(","))
-    if names not in (("stage1",), ("stage2",), ("stage1", "stage2")):
+    if not names or names != tuple(name for name in STAGES if name in names):
         raise UserError(
-            f"config.stages is {config.stages!r}: choose auto, stage1, stage2 or "
-            "stage1,stage2."
+            f"config.stages is {config.stages!r}: choose auto, or of "
+            f"{', '.join(STAGES)} one or more in this order."
         )
     return names
 
@@ -413,13 +394,7 @@ def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
             f"config.{name}.average_decay is {stage.average_decay}: it must lie in "
             "[0, 1)."
         )
-    if name == "stage2" and stage.t_max < 0:
-        raise UserError(f"config.stage2.t_max is {stage.t_max}: it must be >= 0.")
-    if name == "stage2" and not 0 <= stage.auc_threshold <= 1:
-        raise UserError(
-            f"config.stage2.auc_threshold is {stage.auc_threshold}: an AUC lies in "
-            "[0, 1]."
-        )
+    STAGES[name].check(name, stage)
 
 
 def num_steps(stage: ml_collections.ConfigDict, num_train: int) -> int:

@@ -141,7 +141,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
 
     Args:
       config: a complete config.
-      name: "stage1" or "stage2".
+      name: a key of `stages.STAGES`.
       fsdp: devices that share one state.
 
     Raises:
@@ -151,7 +151,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
     # The CPU's own formulation of the gradient would be counted otherwise.
     config.model.conv_gradient = "xla"
     model = models.build(config.model)
-    stage = stages.STAGES[name](model, config[name])
+    stage = stages.STAGES[name].build(model, config[name])
     # Its length needs the data; a warm-up must fit.
     total = max(config[name].warmup_steps, 1)
     _, new_state = build_step(config, name, model, total)
@@ -172,7 +172,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
         flops=_flops(stage, model, variables, batch),
         turns=_turns(config, name),
         gathered_bytes=0 if fsdp == 1 else gradient,
-        whole_batch=name == "stage1" and "batch_stats" in variables,
+        whole_batch=stages.STAGES[name].whole_batch and "batch_stats" in variables,
     )
 
 
@@ -188,7 +188,7 @@ def _bytes_of_a_part(tree: Any, count: int) -> int:
 
 def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
     adversary = {"adversary step": config[name].adversary.num_steps, "loss gradient": 1}
-    if name == "stage1":
+    if "ood" not in stages.STAGES[name].streams:
         return adversary
     return {"contrastive step": config[name].t_max, "seed scores": 1} | adversary
 
@@ -205,8 +205,9 @@ def _batch(
 
 
 def _made(stage: stages.Stage, variables: Any, batch: Any) -> Any:
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.eval_shape(stage.adversaries, variables, batch, steps)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if stage.needs_key else None
+    extra = jax.eval_shape(stage.init)
+    return jax.eval_shape(stage.adversaries, key, variables, extra, batch)
 
 
 def _flops(
@@ -232,7 +233,7 @@ def _flops(
         "adversary step": (jax.grad(cross_entropy, 1), (variables, image, label)),
         "loss gradient": (jax.grad(loss), (variables["params"], stats, batch, made)),
     }
-    if stage.name == "stage1":
+    if "ood" not in stage.streams:
         del parts["contrastive step"], parts["seed scores"]
     result = {}
     for part, (function, arguments) in parts.items():
@@ -410,8 +411,8 @@ def _estimate(
         cost = measure(config, name, _fsdp(config, machine))
         figures[name] = _figures(config, name, cost, machine)
         _show(console, config, name, figures[name])
-    if "stage2" in figures:
-        figures["stage2"]["reachability"] = _reachability(config, console)
+        if "ood" in stages.STAGES[name].streams:
+            figures[name]["reachability"] = _reachability(config, console)
     return figures
 
 

@@ -64,12 +64,13 @@ class Sign(NamedTuple):
 class Setting:
     """What of a stage the signs depend on."""
 
-    stage: str  #: "stage1" or "stage2", which starts from a trained network
+    stage: str  #: its block of the config, for the remedy
     num_classes: int  #: K
     batch_size: int  #: B
     classifies: bool = True  #: whether the cross-entropy has a weight
     t_max: int = 0  #: T_max; 0 for no curriculum
     auc_window: int = 1  #: steps in the curriculum's window
+    trained: bool = False  #: whether the stage starts from a trained network
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Watch:
 
 def begin(setting: Setting) -> Watch:
     """A watch that has seen no step yet."""
-    known = _TRAINED if setting.stage == "stage2" else 0.0
+    known = _TRAINED if setting.trained else 0.0
     return Watch(better_entropy=known, better_accuracy=known)
 
 
@@ -267,7 +268,7 @@ def _history(
         made["norms"] = norms[-_MEDIAN_STEPS:]
     # Logits of a fresh network may shrink in its first steps. Those that stage 2 starts
     # from count from the first: few images may never show that they are better.
-    trained = setting.stage == "stage2" or watch.better_entropy >= 1
+    trained = setting.trained or watch.better_entropy >= 1
     if trained and gains.get("logit_spread", 0) <= 0:
         spreads = (*watch.spreads, metrics["logit_spread"])
         made["spreads"] = spreads[-_MEDIAN_STEPS:]
@@ -343,8 +344,8 @@ def _text(
         f"{watch.first_size or 0.0:.3g} in the first step)",
         "auc_one": f"{window} above {_EASY_AUC} at T_max: nothing is left to learn "
         "from, most likely as the contrastive steps are too few or too short to bring "
-        "the seeds near real images: raise config.stage2.t_max or config.stage2."
-        "contrastive_step_size, or choose other config.data.seeds "
+        f"the seeds near real images: raise config.{setting.stage}.t_max or config."
+        f"{setting.stage}.contrastive_step_size, or choose other config.data.seeds "
         '(docs/trouble.md, "AUC stuck at 1, T at its maximum")',
         "auc_half": f"{window} at one half at T = 0: the energy sees no difference "
         "between real images and seeds, most likely as config.data.seeds are images "

@@ -37,6 +37,7 @@ from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.names import check_utf8
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import say
+from atebm_jax.stages import STAGES
 from atebm_jax.train import Job, build_step, train_stage
 from atebm_jax.workdir_lock import Lock
 
@@ -151,16 +152,15 @@ def _run(
 def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Refuses stage 2 without weights before a large data set is opened."""
     begun = any(
-        checkpoint.steps_in(checkpoint.stage_folder(workdir, stage))
-        for stage in checkpoint.STAGE_ORDER
+        checkpoint.steps_in(checkpoint.stage_folder(workdir, stage)) for stage in STAGES
     )
     first = configuration.stages_to_run(config)[0]
-    if first == "stage2" and not config.init_from and not begun:
+    if STAGES[first].starts_from and not config.init_from and not begun:
         raise UserError(
-            f"config.stages is {config.stages!r}: stage2 alone needs weights to start "
-            "from: give --config.init_from=CHECKPOINT, a workdir or what "
-            "atebm_jax.convert made of a PyTorch file, or run stage1 in "
-            f"{workdir} first."
+            f"config.stages is {config.stages!r}: {first} alone needs weights to "
+            "start from: give --config.init_from=CHECKPOINT, a workdir or what "
+            "atebm_jax.convert made of a PyTorch file, or run "
+            f"{STAGES[first].starts_from} in {workdir} first."
         )
 
 
@@ -226,7 +226,7 @@ def _known_meta(
     stages = configuration.stages_to_run(config)
     metas = {
         stage: checkpoint.newest_meta(checkpoint.stage_folder(workdir, stage))
-        for stage in checkpoint.STAGE_ORDER
+        for stage in STAGES
     }
     if config.init_from and metas[stages[0]] is None:
         try:
@@ -234,7 +234,11 @@ def _known_meta(
         except UserError:
             return None  # told where the weights are read
         return checkpoint.newest_meta(folder.parent)
-    return metas[stages[-1]] or metas["stage1"]
+    before = STAGES[stages[0]].starts_from
+    for name in reversed((*([before] if before else []), *stages)):
+        if metas[name] is not None:
+            return metas[name]
+    return None
 
 
 def _open_source(config: ml_collections.ConfigDict, role: str) -> data.Source:
@@ -434,9 +438,7 @@ def _tell_ahead(job: Job, evaluation: Evaluation) -> None:
         name: configuration.num_steps(config[name], len(job.sources["train"]))
         for name in configuration.stages_to_run(config)
     }
-    folders = {
-        s: checkpoint.stage_folder(job.workdir, s) for s in checkpoint.STAGE_ORDER
-    }
+    folders = {s: checkpoint.stage_folder(job.workdir, s) for s in STAGES}
     reached = {s: max(checkpoint.steps_in(f), default=0) for s, f in folders.items()}
     to_train = [name for name, total in totals.items() if reached[name] < total]
     if not to_train:
@@ -446,7 +448,7 @@ def _tell_ahead(job: Job, evaluation: Evaluation) -> None:
             say(job.console, f"warning: {sentence}")
     evaluated = [s for s in reached if reached[s] or s in totals]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
-    if "stage2" in to_train and not reached["stage2"]:
+    if any("ood" in STAGES[s].streams and not reached[s] for s in to_train):
         for line in reachability.lines(evaluation.measured_reachability()):
             say(job.console, line)
 
@@ -464,8 +466,9 @@ def _origins(
 ) -> dict[str, Callable[[], Any]]:
     """For each stage what makes the variables that it starts from.
 
-    The first stage starts from `init_from` or at random; stage 2 otherwise from the
-    averaged weights of stage 1 in the workdir. What is there already must fit.
+    The first stage to run starts from `init_from`, if there is one. Otherwise a stage
+    starts from the averaged weights of the one before in the workdir, or at random.
+    What is there already must fit.
     """
     expected = models.variable_shapes(model, config.data.image_shape)
 
@@ -483,37 +486,41 @@ def _origins(
         except UserError as error:
             raise UserError(f"config.init_from: {error}") from error
 
-    folders = {s: checkpoint.stage_folder(workdir, s) for s in checkpoint.STAGE_ORDER}
+    folders = {s: checkpoint.stage_folder(workdir, s) for s in STAGES}
     # Damaged steps are stepped over here, and out of the way once the stage goes on.
     begun, damaged = {}, {}
     for stage, folder in folders.items():
         if checkpoint.steps_in(folder):
             begun[stage], damaged[stage] = intact.newest(folder)
             loaded(folder / str(begun[stage]), together=True)
-    stage1 = folders["stage1"]
     origins: dict[str, Callable[[], Any]] = {
-        "stage1": jax.jit(lambda: _random_variables(model, config)),
-        "stage2": lambda: loaded(stage1, together=True),
+        name: partial(loaded, folders[method.starts_from], together=True)
+        if method.starts_from
+        else jax.jit(lambda: _random_variables(model, config))
+        for name, method in STAGES.items()
     }
     first = configuration.stages_to_run(config)[0]
+    before = STAGES[first].starts_from
     if config.init_from:
         # Once the stage has begun, its source is needed no more.
         if first not in begun:
             given()
         origins[first] = given
-    elif first == "stage2" and first not in begun:
-        reached = begun.get("stage1", 0)
-        wanted = configuration.num_steps(config.stage1, num_train)
+    elif before and first not in begun:
+        reached = begun.get(before, 0)
+        wanted = configuration.num_steps(config[before], num_train)
         if reached < wanted:
+            skipped = _except(damaged.get(before, {}))
             raise UserError(
-                "stage2 starts from the weights of stage1, and that of "
-                f"{workdir} is at step {reached} of {wanted}{_except(damaged)}: run "
-                "stage1 there to its end, or give --config.init_from=CHECKPOINT."
+                f"{first} starts from the weights of {before}, and that of "
+                f"{workdir} is at step {reached} of {wanted}{skipped}: run {before} "
+                "there to its end, or give --config.init_from=CHECKPOINT."
             )
     return origins
 
 
-def _except(damaged: Mapping[str, Mapping[int, str]]) -> str:
-    """Which later steps of stage 1 do not count, and why."""
-    steps = damaged.get("stage1", {}).items()
-    return "".join(f" (step {step} is damaged: {fault})" for step, fault in steps)
+def _except(damaged: Mapping[int, str]) -> str:
+    """Which later steps do not count, and why."""
+    return "".join(
+        f" (step {step} is damaged: {fault})" for step, fault in damaged.items()
+    )

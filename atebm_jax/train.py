@@ -19,14 +19,12 @@ from rich.console import Console
 
 from atebm_jax import (
     checkpoint,
-    curriculum,
     data,
     health,
     intact,
     models,
     optim,
     sharding,
-    stages,
     train_state,
     train_step,
 )
@@ -36,6 +34,7 @@ from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.preemption import Interrupted, StopSignal
 from atebm_jax.progress import ProgressLine, say
 from atebm_jax.seeds import Gaussian
+from atebm_jax.stages import STAGES, Stage
 from atebm_jax.train_state import TrainState
 from atebm_jax.workdir_lock import Lock
 
@@ -94,7 +93,7 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
 
     Args:
       job: config, data, network and where to write.
-      name: "stage1" or "stage2".
+      name: of the stage, a key of `STAGES`.
       initial: makes the variables to start from; called only for a fresh start and
         after a rollback to the beginning.
 
@@ -175,7 +174,7 @@ def build_step(
 
     Args:
       config: the whole config.
-      name: "stage1" or "stage2".
+      name: of the stage, a key of `STAGES`.
       model: images to logits.
       total: steps of the stage.
       mesh: where state and batch live; None for a step that is only traced.
@@ -197,19 +196,13 @@ def build_step(
         decay_at=tuple(stage.decay_at),
         decay_factor=stage.decay_factor,
     )
+    built = STAGES[name].build(model, stage)
     options: dict[str, Any] = {}
-    window_length = 1
-    if name == "stage2":
-        options["auc_threshold"] = stage.auc_threshold
-        options["max_contrastive_steps"] = stage.t_max
-        window_length = curriculum.window_length(
-            stage.auc_window_images, stage.batch_size
-        )
     if mesh is not None:
         options["gather"] = partial(sharding.gather, mesh=mesh)
         options["scatter"] = partial(sharding.scatter, mesh=mesh)
     step = train_step.make(
-        stages.STAGES[name](model, stage),
+        built,
         optimizer,
         learning_rate,
         seed=config.seed,
@@ -218,9 +211,13 @@ def build_step(
         rollback_factor=config.rollback_learning_rate_factor,
         **options,
     )
-    return step, partial(
-        train_state.create, optimizer=optimizer, window_length=window_length
+    return step, lambda variables: train_state.create(
+        variables, optimizer, extra=built.init()
     )
+
+
+def _built(job: Job, name: str) -> Stage:
+    return STAGES[name].build(job.model, job.config[name])
 
 
 def _check_micro_batches(
@@ -228,11 +225,11 @@ def _check_micro_batches(
 ) -> None:
     """Refuses parts of a batch where each would be normalised by itself."""
     parts = config[name].num_micro_batches
-    if name != "stage1" or parts == 1:
+    if not STAGES[name].whole_batch or parts == 1:
         return
     if "batch_stats" in models.variable_shapes(model, config.data.image_shape):
         raise UserError(
-            f"config.stage1.num_micro_batches is {parts}, and stage1 normalises "
+            f"config.{name}.num_micro_batches is {parts}, and {name} normalises "
             f"{config.model.name} over the whole batch (BatchNorm): parts would have "
             "statistics of their own, so set it to 1, or choose a network without."
         )
@@ -347,16 +344,15 @@ _NOT_KEPT = (
 
 def _health_setting(config: ml_collections.ConfigDict, name: str) -> health.Setting:
     """What of a stage's config the signs of its health depend on."""
-    stage, second = config[name], name == "stage2"
+    stage, method = config[name], STAGES[name]
     return health.Setting(
         stage=name,
         num_classes=config.model.num_classes,
         batch_size=stage.batch_size,
-        classifies=not second or stage.weight_ce > 0,
-        t_max=stage.t_max if second else 0,
-        auc_window=curriculum.window_length(stage.auc_window_images, stage.batch_size)
-        if second
-        else 1,
+        classifies=method.classifies(stage),
+        t_max=method.contrastive_steps(stage),
+        auc_window=method.window(stage),
+        trained=bool(method.starts_from),
     )
 
 
@@ -383,7 +379,7 @@ class _Log:
         self._setting = _health_setting(job.config, name)
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._since, self._time = step, time.monotonic()
-        self._t_max = job.config.stage2.t_max if name == "stage2" else math.inf
+        self._t_max = STAGES[name].contrastive_steps(job.config[name])
 
     def add(
         self,
@@ -435,7 +431,7 @@ class _Log:
         self._line.show(step, values)
         if values.get("T", 0) >= self._t_max > 0:
             self._line.note(f"{self._name} step {step}: T has reached its maximum")
-            self._t_max = math.inf
+            self._t_max = 0  # said once
 
     def evaluated(self, step: int, held_out: Mapping[str, float] | None) -> None:
         """Writes a held-out evaluation, and leaves its time out of the speed."""
@@ -464,6 +460,7 @@ def _save(
         stage=name,
         config=job.config,
         metrics=metrics,
+        contrastive_steps=int(_built(job, name).shown(state.extra).get("T", 0)),
         gaussian=job.gaussian,
         watch=health.as_json(log.watch),
         class_names=job.class_names,
@@ -496,14 +493,15 @@ def _batches(job: Job, name: str, start: int) -> data.Batches:
     train = job.sources["train"]
     streams = {"cls": data.Stream(train, config.augment_cls, seed=seed)}
     draw_seeds = None
-    if name == "stage2":
+    wanted = STAGES[name].streams
+    if "gen" in wanted:
         streams["gen"] = data.Stream(train, config.augment_gen, seed=seed)
-        if job.gaussian is not None:
-            draw_seeds = partial(job.gaussian.draw, _TRAINING_SEEDS + seed)
-        if "seeds" in job.sources:
-            streams["ood"] = data.Stream(
-                job.sources["seeds"], config.augment_seeds, seed=seed, labels=False
-            )
+    if "ood" in wanted and job.gaussian is not None:
+        draw_seeds = partial(job.gaussian.draw, _TRAINING_SEEDS + seed)
+    elif "ood" in wanted and "seeds" in job.sources:
+        streams["ood"] = data.Stream(
+            job.sources["seeds"], config.augment_seeds, seed=seed, labels=False
+        )
     return data.train_batches(
         streams,
         batch_size=job.config[name].batch_size,

@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atebm_jax import curriculum
-from atebm_jax.curriculum import Curriculum
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -23,7 +20,7 @@ class TrainState:
     average_params: Any  #: as params: what evaluation and sampling use
     average_batch_stats: Any  #: as batch_stats
     num_averages: jax.Array  #: [] int32, averages so far
-    curriculum: Curriculum  #: T and the AUC window
+    extra: Any  #: of the stage (`stages.Stage.init`): T and the AUC window, or none
     skipped: jax.Array  #: [] int32, steps not applied because of NaN or Inf
     skipped_in_row: jax.Array  #: [] int32, of these the latest uninterrupted ones
     rollbacks: jax.Array  #: [] int32, returns to an earlier checkpoint
@@ -33,7 +30,7 @@ def create(
     variables: Any,
     optimizer: optax.GradientTransformation,
     *,
-    window_length: int = 1,
+    extra: Any = (),
 ) -> TrainState:
     """A fresh state from a network's variables.
 
@@ -42,7 +39,7 @@ def create(
     Args:
       variables: {"params": ..., optionally "batch_stats": ...}.
       optimizer: as of `optim.optimizer`.
-      window_length: steps in the AUC window, `curriculum.window_length`.
+      extra: the stage's own state, as of `stages.Stage.init`.
     """
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
@@ -57,7 +54,7 @@ def create(
         average_params=jax.tree.map(jnp.copy, params),
         average_batch_stats=jax.tree.map(jnp.copy, batch_stats),
         num_averages=zeros[2],
-        curriculum=curriculum.init(window_length),
+        extra=extra,
         skipped=zeros[3],
         skipped_in_row=zeros[4],
         rollbacks=zeros[5],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atebm_jax import curriculum, optim
+from atebm_jax import optim
 from atebm_jax.stages import Batch, Stage
 from atebm_jax.train_state import TrainState
 
@@ -27,8 +27,6 @@ def make(
     *,
     seed: int = 0,
     max_decay: float = 0.999,
-    auc_threshold: float = 1.0,
-    max_contrastive_steps: int = 0,
     num_micro_batches: int = 1,
     rollback_factor: float = 1.0,
     gather: Callable[[Any], Any] = lambda params: params,
@@ -38,16 +36,15 @@ def make(
 
     The PGD loops run before, and outside, the differentiation with respect to the
     parameters. Where loss or gradient is not finite nothing is applied: parameters,
-    averages, optimiser and curriculum stay, and the step is counted as skipped.
+    averages, optimiser and extra state stay, and the step is counted as skipped.
 
     Args:
       stage: adversaries and loss.
       optimizer: from gradients to ascent directions (`optim.optimizer`).
       learning_rate: step -> learning rate.
-      seed: of the uniform noise that serves as seeds when a batch has no "x_ood".
+      seed: of the uniform noise that serves as seeds when a batch has no "x_ood", and
+        of the stage's own random numbers.
       max_decay: limit of the weight average's decay.
-      auc_threshold: mean AUC at which T grows; stage 2 only.
-      max_contrastive_steps: T_max; stage 2 only.
       num_micro_batches: parts k in which a batch passes one after the other, loops
         and gradients alike, to need about 1/k of the memory. One update of the mean
         gradient follows, and the metrics are those of the whole batch. B must be a
@@ -75,10 +72,15 @@ def make(
     def step(
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        inputs = _prepare(batch, stage, seed, state.step + state.data_offset)
-        num_steps = state.curriculum.num_steps
+        # Keys are derived from seed and data position, never stored.
+        key = jax.random.fold_in(jax.random.key(seed), _TRAINING_SEEDS)
+        key = jax.random.fold_in(key, state.step + state.data_offset)
         loss, gradients, batch_stats, outputs = differentiate(
-            gather(state.params), state.batch_stats, inputs, num_steps
+            jax.random.fold_in(key, 1) if stage.needs_key else None,
+            gather(state.params),
+            state.batch_stats,
+            _prepare(batch, stage, key),
+            state.extra,
         )
         gradients = scatter(gradients)
         metrics = stage.statistics(outputs)
@@ -87,16 +89,7 @@ def make(
         rate = learning_rate(state.step) * lowered
         gradient_norm = optax.tree.norm(gradients)
         applied = _apply(state, optimizer, gradients, batch_stats, rate, max_decay)
-        if "auc" in metrics:
-            applied = replace(
-                applied,
-                curriculum=curriculum.update(
-                    state.curriculum,
-                    metrics["auc"],
-                    threshold=auc_threshold,
-                    max_steps=max_contrastive_steps,
-                ),
-            )
+        applied = replace(applied, extra=stage.update(state.extra, metrics))
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         new_state = _keep_if(finite, applied, state)
         return new_state, {
@@ -105,7 +98,7 @@ def make(
             "learning_rate": jnp.asarray(rate, jnp.float32),
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
-            **({"T": num_steps} if "auc" in metrics else {}),
+            **stage.shown(state.extra),
             **metrics,
         }
 
@@ -114,38 +107,39 @@ def make(
 
 def _in_parts(
     stage: Stage, count: int
-) -> Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Any, Any, Any]]:
+) -> Callable[[Any, Any, Any, Batch, Any], tuple[jax.Array, Any, Any, Any]]:
     """PGD loops, loss and gradient of a batch that passes in `count` parts.
 
     Returns:
-      (params, batch_stats, batch, num_steps) -> (loss, gradients, batch_stats,
+      (key, params, batch_stats, batch, extra) -> (loss, gradients, batch_stats,
       outputs), of the whole batch.
     """
     gradient = jax.value_and_grad(stage.loss, has_aux=True)
 
-    def whole(params: Any, batch_stats: Any, batch: Batch, num_steps: jax.Array) -> Any:
+    def whole(key: Any, params: Any, batch_stats: Any, batch: Batch, extra: Any) -> Any:
         inputs = _as_floats(batch)
         variables = {"params": params, "batch_stats": batch_stats}
-        made = jax.lax.stop_gradient(stage.adversaries(variables, inputs, num_steps))
+        made = jax.lax.stop_gradient(stage.adversaries(key, variables, extra, inputs))
         (loss, (batch_stats, outputs)), gradients = gradient(
             params, batch_stats, inputs, made
         )
         return loss, gradients, batch_stats, outputs
 
     def in_parts(
-        params: Any, batch_stats: Any, batch: Batch, num_steps: jax.Array
+        key: Any, params: Any, batch_stats: Any, batch: Batch, extra: Any
     ) -> Any:
-        def add(carry: Any, part: Batch) -> tuple[Any, Any]:
+        def add(carry: Any, part: tuple[Any, Batch]) -> tuple[Any, Any]:
             total, gradients, batch_stats = carry
             loss, more, batch_stats, outputs = whole(
-                params, batch_stats, part, num_steps
+                part[0], params, batch_stats, part[1], extra
             )
             gradients = jax.tree.map(jnp.add, gradients, more)
             return (total + loss, gradients, batch_stats), outputs
 
+        keys = None if key is None else jax.random.split(key, count)
         nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params), batch_stats)
         (total, gradients, batch_stats), outputs = jax.lax.scan(
-            add, nothing, _split(batch, count)
+            add, nothing, (keys, _split(batch, count))
         )
         gradients = jax.tree.map(lambda g: g / count, gradients)
         return total / count, gradients, batch_stats, _join(outputs)
@@ -179,15 +173,10 @@ def _join(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-def _prepare(
-    batch: Mapping[str, jax.Array], stage: Stage, seed: int, position: jax.Array
-) -> Batch:
+def _prepare(batch: Mapping[str, jax.Array], stage: Stage, key: jax.Array) -> Batch:
     """The batch, with uniform noise where no seeds came with it."""
     inputs = dict(batch)
     if "ood" in stage.streams and "x_ood" not in inputs:
-        # Keys are derived from seed and data position, never stored.
-        key = jax.random.fold_in(jax.random.key(seed), _TRAINING_SEEDS)
-        key = jax.random.fold_in(key, position)
         inputs["x_ood"] = jax.random.uniform(key, inputs["x_gen"].shape)
     return inputs
 

@@ -92,8 +92,8 @@ class JaxSide:
             state = new_state(jax.tree.map(jnp.array, variables))
             # T starts at T_max, so that it stays where it is.
             num_steps = jnp.int32(self.config.stage2.t_max)
-            curriculum = dataclasses.replace(state.curriculum, num_steps=num_steps)
-            state = dataclasses.replace(state, curriculum=curriculum)
+            curriculum = dataclasses.replace(state.extra, num_steps=num_steps)
+            state = dataclasses.replace(state, extra=curriculum)
             return sharding.put_replicated(state, mesh)
 
         self._fresh, self._state = fresh, fresh(variables)

@@ -214,9 +214,9 @@ def taught(stage: stages.Stage) -> stages.Stage:
     """
 
     def adversaries(
-        weights: Any, batch: stages.Batch, num_steps: jax.Array
+        key: Any, weights: Any, extra: Any, batch: stages.Batch
     ) -> dict[str, jax.Array]:
-        made = stage.adversaries(weights, batch, num_steps)
+        made = stage.adversaries(key, weights, extra, batch)
         for name in made:
             if f"taught_{name}" in batch:
                 made[name] = jnp.where(

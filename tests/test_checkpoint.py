@@ -18,6 +18,7 @@ from atebm_jax import (
     checkpoint,
     checksums,
     compilation,
+    curriculum,
     data,
     fitting,
     models,
@@ -38,7 +39,7 @@ def state():
     model = models.build(CONFIG.model)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     optimizer = optim.optimizer("sgd", weight_decay=0.0)
-    fresh = train_state.create(variables, optimizer, window_length=3)
+    fresh = train_state.create(variables, optimizer, extra=curriculum.init(3))
     return sharding.put_replicated(fresh, sharding.make_mesh())
 
 
@@ -46,8 +47,8 @@ def at(state, step):
     """The state as it would be at a step, told apart by its weights."""
     values = jnp.asarray(step, jnp.int32), jnp.asarray(step, jnp.float32)
     scaled = jax.tree.map(lambda x: x + values[1], state.average_params)
-    curriculum = replace(state.curriculum, num_steps=values[0])
-    moved = replace(state, step=values[0], average_params=scaled, curriculum=curriculum)
+    reached = replace(state.extra, num_steps=values[0])
+    moved = replace(state, step=values[0], average_params=scaled, extra=reached)
     return sharding.put_replicated(moved, sharding.make_mesh())
 
 
@@ -56,7 +57,12 @@ def write(workdir, state, evaluated):
     manager = checkpoint.manager(workdir, "stage1")
     for step, metrics in evaluated.items():
         checkpoint.save(
-            manager, at(state, step), stage="stage1", config=CONFIG, metrics=metrics
+            manager,
+            at(state, step),
+            stage="stage1",
+            config=CONFIG,
+            metrics=metrics,
+            contrastive_steps=step,
         )
         manager.wait_until_finished()
     manager.close()

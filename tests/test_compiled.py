@@ -47,17 +47,21 @@ def update_of(
 ):
     """The update and a fresh state on random weights."""
     optimizer = optim.optimizer("sgd", weight_decay=5e-4)
+    if stage == "stage2":
+        settings |= {"auc_threshold": threshold, "t_max": 50}
+        settings |= {"auc_window_images": 256}  # two steps of 128
+    built = stages.STAGES[stage].build(
+        network, reference.stage_config(stage, **settings)
+    )
     step = train_step.make(
-        stages.STAGES[stage](network, reference.stage_config(stage, **settings)),
+        built,
         optimizer,
         optim.schedule("constant", peak=0.01, num_steps=10),
-        auc_threshold=threshold,
-        max_contrastive_steps=50,
         num_micro_batches=parts,
         **({} if gather is None else {"gather": gather, "scatter": scatter}),
     )
     weights = reference.random_variables(network, SHAPE)
-    return step, train_state.create(weights, optimizer, window_length=2)
+    return step, train_state.create(weights, optimizer, extra=built.init())
 
 
 def placed(state, mesh, seed=0, num_classes=4):
@@ -218,9 +222,9 @@ def test_growing_steps_does_not_recompile(small):
     before = step._cache_size()
     travels = []
     for count in range(21):
-        curriculum = replace(state.curriculum, num_steps=jnp.int32(count))
+        curriculum = replace(state.extra, num_steps=jnp.int32(count))
         curriculum = sharding.put_replicated(curriculum, mesh_of(1))
-        _, metrics = step(replace(state, curriculum=curriculum), batch)
+        _, metrics = step(replace(state, extra=curriculum), batch)
         assert int(metrics["T"]) == count
         travels.append(float(metrics["travel"]) * max(count, 1))
     assert step._cache_size() - before == 1
@@ -242,21 +246,21 @@ def run_steps(step, state, count, mesh):
 def alone(small):
     """Three updates on a single device, the last two with contrastive steps."""
     step, state = small
-    curriculum = replace(state.curriculum, num_steps=jnp.int32(2))
-    return run_steps(step, replace(state, curriculum=curriculum), 3, mesh_of(1))
+    curriculum = replace(state.extra, num_steps=jnp.int32(2))
+    return run_steps(step, replace(state, extra=curriculum), 3, mesh_of(1))
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_number_of_devices_does_not_change_the_training(small, alone, devices):
     """Only the order of sums differs: measured 2e-7 on losses, 3e-8 on parameters."""
     step, state = small
-    curriculum = replace(state.curriculum, num_steps=jnp.int32(2))
-    state = replace(state, curriculum=curriculum)
+    curriculum = replace(state.extra, num_steps=jnp.int32(2))
+    state = replace(state, extra=curriculum)
     many = run_steps(step, state, 3, mesh_of(devices))
     reference.assert_close(many, alone, atol=2e-6)
     moved = reference.max_difference(alone[0].params, state.params)
     assert moved > 1e-3
-    assert int(many[0].curriculum.num_steps) == 3
+    assert int(many[0].extra.num_steps) == 3
 
 
 def test_stage1_normalises_over_the_global_batch():

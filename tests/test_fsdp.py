@@ -31,19 +31,21 @@ def update_on(mesh, optimizer="adamw", rate=1e-3, activation="relu"):
     """The jitted update of a WideResNet on a mesh, with its fresh state, placed."""
     network = reference.network(activation=activation)
     optimizer = optim.optimizer(optimizer, weight_decay=0.05)
+    settings = {"auc_threshold": 0.0, "t_max": 50, "auc_window_images": 256}
+    stage = stages.STAGES["stage2"].build(
+        network, reference.stage_config("stage2", **settings)
+    )
     step = train_step.make(
-        stages.STAGES["stage2"](network, reference.stage_config("stage2")),
+        stage,
         optimizer,
         optim.schedule("constant", peak=rate, num_steps=10),
-        auc_threshold=0.0,
-        max_contrastive_steps=50,
         gather=partial(sharding.gather, mesh=mesh),
         scatter=partial(sharding.scatter, mesh=mesh),
     )
     state = train_state.create(
-        reference.random_variables(network, SHAPE), optimizer, window_length=2
+        reference.random_variables(network, SHAPE), optimizer, extra=stage.init()
     )
-    state = replace(state, curriculum=replace(state.curriculum, num_steps=jnp.int32(2)))
+    state = replace(state, extra=replace(state.extra, num_steps=jnp.int32(2)))
     placed = sharding.put_state(state, mesh)
     placement = sharding.state_shardings(placed, mesh)
     return train.jit_step(step, placement, mesh), placed
@@ -102,7 +104,7 @@ def test_split_state_trains_like_a_whole_one(runs, spec):
             jax.device_get(getattr(state, tree)), jax.device_get(getattr(whole, tree))
         )
         assert difference < 1e-6, (tree, difference)
-    assert int(state.curriculum.num_steps) == int(whole.curriculum.num_steps) == 3
+    assert int(state.extra.num_steps) == int(whole.extra.num_steps) == 3
 
 
 @pytest.mark.parametrize(("spec", "count"), [("data:-1,fsdp:4", 4), ("fsdp:-1", 8)])

@@ -10,7 +10,7 @@ from atebm_jax import health
 
 STAGE1 = health.Setting("stage1", num_classes=10, batch_size=128)
 STAGE2 = health.Setting(
-    "stage2", num_classes=10, batch_size=128, t_max=50, auc_window=8
+    "stage2", num_classes=10, batch_size=128, t_max=50, auc_window=8, trained=True
 )
 DYING = {"cross_entropy", "accuracy", "logit_spread", "gradient_norm", "energy"}
 
@@ -127,7 +127,9 @@ def test_logits_without_spread_take_five_steps_whatever_the_batch(size):
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_death_in_the_first_update_of_stage2_takes_six_steps(size, classes):
     """Too few images to show that the network was better are no excuse."""
-    setting = health.Setting("stage2", classes, size, t_max=25, auc_window=250)
+    setting = health.Setting(
+        "stage2", classes, size, t_max=25, auc_window=250, trained=True
+    )
     first = row(ce=0.8 * math.log(classes), accuracy=1.2 / classes)
     dead = row(*DEAD) | {"loss_ce": math.log(classes), "accuracy_adv": 1 / classes}
     assert shown([first, *[dead] * 10], setting)["logit_spread"] == 6
@@ -179,7 +181,7 @@ def test_auc_of_one_half_at_no_steps_is_nothing_to_learn():
 
 
 def test_windows_of_the_auc_are_of_a_thousand_images_at_least():
-    small = health.Setting("stage2", 10, 16, t_max=5, auc_window=2)
+    small = health.Setting("stage2", 10, 16, t_max=5, auc_window=2, trained=True)
     assert shown([row(auc=1.0, T=5)] * 400, small) == {"auc_one": 3 * 63}
 
 
@@ -207,7 +209,12 @@ def test_healthy_curriculum_is_silent():
 
 
 def test_learning_from_seeds_alone_is_as_asked():
-    assert shown([row(auc=1.0, T=0)] * 400, health.Setting("stage2", 10, 128)) == {}
+    assert (
+        shown(
+            [row(auc=1.0, T=0)] * 400, health.Setting("stage2", 10, 128, trained=True)
+        )
+        == {}
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
@@ -242,7 +249,7 @@ def test_noise_of_a_healthy_network_is_silent(classes, size):
 
 def test_classifier_without_weight_is_not_judged():
     """docs/trouble.md has such a run: its cross-entropy rises to 15."""
-    setting = health.Setting("stage2", 10, 128, classifies=False)
+    setting = health.Setting("stage2", 10, 128, classifies=False, trained=True)
     assert shown([row()] * 5 + [row(ce=15.0, accuracy=0.1)] * 50, setting) == {}
 
 

@@ -73,9 +73,10 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "sharding": {"names"},
     "ascent": {"calls"},
     "attacks": {"ascent", "losses"},
-    "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"},
-    "train_state": {"curriculum"},
-    "train_step": {"stages", "train_state", "curriculum", "optim"},
+    "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"}
+    | {"curriculum"},
+    "config": {"stages"},
+    "train_step": {"stages", "train_state", "optim"},
     "constraints": {"ascent"},
     "autoattack": {"energy", "losses", "attacks"},
     "metric_writer": {"storage"},

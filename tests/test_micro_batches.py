@@ -38,7 +38,8 @@ def trained(stage, parts, *, devices=1, batch_of=lambda batch: batch, **settings
     step, state = test_compiled.update_of(
         NETWORKS[stage], stage, parts=parts, **settings
     )
-    state = replace(state, curriculum=replace(state.curriculum, num_steps=jnp.int32(2)))
+    if stage == "stage2":
+        state = replace(state, extra=replace(state.extra, num_steps=jnp.int32(2)))
     mesh, step = test_compiled.mesh_of(devices), jax.jit(step)
     state, _ = test_compiled.placed(state, mesh)
     history = []
@@ -158,12 +159,12 @@ def test_parts_of_hand_worked_numbers():
         return 0.5 * jnp.square(difference).mean(), (batch_stats, outputs)
 
     stage = stages.Stage(
-        "toy", (), lambda variables, batch, steps: {"zero": 0 * batch["t"]}, loss
+        (), lambda key, variables, extra, batch: {"zero": 0 * batch["t"]}, loss
     )
     differentiate = train_step._in_parts(stage, 2)
     batch = {"t": jnp.float32([1, 2, 3, 6])}
     total, gradients, _, outputs = differentiate(
-        {"w": jnp.float32(1)}, {}, batch, jnp.int32(0)
+        None, {"w": jnp.float32(1)}, {}, batch, ()
     )
     assert total == 3.75 and gradients["w"] == -2 and outputs["mean"] == 3
     np.testing.assert_array_equal(outputs["each"], batch["t"])

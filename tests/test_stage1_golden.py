@@ -7,7 +7,6 @@ The reference averages unbiased batch variances into the running ones, ours are 
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -50,7 +49,7 @@ def variant(request, golden):
     """(name, stored arrays, stage, update, optimiser) of one adversary."""
     stored = golden("train_stage1")
     settings = reference.stage_config("stage1", **ADVERSARIES[request.param])
-    stage = stages.stage1(reference.network(), settings)
+    stage = stages.STAGES["stage1"].build(reference.network(), settings)
     step_fn, optimizer = reference.jitted_step(
         reference.taught(stage),
         "sgd",
@@ -120,7 +119,7 @@ def test_gradients_match_on_the_stored_images(variant, golden, weights):
 def test_adversary_makes_the_images_of_the_reference(variant, golden, weights):
     name, stored, stage, _, _ = variant
     inputs = batch(golden, 1, None)
-    made = jax.jit(stage.adversaries)(weights, inputs, jnp.int32(0))["x_adv"]
+    made = jax.jit(stage.adversaries)(None, weights, (), inputs)["x_adv"]
     expected = at_step(stored, name, 1)["adv_imgs"]
     away = np.sqrt(np.square(made - expected).sum(axis=(1, 2, 3)))
     assert away.max() < 0.1 and (away < 1e-5).mean() >= 0.5, away

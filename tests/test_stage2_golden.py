@@ -63,7 +63,7 @@ def course(request, golden, weights):
     """(stored steps, run): `run(teach)` yields state before, after, and metrics."""
     stored = golden(f"train_{request.param}")
     adam = golden("train_sgd") if request.param == "adamw" else stored
-    stage = stages.stage2(
+    stage = stages.STAGES["stage2"].build(
         reference.network(), reference.stage_config("stage2", log_r1=True)
     )
     step_fn, optimizer = reference.jitted_step(
@@ -74,14 +74,14 @@ def course(request, golden, weights):
     )
 
     def run(teach):
-        state = train_state.create(weights, optimizer)
+        state = train_state.create(weights, optimizer, extra=stage.init())
         for step in STEPS:
             made = at_step(stored, step)
             if "clf_adv_imgs" not in made:
                 made |= at_step(adam, step)
             contrastive_steps = jnp.int32(golden("train_inputs")["T"][step - 1])
-            curriculum = replace(state.curriculum, num_steps=contrastive_steps)
-            state = replace(state, curriculum=curriculum)
+            curriculum = replace(state.extra, num_steps=contrastive_steps)
+            state = replace(state, extra=curriculum)
             if teach and step > 1:
                 before = params_of(at_step(stored, step - 1), "param")
                 state = replace(state, params=before)
@@ -165,7 +165,7 @@ def gradients_of_steps(golden, network, cast=lambda arrays: arrays):
     """Gradients of each step at the reference's parameters and stored images."""
     stored = golden("train_sgd")
     start = reference.variables(cast(golden("wrn_state_dict")))
-    stage = stages.stage2(network, reference.stage_config("stage2"))
+    stage = stages.STAGES["stage2"].build(network, reference.stage_config("stage2"))
     gradient = jax.jit(jax.grad(stage.loss, has_aux=True))
     for step in STEPS:
         params = start["params"]
@@ -221,13 +221,15 @@ def test_variants_match_the_reference(golden, weights, name):
         "clf_adv_imgs": first["clf_adv_imgs"],
     }
     inputs = batch(golden, 1, made)
-    stage = stages.stage2(
+    stage = stages.STAGES["stage2"].build(
         reference.network(), reference.stage_config("stage2", **VARIANTS[name])
     )
 
+    steps = replace(stage.init(), num_steps=jnp.int32(2))
+
     @jax.jit
     def compute(batch):
-        made = stage.adversaries(weights, batch, jnp.int32(2))
+        made = stage.adversaries(None, weights, steps, batch)
         free = made["x_contrastive"]
         for image in ("x_contrastive", "x_adv"):
             made[image] = batch[f"taught_{image}"]

@@ -1,5 +1,7 @@
 """The two objectives on a network of two layers."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,14 @@ LOGITS_FN = jax.jit(models.logits_fn(NETWORK, WEIGHTS))
 
 
 def stage(name, **settings):
-    return stages.STAGES[name](NETWORK, reference.stage_config(name, **settings))
+    return stages.STAGES[name].build(NETWORK, reference.stage_config(name, **settings))
 
 
 def adversaries(chosen, num_steps=0):
-    return jax.jit(chosen.adversaries)(WEIGHTS, BATCH, jnp.int32(num_steps))
+    extra = chosen.init()
+    if "ood" in chosen.streams:
+        extra = replace(extra, num_steps=jnp.int32(num_steps))
+    return jax.jit(chosen.adversaries)(None, WEIGHTS, extra, BATCH)
 
 
 def losses_of(chosen, made):

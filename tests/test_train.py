@@ -27,9 +27,9 @@ def poison(monkeypatch, broken):
             value, rest = stage.loss(params, batch_stats, batch, made)
             return value * jnp.where(batch["bad"], jnp.nan, 1.0), rest
 
-        def adversaries(variables, batch, num_steps):
+        def adversaries(key, variables, extra, batch):
             clean = {name: x for name, x in batch.items() if name != "bad"}
-            return stage.adversaries(variables, clean, num_steps)
+            return stage.adversaries(key, variables, extra, clean)
 
         poisoned = stage._replace(loss=loss, adversaries=adversaries)
         step = make(poisoned, *arguments, **options)
@@ -149,7 +149,7 @@ def test_stage2_freezes_statistics_and_carries_t_in_the_state(tmp_path):
         second["batch_stats"],
     )
     # A window of two steps and a threshold that every AUC reaches.
-    assert int(second["curriculum"]["num_steps"]) == 3
+    assert int(second["extra"]["num_steps"]) == 3
     assert printed.count("stage2 step 7: T has reached its maximum") == 1
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import optim, train_state, train_step
+from atebm_jax import curriculum, optim, train_state, train_step
 from atebm_jax.stages import Stage
 
 
@@ -21,7 +21,16 @@ def toy_loss(params, batch_stats, batch, made):
     return square + rootlike, ({"mean": batch_stats["mean"] + 1.0}, figures)
 
 
-TOY = Stage("toy", (), lambda variables, batch, steps: {"made": steps}, toy_loss)
+TOY = Stage(
+    (),
+    lambda key, variables, extra, batch: {"made": extra.num_steps},
+    toy_loss,
+    init=lambda: curriculum.init(1),
+    update=lambda extra, metrics: curriculum.update(
+        extra, metrics["auc"], threshold=0.5, max_steps=2
+    ),
+    shown=lambda extra: {"T": extra.num_steps},
+)
 OPTIMIZER = optim.sgd(weight_decay=0.0)
 VARIABLES = {
     "params": {"w": jnp.float32(1.0)},
@@ -32,8 +41,6 @@ STEP = jax.jit(
         TOY,
         OPTIMIZER,
         optim.schedule("constant", peak=0.1, num_steps=10, warmup_steps=1),
-        auc_threshold=0.5,
-        max_contrastive_steps=2,
     )
 )
 
@@ -45,7 +52,7 @@ def batch(target=3.0, root=0.0, auc=0.0):
 
 @pytest.fixture
 def state():
-    return train_state.create(VARIABLES, OPTIMIZER, window_length=1)
+    return train_state.create(VARIABLES, OPTIMIZER, extra=TOY.init())
 
 
 def test_fresh_state_has_its_own_averages_and_zero_counters(state):
@@ -57,7 +64,7 @@ def test_fresh_state_has_its_own_averages_and_zero_counters(state):
         state.skipped,
         state.skipped_in_row,
         state.rollbacks,
-        state.curriculum.num_steps,
+        state.extra.num_steps,
     )
     assert [int(x) for x in counters] == [0] * 7
     assert {x.dtype for x in counters} == {jnp.dtype("int32")}
@@ -120,23 +127,41 @@ def test_curriculum_takes_the_auc_and_tells_the_steps_that_were_used(state):
         assert figures["made"] == figures["T"]
         used.append(int(figures["T"]))
     assert used == [0, 1, 1, 2]
-    assert int(state.curriculum.num_steps) == 2
+    assert int(state.extra.num_steps) == 2
 
 
-def test_stage_without_auc_has_no_curriculum():
-    def loss(params, batch_stats, batch, made):
-        total, (batch_stats, _) = toy_loss(params, batch_stats, batch, made)
-        return total, (batch_stats, {})
-
+def test_stage_needs_no_state_of_its_own():
+    stage = Stage((), lambda key, variables, extra, batch: {"made": 0.0}, toy_loss)
     step = train_step.make(
-        TOY._replace(loss=loss),
+        stage,
         OPTIMIZER,
         optim.schedule("constant", peak=1.0, num_steps=1),
     )
     before = train_state.create(VARIABLES, OPTIMIZER)
     after, figures = jax.jit(step)(before, batch())
     assert "T" not in figures
-    reference.assert_same_bits(after.curriculum, before.curriculum)
+    assert after.extra == before.extra == ()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_stage_that_needs_a_key_has_a_new_one_in_every_step_and_part(parts):
+    def adversaries(key, variables, extra, batch):
+        return {"made": jax.random.uniform(key, batch["x"].shape)}
+
+    def loss(params, batch_stats, batch, made):
+        return 0.0 * params["w"], (batch_stats, {"each": made["made"]})
+
+    stage = Stage((), adversaries, loss, needs_key=True)
+    schedule = optim.schedule("constant", peak=0.0, num_steps=1)
+    step = jax.jit(train_step.make(stage, OPTIMIZER, schedule, num_micro_batches=parts))
+    state = train_state.create(VARIABLES, OPTIMIZER)
+    drawn = []
+    for _ in range(2):
+        state, figures = step(state, {"x": jnp.zeros(4)})
+        drawn.append(np.asarray(figures["each"]))
+    assert len(np.unique(drawn)) == 8
+    again = step(train_state.create(VARIABLES, OPTIMIZER), {"x": jnp.zeros(4)})[1]
+    np.testing.assert_array_equal(again["each"], drawn[0])
 
 
 def test_average_variables_are_what_evaluation_takes(state):
@@ -150,9 +175,8 @@ def test_average_variables_are_what_evaluation_takes(state):
 def seen_images(batch, *, seed=0, step=0, offset=0):
     """The inputs that a stage gets from a batch."""
     stage = Stage(
-        "look",
         ("gen", "ood"),
-        lambda variables, batch, steps: {},
+        lambda key, variables, extra, batch: {},
         lambda params, batch_stats, batch, made: (
             0.0 * params["w"],
             (batch_stats, dict(batch)),

@@ -12,11 +12,10 @@ from typing import Any
 
 import ml_collections
 
-from atebm_jax import checkpoint, drawing
+from atebm_jax import drawing
+from atebm_jax.stages import STAGES
 
-_FORWARD, _BY_IMAGE, _BY_PARAMETERS = 1, 2, 3
-# The gradient by the parameters of a gradient by the image.
-_BY_BOTH = 6
+_FORWARD, _BY_IMAGE = 1, 2
 # Records of training whose median is its speed; the first of all compiles.
 _RECORDS = 5
 
@@ -54,13 +53,8 @@ def passes_of_training(
 ) -> int:
     """Passes of a training step for one image of each of its streams, at T steps."""
     settings = config[stage]
-    passes = _passes_of_attack(settings.adversary) + _BY_PARAMETERS
-    if stage == "stage2":
-        # The seeds' scores; beside the adversarial images real and contrastive ones.
-        passes += contrastive_steps * _BY_IMAGE + _FORWARD + 2 * _BY_PARAMETERS
-        if settings.weight_r1 > 0 or settings.log_r1:
-            passes += _BY_BOTH
-    return passes
+    passes = STAGES[stage].passes(settings, contrastive_steps)
+    return passes + _passes_of_attack(settings.adversary)
 
 
 def _passes_of_attack(attack: ml_collections.ConfigDict) -> int:
@@ -85,13 +79,13 @@ def of_final(
     images = limited(settings.num_test_examples, num_test)
     num = settings.samples.num_test
     passes = len(stages) * passes_of_evaluation(config, images, num)
-    last = max(stages, key=checkpoint.STAGE_ORDER.index)
+    last = max(stages, key=list(STAGES).index)
     steps = passes / (config[last].batch_size * _at_t_max(config, last))
     return (
         f"the evaluation of {' and '.join(stages)} for the report: {images:,} images "
         f"under {settings.attack.num_steps} steps of attack and {num:,} samples of "
         f"{settings.samples.num_steps} steps each, {passes:,} passes of an image in "
-        f"all, as many as {steps:,.0f} steps of {_named(last)}"
+        f"all, as many as {steps:,.0f} steps of {_named(config, last)}"
         f"{_time(config, passes, records)}"
     )
 
@@ -103,7 +97,7 @@ def of_periodic(
 
     Args:
       config: a complete config.
-      stage: "stage1" or "stage2".
+      stage: a key of `STAGES`.
       total: its steps.
       num_eval: images of the set that is evaluated meanwhile.
     """
@@ -116,18 +110,22 @@ def of_periodic(
         return None
     return (
         f"{number} evaluations on the way take {passes / training:.2g} times as many "
-        f"passes of an image as {total:,} steps of {_named(stage)}: less with a larger "
-        f"config.{stage}.eval_every_steps, or a smaller config.evaluate.num_examples "
-        "or config.evaluate.samples.num."
+        f"passes of an image as {total:,} steps of {_named(config, stage)}: less with "
+        f"a larger config.{stage}.eval_every_steps, or a smaller "
+        "config.evaluate.num_examples or config.evaluate.samples.num."
     )
 
 
-def _named(stage: str) -> str:
-    return f"{stage} at T_max" if stage == "stage2" else stage
+def _named(config: ml_collections.ConfigDict, stage: str) -> str:
+    return f"{stage} at T_max" if _t_max(config, stage) else stage
 
 
 def _at_t_max(config: ml_collections.ConfigDict, stage: str) -> int:
-    return passes_of_training(config, stage, config.stage2.t_max)
+    return passes_of_training(config, stage, _t_max(config, stage))
+
+
+def _t_max(config: ml_collections.ConfigDict, stage: str) -> int:
+    return STAGES[stage].contrastive_steps(config[stage])
 
 
 def _time(

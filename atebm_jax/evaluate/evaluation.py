@@ -31,6 +31,7 @@ from atebm_jax.metric_writer import read_metrics
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import ShowFn, parts, say
 from atebm_jax.seeds import Gaussian
+from atebm_jax.stages import STAGES
 
 
 class Evaluation:
@@ -91,7 +92,7 @@ class Evaluation:
         """Evaluates each stage's last weights on `data.test`; writes the report."""
         folders = {
             stage: folder
-            for stage in checkpoint.STAGE_ORDER
+            for stage in STAGES
             if checkpoint.steps_in(
                 folder := checkpoint.stage_folder(self._workdir, stage)
             )
@@ -156,7 +157,7 @@ class Evaluation:
             figures = self._accuracy("test", variables, limit, tell)
             drawn[stage] = self._draw(variables, settings.samples.num_test, tell)
             figures |= pixel_scores.score(self._fitted_reference(), *drawn[stage])
-            reached = {"T": meta["T"]} if stage == "stage2" else {}
+            reached = {"T": meta["T"]} if "ood" in STAGES[stage].streams else {}
             stages[stage] = {"step": meta["step"], **reached, **figures}
         result = self._describe(stages)
         if jax.process_index() == 0:
@@ -181,7 +182,8 @@ class Evaluation:
         settings = self._config.evaluate
         real, labels = self._images("test", settings.samples.num_test)
         reached = {}
-        if "stage2" in configuration.stages_to_run(self._config):
+        to_run = configuration.stages_to_run(self._config)
+        if any("ood" in STAGES[name].streams for name in to_run):
             reached = {"reachability": self.measured_reachability()._asdict()}
         return {
             "stages": stages,
@@ -285,7 +287,7 @@ class Evaluation:
 
 def _gain_note(config: ml_collections.ConfigDict, stages: dict[str, Any]) -> list[str]:
     """Says what part of stage 2's gain is not the energy's, where there is one."""
-    if set(stages) != {"stage1", "stage2"}:
+    if len({"gen" in STAGES[name].streams for name in stages}) < 2:
         return []
     if config.data.augment_gen == config.data.augment_cls:
         return []

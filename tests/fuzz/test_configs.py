@@ -236,9 +236,10 @@ def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turn
     step, new_state = made[stage]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         state = new_state(job._random_variables(model, settings))
-        num_steps = jnp.asarray(min(turns, settings.stage2.t_max), jnp.int32)
-        grown = dataclasses.replace(state.curriculum, num_steps=num_steps)
-        state = dataclasses.replace(state, curriculum=grown)
+        if stage == "stage2":
+            num_steps = jnp.asarray(min(turns, settings.stage2.t_max), jnp.int32)
+            grown = dataclasses.replace(state.extra, num_steps=num_steps)
+            state = dataclasses.replace(state, extra=grown)
         placed = sharding.put_state(state, mesh)
         rng = np.random.default_rng(0)
         batch = {

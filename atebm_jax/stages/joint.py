@@ -1,92 +1,26 @@
-"""The two stages of the method, each a pair of functions (paper, section 4).
-
-`adversaries` runs the PGD loops and is never differentiated; `loss` is what the
-optimiser differentiates, with those images as constants.
-"""
+"""Joint training of classifier and energy: stage 2 (paper, section 4)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax import ascent, attacks, energy, losses, metrics, models
-from atebm_jax.errors import UserError
+from atebm_jax import ascent, attacks, curriculum, energy, losses, metrics, models
+from atebm_jax.curriculum import Curriculum
+from atebm_jax.errors import UserError, check_choice
+from atebm_jax.stages.method import Batch, Method, Stage, Variables, with_spread
 
-Batch = Mapping[str, jax.Array]
-Variables = Mapping[str, Any]
-
-
-class Stage(NamedTuple):
-    """One of the two objectives.
-
-    Attributes:
-      name: "stage1" or "stage2".
-      streams: the batches it takes, of "gen", "cls" and "ood".
-      adversaries: (variables, batch, num_steps) -> images made by PGD and what is
-        known of them; `num_steps` is T, a traced int32 (unused by stage 1).
-      loss: (params, batch_stats, batch, adversaries) -> (scalar loss, (new
-        batch_stats, outputs)); differentiable in params. The loss is a mean over the
-        batch; of the outputs, scalars are means over it and arrays [B, ...] are per
-        image.
-      statistics: outputs of a whole batch -> scalar metrics. Apart from the loss, so
-        that a batch may pass in parts and still be ranked as one.
-    """
-
-    name: str
-    streams: tuple[str, ...]
-    adversaries: Callable[[Variables, Batch, jax.Array], dict[str, jax.Array]]
-    loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
-    statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
-
-
-def stage1(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
-    """Adversarial training: L_AT-CE = E[CE(f(x_adv), y)].
-
-    The attack runs in evaluation mode (running statistics); only the training pass
-    uses the batch's statistics and moves the running ones.
-
-    Args:
-      model: images to logits.
-      config: `config.stage1`.
-    """
-    adversary = attacks.adversary(**config.adversary)
-
-    def adversaries(
-        variables: Variables, batch: Batch, num_steps: jax.Array
-    ) -> dict[str, jax.Array]:
-        del num_steps
-        logits_fn = models.logits_fn(model, variables)
-        return {"x_adv": adversary(logits_fn, batch["x_cls"], batch["y_cls"])}
-
-    def loss(
-        params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            made["x_adv"],
-            train=True,
-            mutable=["batch_stats"],
-        )
-        loss_ce = losses.cross_entropy(logits, batch["y_cls"]).mean()
-        outputs = {
-            "loss_ce": loss_ce,
-            "accuracy_adv": metrics.accuracy(logits, batch["y_cls"]).mean(),
-            "logits_adv": logits,
-        }
-        return loss_ce, (updated.get("batch_stats", {}), outputs)
-
-    return Stage("stage1", ("cls",), adversaries, loss, _with_spread)
-
+STREAMS = ("gen", "cls", "ood")
 
 #: What contrastive images may ascend: f(x)[y], or logsumexp f(x).
 CONTRASTIVE_OBJECTIVES = ("conditional", "marginal")
 
 
-def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
-    """Joint training: L_AT-CE + L_BCE + optionally R1, normalisation frozen.
+def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
+    """L_AT-CE + L_BCE + optionally R1, normalisation frozen.
 
     Contrastive images are T unbounded steps from the seeds towards the labels of the
     generative batch; the binary cross-entropy then tells real from contrastive by
@@ -94,16 +28,16 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
 
     Args:
       model: images to logits; always applied in evaluation mode.
-      config: `config.stage2`.
+      config: the block of the stage.
 
     Raises:
       UserError: unknown contrastive objective or a negative weight.
     """
-    if config.contrastive_objective not in CONTRASTIVE_OBJECTIVES:
-        raise UserError(
-            f"unknown stage2.contrastive_objective {config.contrastive_objective!r}: "
-            f"choose one of {', '.join(CONTRASTIVE_OBJECTIVES)}."
-        )
+    check_choice(
+        "stage2.contrastive_objective",
+        config.contrastive_objective,
+        CONTRASTIVE_OBJECTIVES,
+    )
     weights = {"ce": config.weight_ce, "bce": config.weight_bce, "r1": config.weight_r1}
     for name, weight in weights.items():
         if weight < 0:
@@ -114,8 +48,10 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     with_r1 = config.weight_r1 > 0 or config.log_r1
 
     def adversaries(
-        variables: Variables, batch: Batch, num_steps: jax.Array
+        key: None, variables: Variables, extra: Curriculum, batch: Batch
     ) -> dict[str, jax.Array]:
+        del key
+        num_steps = extra.num_steps
         logits_fn = models.logits_fn(model, variables)
         labels = batch["y_gen"] if conditional else None
         x_contrastive = ascent.climb(
@@ -159,14 +95,23 @@ def stage2(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
             outputs["r1"] = r1
         return total, (batch_stats, outputs)
 
-    return Stage("stage2", ("gen", "cls", "ood"), adversaries, loss, _with_aucs)
+    def update(extra: Curriculum, figures: dict[str, jax.Array]) -> Curriculum:
+        return curriculum.update(
+            extra,
+            figures["auc"],
+            threshold=config.auc_threshold,
+            max_steps=config.t_max,
+        )
 
-
-#: The two stages by name, from network and config block.
-STAGES: dict[str, Callable[[nn.Module, ml_collections.ConfigDict], Stage]] = {
-    "stage1": stage1,
-    "stage2": stage2,
-}
+    return Stage(
+        streams=STREAMS,
+        adversaries=adversaries,
+        loss=loss,
+        statistics=_with_aucs,
+        init=lambda: curriculum.init(_window(config)),
+        update=update,
+        shown=lambda extra: {"T": extra.num_steps},
+    )
 
 
 def _one_pass(logits_fn: Callable, *batches: jax.Array) -> list[jax.Array]:
@@ -191,22 +136,65 @@ def _scores(
     return joint | means
 
 
-def _with_spread(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """How far logits differ from image to image, in place of the logits [B, K].
-
-    sqrt(mean_k Var_b f(x_b)[k]): 0 where all images of the batch get the same.
-    """
-    rest = {k: x for k, x in outputs.items() if k != "logits_adv"}
-    variance = outputs["logits_adv"].astype(jnp.float32).var(axis=0)
-    return rest | {"logit_spread": jnp.sqrt(variance.mean())}
-
-
 def _with_aucs(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """AUCs of f(x)[y] against contrastive images and seeds in place of the scores."""
-    outputs = _with_spread(outputs)
+    outputs = with_spread(outputs)
     means = {k: x for k, x in outputs.items() if not k.startswith("joint_")}
     real = outputs["joint_real"]
     return means | {
         "auc": metrics.auroc(real, outputs["joint_contrastive"]),
         "auc_seeds": metrics.auroc(real, outputs["joint_seeds"]),
     }
+
+
+def _block(block: ml_collections.ConfigDict) -> None:
+    block.schedule = "constant"
+    # What contrastive images ascend: "conditional" f(x)[y] or "marginal" logsumexp.
+    block.contrastive_objective = "conditional"
+    # L2 pixels per contrastive step.
+    block.contrastive_step_size = 0.1
+    # T_max: T stops growing here.
+    block.t_max = 50
+    # Mean AUC of a full window at which T grows by one.
+    block.auc_threshold = 0.8
+    # Images in the AUC window: ceil(auc_window_images / batch_size) steps.
+    block.auc_window_images = 1000
+    # Weights of the terms of the loss.
+    block.weight_ce = 1.0
+    block.weight_bce = 1.0
+    block.weight_r1 = 0.0
+    # Compute and log R1 although its weight is 0 (costs a double backward pass).
+    block.log_r1 = False
+
+
+def _check(name: str, block: ml_collections.ConfigDict) -> None:
+    if block.t_max < 0:
+        raise UserError(f"config.{name}.t_max is {block.t_max}: it must be >= 0.")
+    if not 0 <= block.auc_threshold <= 1:
+        raise UserError(
+            f"config.{name}.auc_threshold is {block.auc_threshold}: an AUC lies in "
+            "[0, 1]."
+        )
+
+
+def _window(block: ml_collections.ConfigDict) -> int:
+    return curriculum.window_length(block.auc_window_images, block.batch_size)
+
+
+def _passes(block: ml_collections.ConfigDict, steps: int) -> int:
+    """Contrastive steps, the seeds' scores, and gradients of three sets of images."""
+    regularised = block.weight_r1 > 0 or block.log_r1
+    return 2 * steps + 1 + 3 * 3 + 6 * regularised
+
+
+METHOD = Method(
+    STREAMS,
+    build,
+    block=_block,
+    check=_check,
+    starts_from="stage1",
+    classifies=lambda block: block.weight_ce > 0,
+    contrastive_steps=lambda block: block.t_max,
+    window=_window,
+    passes=_passes,
+)

@@ -1,0 +1,81 @@
+"""What a training method declares, and what it becomes for a network."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+Batch = Mapping[str, jax.Array]
+Variables = Mapping[str, Any]
+
+
+class Stage(NamedTuple):
+    """A method for one network and one block of the config.
+
+    Attributes:
+      streams: as of the `Method`.
+      adversaries: (key, variables, extra, batch) -> images made by PGD and what is
+        known of them. Never differentiated. The key is None unless `needs_key`.
+      loss: (params, batch_stats, batch, adversaries) -> (scalar loss, (new
+        batch_stats, outputs)); differentiable in params. The loss is a mean over the
+        batch; of the outputs, scalars are means over it and arrays [B, ...] are per
+        image.
+      statistics: outputs of a whole batch -> scalar metrics. Apart from the loss, so
+        that a batch may pass in parts and still be ranked as one.
+      init: the extra state before the first step, a pytree of arrays.
+      update: (extra, metrics of a step) -> the extra state after it.
+      shown: extra -> what the metrics say of it, scalars by name.
+      needs_key: whether `adversaries` draws random numbers.
+    """
+
+    streams: tuple[str, ...]
+    adversaries: Callable[[Any, Variables, Any, Batch], dict[str, jax.Array]]
+    loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+    statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
+    init: Callable[[], Any] = tuple
+    update: Callable[[Any, dict[str, jax.Array]], Any] = lambda extra, metrics: extra
+    shown: Callable[[Any], dict[str, jax.Array]] = lambda extra: {}
+    needs_key: bool = False
+
+
+class Method(NamedTuple):
+    """A training method: one file of this folder, and one line of `stages.STAGES`.
+
+    Attributes:
+      streams: the batches it takes, of "gen", "cls" and "ood"; "ood" are seeds.
+      build: (model, block of the config) -> Stage; refuses values that it cannot use.
+      block: adds the method's own fields to a block of the config, with defaults.
+      check: (name, block) refuses values that no network could be trained with.
+      starts_from: the stage whose averaged weights it starts from; "" for random ones.
+      whole_batch: whether normalisation sees the whole batch, so that it cannot pass
+        in parts.
+      classifies: block -> whether the cross-entropy has a weight.
+      contrastive_steps: block -> T_max; 0 for a method without contrastive images.
+      window: block -> steps in the window of the AUC.
+      passes: (block, T) -> passes of an image through the network in one step, beside
+        those of the adversary (`evaluate.cost`).
+    """
+
+    streams: tuple[str, ...]
+    build: Callable[[nn.Module, ml_collections.ConfigDict], Stage]
+    block: Callable[[ml_collections.ConfigDict], None] = lambda block: None
+    check: Callable[[str, ml_collections.ConfigDict], None] = lambda name, block: None
+    starts_from: str = ""
+    whole_batch: bool = False
+    classifies: Callable[[ml_collections.ConfigDict], bool] = lambda block: True
+    contrastive_steps: Callable[[ml_collections.ConfigDict], int] = lambda block: 0
+    window: Callable[[ml_collections.ConfigDict], int] = lambda block: 1
+    passes: Callable[[ml_collections.ConfigDict, int], int] = lambda block, steps: 3
+
+
+def with_spread(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """How far logits differ from image to image, in place of the logits [B, K].
+
+    sqrt(mean_k Var_b f(x_b)[k]): 0 where all images of the batch get the same.
+    """
+    rest = {k: x for k, x in outputs.items() if k != "logits_adv"}
+    variance = outputs["logits_adv"].astype(jnp.float32).var(axis=0)
+    return rest | {"logit_spread": jnp.sqrt(variance.mean())}
