@@ -25,6 +25,8 @@ RUN_CONTROL = frozenset(
         "mesh",
         "stage1.num_micro_batches",
         "stage2.num_micro_batches",
+        # Earlier versions wrote it; nothing reads it.
+        "model.conv_gradient",
     }
 )
 
@@ -149,9 +151,6 @@ def _model() -> ml_collections.ConfigDict:
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"
-    # Form of convolutions, pooling and dense layers: "auto" (by the backend), "xla",
-    # "forward" or "joined".
-    model.conv_gradient = "auto"
     # Keep only the blocks' inputs and compute a block again in the backward pass: less
     # memory for activations, about a third more computation.
     model.remat = False
