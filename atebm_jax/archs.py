@@ -9,8 +9,8 @@ from atebm_jax.config import default
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import FAMILIES
 
-#: Number of classes and input normalisation are those of the data set that the public
-#: weights were trained on; give another where weights say otherwise.
+#: Number of classes and input normalisation are those of the data that public weights
+#: were trained on. Weights trained on other data need others.
 ARCHS: dict[str, dict[str, Any]] = {
     name: {"name": family, **values}
     for family, networks in FAMILIES.items()
@@ -19,7 +19,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 
 def arch(name: str) -> dict[str, Any]:
-    """What an architecture sets in `config.model`: field to value.
+    """The fields that an architecture sets in `config.model`, and their values.
 
     Args:
       name: a key of `ARCHS`.
@@ -43,14 +43,13 @@ def model_config(name: str, **overrides: Any) -> ml_collections.ConfigDict:
     """
     model = default().model
     # A family may have fields of its own.
-    for field, value in arch(name).items():
-        model[field] = value
-    for field, value in overrides.items():
+    model.update(arch(name))
+    for field in overrides:
         if field not in model:
             raise UserError(
                 f"config.model has no field {field!r}: it has {', '.join(model)}."
             )
-        model[field] = value
+    model.update(overrides)
     return model
 
 

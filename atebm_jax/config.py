@@ -25,6 +25,8 @@ RUN_CONTROL = frozenset(
         # Only the order of sums, as with the number of devices.
         "mesh",
         *(f"{name}.num_micro_batches" for name in STAGES),
+        # Earlier versions wrote it; nothing reads it.
+        "model.conv_gradient",
     }
 )
 
@@ -148,9 +150,6 @@ def _model() -> ml_collections.ConfigDict:
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"
-    # Form of convolutions, pooling and dense layers: "auto" (by the backend), "xla",
-    # "forward" or "joined".
-    model.conv_gradient = "auto"
     # Keep only the blocks' inputs and compute a block again in the backward pass: less
     # memory for activations, about a third more computation.
     model.remat = False

@@ -39,6 +39,7 @@ from atebm_jax import (
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import is_device, local, real
+from atebm_jax.models import cpu
 from atebm_jax.progress import say
 from atebm_jax.train import build_step
 
@@ -147,9 +148,12 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
     Raises:
       UserError: the config describes no network or no step.
     """
-    config = config.copy_and_resolve_references()
-    # The CPU's own formulation of the gradient would be counted otherwise.
-    config.model.conv_gradient = "xla"
+    # XLA's forms are those of GPUs and TPUs, whose memory and FLOPs are wanted.
+    with cpu.forms("xla"):
+        return _measured(config, name, fsdp)
+
+
+def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     model = models.build(config.model)
     stage = stages.STAGES[name].build(model, config[name])
     # Its length needs the data; a warm-up must fit.

@@ -32,7 +32,6 @@ from workers import Worker
 from atebm_jax import checkpoint, convert, data
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.models.layers import CONV_GRADIENTS
 
 MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
 STD = (0.24703225141799082, 0.24348516474564, 0.26158783926049628)
@@ -60,12 +59,6 @@ def parser() -> options.Parser:
         choices=("contiguous_format", "channels_last"),
         default="channels_last",
         help="PyTorch's",
-    )
-    flags.add_argument(
-        "--conv_gradient",
-        choices=("auto", *CONV_GRADIENTS),
-        default="joined",
-        help="of our network, default: what an evaluation on CPU uses",
     )
     flags.add_argument("--repeats", type=options.positive, default=3)
     flags.add_argument(
@@ -145,7 +138,6 @@ def load(flags: Any) -> Task:
         flags.threads,
         flags.devices,
         flags.memory_format,
-        flags.conv_gradient,
     )
 
 

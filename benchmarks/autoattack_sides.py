@@ -35,7 +35,6 @@ class Task:
       threads: CPUs a side is pinned to.
       devices: ours: virtual devices that a batch is split over.
       memory_format: PyTorch's.
-      conv_gradient: ours, as in config.model.
     """
 
     network: dict[str, Any]
@@ -50,7 +49,6 @@ class Task:
     threads: int
     devices: int
     memory_format: str
-    conv_gradient: str
 
 
 class Ours:
@@ -67,8 +65,7 @@ class Ours:
             jax.numpy.asarray, convert.from_torch("wide_resnet", task.weights)
         )
         arguments = {k: v for k, v in task.network.items() if k != "channels"}
-        network = WideResNet(**arguments, conv_gradient=task.conv_gradient)
-        self.logits_fn = models.logits_fn(network, variables)
+        self.logits_fn = models.logits_fn(WideResNet(**arguments), variables)
         self.task = task
 
     def version(self) -> str:

@@ -135,8 +135,7 @@ def main(argv: list[str]) -> None:
 
 def measure(config: ConfigDict, flags: Any) -> dict[str, Any]:
     """Seconds of loop and step, compilation and workspace, for each way."""
-    gradient = config.model.conv_gradient
-    settings = Settings(config, flags.device, flags.threads, gradient)
+    settings = Settings(config, flags.device, flags.threads, flags.form)
     workers = {
         name: Worker(build, settings, flags.threads) for name, build in SIDES.items()
     }

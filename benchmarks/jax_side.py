@@ -13,6 +13,7 @@ from sides import CHECKED_STEPS, Settings, batch, timed
 from atebm_jax import ascent, energy, models, sharding, train
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
+from atebm_jax.models import cpu
 
 # Of the compute dtype, in seeds and weights: what many layers add up to.
 ROUNDINGS = 10.0
@@ -32,7 +33,9 @@ class JaxSide:
                 "the matching extra of atebm_jax, or choose another device."
             )
         self.settings, self.config = settings, settings.config
-        self.config.model.conv_gradient = settings.conv_gradient
+        if settings.form is not None:
+            # To the end of the process, which runs this side alone.
+            cpu.forms(settings.form).__enter__()
         self.model = models.build(self.config.model)
 
     def weights(self) -> Any:

@@ -60,9 +60,9 @@ def of_a_step(description: str) -> Parser:
     flags.add_argument("--dtype", choices=DTYPES, help="default: the config's")
     flags.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
     flags.add_argument(
-        "--conv_gradient",
-        choices=("auto", "xla", "forward"),
-        help="of our side, default: the config's",
+        "--form",
+        choices=("cpu", "xla"),
+        help="of our side's operations, default: the device's",
     )
     flags.add_argument("--json", default="", metavar="PATH", help="write all repeats")
     return flags

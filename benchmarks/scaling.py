@@ -78,12 +78,11 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
 
     from atebm_jax import models, sharding, train
     from atebm_jax.command_line import load_config
+    from atebm_jax.models import cpu
 
     for count in counts:
         config = load_config(str(ROOT / "configs" / "digits.py"))
         config.stage2.batch_size = per_device * count
-        # The form of GPUs and TPUs: CPU's has loops, whose bodies would count once.
-        config.model.conv_gradient = "xla"
         model = models.build(config.model)
         sizes = sharding.parse_mesh(spec, count)
         devices = np.array(jax.devices()[:count]).reshape(tuple(sizes.values()))
@@ -97,7 +96,10 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
         state = sharding.placed_shapes(jax.eval_shape(new_state, variables), mesh)
         batch = _batch(per_device * count, shape, sharding.batched(mesh))
         placement = jax.tree.map(lambda x: x.sharding, state)
-        compiled = train.jit_step(step, placement, mesh).lower(state, batch).compile()
+        # The form of GPUs and TPUs: CPU's has loops, whose bodies would count once.
+        with cpu.forms("xla"):
+            lowered = train.jit_step(step, placement, mesh).lower(state, batch)
+        compiled = lowered.compile()
         memory = compiled.memory_analysis()
         yield {
             "devices": count,

@@ -23,8 +23,9 @@ class Settings:
     config: ConfigDict
     device: str = "cpu"
     threads: int = 1
-    conv_gradient: str = "auto"
-    # Ours only: devices that a batch is split over.
+    # Ours only: form of operations (`models.cpu`; None: the device's), and devices that
+    # a batch is split over.
+    form: str | None = None
     cpu_devices: int = 1
     # PyTorch only.
     memory_format: str = "channels_last"

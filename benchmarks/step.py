@@ -34,9 +34,9 @@ def parser() -> options.Parser:
     flags = options.of_a_step(__doc__.partition("\n")[0])
     flags.add_argument(
         "--compare",
-        choices=("torch", "conv_gradient", "none"),
+        choices=("torch", "forms", "none"),
         default="torch",
-        help="ours against PyTorch, our two convolution gradients, or ours alone",
+        help="ours against PyTorch, our two forms of operations, or ours alone",
     )
     flags.add_argument(
         "--torch_layout",
@@ -100,8 +100,6 @@ def configure(config: ConfigDict, flags: Any) -> None:
         config.data.image_shape = (flags.image_size, flags.image_size, channels)
     if flags.dtype:
         config.model.dtype = flags.dtype
-    if flags.conv_gradient:
-        config.model.conv_gradient = flags.conv_gradient
     config.stage2.batch_size = flags.batch_size
     config.stage2.t_max = flags.steps
     models.build(config.model)
@@ -130,20 +128,20 @@ def _choose_network(config: ConfigDict, name: str) -> None:
 def choose_sides(config: ConfigDict, flags: Any) -> dict[str, tuple[Any, Settings]]:
     """The sides by name, ours first; PyTorch only where the network has a twin."""
 
-    def settings(conv_gradient: str) -> Settings:
+    def settings(form: str | None) -> Settings:
         return Settings(
             config,
             device=flags.device,
             threads=flags.threads,
-            conv_gradient=conv_gradient,
+            form=form,
             cpu_devices=flags.cpu_devices,
             memory_format=TORCH_LAYOUTS[flags.torch_layout],
             compile=flags.torch_compile,
         )
 
-    if flags.compare == "conv_gradient":
-        return {name: (JaxSide, settings(name)) for name in ("forward", "xla")}
-    ours = settings(config.model.conv_gradient)
+    if flags.compare == "forms":
+        return {name: (JaxSide, settings(name)) for name in ("cpu", "xla")}
+    ours = settings(flags.form)
     sides: dict[str, tuple[Any, Settings]] = {"ours": (JaxSide, ours)}
     if flags.compare == "none":
         return sides
@@ -163,7 +161,7 @@ def _has_twin(config: ConfigDict, flags: Any) -> bool:
         )
     if flags.device == "tpu":
         raise UserError(
-            "PyTorch is not measured on TPU: choose --compare=conv_gradient or none."
+            "PyTorch is not measured on TPU: choose --compare=forms or none."
         )
     from torch_side import SUPPORTED, TWINS
 

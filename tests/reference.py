@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from atebm_jax import config, convert, optim, stages, train_step
-from atebm_jax.models import layers, wide_resnet
+from atebm_jax.models import convnext, cpu, layers, resnet, vit, wide_resnet
 from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
@@ -37,6 +37,14 @@ def network(**options: Any) -> WideResNet:
     """WRN-10-1 with CIFAR's normalisation inside."""
     defaults = {"depth": 10, "widen_factor": 1, "num_classes": 10}
     return WideResNet(**defaults | {"mean": MEAN, "std": STD} | options)
+
+
+def conv_xla(
+    images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, groups: int = 1
+) -> jax.Array:
+    """`models.layers.conv` in XLA's form."""
+    with cpu.forms("xla"):
+        return layers.conv(images, kernel, strides, padding, groups)
 
 
 def double_network(monkeypatch: pytest.MonkeyPatch) -> WideResNet:
@@ -64,6 +72,17 @@ def double_norms(monkeypatch: pytest.MonkeyPatch, family: Any) -> None:
         )
 
     monkeypatch.setattr(family, "batch_norm", batch_norm)
+
+
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the ImageNet networks' smallest sizes shallow, so that they compile fast.
+
+    Every kind of layer is still there.
+    """
+    channels = convnext.SIZES["tiny"][1]
+    monkeypatch.setitem(resnet.STAGES, 18, (1, 1, 1, 1))
+    monkeypatch.setitem(convnext.SIZES, "tiny", ((1, 1, 1, 1), channels))
+    monkeypatch.setattr(vit, "DEPTH", 2)
 
 
 def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -162,13 +181,11 @@ class TwoLayers(nn.Module):
     """Two convolutions with batch normalisation: what compiles fast."""
 
     num_classes: int = 4
-    conv_gradient: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        conv = {"conv_gradient": self.conv_gradient}
         for index, stride in enumerate((1, 2)):
-            x = layers.Conv(8, 3, stride, 1, name=f"conv{index}", **conv)(x)
+            x = layers.Conv(8, 3, stride, 1, name=f"conv{index}")(x)
             x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
         return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
 

@@ -173,13 +173,13 @@ def test_both_loops_are_the_same_function_in_float64():
 
 
 @pytest.mark.slow
-def test_two_convolution_gradients_agree(tmp_path):
+def test_forms_of_operations_agree(tmp_path):
     path = tmp_path / "step.json"
-    options = ("--compare=conv_gradient", "--cpu_devices=2", f"--json={path}")
+    options = ("--compare=forms", "--cpu_devices=2", f"--json={path}")
     done = run("step.py", *TINY, *options)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
-    assert list(record["sides"]) == ["forward", "xla"]
+    assert list(record["sides"]) == ["cpu", "xla"]
     assert record["agreement"]["image_median"] < 1e-4
 
 

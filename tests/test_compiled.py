@@ -22,12 +22,11 @@ from atebm_jax import (
     train_state,
     train_step,
 )
+from atebm_jax.models import cpu
 
 # Two images a device: no convolution of the loop looks like a kernel's.
 SHAPE, BATCH_SIZE = (8, 8, 3), 16
 CONVOLUTIONS = 9  # of WRN-10-1, shortcuts included
-# The form of accelerators, where each is one operation; on CPU some become products.
-PLAIN = {"conv_gradient": "xla"}
 
 
 def mesh_of(count):
@@ -78,8 +77,10 @@ def jitted(step, mesh):
 def program():
     """The update of a WideResNet over all eight devices."""
     mesh = mesh_of(8)
-    step, state = update_of(reference.network(**PLAIN))
-    lowered = jitted(step, mesh).lower(*placed(state, mesh))
+    step, state = update_of(reference.network())
+    # The form of accelerators, where each convolution is one operation.
+    with cpu.forms("xla"):
+        lowered = jitted(step, mesh).lower(*placed(state, mesh))
     return hlo.Program(lowered.compile().as_text())
 
 
@@ -102,7 +103,7 @@ def test_parameter_gradients_never_appear_in_the_inner_loop(program):
 
 def test_loop_with_parameter_gradients_would_be_seen():
     """The deliberate mistake: three convolutions a layer instead of two."""
-    network = reference.network(**PLAIN)
+    network = reference.network()
     weights = reference.random_variables(network, SHAPE)
 
     def wrong(params, images, labels, num_steps):
@@ -120,9 +121,10 @@ def test_loop_with_parameter_gradients_would_be_seen():
         return jax.lax.fori_loop(0, num_steps, ascend, (images, jnp.float32(0)))
 
     batch = reference.random_batch(2, SHAPE, 10)
-    lowered = jax.jit(wrong).lower(
-        weights["params"], batch["x_ood"], batch["y_gen"], jnp.int32(3)
-    )
+    with cpu.forms("xla"):
+        lowered = jax.jit(wrong).lower(
+            weights["params"], batch["x_ood"], batch["y_gen"], jnp.int32(3)
+        )
     program = hlo.Program(lowered.compile().as_text())
     (body,) = pgd_bodies(program)
     assert len(hlo.convolutions(body)) == 3 * CONVOLUTIONS
@@ -148,8 +150,9 @@ def test_communication_is_of_gradients_and_scores_but_never_of_images(program):
 def test_stage1_communicates_statistics_and_gradients_outside_its_loop():
     """Batch statistics of two layers, forward and backward, and the gradients."""
     mesh = mesh_of(8)
-    step, state = update_of(reference.TwoLayers(**PLAIN), "stage1")
-    lowered = jitted(step, mesh).lower(*placed(state, mesh))
+    step, state = update_of(reference.TwoLayers(), "stage1")
+    with cpu.forms("xla"):
+        lowered = jitted(step, mesh).lower(*placed(state, mesh))
     program = hlo.Program(lowered.compile().as_text())
     (body,) = pgd_bodies(program)
     assert hlo.collectives(body) == []

@@ -326,3 +326,11 @@ def test_config_of_an_earlier_version_gets_the_defaults_of_later_fields():
     made = config.complete(stored)
     assert config.differences(whole, made) == ["model.depth: 34 before, 16 now"]
     assert "remat" not in stored["model"]
+
+
+def test_field_that_only_earlier_versions_had_does_not_matter():
+    stored = checkpoint.as_json(config.default())
+    stored["model"]["conv_gradient"] = "auto"
+    now = checkpoint.as_json(config.default())
+    assert config.differences(config.complete(stored), now) == []
+    models.build(ConfigDict(config.complete(stored)).model)

@@ -181,7 +181,7 @@ def test_random_network_computes_what_it_did_in_torch(
     logits[:, 1].sum().backward()
     arrays = {name: value.numpy() for name, value in theirs.state_dict().items()}
     weights = convert.from_torch("wide_resnet", arrays)
-    ours = WideResNet(depth, width, classes, activation=activation)
+    ours = WideResNet(depth, width, num_classes=classes, activation=activation)
 
     @jax.jit
     def logits_and_gradient(x):

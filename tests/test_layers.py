@@ -92,8 +92,9 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
 # No file, no clock, no log, no process: nothing but what these offer.
 PURE = ("ascent", "attacks", "curriculum", "energy", "losses", "metrics", "models")
 PURE += ("constraints", "health")
-PURE_IMPORTS = {"atebm_jax", "collections", "dataclasses", "flax", "functools", "jax"}
-PURE_IMPORTS |= {"inspect", "itertools", "math", "numpy", "scipy", "typing"}
+PURE_IMPORTS = {"atebm_jax", "collections", "contextlib", "dataclasses", "flax", "jax"}
+PURE_IMPORTS |= {"functools", "inspect", "itertools", "math", "numpy", "scipy"}
+PURE_IMPORTS |= {"typing"}
 IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -42,6 +42,11 @@ MILLIONS = {
 }
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    reference.shallow(monkeypatch)
+
+
 def shapes_of(network, size=(64, 64)):
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     return images, jax.eval_shape(network.init, jax.random.key(0), images)
@@ -62,6 +67,7 @@ def test_every_architecture_builds_with_its_number_of_parameters(name):
     assert len(exported) == len(jax.tree.leaves(weights))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("size", [(64, 64), (96, 32), (224, 224)])
 @pytest.mark.parametrize(("name", "overrides", "width"), NETWORKS)
 def test_any_image_size_fits_and_features_are_pooled(name, overrides, width, size):
@@ -86,6 +92,7 @@ def test_sizes_that_do_not_fit_are_refused():
         shapes_of(network, (28, 64))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     "name",
     [
@@ -119,6 +126,7 @@ def score_gradients(network, weights, images):
     return jax.jit(jax.grad(score, argnums=(0, 1)))(weights["params"], images)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -141,6 +149,7 @@ def test_rematerialisation_changes_no_gradient(name, overrides):
     reference.assert_close(made, kept, atol=1e-5 * scale)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_s"])
 def test_rematerialised_blocks_keep_their_parameters(name):
     plain, again = (
@@ -162,6 +171,7 @@ def test_rematerialised_blocks_keep_their_parameters(name):
     assert (saved(plain), saved(again)) == (False, True)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_training_mode_of_a_resnet_updates_its_statistics():
     network = models.build(archs.model_config("resnet18", num_classes=5))
     weights = reference.random_variables(network, (32, 32, 3))
@@ -171,7 +181,7 @@ def test_training_mode_of_a_resnet_updates_its_statistics():
     )(weights, images)
     assert np.abs(logits - jax.jit(network.apply)(weights, images)).max() > 0.01
     old = weights["batch_stats"]
-    for module in ("bn1", "layer1_0", "layer4_1"):
+    for module in ("bn1", "layer1_0", "layer4_0"):
         assert reference.max_difference(new["batch_stats"][module], old[module]) > 1e-3
     # One weight-0.1 step towards the batch's own mean.
     kernel = np.asarray(weights["params"]["conv1"]["kernel"])
@@ -188,7 +198,7 @@ def test_training_mode_of_a_resnet_updates_its_statistics():
 
 
 def test_stride_of_a_bottleneck_sits_in_its_middle_convolution():
-    block = resnet.Block(4, 16, 2, True, jax.nn.relu, jnp.float32, "xla")
+    block = resnet.Block(4, 16, 2, True, jax.nn.relu, jnp.float32)
     images = jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32)
     _, state = jax.eval_shape(
         lambda x: block.init_with_output(
@@ -204,6 +214,7 @@ def test_stride_of_a_bottleneck_sits_in_its_middle_convolution():
     assert sizes == {"conv1": 8, "conv2": 4, "conv3": 4}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_position_embedding_is_interpolated_to_the_images_grid():
     network = models.build(archs.model_config("vit_s", position_grid=2, num_classes=5))
     weights = reference.random_variables(network, (32, 32, 3))
@@ -235,7 +246,6 @@ def test_position_embedding_is_interpolated_to_the_images_grid():
         ("vit_s", "size", "large", "'large' of a ViT.*small, base"),
         ("vit_s", "stem", "", "''.*patch, conv"),
         ("vit_s", "position_grid", 0, "position_grid is 0"),
-        ("vit_s", "conv_gradient", "fast", "'fast'.*auto, xla, forward"),
         ("vit_s", "dtype", "float16", "'float16'.*float32, bfloat16"),
     ],
 )

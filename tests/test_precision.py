@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
+import reference
 import tiny
 from jax.extend.core import jaxprs_in_params
 
@@ -45,9 +46,15 @@ def floats(variables) -> list:
 @pytest.fixture(scope="module", params=NETWORKS)
 def traced(request):
     """(state, state afterwards, metrics, program) of stage 2 in bfloat16."""
-    fields, shape = NETWORKS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        reference.shallow(patch)
+        return trace_of(request.param)
+
+
+def trace_of(name):
+    fields, shape = NETWORKS[name]
     settings = tiny.config(**{"data.image_shape": shape, "stage2.weight_r1": 0.1})
-    settings.model.update(name=request.param, dtype="bfloat16", **fields)
+    settings.model.update(name=name, dtype="bfloat16", **fields)
     model = models.build(settings.model)
     total = config.num_steps(settings.stage2, 100)
     step, new_state = train.build_step(settings, "stage2", model, total)

@@ -46,10 +46,8 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     options, plan = context.options, _plan(context)
     norm, epsilon = plan.norm, plan.epsilon
     images, labels = context.images("test")
-    model = _attacked(context)
     store = context.store.within(
         part="autoattack",
-        conv_gradient=model.conv_gradient,
         source=context.sources["test"].spec,
         content=context.fingerprints["test"],
         preprocess=context.preprocess("test"),
@@ -69,7 +67,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
 
     result = autoattack.run(
         jax.random.key(options.seed),
-        models.logits_fn(model, context.variables),
+        models.logits_fn(context.model, context.variables),
         images.astype(np.float32) / np.float32(255),
         labels,
         threat=(norm, epsilon),
@@ -94,7 +92,6 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             "epsilon": epsilon,
             "attacks": list(plan.attacks),
             "settings": plan.settings_in_use(),
-            "conv_gradient": model.conv_gradient,
             "count": "correct after this attack and all before it",
             "interval": "Wilson",
             "notes": list(result.notes),
@@ -106,14 +103,6 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             for name, mask in masks.items()
         },
     }
-
-
-def _attacked(context: Context) -> Any:
-    """The model; on CPU with the fastest convolutions, unless the config names some."""
-    settings = context.config.model.copy_and_resolve_references()
-    if settings.conv_gradient == "auto" and jax.default_backend() == "cpu":
-        settings.conv_gradient = "joined"
-    return models.build(settings)
 
 
 def _shower(context: Context) -> Callable[[autoattack.Progress], None]:

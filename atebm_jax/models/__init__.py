@@ -1,4 +1,4 @@
-"""Families of Flax networks by name, and how a config and logits come of them."""
+"""Families of Flax networks by name: a config to a network, a network to logits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +11,11 @@ import ml_collections
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import convnext, resnet, vit, wide_resnet
 from atebm_jax.models.family import Family
-from atebm_jax.models.layers import conv_function
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
 
-#: Families of networks by `config.model.name`; add one for a network of your own.
+#: Families of networks by `config.model.name`. Your own network is one more entry.
 FAMILIES: dict[str, Family] = {
     "wide_resnet": wide_resnet.FAMILY,
     "resnet": resnet.FAMILY,
@@ -40,8 +39,8 @@ def build(config: ml_collections.ConfigDict) -> nn.Module:
       config: `config.model`, with the family's key of `FAMILIES` in `name`.
 
     Raises:
-      UserError: unknown family, dtype or convolution gradient, no classes, or a value
-        that the family refuses.
+      UserError: unknown family or dtype, no classes, or a value that the family
+        refuses.
     """
     check_choice("model.name", config.name, FAMILIES)
     check_choice("model.dtype", config.dtype, DTYPES)
@@ -49,7 +48,6 @@ def build(config: ml_collections.ConfigDict) -> nn.Module:
         raise UserError(
             f"model.num_classes is {config.num_classes}: it must be positive."
         )
-    conv_function(config.conv_gradient)
     return FAMILIES[config.name].build(config)
 
 
@@ -62,7 +60,7 @@ def variable_shapes(model: nn.Module, image_shape: Sequence[int]) -> Any:
 def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:
     """The network in evaluation mode: images [B, H, W, C] -> logits [B, K].
 
-    Normalisation layers use the running statistics in `variables` and leave them.
+    Normalisation layers use the running statistics in `variables`.
     """
 
     def apply(images: jax.Array) -> jax.Array:

@@ -1,11 +1,12 @@
 """ConvNeXt (Liu et al., 2022), with patches or a ConvStem in front.
 
-ConvNeXt-L with a ConvStem is the paper's best ImageNet network. No stochastic depth
-and no dropout: stage 2 goes without, and nothing depends on `train`. The sum of the
+ConvNeXt-L with a ConvStem is the paper's best ImageNet network. It has no stochastic
+depth and no dropout, as stage 2 uses none: nothing depends on `train`. The sum of the
 residual branches is float32 also where the branches compute in bfloat16.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,25 +15,16 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models.depthwise import DepthwiseConv
-from atebm_jax.models.family import (
-    AS_THEY_ARE,
-    Family,
-    Network,
-    Shapes,
-    TorchNames,
-    count,
-    network_fields,
-    outputs,
+from atebm_jax.models import family
+from atebm_jax.models.layers import at_least_float32, gelu, layer_norm
+from atebm_jax.models.stem import (
+    INIT,
+    STEMS,
+    ConvStem,
+    PatchStem,
+    biased_conv,
+    conv_stem_rules,
 )
-from atebm_jax.models.layers import (
-    Conv,
-    at_least_float32,
-    dense_product,
-    gelu,
-    layer_norm,
-)
-from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Blocks and channels of each of the four stages.
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -50,31 +42,25 @@ CONV_STEMS: dict[str, tuple[tuple[int, int], ...]] = {
     "large": ((96, 2), (144, 2), (192, 1)),
 }
 
-# Pixels a side: what stem and stages divide by.
+# Pixels a side: stem and stages divide by this.
 _SMALLEST = 32
-
-_INIT = nn.initializers.truncated_normal(0.02)
 
 
 class Block(nn.Module):
     """Depthwise 7x7, norm, two dense layers with GELU between, scaled and added."""
 
     dtype: Any
-    conv_gradient: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = {
-            "dtype": self.dtype,
-            "kernel_init": _INIT,
-            "dot_general": dense_product(self.conv_gradient),
-        }
-        y = DepthwiseConv(7, self.dtype, self.conv_gradient, name="depthwise")(x)
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=INIT)
+        y = biased_conv(
+            channels, 7, padding=3, groups=channels, dtype=self.dtype, name="depthwise"
+        )(x)
         y = layer_norm(y, "norm")
-        y = nn.Dense(4 * channels, name="fc1", **dense)(y)
-        y = gelu(y)
-        y = nn.Dense(channels, name="fc2", **dense)(y)
+        y = gelu(dense(4 * channels, name="fc1")(y))
+        y = dense(channels, name="fc2")(y)
         init = nn.initializers.constant(1e-6)
         gamma = self.param("gamma", init, (channels,), jnp.float32)
         return x + at_least_float32(y) * gamma[None, None, None, :]
@@ -85,34 +71,22 @@ class Downsample(nn.Module):
 
     features: int
     dtype: Any
-    conv_gradient: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = Conv(
-            self.features,
-            2,
-            2,
-            use_bias=True,
-            dtype=self.dtype,
-            conv_gradient=self.conv_gradient,
-            kernel_init=_INIT,
-            name="conv",
-        )(layer_norm(x, "norm"))
-        return at_least_float32(x)
+        conv = biased_conv(self.features, 2, 2, dtype=self.dtype, name="conv")
+        return at_least_float32(conv(layer_norm(x, "norm")))
 
 
-class ConvNeXt(Network):
+class ConvNeXt(family.Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       size: a key of `SIZES`.
-      num_classes: K.
       stem: "patch" (4x4) or "conv" (`CONV_STEMS`).
     """
 
     size: str
-    num_classes: int
     stem: str = "patch"
 
     @nn.compact
@@ -122,7 +96,7 @@ class ConvNeXt(Network):
         """Logits, or the normalised pooled features [B, channels] before them.
 
         Raises:
-          UserError: less than 32 pixels a side, of which four stages leave nothing.
+          UserError: fewer than 32 pixels a side.
         """
         del train
         if min(images.shape[1:3]) < _SMALLEST:
@@ -131,21 +105,22 @@ class ConvNeXt(Network):
                 f"least {_SMALLEST} pixels on both sides."
             )
         block = nn.remat(Block) if self.remat else Block
-        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         blocks, channels = SIZES[self.size]
         x = self.normalised(images)
+        stem: nn.Module
         if self.stem == "conv":
-            x = ConvStem(CONV_STEMS[self.size], name="stem", **conv)(x)
+            stem = ConvStem(CONV_STEMS[self.size], dtype=self.dtype, name="stem")
         else:
-            x = PatchStem(channels[0], 4, norm=True, name="stem", **conv)(x)
-        x = at_least_float32(x)
+            stem = PatchStem(channels[0], 4, True, dtype=self.dtype, name="stem")
+        x = at_least_float32(stem(x))
         for stage, num_blocks in enumerate(blocks):
             if stage > 0:
-                x = Downsample(channels[stage], name=f"downsample{stage}", **conv)(x)
+                name = f"downsample{stage}"
+                x = Downsample(channels[stage], dtype=self.dtype, name=name)(x)
             for index in range(num_blocks):
-                x = block(name=f"stage{stage}_{index}", **conv)(x)
+                x = block(dtype=self.dtype, name=f"stage{stage}_{index}")(x)
         x = layer_norm(x.mean(axis=(1, 2)), "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=_INIT, name="fc")
+        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
 
@@ -157,11 +132,7 @@ def build(config: ml_collections.ConfigDict) -> ConvNeXt:
     """
     check_choice("model.size", config.size, SIZES, of=" of a ConvNeXt")
     check_choice("model.stem", config.stem, STEMS)
-    return ConvNeXt(
-        size=config.size,
-        stem=config.stem,
-        **network_fields(config),
-    )
+    return ConvNeXt(**family.network_fields(config, "size", "stem"))
 
 
 def _aliases() -> Iterator[tuple[str, str]]:
@@ -183,20 +154,16 @@ def _aliases() -> Iterator[tuple[str, str]]:
         for index, part in parts:
             yield f"{theirs}.block.{index}.{{leaf}}", f"{ours}.{part}.{{leaf}}"
         yield f"{theirs}.layer_scale", f"{ours}.gamma"
-        yield (
-            f"features.{2 * s}.{{k}}.{{leaf}}",
-            f"stages.{s}.downsample.{{k}}.{{leaf}}",
-        )
+        ours = f"stages.{s}.downsample.{{k}}.{{leaf}}"
+        yield f"features.{2 * s}.{{k}}.{{leaf}}", ours
     yield "classifier.0.{leaf}", "head.norm.{leaf}"
     yield "classifier.2.{leaf}", "head.fc.{leaf}"
 
 
-def _fields(shapes: Shapes) -> dict[str, Any]:
-    blocks = tuple(
-        count(shapes, f"stages.{stage}.blocks.{{}}.conv_dw.weight")
-        for stage in range(4)
-    )
-    width = outputs(shapes, "stages.0.blocks.0.conv_dw.weight")
+def _fields(shapes: family.Shapes) -> dict[str, Any]:
+    template = "stages.{}.blocks.{{}}.conv_dw.weight"
+    blocks = tuple(family.count(shapes, template.format(stage)) for stage in range(4))
+    width = family.outputs(shapes, "stages.0.blocks.0.conv_dw.weight")
     found = {"stem": "conv" if "stem.stem.0.weight" in shapes else "patch"}
     for size, (counts, widths) in SIZES.items():
         if counts == blocks and widths[0] == width:
@@ -205,19 +172,19 @@ def _fields(shapes: Shapes) -> dict[str, Any]:
 
 
 def _arch(size: str, stem: str) -> dict[str, Any]:
-    # The paper's ConvNeXts see pixels as they are. Weights trained on normalised images
-    # need ImageNet's normalisation beside them.
-    return {"size": size, "stem": stem, "num_classes": 1000, **AS_THEY_ARE}
+    # The paper's ConvNeXts have no input normalisation. Weights that were trained on
+    # normalised images need ImageNet's.
+    return {"size": size, "stem": stem, "num_classes": 1000, **family.AS_THEY_ARE}
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     build=build,
     sized_by=("size", "stem"),
     archs={f"convnext_{size}": _arch(size, "patch") for size in SIZES}
     | {f"convnext_{size}_cvst": _arch(size, "conv") for size in SIZES},
     activation="gelu",
     # The names of timm.
-    torch=TorchNames(
+    torch=family.TorchNames(
         rules=(
             ("stem.0", "stem/proj"),
             ("stem.1", "stem/norm"),
@@ -235,8 +202,8 @@ FAMILY = Family(
         first=("stem.0.weight", "stem.stem.0.weight"),
         fields=_fields,
         side=lambda model: 256,
-        # Those with a ConvStem are one release's (Singh et al., 2023).
-        usual=lambda model: AS_THEY_ARE if model["stem"] == "conv" else None,
+        # All weights with a ConvStem come from one release (Singh et al., 2023).
+        usual=lambda model: family.AS_THEY_ARE if model["stem"] == "conv" else None,
         who="--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
         "--normalization=none (DAT and others trained on pixels as they are)",
         aliases=tuple(_aliases()),

@@ -1,7 +1,7 @@
-"""What the project asks of a family of networks: each family's file answers.
+"""What a family of networks is: how one is built, and its names in PyTorch.
 
-Training asks for a network, the import for its names in PyTorch. A family is one file
-of this folder, which ends with its `FAMILY`, and one line of `models.FAMILIES`.
+A family is one file of this folder, which ends with its `FAMILY`, and one line of
+`models.FAMILIES`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from atebm_jax.models.layers import Normalize
+from atebm_jax.models.layers import normalize
 
 #: Input normalisations that weights are published for.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -24,78 +24,77 @@ AS_THEY_ARE: dict[str, tuple[float, ...]] = {"mean": (), "std": ()}
 
 #: Values of `config.model` by field.
 ModelFields = Mapping[str, Any]
-#: Shapes of a state dict's arrays, PyTorch's layouts, by name.
+#: Shapes of a state dict's arrays by name, in PyTorch's layouts.
 Shapes = Mapping[str, tuple[int, ...]]
-#: Templates of names, theirs and ours; {word} is a number, the same on both sides.
+#: Pairs of templates of names, theirs and ours. {word} is the same number in both.
 Rules = tuple[tuple[str, str], ...]
 
 
 class Network(nn.Module, kw_only=True):
-    """What the networks of all families have: the module of each is one.
+    """The base of all networks.
 
-    Called with images [B, H, W, C] float in [0, 1], it gives logits [B, K] float32, or
-    with `features=True` what its last layer sees, [B, D]. With `train=True` it
-    normalises with the batch's statistics, where it has any, and updates the running
-    ones: the collection "batch_stats" must be mutable.
+    It maps images [B, H, W, C] float in [0, 1] to logits [B, K] float32, or with
+    `features=True` to the input of its last layer, [B, D]. With `train=True`, batch
+    normalisation uses the batch's statistics and updates the running ones: the
+    collection "batch_stats" must be mutable.
 
     Attributes:
+      num_classes: K.
       mean, std: input normalisation, one number a channel; empty for none.
       dtype: compute dtype of convolutions, dense layers and attention.
-      conv_gradient: see `layers.chosen_form`.
-      remat: compute a block's activations again in the backward pass.
+      remat: computes a block's activations again in the backward pass.
     """
 
+    num_classes: int
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
     remat: bool = False
 
     def normalised(self, images: jax.Array) -> jax.Array:
         """The images that the first layer sees."""
-        return Normalize(self.mean, self.std)(images) if self.mean else images
+        return normalize(images, self.mean, self.std) if self.mean else images
 
 
-def network_fields(model: ModelFields) -> dict[str, Any]:
-    """The fields of a `Network` and its number of classes from `config.model`."""
+def network_fields(model: ModelFields, *own: str) -> dict[str, Any]:
+    """The fields of every `Network` from `config.model`, and a network's own fields."""
     return {
         "num_classes": model["num_classes"],
         "mean": tuple(model["mean"]),
         "std": tuple(model["std"]),
         "dtype": jnp.dtype(model["dtype"]),
-        "conv_gradient": model["conv_gradient"],
         "remat": model["remat"],
+        **{name: model[name] for name in own},
     }
 
 
 @dataclass(frozen=True)
 class TorchNames:
-    """A family's names in PyTorch, and what they say about a network.
+    """A family's names in PyTorch, and what the arrays say about a network.
 
-    One source's names are the family's own, in which weights are written; those of
-    other sources are read as `aliases` of them. All other attributes use its own names.
+    The names of one source are the family's own: weights are exported under them, and
+    all attributes but `aliases` use them.
 
     Attributes:
-      rules: names of modules, PyTorch's and ours. The last part of an array's name
-        (weight, bias, ...) is no part of them. The last layer is our "fc".
-      mark: an array that every network of the family has, by which it is known.
-      first: names of the convolution that sees the images; the first that is there.
-      fields: what shapes say about `config.model`, except for its classes; what they
-        leave open is left out.
+      rules: names of modules, PyTorch's and ours, without the last part of an array's
+        name (weight, bias, ...). Our name of the last layer is "fc".
+      mark: an array that identifies the family: each of its networks has it.
+      first: possible names of the convolution that sees the images.
+      fields: shapes to the fields of `config.model` that they determine, without the
+        number of classes.
       side: usual side of a network's images, in pixels.
-      usual: the input normalisation that all public weights of a network expect, or
-        None where they differ.
-      who: whose weights expect which, with the flags to give, where they differ.
-      aliases: whole names of other sources, and the names that they are read as;
-        {leaf} is "weight" or "bias".
-      bare: parameters that are no layer's weight or bias and keep their layout, by the
-        last part of their name, and their number of axes: PyTorch may have more of
-        length one behind.
-      unused: the arrays that networks carry and no forward pass uses, and what they
-        are.
-      look_alikes: other networks that have this family's names too, or are brought in
-        its place: what each is, and a pattern of a name that only it has, or a test of
-        the shapes.
+      usual: the input normalisation that all public weights of a network expect; None
+        where they differ.
+      who: where they differ, the flags to give for whose weights.
+      aliases: whole names in other sources, and our source's names for them; {leaf} is
+        "weight" or "bias".
+      bare: parameters that are no layer's weight or bias and keep their layout: the
+        last part of their name, and their number of axes. PyTorch's may have further
+        axes of length one at the end.
+      unused: the arrays that no forward pass uses, and a phrase that explains them.
+      look_alikes: other networks with this family's names, or that users take for it: a
+        description, and a pattern of a name that only they have, or a test of the
+        shapes.
     """
 
     rules: Rules
@@ -118,13 +117,13 @@ class Family:
     """Networks that one Flax module computes.
 
     Attributes:
-      build: `config.model` to the network; refuses what cannot be built.
+      build: makes the network of a `config.model`; raises `UserError` if it cannot.
       sized_by: fields of `config.model` that give a network its size.
       archs: usual names of networks, and what each sets in `config.model`. Classes and
         normalisation are those of the data that public weights were trained on.
-      activation: the only one of its networks; None where `config.model.activation`
-        says which.
-      torch: names in PyTorch; None where there are none: no weights in or out.
+      activation: the activation of all its networks; None if
+        `config.model.activation` chooses it.
+      torch: names in PyTorch; None if weights cannot be imported or exported.
     """
 
     build: Callable[[Any], nn.Module]
@@ -135,7 +134,7 @@ class Family:
 
 
 def count(shapes: Shapes, template: str) -> int:
-    """How many numbers in place of the template's "{}" make an array's name."""
+    """Number of arrays whose name is the template with a number in place of "{}"."""
     before, after = template.split("{}")
     numbers = (
         name[len(before) : -len(after)]
@@ -146,5 +145,5 @@ def count(shapes: Shapes, template: str) -> int:
 
 
 def outputs(shapes: Shapes, name: str) -> int:
-    """Outputs of a layer by its weight; 0 for a single number, which fits nothing."""
+    """Outputs of the layer with this weight; 0 if the array is a single number."""
     return (*shapes[name], 0)[0]

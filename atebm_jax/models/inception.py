@@ -1,9 +1,9 @@
 """Inception-v3 (Szegedy et al., 2016) as the Frechet Inception distance uses it.
 
-The TensorFlow network of 2015 with 1,008 outputs, not torchvision's: averages of
-pooling branches leave the padding out, and the last block pools by maximum in its
-pooling branch. The names of its layers are those of the PyTorch port, so that weights
-are found by name. Evaluation mode only.
+The TensorFlow network of 2015 with 1,008 outputs differs from torchvision's: its
+averages leave the padding out, and the pooling branch of its last block takes maxima.
+Layers have the names of the PyTorch port, so that weights are found by name. Evaluation
+mode only.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ SIZE = 299
 DIMENSIONS = 2048
 NUM_LOGITS = 1008
 
-# Scores are compared in the third digit: no rounding to bfloat16 or TF32 in between.
+# Scores are compared in the third digit, which rounding to bfloat16 or TF32 changes.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -37,7 +37,7 @@ class Fork(NamedTuple):
     ways: tuple[Conv, ...]
 
 
-# One after the other; "average", "max" and "halve" (max, stride 2) are poolings 3x3.
+# Layers in sequence; "average", "max" and "halve" (max, stride 2) are 3x3 poolings.
 Chain = tuple[Conv | Fork | str, ...]
 
 
@@ -124,13 +124,11 @@ _BLOCKS: dict[str, tuple[Chain, ...]] = {
     "Mixed_7c": _block_e("max"),
 }
 
-_STEM_64: Chain = (
+_STEM: Chain = (
     Conv("Conv2d_1a_3x3", 32, (3, 3), 2, "VALID"),
     Conv("Conv2d_2a_3x3", 32, (3, 3), 1, "VALID"),
     Conv("Conv2d_2b_3x3", 64, (3, 3)),
     "halve",
-)
-_STEM_192: Chain = (
     Conv("Conv2d_3b_1x1", 80),
     Conv("Conv2d_4a_3x3", 192, (3, 3), 1, "VALID"),
     "halve",
@@ -138,13 +136,13 @@ _STEM_192: Chain = (
 
 
 class Outputs(NamedTuple):
-    """What the scores are made of.
+    """What the scores are computed from.
 
     Attributes:
       features: [B, 2048] float32, "pool3".
       logits: [B, 1008] float32.
-      unbiased_logits: [B, 1008] float32, logits without the last layer's bias: those of
-        the Inception Score in the reference protocol.
+      unbiased_logits: [B, 1008] float32, without the last layer's bias: the reference
+        protocol's Inception Score uses these.
     """
 
     features: jax.Array
@@ -157,14 +155,9 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> Outputs:
-        x = _run(_STEM_64, inputs)
-        self.sow("intermediates", "block64", x)
-        x = _run(_STEM_192, x)
-        self.sow("intermediates", "block192", x)
+        x = _run(_STEM, inputs)
         for name, branches in _BLOCKS.items():
             x = _Mixed(branches, name=name)(x)
-            if name == "Mixed_6e":
-                self.sow("intermediates", "block768", x)
         features = x.mean(axis=(1, 2))
         last = nn.Dense(NUM_LOGITS, use_bias=False, precision=_PRECISION, name="fc")
         unbiased = last(features)
@@ -216,7 +209,7 @@ def _run(chain: Chain, x: jax.Array) -> jax.Array:
 
 
 def resized(images: jax.Array) -> jax.Array:
-    """The network's input of images, as the Frechet Inception distance makes it.
+    """Images to the network's input, as the Frechet Inception distance does it.
 
     Bilinear with half-pixel centres and without antialiasing, then 2 x - 1.
 
@@ -233,7 +226,7 @@ def resized(images: jax.Array) -> jax.Array:
 
 
 def _interpolation(size: int) -> np.ndarray:
-    """[299, size] float32: each new pixel's weights of the two old ones beside it."""
+    """[299, size] float32: weights of the two old pixels beside each new one."""
     place = np.maximum((np.arange(SIZE) + 0.5) * size / SIZE - 0.5, 0.0)
     below = np.floor(place).astype(int)
     share = place - below
@@ -253,7 +246,7 @@ _LEAVES = {
 
 
 def torch_name(keys: list[str]) -> str:
-    """What the PyTorch port calls the parameter at a path of ours."""
+    """The PyTorch port's name of our parameter at a path."""
     if keys[0].startswith("fc"):
         return "fc.bias" if keys == ["fc_bias"] else "fc.weight"
     return ".".join([*keys[:-2], _LEAVES[keys[-2], keys[-1]]])

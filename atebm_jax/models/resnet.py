@@ -1,11 +1,12 @@
 """ResNets for ImageNet (He et al., 2016; wide ones: Zagoruyko and Komodakis, 2016).
 
-ResNet-50 and Wide-ResNet-50-4 are two of the paper's ImageNet networks. The stride of
-a bottleneck sits in its 3x3 convolution, as in every public set of weights. Input
-normalisation inside; global average pooling, so that any image size fits.
+ResNet-50 and Wide-ResNet-50-4 are two of the paper's ImageNet networks. The stride of a
+bottleneck is in its 3x3 convolution, as in all public weights. The network normalises
+its input, and its global average pooling fits any image size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,16 +14,7 @@ import jax
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models.family import (
-    IMAGENET,
-    Family,
-    Network,
-    Shapes,
-    TorchNames,
-    count,
-    network_fields,
-    outputs,
-)
+from atebm_jax.models import family
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
@@ -49,8 +41,8 @@ class Block(nn.Module):
     Attributes:
       inner: channels inside.
       features: output channels.
-      stride: of the first convolution, or of the bottleneck's 3x3.
-      bottleneck: which of the two forms.
+      stride: of the first 3x3 convolution.
+      bottleneck: whether the block is a 3x3 between two 1x1.
     """
 
     inner: int
@@ -59,10 +51,10 @@ class Block(nn.Module):
     bottleneck: bool
     activation: Callable[[jax.Array], jax.Array]
     dtype: Any
-    conv_gradient: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = partial(Conv, dtype=self.dtype)
         # (channels, side of the window, stride) of each convolution.
         layers = [(self.inner, 3, self.stride), (self.features, 3, 1)]
         if self.bottleneck:
@@ -71,40 +63,25 @@ class Block(nn.Module):
         y = x
         for index, (channels, side, stride) in enumerate(layers, start=1):
             y = self.activation(y) if index > 1 else y
-            y = self._conv(y, channels, side, stride, f"conv{index}")
+            y = conv(channels, side, stride, side // 2, name=f"conv{index}")(y)
             y = batch_norm(f"bn{index}", train)(at_least_float32(y))
         if self.stride > 1 or x.shape[-1] != self.features:
-            x = self._conv(x, self.features, 1, self.stride, "shortcut")
+            x = conv(self.features, 1, self.stride, name="shortcut")(x)
             x = batch_norm("shortcut_bn", train)(at_least_float32(x))
         return self.activation(y + x.astype(y.dtype)).astype(self.dtype)
 
-    def _conv(
-        self, x: jax.Array, features: int, side: int, stride: int, name: str
-    ) -> jax.Array:
-        return Conv(
-            features,
-            side,
-            stride,
-            side // 2,
-            dtype=self.dtype,
-            conv_gradient=self.conv_gradient,
-            name=name,
-        )(x)
 
-
-class ResNet(Network):
+class ResNet(family.Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       depth: 18, 34, 50 or 101.
-      num_classes: K.
       base_width: channels inside the first stage's bottlenecks: 64, for wide networks
         128 or 256.
       activation: "relu", "swish" or "gelu".
     """
 
     depth: int
-    num_classes: int
     base_width: int = 64
     activation: str = "relu"
 
@@ -116,11 +93,10 @@ class ResNet(Network):
         activation = ACTIVATIONS[self.activation]
         bottleneck = self.depth >= _BOTTLENECK_DEPTH
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         x = self.normalised(images)
-        x = Conv(64, 7, 2, 3, name="conv1", **conv)(x)
+        x = Conv(64, 7, 2, 3, dtype=self.dtype, name="conv1")(x)
         x = activation(batch_norm("bn1", train)(at_least_float32(x)))
-        x = max_pool(x.astype(self.dtype), 3, 2, 1, self.conv_gradient)
+        x = max_pool(x.astype(self.dtype), 3, 2, 1)
         for stage, num_blocks in enumerate(STAGES[self.depth]):
             planes = 64 * 2**stage
             for index in range(num_blocks):
@@ -130,8 +106,8 @@ class ResNet(Network):
                     stride=2 if stage > 0 and index == 0 else 1,
                     bottleneck=bottleneck,
                     activation=activation,
+                    dtype=self.dtype,
                     name=f"layer{stage + 1}_{index}",
-                    **conv,
                 )(x, train)
         x = at_least_float32(x).mean(axis=(1, 2))
         return x if features else nn.Dense(self.num_classes, name="fc")(x)
@@ -141,7 +117,7 @@ def build(config: ml_collections.ConfigDict) -> ResNet:
     """Builds a ResNet from `config.model`.
 
     Raises:
-      UserError: a depth without a table, a width that it has not, unknown activation.
+      UserError: unknown depth or activation, or a width that does not fit the depth.
     """
     if config.depth not in STAGES:
         raise UserError(
@@ -156,30 +132,23 @@ def build(config: ml_collections.ConfigDict) -> ResNet:
             "or 256."
         )
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    return ResNet(
-        depth=config.depth,
-        base_width=config.base_width,
-        activation=config.activation,
-        **network_fields(config),
-    )
+    return ResNet(**family.network_fields(config, "depth", "base_width", "activation"))
 
 
-def _fields(shapes: Shapes) -> dict[str, Any]:
-    blocks = tuple(
-        count(shapes, f"layer{stage}.{{}}.conv1.weight") for stage in range(1, 5)
-    )
+def _fields(shapes: family.Shapes) -> dict[str, Any]:
+    template = "layer{}.{{}}.conv1.weight"
+    blocks = tuple(family.count(shapes, template.format(s)) for s in range(1, 5))
     bottleneck = "layer1.0.conv3.weight" in shapes
-    found: dict[str, Any] = {"base_width": 64}
-    if bottleneck:
-        found["base_width"] = outputs(shapes, "layer1.0.conv1.weight")
+    width = family.outputs(shapes, "layer1.0.conv1.weight") if bottleneck else 64
+    found = {"base_width": width}
     for depth, stages in STAGES.items():
         if stages == blocks and (depth >= _BOTTLENECK_DEPTH) == bottleneck:
             found["depth"] = depth
     return found
 
 
-def _is_grouped(shapes: Shapes) -> bool:
-    """Whether the second convolution sees a part of what the first one gives."""
+def _is_grouped(shapes: family.Shapes) -> bool:
+    """Whether the second convolution has fewer inputs than the first has outputs."""
     given = shapes.get("layer1.0.conv1.weight", ())[:1]
     seen = shapes.get("layer1.0.conv2.weight", ())[1:2]
     return () < seen < given
@@ -187,10 +156,10 @@ def _is_grouped(shapes: Shapes) -> bool:
 
 def _arch(depth: int, base_width: int = 64) -> dict[str, Any]:
     sizes = {"depth": depth, "base_width": base_width}
-    return {**sizes, "num_classes": 1000, **IMAGENET}
+    return {**sizes, "num_classes": 1000, **family.IMAGENET}
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     build=build,
     sized_by=("depth", "base_width"),
     archs={
@@ -202,7 +171,7 @@ FAMILY = Family(
         "wide_resnet50_4": _arch(50, 256),
     },
     # The names of timm and torchvision.
-    torch=TorchNames(
+    torch=family.TorchNames(
         rules=(
             ("conv1", "conv1"),
             ("bn1", "bn1"),
@@ -216,7 +185,7 @@ FAMILY = Family(
         first=("conv1.weight",),
         fields=_fields,
         side=lambda model: 256,
-        usual=lambda model: IMAGENET,
+        usual=lambda model: family.IMAGENET,
         look_alikes={
             "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)": (
                 r"layer\d\.\d+\.conv\d\.bias"

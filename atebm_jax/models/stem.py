@@ -1,22 +1,25 @@
 """First layers of ConvNeXts and ViTs: patches, or a stack of convolutions (ConvStem).
 
-Robust networks gain from convolutions in place of patches (Singh, Croce and Hein,
-2023, Revisiting adversarial training for ImageNet).
+A ConvStem makes networks more robust than patches do (Singh, Croce and Hein, 2023,
+Revisiting adversarial training for ImageNet).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from atebm_jax.models.family import Rules
 from atebm_jax.models.layers import Conv, gelu, layer_norm
 
 STEMS = ("patch", "conv")
 
-_INIT = nn.initializers.truncated_normal(0.02)
+#: Of every convolution and dense layer of ConvNeXts and ViTs.
+INIT = nn.initializers.truncated_normal(0.02)
+
+biased_conv = partial(Conv, use_bias=True, kernel_init=INIT)
 
 
 class PatchStem(nn.Module):
@@ -31,26 +34,18 @@ class PatchStem(nn.Module):
     features: int
     patch: int
     norm: bool
-    dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
+    dtype: Any
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = Conv(
-            self.features,
-            self.patch,
-            self.patch,
-            use_bias=True,
-            dtype=self.dtype,
-            conv_gradient=self.conv_gradient,
-            kernel_init=_INIT,
-            name="proj",
-        )(images)
+        side = self.patch
+        conv = biased_conv(self.features, side, side, dtype=self.dtype, name="proj")
+        x = conv(images)
         return layer_norm(x, "norm") if self.norm else x
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions, each with norm and GELU, then perhaps one of 1x1.
+    """3x3 convolutions, each with norm and GELU, and optionally one of 1x1.
 
     Attributes:
       layers: (channels, stride) of each 3x3 convolution.
@@ -58,24 +53,20 @@ class ConvStem(nn.Module):
     """
 
     layers: Sequence[tuple[int, int]]
+    dtype: Any
     features: int = 0
-    dtype: Any = jnp.float32
-    conv_gradient: str = "auto"
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
-        conv |= {"use_bias": True, "kernel_init": _INIT}
-        x = images
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(biased_conv, dtype=self.dtype)
         for index, (channels, stride) in enumerate(self.layers):
-            x = Conv(channels, 3, stride, 1, name=f"conv{index}", **conv)(x)
-            x = layer_norm(x, f"norm{index}").astype(self.dtype)
-            x = gelu(x)
-        return Conv(self.features, 1, name="out", **conv)(x) if self.features else x
+            x = conv(channels, 3, stride, 1, name=f"conv{index}")(x)
+            x = gelu(layer_norm(x, f"norm{index}").astype(self.dtype))
+        return conv(self.features, 1, name="out")(x) if self.features else x
 
 
 def conv_stem_rules(prefix: str, layers: int) -> Rules:
-    """PyTorch's names: convolution, norm and activation in turn, counted through."""
+    """PyTorch's names: one sequence numbers convolutions, norms and activations."""
     return tuple(
         (f"{prefix}.{3 * index + place}", f"stem/{part}{index}")
         for index in range(layers)

@@ -1,13 +1,14 @@
 """Vision transformer (Dosovitskiy et al., 2021), with 16x16 patches or a ConvStem.
 
-Sizes as in DeiT (Touvron et al., 2021). The position embedding is kept for one grid of
-patches and interpolated to that of the images. No dropout and no stochastic depth:
-nothing depends on `train`. The sum of the residual branches is float32 also where the
-branches compute in bfloat16.
+Sizes are DeiT's (Touvron et al., 2021). The position embedding is stored for one grid
+of patches and interpolated to the images' grid. There is no dropout and no stochastic
+depth: nothing depends on `train`. The sum of the residual branches is float32 also
+where the branches compute in bfloat16.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,18 +17,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models.family import (
-    AS_THEY_ARE,
-    IMAGENET,
-    Family,
-    ModelFields,
-    Network,
-    Shapes,
-    TorchNames,
-    network_fields,
-)
+from atebm_jax.models import family
 from atebm_jax.models.layers import at_least_float32, gelu, layer_norm
-from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
+from atebm_jax.models.stem import INIT, STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Channels and attention heads.
 SIZES: dict[str, tuple[int, int]] = {"small": (384, 6), "base": (768, 12)}
@@ -38,11 +30,9 @@ DEPTH = 12
 # (channels, stride) of each 3x3 convolution of the ConvStem, for both sizes.
 CONV_STEM = ((48, 2), (96, 2), (192, 2), (384, 2))
 
-_INIT = nn.initializers.truncated_normal(0.02)
-
 
 class Block(nn.Module):
-    """Self-attention and two dense layers, each after a norm and added."""
+    """Norm and self-attention, then norm and two dense layers, each added."""
 
     heads: int
     dtype: Any
@@ -50,30 +40,26 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = {"dtype": self.dtype, "kernel_init": _INIT}
-        y = nn.Dense(3 * channels, name="qkv", **dense)(layer_norm(x, "norm1"))
-        # The three come one after the other, each as [heads, channels a head].
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=INIT)
+        y = dense(3 * channels, name="qkv")(layer_norm(x, "norm1"))
+        # Query, key and value follow one another, each as [heads, channels a head].
         split = y.reshape(*y.shape[:2], 3, self.heads, channels // self.heads)
         y = jax.nn.dot_product_attention(*jnp.unstack(split, axis=2))
-        y = nn.Dense(channels, name="proj", **dense)(y.reshape(x.shape))
-        x = x + at_least_float32(y)
-        y = nn.Dense(4 * channels, name="fc1", **dense)(layer_norm(x, "norm2"))
-        y = gelu(y)
-        return x + at_least_float32(nn.Dense(channels, name="fc2", **dense)(y))
+        x = x + at_least_float32(dense(channels, name="proj")(y.reshape(x.shape)))
+        y = gelu(dense(4 * channels, name="fc1")(layer_norm(x, "norm2")))
+        return x + at_least_float32(dense(channels, name="fc2")(y))
 
 
-class ViT(Network):
+class ViT(family.Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       size: a key of `SIZES`.
-      num_classes: K.
       stem: "patch" (16x16) or "conv" (`CONV_STEM`, then 1x1).
-      position_grid: side of the grid that the position embedding is kept for.
+      position_grid: side of the grid that the position embedding is stored for.
     """
 
     size: str
-    num_classes: int
     stem: str = "patch"
     position_grid: int = 14
 
@@ -105,20 +91,19 @@ class ViT(Network):
         for index in range(DEPTH):
             x = block(heads, self.dtype, name=f"block{index}")(x)
         x = layer_norm(x[:, 0], "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=_INIT, name="fc")
+        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
     def _stem(self, channels: int) -> nn.Module:
-        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
         if self.stem == "conv":
-            return ConvStem(CONV_STEM, channels, name="stem", **conv)
-        return PatchStem(channels, PATCH, norm=False, name="stem", **conv)
+            return ConvStem(CONV_STEM, self.dtype, channels, name="stem")
+        return PatchStem(channels, PATCH, False, self.dtype, name="stem")
 
     def _position(self, channels: int, grid: tuple[int, int]) -> jax.Array:
         """Position embedding of the class token and a grid: [1, 1 + h w, channels]."""
         side = self.position_grid
         shape = (1, 1 + side**2, channels)
-        kept = self.param("pos_embed", _INIT, shape)
+        kept = self.param("pos_embed", INIT, shape)
         if grid == (side, side):
             return kept
         patches = kept[:, 1:].reshape(1, side, side, channels)
@@ -138,12 +123,7 @@ def build(config: ml_collections.ConfigDict) -> ViT:
         raise UserError(
             f"model.position_grid is {config.position_grid}: it must be positive."
         )
-    return ViT(
-        size=config.size,
-        stem=config.stem,
-        position_grid=config.position_grid,
-        **network_fields(config),
-    )
+    return ViT(**family.network_fields(config, "size", "stem", "position_grid"))
 
 
 def _aliases() -> Iterator[tuple[str, str]]:
@@ -163,7 +143,7 @@ def _aliases() -> Iterator[tuple[str, str]]:
     yield "heads.head.{leaf}", "head.{leaf}"
 
 
-def _fields(shapes: Shapes) -> dict[str, Any]:
+def _fields(shapes: family.Shapes) -> dict[str, Any]:
     stem = "conv" if "patch_embed.proj.stem.0.weight" in shapes else "patch"
     found: dict[str, Any] = {"stem": stem}
     position = shapes.get("pos_embed", ())
@@ -175,33 +155,33 @@ def _fields(shapes: Shapes) -> dict[str, Any]:
     return found
 
 
-def _usual(model: ModelFields) -> Mapping[str, tuple[float, ...]] | None:
-    """Those with a ConvStem are one release's (Singh et al., 2023).
+def _usual(model: family.ModelFields) -> Mapping[str, tuple[float, ...]] | None:
+    """All weights with a ConvStem come from one release (Singh et al., 2023).
 
-    Of its ViTs only the small one normalises.
+    Of its ViTs only the small one normalises its input.
     """
     if model["stem"] != "conv":
         return None
-    return IMAGENET if model["size"] == "small" else AS_THEY_ARE
+    return family.IMAGENET if model["size"] == "small" else family.AS_THEY_ARE
 
 
-def _arch(size: str, stem: str, normalisation: ModelFields) -> dict[str, Any]:
+def _arch(size: str, stem: str, normalisation: family.ModelFields) -> dict[str, Any]:
     sizes = {"size": size, "stem": stem, "position_grid": 14}
     return {**sizes, "num_classes": 1000, **normalisation}
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     build=build,
     sized_by=("size", "stem"),
     archs={
-        "vit_s": _arch("small", "patch", IMAGENET),
-        "vit_b": _arch("base", "patch", IMAGENET),
-        "vit_s_cvst": _arch("small", "conv", IMAGENET),
-        "vit_b_cvst": _arch("base", "conv", AS_THEY_ARE),
+        "vit_s": _arch("small", "patch", family.IMAGENET),
+        "vit_b": _arch("base", "patch", family.IMAGENET),
+        "vit_s_cvst": _arch("small", "conv", family.IMAGENET),
+        "vit_b_cvst": _arch("base", "conv", family.AS_THEY_ARE),
     },
     activation="gelu",
     # The names of timm.
-    torch=TorchNames(
+    torch=family.TorchNames(
         rules=(
             ("", ""),
             ("patch_embed.proj", "stem/proj"),

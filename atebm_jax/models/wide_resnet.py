@@ -1,10 +1,11 @@
 """Pre-activation WideResNet for small images (Zagoruyko and Komodakis, 2016).
 
-WRN-34-10 is the paper's CIFAR network. Any depth 6n + 4 and width; ReLU, Swish or GELU;
-input normalisation inside; global average pooling, so that any image size fits.
+WRN-34-10 is the paper's CIFAR network. Depth is 6n + 4, the width any. The network
+normalises its input, and its global average pooling fits any image size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,19 +13,10 @@ import jax
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models.family import (
-    CIFAR10,
-    Family,
-    Network,
-    Shapes,
-    TorchNames,
-    count,
-    network_fields,
-    outputs,
-)
+from atebm_jax.models import family
 from atebm_jax.models.layers import ACTIVATIONS, Conv, batch_norm
 
-# Beyond any that was ever trained; tracing more would seem to hang.
+# Tracing a deeper network would seem to hang; nobody trains one.
 _DEEPEST = 1000
 
 
@@ -38,33 +30,30 @@ class Block(nn.Module):
     stride: int
     activation: Callable[[jax.Array], jax.Array]
     dtype: Any
-    conv_gradient: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
+        conv = partial(Conv, self.features, dtype=self.dtype)
         active = self.activation(batch_norm("bn1", train)(x))
-        y = Conv(self.features, 3, self.stride, 1, name="conv1", **conv)(active)
+        y = conv(3, self.stride, 1, name="conv1")(active)
         y = self.activation(batch_norm("bn2", train)(y))
-        y = Conv(self.features, 3, 1, 1, name="conv2", **conv)(y)
+        y = conv(3, 1, 1, name="conv2")(y)
         if x.shape[-1] == self.features:
             return x + y
-        return y + Conv(self.features, 1, self.stride, name="shortcut", **conv)(active)
+        return y + conv(1, self.stride, name="shortcut")(active)
 
 
-class WideResNet(Network):
+class WideResNet(family.Network):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       depth: 6n + 4, number of convolutions.
       widen_factor: width k; the groups have 16k, 32k and 64k channels.
-      num_classes: K.
       activation: "relu", "swish" or "gelu".
     """
 
     depth: int
     widen_factor: int
-    num_classes: int
     activation: str = "relu"
 
     @nn.compact
@@ -75,16 +64,15 @@ class WideResNet(Network):
         activation = ACTIVATIONS[self.activation]
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         x = self.normalised(images)
-        conv = {"dtype": self.dtype, "conv_gradient": self.conv_gradient}
-        x = Conv(16, 3, 1, 1, name="conv1", **conv)(x)
+        x = Conv(16, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
         for group, stride in enumerate((1, 2, 2)):
             for index in range((self.depth - 4) // 6):
                 x = block(
                     features=16 * self.widen_factor * 2**group,
                     stride=stride if index == 0 else 1,
                     activation=activation,
+                    dtype=self.dtype,
                     name=f"block{group + 1}_{index}",
-                    **conv,
                 )(x, train)
         x = activation(batch_norm("bn1", train)(x)).mean(axis=(1, 2))
         return x if features else nn.Dense(self.num_classes, name="fc")(x)
@@ -98,8 +86,8 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
     """
     if not 10 <= config.depth <= _DEEPEST or (config.depth - 4) % 6:
         raise UserError(
-            f"model.depth is {config.depth}: a WideResNet has depth 6n + 4, "
-            f"10, 16, 22, 28 or 34, say, and at most {_DEEPEST}."
+            f"model.depth is {config.depth}: a WideResNet has depth 6n + 4, such as "
+            f"10, 16, 22, 28 or 34, and at most {_DEEPEST}."
         )
     if config.widen_factor < 1:
         raise UserError(
@@ -107,24 +95,21 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
         )
     check_choice("model.activation", config.activation, ACTIVATIONS)
     return WideResNet(
-        depth=config.depth,
-        widen_factor=config.widen_factor,
-        activation=config.activation,
-        **network_fields(config),
+        **family.network_fields(config, "depth", "widen_factor", "activation")
     )
 
 
-def _fields(shapes: Shapes) -> dict[str, Any]:
-    width = outputs(shapes, "block1.layer.0.conv1.weight")
-    blocks = count(shapes, "block1.layer.{}.conv1.weight")
+def _fields(shapes: family.Shapes) -> dict[str, Any]:
+    width = family.outputs(shapes, "block1.layer.0.conv1.weight")
+    blocks = family.count(shapes, "block1.layer.{}.conv1.weight")
     return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
 
 
-def _unused(shapes: Shapes) -> tuple[set[str], str]:
-    """TRADES' WideResNet, and all made after it, build the first group a second time.
+def _unused(shapes: family.Shapes) -> tuple[set[str], str]:
+    """The copy of the first group in TRADES' WideResNet and those derived from it.
 
-    It has the names and shapes of `block1`, and the forward pass leaves it out (Zhang
-    et al., 2019).
+    It has the names and shapes of `block1`. No forward pass uses it (Zhang et al.,
+    2019).
     """
     twin = {n: shape for n, shape in shapes.items() if n.startswith("sub_block1.")}
     first = {f"sub_{n}": x for n, x in shapes.items() if n.startswith("block1.")}
@@ -134,10 +119,10 @@ def _unused(shapes: Shapes) -> tuple[set[str], str]:
 
 def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
     sizes = {"depth": depth, "widen_factor": widen_factor}
-    return {**sizes, "num_classes": 10, **CIFAR10}
+    return {**sizes, "num_classes": 10, **family.CIFAR10}
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
     archs={
@@ -147,7 +132,7 @@ FAMILY = Family(
         "wrn70_16": _arch(70, 16),
     },
     # The names of the usual implementation for small images.
-    torch=TorchNames(
+    torch=family.TorchNames(
         rules=(
             ("conv1", "conv1"),
             ("block{g}.layer.{b}.conv{k}", "block{g}_{b}/conv{k}"),

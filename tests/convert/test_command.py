@@ -250,7 +250,7 @@ def small(tmp_path, monkeypatch):
     """A WideResNet's arrays, and what writes changed ones; nothing is compiled."""
     safetensors = pytest.importorskip("safetensors.numpy")
     monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(3))
-    variables = reference.random_variables(WideResNet(10, 1, 3), (8, 8, 3))
+    variables = reference.random_variables(WideResNet(10, 1, num_classes=3), (8, 8, 3))
 
     def write(arrays):
         safetensors.save_file(arrays, tmp_path / "w.safetensors")
@@ -415,7 +415,7 @@ def test_nothing_half_written_stays(error, tmp_path, monkeypatch):
 
 def test_full_disk_is_told_and_leaves_nothing_behind(mounted, tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
-    variables = reference.random_variables(WideResNet(10, 1, 3), (8, 8, 1))
+    variables = reference.random_variables(WideResNet(10, 1, num_classes=3), (8, 8, 1))
     save_file(names.to_torch("wide_resnet", variables), tmp_path / "w.safetensors")
     folder, remount = mounted
     remount("size=200k")

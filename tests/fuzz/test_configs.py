@@ -41,7 +41,6 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "stem": ("patch", "conv"),
     "activation": ("relu", "swish", "gelu"),
     "dtype": (*models.DTYPES, "float16", "float64", "int8"),
-    "conv_gradient": ("auto", "xla", "forward"),
     "norm": ("l2", "linf", "unbounded", "L2"),
     "optimizer": ("sgd", "adamw", "adam"),
     "schedule": ("constant", "cosine", "step"),

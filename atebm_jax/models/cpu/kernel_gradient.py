@@ -1,20 +1,20 @@
-"""Kernel gradients of convolutions as matrix products of few images at a time, NHWC.
+"""Kernel gradients of convolutions as matrix products of few images at a time.
 
-XLA's own copies all images into another layout first, which is slow on CPU, and by far
-slower inside a loop (`benchmarks/README.md`). The shifted copies that a product needs
-stay in a core's cache where they are of few images.
+XLA's own copies all images into another layout first. On CPU that is slow, and by far
+slower inside a loop (`benchmarks/README.md`). The shifted copies of few images, which a
+product needs, stay in a core's cache.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from atebm_jax.models.products import Padding, largest_divisor, patches
+from atebm_jax.models.cpu.windows import Padding, largest_divisor, patches
 
-# Pixels of the result that a turn takes of a device's share: those of one image, or of
-# as many as have no more than this.
+# A product takes as many images as make up to this many pixels, and at least one.
 _PIXELS = 64
 
 
@@ -25,24 +25,19 @@ def kernel_gradient(
     strides: tuple[int, int],
     padding: Padding,
 ) -> jax.Array:
-    """Gradient of a convolution with respect to its kernel.
+    """Gradient of a convolution by its kernel, [h, w, I, O], in float32 at least.
 
-    A batch is taken to be split evenly over all devices of all processes, as
-    `sharding.batched` splits it: each sums over its own images, and there is one sum to
-    exchange, after the loop. Other placements give the same result with more memory or
-    communication.
+    Each device sums over its own images where a batch is split evenly over all devices,
+    as `sharding.batched` does it: they exchange one sum, after the loop. Any other
+    placement gives the same result with more memory or communication.
 
     Args:
       images: [B, H, W, I].
       cotangent: [B, H', W', O], with respect to the convolution's result.
       window: (h, w) of the kernel.
-      strides: (vertical, horizontal).
-      padding: ((top, bottom), (left, right)) zeros.
-
-    Returns:
-      [h, w, I, O], summed in float32 at least.
+      strides, padding: of the convolution.
     """
-    sums = images.dtype if jnp.finfo(images.dtype).bits > 32 else jnp.float32
+    sums = np.promote_types(images.dtype, np.float32)
     devices, count = jax.device_count(), len(images)
     if count == 0:
         return jnp.zeros((*window, images.shape[-1], cotangent.shape[-1]), sums)
@@ -78,12 +73,11 @@ def kernel_gradient(
         lambda turn, total: total + product(turn),
         jnp.zeros(like.shape, like.dtype),
     ).sum(axis=0)
-    (height, width), outputs = window, cotangent.shape[-1]
+    outputs = cotangent.shape[-1]
     if strides == (1, 1):
-        return total.reshape(width, -1, height, outputs)[:, :, ::-1].transpose(
-            2, 0, 1, 3
-        )
-    return total.T.reshape(height, width, -1, outputs)
+        total = total.reshape(window[1], -1, window[0], outputs)[:, :, ::-1]
+        return total.transpose(2, 0, 1, 3)
+    return total.T.reshape(*window, -1, outputs)
 
 
 def _row_factors(
@@ -94,8 +88,8 @@ def _row_factors(
 ) -> tuple[jax.Array, jax.Array]:
     """Of stride 1, fewer copies than whole windows: [N, H, W', w I], [N, H, W', h O].
 
-    What every element of a window's row sees, and what each of its rows, the last one
-    first, makes of it.
+    The first is what each element of a window's row sees. The second is the cotangent
+    at each row of the window, the last row first.
     """
     (height, width), (top, bottom) = window, padding[0]
     seen = patches(images, (1, width), (1, 1), ((0, 0), padding[1]))
