@@ -7,7 +7,7 @@ import flax
 import numpy as np
 
 from atebm_jax.convert import names
-from atebm_jax.convert.files import printable
+from atebm_jax.convert.files import refusal
 from atebm_jax.errors import UserError
 
 # More names than this help nobody.
@@ -28,10 +28,6 @@ def without_unused(
     """Drops what a published network carries and never computes with.
 
     Only where every other name is the family's: in another network it may be in use.
-
-    Args:
-      family: a key of `models.FAMILIES`.
-      arrays: by PyTorch name.
 
     Returns:
       (the arrays without them, a phrase for what was dropped).
@@ -57,65 +53,52 @@ def match(
       family: a key of `models.FAMILIES`.
       arrays: by PyTorch name.
       expected: as of `models.variable_shapes`.
-      network: what the network is called in messages.
-      path: the file, for messages.
+      network, path: of the network and the file, for messages.
 
     Returns:
-      ({"params": ..., perhaps "batch_stats": ...} of float32 arrays, the matches in
-      the file's order).
+      (variables of float32 arrays, the matches in the file's order).
 
     Raises:
       UserError: names what is left over, missing or of another shape.
     """
-    wanted = {
-        p: tuple(x.shape)
-        for p, x in flax.traverse_util.flatten_dict(expected, sep="/").items()
+    expected = flax.traverse_util.flatten_dict(expected, sep="/")
+    theirs = {
+        p: names.one_to_torch(family, p, np.broadcast_to(np.False_, x.shape))
+        for p, x in expected.items()
     }
+    missing = {place: name for place, (name, _) in theirs.items()}
     flat: dict[str, np.ndarray] = {}
     matches, left_over, misshapen = [], [], []
     for name, array in arrays.items():
         place, value = _place(family, name, array)
-        if place not in wanted or place in flat or array.dtype.kind != "f":
+        missing.pop(place, None)
+        if place not in theirs or place in flat or array.dtype.kind != "f":
             left_over.append(name)
-        elif value.shape != wanted[place]:
-            _, theirs = _torch_side(family, place, wanted[place])
-            misshapen.append(f"{name} {array.shape} instead of {theirs}")
+        elif value.shape != expected[place].shape:
+            shape = theirs[place][1].shape
+            misshapen.append(f"{name} {array.shape} instead of {shape}")
         else:
             flat[place] = value
             matches.append(Match(name, array.shape, place))
-    seen = {_place(family, n, a)[0] for n, a in arrays.items()}
-    missing = [_torch_side(family, p, wanted[p])[0] for p in wanted if p not in seen]
-    problems = [
-        f"{what} {len(found)} ({_some(found)})"
-        for what, found in (
-            ("other shapes:", misshapen),
-            ("missing:", missing),
-            ("left over:", left_over),
-        )
-        if found
-    ]
-    if problems:
-        raise UserError(
-            printable(f"{path} does not fit {network}: {'; '.join(problems)}.")
-        )
+    problems = {
+        "other shapes:": misshapen,
+        "missing:": list(missing.values()),
+        "left over:": left_over,
+    }
+    said = [f"{what} {_counted(found)}" for what, found in problems.items() if found]
+    if said:
+        raise refusal(f"{path} does not fit {network}: {'; '.join(said)}.")
     return flax.traverse_util.unflatten_dict(flat, sep="/"), matches
 
 
 def _place(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """As of `names.one_from_torch`; "" for a name that the family does not have."""
     try:
         return names.one_from_torch(family, name, array)
     except UserError:
         return "", array
 
 
-def _torch_side(
-    family: str, path: str, shape: tuple[int, ...]
-) -> tuple[str, tuple[int, ...]]:
-    """PyTorch's name and shape of a variable."""
-    name, array = names.one_to_torch(family, path, np.broadcast_to(np.False_, shape))
-    return name, array.shape
-
-
-def _some(found: list[str]) -> str:
+def _counted(found: list[str]) -> str:
     more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-    return ", ".join(found[:_MOST_NAMED]) + more
+    return f"{len(found)} ({', '.join(found[:_MOST_NAMED])}{more})"

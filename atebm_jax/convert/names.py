@@ -1,7 +1,6 @@
 """What PyTorch calls a network's arrays: whose names they are, to ours and back.
 
-Each family is asked: what its names are, its own file says
-(`models.family.TorchNames`).
+The names of a family are in its own file (`models.family.TorchNames`).
 """
 
 import functools
@@ -16,12 +15,23 @@ from atebm_jax.errors import UserError
 from atebm_jax.models import FAMILIES
 from atebm_jax.models.family import Rules, Shapes, TorchNames
 
+# Arrays of layers by the last part of their name and their number of axes: our name,
+# and the order of our axes in theirs. Convolutions are OIHW there and HWIO here, dense
+# layers [out, in] and [in, out].
+_LAYOUTS = {
+    ("weight", 4): ("kernel", (2, 3, 1, 0)),
+    ("weight", 2): ("kernel", (1, 0)),
+    ("weight", 1): ("scale", (0,)),
+    ("bias", 1): ("bias", (0,)),
+}
+_LAYOUTS_BACK = {
+    (ours, len(axes)): (theirs, tuple(map(int, np.argsort(axes))))
+    for (theirs, _), (ours, axes) in _LAYOUTS.items()
+}
+
 
 def known(family: str) -> TorchNames:
-    """A family's names in PyTorch.
-
-    Args:
-      family: a key of `atebm_jax.models.FAMILIES`.
+    """The names in PyTorch of a family of `models.FAMILIES`.
 
     Raises:
       UserError: it has none.
@@ -35,48 +45,40 @@ def known(family: str) -> TorchNames:
     return names
 
 
-def _families() -> Iterator[str]:
-    return (name for name, family in FAMILIES.items() if family.torch is not None)
+def _families() -> Iterator[tuple[str, TorchNames, set[str]]]:
+    """Each family with names in PyTorch, and its mark as each source calls it."""
+    for name, family in FAMILIES.items():
+        if (torch := family.torch) is not None:
+            inverse = _inverse(torch.aliases)
+            others = (_rename((rule,), torch.mark) for rule in inverse)
+            yield name, torch, {torch.mark, *(other for other in others if other)}
 
 
 def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
-    """The family of a state dict, or what else the network is.
+    """The family of a state dict, or what other network it is that is not built here.
 
-    Args:
-      shapes: of every array, PyTorch layouts, by name.
-
-    Returns:
-      (a key of `models.FAMILIES` whose networks have such names, None); or (None, what
-      the network is that is not built here). Both are None where nobody knows it.
+    One of the two is None, and both are where nobody knows the names.
     """
-    for family in _families():
-        if not _marks(family).isdisjoint(shapes) and not look_alike(family, shapes):
+    others = {family: look_alike(family, shapes) for family, _, _ in _families()}
+    for family, _, marks in _families():
+        if not marks.isdisjoint(shapes) and not others[family]:
             return family, None
-    others = (look_alike(family, shapes) for family in _families())
-    return None, next((what for what in others if what), None)
+    return None, next(filter(None, others.values()), None)
 
 
 def family_of(names: Iterable[str]) -> str | None:
     """The first family by whose mark names are known, look-alikes or not."""
     listed = set(names)
-    return next((f for f in _families() if _marks(f) & listed), None)
-
-
-def _marks(family: str) -> set[str]:
-    """A family's mark as each source calls it."""
-    torch = known(family)
-    others = (_rename((rule,), torch.mark) for rule in _inverse(torch.aliases))
-    return {torch.mark, *(name for name in others if name)}
+    return next((family for family, _, marks in _families() if marks & listed), None)
 
 
 def look_alike(family: str, shapes: Shapes) -> str | None:
-    """What a network is that a family may be mistaken for, or None."""
+    """What a network is that may be mistaken for one of a family, or None."""
     for what, test in known(family).look_alikes.items():
         if callable(test):
             found = test(shapes)
         else:
-            pattern = re.compile(rf"(?:.*\.)?(?:{test})")
-            found = any(map(pattern.fullmatch, shapes))
+            found = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in shapes)
         if found:
             return what
     return None
@@ -89,30 +91,21 @@ def looks_like_network(names: Iterable[str]) -> bool:
     a ViT's names otherwise.
     """
     listed = list(names)
-    for family in _families():
-        first = known(family).first
-        for mark in _marks(family):
+    for family, torch, marks in _families():
+        for mark in marks:
             ends = [n for n in listed if n == mark or n.endswith(f".{mark}")]
             for prefix in {n.removesuffix(mark) for n in ends}:
                 inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
-                if any(canonical(family, name) in first for name in inner):
+                if any(canonical(family, name) in torch.first for name in inner):
                     return True
     return False
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:
-    """What the shapes say about `config.model`; what they leave open is left out.
-
-    Args:
-      family: as of `recognise`.
-      shapes: of every array, PyTorch layouts, by name.
-
-    Returns:
-      Fields of `config.model` with their values; always "name".
-    """
-    own = _own_names(family, shapes)
-    found = {"name": family} | known(family).fields(own)
-    head = own.get(_last_layer(family), ())
+    """What the shapes say about `config.model`; what they leave open is left out."""
+    torch, own = known(family), _own_names(family, shapes)
+    found = {"name": family} | torch.fields(own)
+    head = own.get(f"{_rename(_inverse(torch.rules), 'fc')}.weight", ())
     if len(head) == 2 and head[0]:
         found["num_classes"] = head[0]
     return found
@@ -121,10 +114,8 @@ def fields(family: str, shapes: Shapes) -> dict[str, Any]:
 def channels(family: str, shapes: Shapes) -> int:
     """Channels of the images: inputs of the first convolution, or 3."""
     own = _own_names(family, shapes)
-    for name in known(family).first:
-        if len(own.get(name, ())) == 4:
-            return own[name][1]
-    return 3
+    first = (own.get(name, ()) for name in known(family).first)
+    return next((kernel[1] for kernel in first if len(kernel) == 4), 3)
 
 
 def _own_names(family: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -186,17 +177,12 @@ def canonical(family: str, name: str) -> str:
     return _rename(known(family).aliases, name) or name
 
 
-def _last_layer(family: str) -> str:
-    """Name of the last layer's weight, whose outputs are the classes."""
-    return f"{_rename(_inverse(known(family).rules), 'fc')}.weight"
-
-
 def begins_network(part: str) -> bool:
     """Whether the first part of a name is a network's own, and no wrapper's."""
     return any(
         re.fullmatch(_pattern(theirs.partition(".")[0]), part)
-        for family in _families()
-        for theirs, _ in (*known(family).rules, *known(family).aliases)
+        for _, torch, _ in _families()
+        for theirs, _ in (*torch.rules, *torch.aliases)
     )
 
 
@@ -212,14 +198,9 @@ def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.n
         return "/".join(part for part in ("params", path, leaf) if part), value
     if path and leaf in ("running_mean", "running_var"):
         return f"batch_stats/{path}/{leaf.removeprefix('running_')}", array
-    if path and leaf == "bias" and array.ndim == 1:
-        return f"params/{path}/bias", array
-    if path and leaf == "weight" and array.ndim == 4:
-        return f"params/{path}/kernel", array.transpose(2, 3, 1, 0)
-    if path and leaf == "weight" and array.ndim == 2:
-        return f"params/{path}/kernel", array.T
-    if path and leaf == "weight" and array.ndim == 1:
-        return f"params/{path}/scale", array
+    if path and (leaf, array.ndim) in _LAYOUTS:
+        ours, layout = _LAYOUTS[leaf, array.ndim]
+        return f"params/{path}/{ours}", array.transpose(layout)
     example = re.sub(r"{\w+}", "0", torch.rules[-2][0])
     raise UserError(
         f"{name!r} with shape {array.shape} is no parameter of a {family}: expected "
@@ -237,11 +218,9 @@ def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.nda
         return f"{name}.running_{leaf}", array
     if collection == "params" and name is not None and leaf in torch.bare:
         return (f"{name}.{leaf}" if name else leaf), array
-    if collection == "params" and leaf in ("bias", "scale") and name:
-        return f"{name}.{'bias' if leaf == 'bias' else 'weight'}", array
-    if collection == "params" and leaf == "kernel" and name:
-        layout = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
-        return f"{name}.weight", array.transpose(layout)
+    if collection == "params" and (leaf, array.ndim) in _LAYOUTS_BACK and name:
+        theirs, layout = _LAYOUTS_BACK[leaf, array.ndim]
+        return f"{name}.{theirs}", array.transpose(layout)
     raise UserError(
         f"{path!r} with shape {array.shape} is no variable of a {family}: expected "
         f"names such as 'params/{torch.rules[-1][1]}/kernel'."
