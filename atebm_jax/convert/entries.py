@@ -1,4 +1,4 @@
-"""What of a saved tree is weights: the networks in it, and averages beside them."""
+"""Finds the networks in a saved tree, and averaged weights that cannot be used."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -14,16 +14,16 @@ _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "average", "shadow", "po
 # Entries of training states that hold arrays but no network.
 _OTHERS = ("optim", "sched", "scaler", "amp", "grad", "loss")
 
-# How deep networks are looked for, and averages that nobody can use.
+# How deep in the tree networks and unusable averages are searched for.
 _DEEPEST_NETWORK = 3
 _DEEPEST_AVERAGE = 8
 
-# What makes averages without names usable.
+# How a user can make such averages usable.
 COPY = (
     "copy them into the network in PyTorch and save model.state_dict() to import them"
 )
 
-# More entries than any training state has: one mapping may hold another many times.
+# No training state has more entries. A file can hold one mapping many times.
 _MOST_ENTRIES = 1_000_000
 
 
@@ -93,11 +93,9 @@ def is_averaged(name: str) -> bool:
 
 
 def unusable_averages(source: Source, networks: Collection[str]) -> list[str]:
-    """A phrase for each average of the file that has no names, or is a whole object.
+    """A phrase for each average in the file without names, or as a whole object.
 
-    Args:
-      source: an opened file.
-      networks: names of what `collect` found.
+    Averages that contain one of `networks` (names, as of `collect`) can be used.
     """
     found: dict[str, str] = {}
     _find_averages(source.tree, "", None, networks, found, set())
@@ -112,7 +110,7 @@ def _find_averages(
     found: dict[str, str],
     seen: set[int],
 ) -> None:
-    """Adds the averages at a dotted name, or below the one of `average`, to `found`."""
+    """Adds unusable averages at and below `name` to `found`; `average` is above it."""
     if id(value) in seen or name.count(".") == _DEEPEST_AVERAGE:
         return
     seen.add(id(value))
@@ -143,7 +141,7 @@ def _is_average(key: str) -> bool:
 
 
 def _children(tree: Any) -> dict[str, Any]:
-    """What a mapping or a list holds, by name or place."""
+    """The values of a mapping or list, by name or position."""
     if isinstance(tree, list | tuple):
         tree = dict(enumerate(tree))
     pairs = tree.items() if isinstance(tree, dict) else ()

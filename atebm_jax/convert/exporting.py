@@ -1,4 +1,4 @@
-"""Weights of this project become a PyTorch file: what `--export` does."""
+"""Exports weights to a file for PyTorch: what `--export` does."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     model, classes = meta["config"]["model"], checkpoint.class_names(meta)
     arrays = to_torch(model["name"], {k: v for k, v in variables.items() if v})
     parameters = sum(array.size for array in arrays.values())
-    # PyTorch's batch normalisation counts batches, and some loaders insist on it.
+    # PyTorch's batch normalisation counts batches, and some loaders need the count.
     for name in [name for name in arrays if name.endswith(".running_mean")]:
         counter = name.replace("running_mean", "num_batches_tracked")
         arrays[counter] = np.zeros((), np.int64)

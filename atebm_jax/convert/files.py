@@ -25,18 +25,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from atebm_jax.convert import pickles
-from atebm_jax.convert.values import (
-    Damaged,
-    Named,
-    Refused,
-    Storage,
-    Tensor,
-    make_tensor,
-    storage_named,
-    whole,
-)
-from atebm_jax.convert.values import key as key_of
+from atebm_jax.convert import pickles, values
+from atebm_jax.convert.values import Damaged, Refused, Storage, Tensor, whole
 from atebm_jax.errors import UserError
 from atebm_jax.names import printable
 
@@ -47,7 +37,7 @@ _ADVICE = (
     "it: torch.save(model.state_dict(), 'weights.pt')"
 )
 
-# What files that are no checkpoints begin with, and what to do about them.
+# How files that are not checkpoints begin, and what to do about them.
 _OTHERS: dict[bytes, str] = {
     b"<!doctype": "a web page: the download was answered by a page, fetch the file",
     b"<html": "a web page: the download was answered by a page, fetch the file",
@@ -66,10 +56,10 @@ _OTHERS: dict[bytes, str] = {
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-# Pickles in archives describe tensors, they do not hold them.
+# A pickle in an archive describes tensors; it does not contain them.
 _LARGEST_PICKLE = 2**30
 
-# Names in a file may be of any length.
+# Names in a file can have any length; messages are cut to this one.
 _LONGEST_TEXT = 1000
 
 # The bytes of a storage by its key: [N] uint8.
@@ -88,17 +78,17 @@ class Source(NamedTuple):
 
 
 def is_array(value: Any) -> bool:
-    """Whether a leaf of a source's tree is an array or stands for one."""
+    """Whether a leaf of a tree is an array, read or not."""
     return isinstance(value, Tensor | np.ndarray)
 
 
 def shown(text: str) -> str:
-    """A text with names of a file in it: short, and nothing steers a terminal."""
+    """Shortens a text with names of a file, and escapes what could steer a terminal."""
     return printable(text[:_LONGEST_TEXT])
 
 
 def refusal(text: str) -> UserError:
-    """The error for what is wrong with a file; its names may be in the text."""
+    """The error for a faulty file; the text may hold names from the file."""
     return UserError(shown(text))
 
 
@@ -128,7 +118,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def _opened(path: str, file: BinaryIO) -> tuple[Any, _FindFn, dict[str, str]]:
-    """The tree, what finds storages, and texts, by the format that a file begins as."""
+    """Recognises the format by the first bytes: gives tree, storages and metadata."""
     head = file.read(512)
     file.seek(0)
     if not head:
@@ -136,7 +126,7 @@ def _opened(path: str, file: BinaryIO) -> tuple[Any, _FindFn, dict[str, str]]:
     for beginning, what in _OTHERS.items():
         if head.startswith(beginning) or head.lstrip().lower().startswith(beginning):
             raise refusal(f"{path} is no checkpoint but {what}.")
-    # A length, then JSON: no other format here begins as safetensors do.
+    # Only safetensors begins with a length and then JSON.
     length = int.from_bytes(head[:8], "little")
     fits = head[8:9] == b"{" and 2 <= length <= os.path.getsize(path)
     if path.endswith(".safetensors") or fits:
@@ -150,7 +140,7 @@ def _opened(path: str, file: BinaryIO) -> tuple[Any, _FindFn, dict[str, str]]:
 
 @contextlib.contextmanager
 def _faults_explained(path: str) -> Iterator[None]:
-    """Turns whatever reading a file may raise into one sentence."""
+    """Turns every exception of reading a file into one sentence."""
     try:
         yield
     except UserError:
@@ -216,7 +206,7 @@ def _record(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
         info = archive.getinfo(name)
     except KeyError as error:
         raise Damaged(f"no record {name!r}") from error
-    # PyTorch never compresses: what unpacks to more than it is was made to.
+    # PyTorch never compresses: a compressed record may be made to exhaust memory.
     if info.compress_type != zipfile.ZIP_STORED:
         raise Refused(f"a compressed record {name!r}")
     if (size := max(info.file_size, info.compress_size)) > limit:
@@ -231,7 +221,7 @@ def _storage_of(name: Any) -> Storage:
     tag, kind, key, _, count = name[:5]
     if tag not in ("storage", b"storage") or not isinstance(key, str | int):
         raise Refused("an object from outside the file")
-    storage = Storage(key, storage_named(kind), whole(count))
+    storage = Storage(key, values.storage_named(kind), whole(count))
     if len(name) == 6 and name[5] is not None:
         _, start, size = name[5]
         storage.start, storage.count = whole(start), whole(size)
@@ -239,7 +229,7 @@ def _storage_of(name: Any) -> Storage:
 
 
 def _view(data: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """A tensor's elements of the whole record of its storage, without a copy."""
+    """A tensor's elements, without a copy, from the bytes of its storage's record."""
     storage, dtype = tensor.storage, tensor.dtype
     first, size = (n * storage.itemsize for n in (storage.start, storage.count))
     if first + size > len(data):
@@ -274,7 +264,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
         return storage
 
     tree, keys = pickles.load(data, persistent), pickles.load(data)
-    if not isinstance(keys, list) or set(map(key_of, keys)) != set(storages):
+    if not isinstance(keys, list) or set(map(values.key, keys)) != set(storages):
         raise Damaged("a list of other storages than the tensors use")
     buffer, places = np.frombuffer(data, np.uint8), {}
     for key in keys:
@@ -287,7 +277,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
 
 
 def _count(file: BinaryIO) -> int:
-    """How many elements the storage has that begins here."""
+    """Reads how many elements the next storage has."""
     return whole(struct.unpack("<q", file.read(8))[0])
 
 
@@ -315,7 +305,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     except KeyError as error:
         kinds = ", ".join(archive.getnames()[:4])
         raise Damaged(f"a tar archive without {name!r} (it holds {kinds})") from error
-    # A sparse one claims zeros, as many as it likes.
+    # A sparse member can claim any number of zeros.
     member = archive.extractfile(info) if info.isreg() else None
     if member is None or info.issparse():
         raise Damaged(f"a tar archive whose {name!r} is no file")
@@ -323,20 +313,20 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _tar_storages(file: BinaryIO) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
-    """The bytes of each storage, and the storages and views of them, by key."""
+    """Reads the storages: the bytes of each, and storages and views by key."""
     records: dict[Any, np.ndarray] = {}
     objects: dict[Any, Any] = {}
     for _ in range(whole(pickles.load(file))):
         key, _, kind = pickles.load(file)
-        storage = Storage(key_of(key), storage_named(kind), _count(file))
+        storage = Storage(values.key(key), values.storage_named(kind), _count(file))
         size = storage.count * storage.itemsize
         records[storage.key] = np.frombuffer(file.read(size), np.uint8)
         if len(records[storage.key]) != size:
             raise Damaged("storages that break off")
         objects[storage.key] = storage
     for key, root, start, count in pickles.load(file):
-        owner = objects[key_of(root)]
-        objects[key_of(key)] = Storage(
+        owner = objects[values.key(root)]
+        objects[values.key(key)] = Storage(
             owner.key, owner.dtype, whole(count), whole(start)
         )
     return records, objects
@@ -346,15 +336,15 @@ def _tar_tensors(file: BinaryIO, objects: dict[Any, Any]) -> None:
     """Adds the tensors to the storages: each a header and its geometry."""
     for _ in range(whole(pickles.load(file))):
         key, storage_key, kind = pickles.load(file)
-        if not isinstance(kind, Named):
+        if not isinstance(kind, values.Named):
             raise Damaged("a tensor without a type")
-        # The number of axes is followed by four bytes that mean nothing.
+        # Four bytes without a meaning follow the number of axes.
         axes, _ = struct.unpack("<ii", file.read(8))
         if not 0 <= axes <= 16:
             raise Damaged(f"a tensor with {axes} axes")
         numbers = struct.unpack(f"<{2 * axes + 1}q", file.read(16 * axes + 8))
-        storage = objects[key_of(storage_key)]
+        storage = objects[values.key(storage_key)]
         dtype = np.dtype(np.uint8) if storage.dtype is None else storage.dtype
-        objects[key_of(key)] = make_tensor(
+        objects[values.key(key)] = values.make_tensor(
             storage, numbers[-1], numbers[:axes], numbers[axes:-1], dtype
         )

@@ -1,4 +1,4 @@
-"""A PyTorch checkpoint becomes one of this project: what `--from` and `--to` do."""
+"""Imports a PyTorch checkpoint: what `--from` and `--to` do."""
 
 import collections
 import importlib.metadata
@@ -17,7 +17,7 @@ from etils import epath
 from atebm_jax import archs, checkpoint, checksums, models, storage
 from atebm_jax import config as configuration
 from atebm_jax.convert import layouts, matching, names, normalization
-from atebm_jax.convert.files import Source, open_source, refusal
+from atebm_jax.convert.files import Source, open_source, refusal, shown
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models.family import Shapes
@@ -44,7 +44,7 @@ def read(
     activation: str | None = None,
     image_size: int | None = None,
 ) -> Imported:
-    """Reads a checkpoint and finds out what network it is of.
+    """Reads a checkpoint and recognises its network.
 
     Args:
       path: `.pt`, `.pth`, `.ckpt`, `.tar` or `.safetensors`.
@@ -70,7 +70,7 @@ def read(
     name = archs.name_of(model) or family
     called = name if arch == "auto" else f"--arch={arch}"
     variables, matches = _match(source, weights, arrays, config, called)
-    # Later than the match, so that a file that does not fit is told so first.
+    # After the match: that a file does not fit is the more important message.
     declared = _declared(source, weights)
     chosen = normalization.decide(asked, declared, model, shape[-1], source.path)
     model.mean, model.std = chosen.mean, chosen.std
@@ -108,7 +108,7 @@ def _match(
     config: ml_collections.ConfigDict,
     called: str,
 ) -> tuple[dict[str, Any], list[matching.Match]]:
-    """Variables of a network from a file's arrays; says what else the file holds."""
+    """Variables of a network from a file's arrays; a refusal names other weights."""
     model = config.model
     arrays, dropped = matching.without_unused(model.name, arrays)
     weights.steps.extend(dropped)
@@ -119,14 +119,14 @@ def _match(
         if not weights.others:
             raise
         flags = " or ".join(f"--entry={other}" for other in weights.others[:4])
-        raise refusal(
+        raise UserError(
             f"{str(error).removesuffix('.')}; one part of the file alone is taken with "
-            f"{flags}."
+            f"{shown(flags)}."
         ) from error
 
 
 def _declared(source: Source, weights: layouts.Weights) -> normalization.Declared:
-    """What the file says about the normalisation, arrays before all else."""
+    """What the file says about the normalisation; arrays have precedence."""
     found = normalization.declared(source.tree, source.read)
     if not weights.constants:
         return found
@@ -195,7 +195,7 @@ def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, 
                 f"has {name} {shapes[name]} and is a {family}; leave --arch out, or "
                 "give the right one."
             )
-        # What does not size the network (classes, say) the file knows better.
+        # The file has precedence in what does not size the network: classes, say.
         sized_by = models.FAMILIES[values["name"]].sized_by
         values |= {f: x for f, x in found.items() if f not in sized_by}
         return values["name"], values
@@ -262,7 +262,7 @@ def probe_logits(
 
 
 def with_class_names(imported: Imported, path: str | os.PathLike) -> Imported:
-    """The same with names of its classes from a file, one a line, by number.
+    """Adds the names of the classes from a file, one a line, by number.
 
     Raises:
       UserError: it cannot be read, or does not name each class once.
@@ -302,10 +302,6 @@ def check_target(to: str | os.PathLike) -> None:
 def write(imported: Imported, to: str | os.PathLike) -> None:
     """Writes a folder that looks like a workdir, complete or not at all.
 
-    Args:
-      imported: as of `read`.
-      to: a folder that is not there or is empty.
-
     Raises:
       UserError: something is there, or it cannot be written.
     """
@@ -323,22 +319,25 @@ def _save_weights(
     folder: epath.Path, imported: Imported, config: dict[str, Any]
 ) -> None:
     """One step with the averaged weights alone: all that other commands read."""
-    meta = {"format": checkpoint.FORMAT, "stage": checkpoint.IMPORTED, "step": 0}
-    meta |= {"T": 0, "config": config, "import": imported.record}
-    names = imported.class_names
-    meta["class_names"] = None if names is None else list(names)
+    meta = {
+        "format": checkpoint.FORMAT,
+        "stage": checkpoint.IMPORTED,
+        "step": 0,
+        "T": 0,
+        "config": config,
+        "import": imported.record,
+        "class_names": imported.class_names,
+    }
     state = {
         "average_params": imported.variables["params"],
         "average_batch_stats": imported.variables.get("batch_stats", {}),
     }
     path = checkpoint.stage_folder(folder, checkpoint.IMPORTED)
     path.mkdir(parents=True)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+    )
     with ocp.CheckpointManager(path, item_names=("state", "meta")) as manager:
-        manager.save(
-            0,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        manager.save(0, args=items)
     checkpoint.check_complete(path / "0")
     checksums.write(path / "0")

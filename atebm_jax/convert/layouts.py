@@ -1,8 +1,8 @@
 """Finds the weights in what was saved, and takes the wrappers off their names.
 
 Training states, averaged copies, `DataParallel`, attack wrappers and networks with
-their normalisation in front all end as one plain state dict; whatever was taken off is
-said in `Weights.steps`.
+their normalisation in front all become one plain state dict. `Weights.steps` says what
+was removed.
 """
 
 import collections
@@ -28,14 +28,15 @@ class Weights:
 
     # By PyTorch name, without wrappers: leaves of a source's tree.
     arrays: dict[str, Any]
-    # What was chosen and taken off, a phrase each.
+    # One phrase for each choice and each removed wrapper.
     steps: list[str] = field(default_factory=list)
     # "mean" and "std" of the input normalisation, kept beside the weights.
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    # What `--entry` takes other weights of the file by, and has before these names.
+    # Values of `--entry` for the other weights of the file, and the prefix that these
+    # names have in a value of `--entry`.
     others: list[str] = field(default_factory=list)
     prefix: str = ""
-    # Whether `--entry` gave a prefix of names: nothing is to be chosen any more.
+    # Whether `--entry` gave a prefix of names: then nothing more is chosen.
     is_given: bool = False
 
 
@@ -51,10 +52,10 @@ _NETWORKS = frozenset(
     }
 )
 
-# Names of networks beside another one, of which none is the usual one to take.
+# Names of networks in pairs, of which neither is the usual one to take.
 _ROLES = frozenset({"student", "teacher", "target", "target_model", "momentum_encoder"})
 
-# What every network has one of, and copies of its parameters alone lack.
+# Every network has all of these; a copy of its parameters alone does not.
 _STATISTICS = frozenset({"running_mean", "running_var"})
 _KINDS = frozenset({"weight", "bias"}) | _STATISTICS
 
@@ -73,8 +74,8 @@ _NORMALIZER = re.compile(
     r"(?:new_)?(mean|means|mu|std|stds|sd|sds|sigma)"
 )
 
-# Modules that wrap another one at any depth, compute nothing and have no arrays:
-# parallel training, compilation, sharding, recomputation, private gradients.
+# Modules that wrap another one at any depth and have no arrays of their own: parallel
+# training, compilation, sharding, recomputation, private gradients.
 _TRANSPARENT = (
     r"(?:_?module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
     r"_fpw_module|_forward_module)"
@@ -117,7 +118,7 @@ def find(source: Source, entry: str | None = None) -> Weights:
 
 
 def _entered(source: Source, entry: str | None) -> Weights:
-    """The entry of the file that is meant, with its wrappers."""
+    """The entry of the file that is meant, still with its wrappers."""
     networks = entries.collect(source)
     asked, inside = entries.split(entry, networks)
     steps = entries.unusable_averages(source, networks)
@@ -150,9 +151,9 @@ def _below(arrays: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
 
 
 def _take_out_inner_wrappers(weights: Weights) -> None:
-    """Takes them out of the names; two names that would become one stay as they are.
+    """Removes them from the names, but keeps two names that would become the same.
 
-    What stands in front stays too: all names may share it, or it may part two networks.
+    A wrapper in front stays: all names may share it, or it may separate two networks.
     """
     plain = {name: _INNER_WRAPPERS.sub("", name) for name in weights.arrays}
     count = collections.Counter(plain.values())
@@ -182,7 +183,7 @@ def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
 def _pass_over_counters(weights: Weights) -> None:
     single = [n for n, value in weights.arrays.items() if math.prod(value.shape) == 1]
     counters = [n for n in single if _last(n) in _COUNTERS]
-    # What they say is read where the normalisation is.
+    # `normalization` reads what the switches say.
     switches = [n for n in single if normalization.is_switch(n)]
     for name in counters + switches:
         del weights.arrays[name]
@@ -194,7 +195,7 @@ def _pass_over_counters(weights: Weights) -> None:
 
 
 def _take_heads(weights: Weights) -> None:
-    """JEM's network `f` and its two heads, as one classifier.
+    """Makes one classifier of JEM's network `f` and its two heads.
 
     `class_output` reads the features of `f`, whose own last layer nothing uses; the
     energy is that of the classes, not `energy_output` (Grathwohl et al., 2020).
@@ -262,7 +263,7 @@ def _outside(arrays: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any
 
 
 def _take_off_wrapper(source: Source, weights: Weights) -> None:
-    """Takes the wrapper off that all names share, or one of the usual ones."""
+    """Removes the wrapper that all names share, or one of the usual wrappers."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in weights.arrays.items():
         first, dot, inner = name.partition(".")
@@ -280,7 +281,7 @@ def _take_off_wrapper(source: Source, weights: Weights) -> None:
 
 def _enter(weights: Weights, wrapper: str, arrays: dict[str, Any]) -> None:
     weights.arrays = arrays
-    # `_below` passes over the transparent ones.
+    # `_below` skips the transparent wrappers.
     if wrapper and not re.fullmatch(_TRANSPARENT, wrapper):
         weights.prefix += f"{wrapper}."
 
@@ -327,7 +328,7 @@ def _is_wrapper(name: str, names: Iterable[str]) -> bool:
 
 
 def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:
-    """Whether names under a prefix are another network than the rest."""
+    """Whether names under a prefix are a network besides the rest."""
     collide = any(n in rest for n in names)
     return collide or entries.is_averaged(name) or looks_like_network(names)
 
@@ -335,9 +336,9 @@ def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:
 def _choose(
     networks: Mapping[str, dict], name: str | None, source: Source, weights: Weights
 ) -> str:
-    """Which network is meant, of several by name; "" is the one without a prefix.
+    """The name of the network to take; "" is the one without a prefix.
 
-    What was chosen, and what is left, is said in `weights`.
+    `weights` notes the choice and the other networks.
 
     Raises:
       UserError: none was asked for, and none is the usual one.
@@ -365,7 +366,7 @@ def _choose(
 
 
 def _meant(networks: Mapping[str, Any]) -> str | None:
-    """The only network, else the only averages of one, else the one of usual name."""
+    """The only network, else its only averages, else the one with a usual name."""
     averaged = [n for n in networks if entries.is_averaged(n)]
     plain = [n for n in networks if n not in averaged]
     usual = [n for n in plain if _is_usual(n)]
@@ -384,7 +385,7 @@ def _is_usual(name: str) -> bool:
 def _without_partial_averages(
     networks: Mapping[str, dict], weights: Weights
 ) -> dict[str, dict]:
-    """The networks without averages that lack parts of the network beside them."""
+    """Leaves out averages that lack parts of the network beside them."""
     plain = [n for n in networks if not entries.is_averaged(n)]
     if len(plain) != 1 or not _is_usual(plain[0]):
         return dict(networks)
@@ -405,7 +406,7 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
     """
     arrays: dict[str, np.ndarray] = {}
     narrowed: collections.Counter[str] = collections.Counter()
-    # Names may share numbers, which become copies here.
+    # Arrays can share numbers in the file; here each gets a copy.
     left = _MOST_COPIES * os.path.getsize(source.path)
     for name, value in weights.arrays.items():
         if _last(name) == "num_batches_tracked":
@@ -426,7 +427,7 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _as_float32(array: np.ndarray, what: str) -> np.ndarray:
-    """Checks an array, and converts it if it is not of integers."""
+    """Checks an array, and converts floating-point numbers to float32."""
     is_float = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
     if not array.size or not (is_float or array.dtype.kind in "iub"):
         raise refusal(

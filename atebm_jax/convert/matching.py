@@ -1,4 +1,4 @@
-"""Every parameter of a file against every parameter of a network, by name."""
+"""Matches every parameter of a file with every parameter of a network, by name."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from atebm_jax.convert import names
 from atebm_jax.convert.files import refusal
 from atebm_jax.errors import UserError
 
-# More names than this help nobody.
+# How many names a message lists.
 _MOST_NAMED = 6
 
 
@@ -25,12 +25,9 @@ class Match(NamedTuple):
 def without_unused(
     family: str, arrays: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Drops what a published network carries and never computes with.
+    """Drops arrays that published networks carry and never use, and says so.
 
-    Only where every other name is the family's: in another network it may be in use.
-
-    Returns:
-      (the arrays without them, a phrase for what was dropped).
+    Only if all other names belong to the family: another network may use them.
     """
     shapes = {name: array.shape for name, array in arrays.items()}
     unused, what = names.known(family).unused(shapes)
@@ -92,7 +89,7 @@ def match(
 
 
 def _place(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """As of `names.one_from_torch`; "" for a name that the family does not have."""
+    """`names.one_from_torch`, with the path "" for a name that the family lacks."""
     try:
         return names.one_from_torch(family, name, array)
     except UserError:

@@ -15,9 +15,8 @@ from atebm_jax.errors import UserError
 from atebm_jax.models import FAMILIES
 from atebm_jax.models.family import Rules, Shapes, TorchNames
 
-# Arrays of layers by the last part of their name and their number of axes: our name,
-# and the order of our axes in theirs. Convolutions are OIHW there and HWIO here, dense
-# layers [out, in] and [in, out].
+# Arrays of layers, by the last part of their name and their number of axes: our name,
+# and where our axes are in theirs.
 _LAYOUTS = {
     ("weight", 4): ("kernel", (2, 3, 1, 0)),
     ("weight", 2): ("kernel", (1, 0)),
@@ -46,7 +45,7 @@ def known(family: str) -> TorchNames:
 
 
 def _families() -> Iterator[tuple[str, TorchNames, set[str]]]:
-    """Each family with names in PyTorch, and its mark as each source calls it."""
+    """Each family with names in PyTorch, and the names of its mark in all sources."""
     for name, family in FAMILIES.items():
         if (torch := family.torch) is not None:
             inverse = _inverse(torch.aliases)
@@ -55,9 +54,9 @@ def _families() -> Iterator[tuple[str, TorchNames, set[str]]]:
 
 
 def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
-    """The family of a state dict, or what other network it is that is not built here.
+    """(family of a state dict, None), or (None, what other network it is).
 
-    One of the two is None, and both are where nobody knows the names.
+    Both are None for unknown names.
     """
     others = {family: look_alike(family, shapes) for family, _, _ in _families()}
     for family, _, marks in _families():
@@ -67,19 +66,17 @@ def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """The first family by whose mark names are known, look-alikes or not."""
+    """The first family whose mark is among the names, which may be a look-alike's."""
     listed = set(names)
     return next((family for family, _, marks in _families() if marks & listed), None)
 
 
 def look_alike(family: str, shapes: Shapes) -> str | None:
-    """What a network is that may be mistaken for one of a family, or None."""
+    """What other network has the names of a family, or None if it is the family's."""
     for what, test in known(family).look_alikes.items():
-        if callable(test):
-            found = test(shapes)
-        else:
-            found = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in shapes)
-        if found:
+        names = () if callable(test) else shapes
+        by_name = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in names)
+        if by_name or (callable(test) and test(shapes)):
             return what
     return None
 
@@ -87,8 +84,8 @@ def look_alike(family: str, shapes: Shapes) -> str | None:
 def looks_like_network(names: Iterable[str]) -> bool:
     """Whether a whole network of some family is among names, under any prefix.
 
-    Its first layer must be there too: a stage of a hierarchical transformer (Swin) has
-    a ViT's names otherwise.
+    Its first layer must be there too, as a stage of a hierarchical transformer (Swin)
+    has the names of a ViT.
     """
     listed = list(names)
     for family, torch, marks in _families():
@@ -173,12 +170,12 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
 
 
 def canonical(family: str, name: str) -> str:
-    """The name that `to_torch` would give what another source calls `name`."""
+    """The family's own name for what another source calls `name`."""
     return _rename(known(family).aliases, name) or name
 
 
 def begins_network(part: str) -> bool:
-    """Whether the first part of a name is a network's own, and no wrapper's."""
+    """Whether the first part of a name belongs to a network and not to a wrapper."""
     return any(
         re.fullmatch(_pattern(theirs.partition(".")[0]), part)
         for _, torch, _ in _families()

@@ -20,15 +20,15 @@ NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "none": AS_THEY_ARE,
 }
 
-# mean and std in a file are rounded to float32, and to few digits by some.
+# Files round mean and std to float32, and some to few digits.
 _SAME = 1e-4
 
-# Whose weights expect what, of networks for grey images.
+# The choices for networks for grey images, and whose weights expect which.
 _WHO_GREY = "--normalization=none or --mean=0.1307 --std=0.3081 (PyTorch's MNIST), say"
 
 
 class Normalization(NamedTuple):
-    """Input normalisation inside the network, and what it rests on."""
+    """Input normalisation inside the network, and where it comes from."""
 
     mean: tuple[float, ...]  # one number a channel; () for none
     std: tuple[float, ...]
@@ -62,7 +62,7 @@ def is_switch(name: Any) -> bool:
 
 
 def declared(tree: Any, read: _ReadFn) -> Declared:
-    """What stands beside the weights of a tree: a switch, or lists of mean and std."""
+    """Reads what a tree has beside the weights: a switch, or lists of mean and std."""
     found = Declared()
     for place, values in _mappings(tree):
         before = f"{place}." if place else ""
@@ -83,7 +83,7 @@ def declared(tree: Any, read: _ReadFn) -> Declared:
 
 
 def _mappings(tree: Any) -> Iterator[tuple[str, dict]]:
-    """The mapping itself and those in it, by name."""
+    """The mapping and the mappings in it, by name."""
     if not isinstance(tree, dict):
         return
     yield "", tree
@@ -214,7 +214,7 @@ def _usual(model: Mapping[str, Any], channels: int, path: str) -> Normalization:
 
 
 def assumption(chosen: Normalization) -> str:
-    """What was assumed, and how to say something else."""
+    """A sentence that says what was assumed, and how to change it."""
     numbers = f"mean {list(chosen.mean)}, std {list(chosen.std)}"
     return (
         f"input normalisation: {numbers if chosen.mean else 'none'} ({chosen.origin}): "

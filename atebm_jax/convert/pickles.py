@@ -28,20 +28,20 @@ from atebm_jax.convert.values import (
     whole,
 )
 
-# Turns what a pickle says instead of an object's data into that object.
+# Gives the object that a persistent id in a pickle stands for.
 PersistentFn = Callable[[Any], Any]
 
 _MARK = object()
 
-# More objects than any checkpoint has: a larger file was made to exhaust memory.
+# No checkpoint has more objects: a larger file was made to exhaust memory.
 _MOST_OPERATIONS = 20_000_000
 
 
 def load(file: BinaryIO, persistent: PersistentFn | None = None) -> Any:
-    """Reads one pickle from where a file stands, and leaves it standing behind it.
+    """Reads one pickle from the position of a file, which is behind it afterwards.
 
-    Gives plain containers, numbers and strings, and the types of `values`; what a
-    persistent id stands for says `persistent`, without which it is refused.
+    Gives plain containers, numbers and strings, and the types of `values`.
+    `persistent` resolves persistent ids; without it they are refused.
 
     Raises:
       Refused: the pickle calls or builds what is not on the list.
@@ -61,7 +61,7 @@ def load(file: BinaryIO, persistent: PersistentFn | None = None) -> Any:
     except (Refused, Damaged):
         raise
     except Exception as error:
-        # A stack machine fed with noise fails in many ways, all of them this one.
+        # Random bytes make the machine fail in many ways; all mean the same.
         raise Damaged(f"{type(error).__name__} in a pickle") from error
 
 
@@ -72,7 +72,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self._persistent = persistent
-        # Elements given to calls, which copy them: a short file may ask for many
+        # Elements given to calls, which copy them: a short file can ask for many
         # copies of one long text.
         self.copied = 0
 
@@ -103,22 +103,18 @@ class _Machine:
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.top()
-        if isinstance(target, Inert):
-            target.items.extend(zip(pairs[::2], pairs[1::2], strict=True))
-        elif isinstance(target, dict):
+        if isinstance(target, dict):
             target.update(_paired(pairs))
-        else:
+        elif not isinstance(target, Inert):
             raise Refused(f"items for {describe(target)}")
 
     def append_all(self, values: list[Any]) -> None:
         target = self.top()
-        if isinstance(target, Inert):
-            target.items.extend(values)
-        elif isinstance(target, list):
+        if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
             target.update(map(key, values))
-        else:
+        elif not isinstance(target, Inert):
             raise Refused(f"elements for {describe(target)}")
 
     def name_on_stack(self, _: Any) -> None:
@@ -143,7 +139,7 @@ class _Machine:
         self.push(made)
 
     def build(self, _: Any) -> None:
-        """Keeps a state as data; nothing of the file's classes runs."""
+        """Keeps a state as data; no code of the file's classes runs."""
         state, target = self.pop(), self.top()
         if isinstance(target, Inert):
             target.state = state
@@ -154,7 +150,7 @@ class _Machine:
             target.dtype = target.dtype.newbyteorder(order)
         elif isinstance(target, Named) or callable(target):
             raise Refused(f"a new state for {describe(target)}")
-        # Attributes of a dictionary or a tensor (`_metadata`, hooks) are no weights.
+        # Attributes of a dictionary or tensor (`_metadata`, hooks) are not weights.
 
     def persistent(self, name: Any) -> None:
         if self._persistent is None:
@@ -220,7 +216,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
 
 
 def _tensor_v3(storage: Any, *arguments: Any) -> Tensor:
-    # Whether it has a gradient, and hooks, stand before its type.
+    # `requires_grad` and the hooks come before the dtype.
     offset, shape, strides, _, _, dtype = arguments[:6]
     return make_tensor(storage, offset, shape, strides, dtype_named(dtype))
 
@@ -238,7 +234,7 @@ def _mapping(pairs: Any = (), *_: Any) -> dict:
 def _sequence(kind: Callable, entry: Callable = lambda value: value) -> Callable:
     def build(values: Any = (), *_: Any) -> Any:
         if not isinstance(values, list | tuple | set | frozenset):
-            # bytearray(10**12), say, would take memory that the file does not have.
+            # An argument such as 10**12 would take memory that the file does not have.
             raise Refused(f"{kind.__name__}({describe(values)})")
         return kind(map(entry, values))
 
@@ -267,7 +263,7 @@ def _numpy_type(code: Any, *_: Any) -> NumpyType:
 
 
 def _numbers(kind: Any, data: Any, count: int) -> np.ndarray:
-    """[count] of a type from their bytes, which old protocols hold as a text."""
+    """[count] numbers of a type from bytes, which old protocols hold as text."""
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(kind, NumpyType) or not isinstance(data, bytes | bytearray):
         raise Refused("NumPy numbers that are objects")
@@ -277,7 +273,7 @@ def _numbers(kind: Any, data: Any, count: int) -> np.ndarray:
 
 
 def _fill_array(target: np.ndarray, state: Any) -> None:
-    """Gives an array its shape, type and bytes, which are checked before."""
+    """Checks the state of an array (shape, dtype, bytes), and sets it."""
     if not isinstance(state, tuple) or len(state) != 5:
         raise Damaged("an array without a state")
     _, shape, kind, fortran, data = state
@@ -316,10 +312,10 @@ _BUILTINS = {
     "object": _inert("object"),
 }
 # How dill writes the functions and classes in some training states (a schedule's
-# lambda). They stay descriptions: neither code nor class is ever made of them.
+# lambda). They remain descriptions: no code and no class is made of them.
 _DILL = ("_create_cell", "_create_code", "_create_function", "_create_type")
 _DILL += ("_get_attr", "_import_module", "_load_type")
-# Classes of plain data, kept as the arguments that they were given.
+# Classes of plain data: their arguments are kept.
 _DATA = (
     *(f"datetime.{x}" for x in ("date", "datetime", "time", "timedelta", "timezone")),
     *(
@@ -331,7 +327,7 @@ _DATA = (
     *(f"dill.{module}.{x}" for module in ("_dill", "dill") for x in _DILL),
 )
 
-# All that a pickle can call, by its name there.
+# All that a pickle can call, by its name in the pickle.
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
@@ -342,7 +338,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    # A subclass of a tensor (its class, its state), as the tensor that it is.
+    # A subclass of a tensor (with class and state) becomes a plain tensor.
     "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, __: _call(
         function, arguments
     ),
@@ -360,7 +356,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What a pickle's call gives, by `CALLS` alone.
+    """The result of a call in a pickle; only `CALLS` can be called.
 
     Raises:
       Refused: the call is not listed.
@@ -375,7 +371,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _instance(kind: Any, arguments: Any) -> Any:
-    """An instance whose class's constructor is not run: plain data or `Inert`.
+    """An instance as plain data or `Inert`: no constructor runs.
 
     Raises:
       Refused: the class belongs to Python itself and is not listed.
@@ -384,7 +380,7 @@ def _instance(kind: Any, arguments: Any) -> Any:
         raise Refused(f"an instance of {describe(kind)}")
     if str(kind) in CALLS:
         return _call(kind, arguments)
-    # Python's own modules are where what runs programs lives.
+    # Python's own modules have classes that run programs.
     of_python = sys.stdlib_module_names | {"posix", "nt", "__builtin__", "copy_reg"}
     if kind.module.partition(".")[0] in of_python:
         raise Refused(f"an instance of {kind}")

@@ -1,7 +1,7 @@
 """What a checkpoint's pickle is read as: plain data, and stand-ins for the rest."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (NumPy learns the name "bfloat16")
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class Refused(Exception):
-    """A pickle that asks for more than weights need; says what."""
+    """A pickle asks for more than weights need; the text says for what."""
 
 
 class Damaged(Exception):
-    """A file that ends early or contradicts itself."""
+    """A file ends early or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,11 @@ class Named:
 
 @dataclass(eq=False)
 class Inert:
-    """An instance of some class, kept as data: nothing was built or run."""
+    """An instance of some class as data, without its items; nothing was run."""
 
     kind: str
     arguments: tuple = ()
     state: Any = None
-    items: list = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -69,7 +68,7 @@ class NumpyType:
     dtype: np.dtype
 
 
-# PyTorch's storages, and its name (and NumPy's) for the dtype of each.
+# PyTorch's storages, and the name of their dtype in PyTorch and NumPy.
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -141,7 +140,7 @@ def make_tensor(
 
 
 def describe(value: Any) -> str:
-    """A value of a pickle, for a message; it may be endless when it is walked."""
+    """A value of a pickle in short, for a message."""
     if isinstance(value, str):
         return repr(value[:80])
     if isinstance(value, Named) and value.module in ("posix", "nt"):
@@ -150,7 +149,7 @@ def describe(value: Any) -> str:
         return str(value)
     if isinstance(value, Inert):
         names = [str(x) for x in value.arguments if isinstance(x, str | Named)]
-        # The first alone: each may hold the next one twice, and so on.
+        # Only the first: each instance can hold the next one twice, and so on.
         inner = next((x for x in value.arguments if isinstance(x, Inert)), None)
         names += [] if inner is None else [describe(inner)]
         return f"{value.kind}({', '.join(names)[:80]})"

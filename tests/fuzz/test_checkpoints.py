@@ -454,7 +454,7 @@ def test_sparse_member_of_a_tar_file_is_not_unpacked(tmp_path):
 
 
 def test_wrappers_without_end_are_refused(tmp_path):
-    arrays = {"module." * 500 + name: x for name, x in small_arrays().items()}
+    arrays = {"net." * 500 + name: x for name, x in small_arrays().items()}
     path = as_zip(tmp_path / "made.pt", arrays)
     with pytest.raises(UserError, match="more than 32 wrappers"):
         layouts.find(files.open_source(path))
