@@ -22,7 +22,7 @@ from atebm_jax.progress import say
 
 if TYPE_CHECKING:
     from atebm_jax.convert.importing import Imported
-    from atebm_jax.convert.matching import Match
+    from atebm_jax.convert.names import Match
 
 # Logits that are shown; all are in import.json.
 _SHOWN_LOGITS = 10
@@ -136,8 +136,7 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
     )
     for assumption in record["assumed"]:
         say(console, f"ASSUMED {assumption}")
-    table = _parameters(made.matches) if verbose else _parts(made.matches)
-    console.print(table)
+    console.print(_table(made.matches, verbose))
     say(
         console,
         f"all {record['arrays_matched']} arrays with {record['numbers_matched']:,} "
@@ -150,23 +149,21 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
     say(console, f"logits of the fixed image ({side}): {shown}{more}")
 
 
-def _parameters(matches: "list[Match]") -> Table:
+def _table(matches: "list[Match]", verbose: bool) -> Table:
+    """Every parameter, or the arrays and numbers of each part of the network."""
+    titles: tuple[str, ...] = ("PyTorch", "shape", "here")
+    rows: list[tuple] = list(matches)
+    if not verbose:
+        sizes: dict[str, list[int]] = collections.defaultdict(list)
+        for row in matches:
+            sizes[row.name.partition(".")[0]].append(math.prod(row.shape))
+        titles = ("PyTorch", "arrays", "numbers")
+        rows = [(name, len(found), f"{sum(found):,}") for name, found in sizes.items()]
     table = Table()
-    for title in ("PyTorch", "shape", "here"):
+    for title in titles:
         table.add_column(title, overflow="fold")
-    for row in matches:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
-
-
-def _parts(matches: "list[Match]") -> Table:
-    """Arrays and numbers of each part of a network."""
-    sizes: dict[str, list[int]] = collections.defaultdict(list)
-    for row in matches:
-        sizes[row.name.partition(".")[0]].append(math.prod(row.shape))
-    table = Table("PyTorch", "arrays", "numbers")
-    for name, numbers in sizes.items():
-        table.add_row(Text(name), str(len(numbers)), f"{sum(numbers):,}")
+    for cells in rows:
+        table.add_row(*(Text(str(cell)) for cell in cells))
     return table
 
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from atebm_jax import archs, checkpoint, checksums, models, storage
 from atebm_jax import config as configuration
-from atebm_jax.convert import layouts, matching, names, normalization
+from atebm_jax.convert import layouts, names, normalization
 from atebm_jax.convert.files import Source, open_source, refusal, shown
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError, check_choice
@@ -30,7 +30,7 @@ class Imported(NamedTuple):
 
     variables: dict[str, Any]  # {"params": ..., "batch_stats": ...}, float32
     config: ml_collections.ConfigDict  # complete; its model computes what theirs did
-    matches: list[matching.Match]  # every parameter with its name there and here
+    matches: list[names.Match]  # every parameter with its name there and here
     record: dict[str, Any]  # what `import.json` says
     class_names: tuple[str, ...] | None = None  # of the outputs, where somebody says
 
@@ -107,14 +107,14 @@ def _match(
     arrays: dict[str, np.ndarray],
     config: ml_collections.ConfigDict,
     called: str,
-) -> tuple[dict[str, Any], list[matching.Match]]:
+) -> tuple[dict[str, Any], list[names.Match]]:
     """Variables of a network from a file's arrays; a refusal names other weights."""
     model = config.model
-    arrays, dropped = matching.without_unused(model.name, arrays)
+    arrays, dropped = names.without_unused(model.name, arrays)
     weights.steps.extend(dropped)
     expected = models.variable_shapes(models.build(model), config.data.image_shape)
     try:
-        return matching.match(model.name, arrays, expected, called, source.path)
+        return names.match(model.name, arrays, expected, called, source.path)
     except UserError as error:
         if not weights.others:
             raise

@@ -6,11 +6,12 @@ The names of a family are in its own file (`models.family.TorchNames`).
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 
+from atebm_jax.convert.files import refusal
 from atebm_jax.errors import UserError
 from atebm_jax.models import FAMILIES
 from atebm_jax.models.family import Rules, Shapes, TorchNames
@@ -27,6 +28,9 @@ _LAYOUTS_BACK = {
     (ours, len(axes)): (theirs, tuple(map(int, np.argsort(axes))))
     for (theirs, _), (ours, axes) in _LAYOUTS.items()
 }
+
+# How many names a message lists.
+_MOST_NAMED = 6
 
 
 def known(family: str) -> TorchNames:
@@ -140,7 +144,16 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     for name, array in state_dict.items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
-        path, value = one_from_torch(family, name, np.asarray(array))
+        array = np.asarray(array)
+        placed = _placed(family, name, array)
+        if placed is None:
+            rules = known(family).rules
+            example = re.sub(r"{\w+}", "0", rules[-2][0])
+            raise UserError(
+                f"{name!r} with shape {array.shape} is no parameter of a {family}: "
+                f"expected names such as '{example}.weight' or '{rules[-1][0]}.bias'."
+            )
+        path, value = placed
         if path in flat:
             raise UserError(
                 f"{name!r} and {origin[path]!r} are the same parameter of a {family}: "
@@ -183,8 +196,8 @@ def begins_network(part: str) -> bool:
     )
 
 
-def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """One array of `from_torch`: its path in the variables, and its layout there."""
+def _placed(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """The path of an array in the variables, and its layout there; None without one."""
     torch = known(family)
     module, _, leaf = canonical(family, name).rpartition(".")
     path = _rename(torch.rules, module)
@@ -198,11 +211,7 @@ def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.n
     if path and (leaf, array.ndim) in _LAYOUTS:
         ours, layout = _LAYOUTS[leaf, array.ndim]
         return f"params/{path}/{ours}", array.transpose(layout)
-    example = re.sub(r"{\w+}", "0", torch.rules[-2][0])
-    raise UserError(
-        f"{name!r} with shape {array.shape} is no parameter of a {family}: expected "
-        f"names such as '{example}.weight' or '{torch.rules[-1][0]}.bias'."
-    )
+    return None
 
 
 def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
@@ -224,12 +233,91 @@ def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.nda
     )
 
 
+class Match(NamedTuple):
+    """One array: PyTorch's name and shape, and the path of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+
+
+def without_unused(
+    family: str, arrays: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Drops arrays that published networks carry and never use, and says so.
+
+    Only if all other names belong to the family: another network may use them.
+    """
+    shapes = {name: array.shape for name, array in arrays.items()}
+    unused, what = known(family).unused(shapes)
+    rest = {n: x for n, x in arrays.items() if n not in unused}
+    if not unused or not all(_placed(family, n, x) for n, x in rest.items()):
+        return dict(arrays), []
+    return rest, [f"dropped {len(unused)} arrays {what}"]
+
+
+def match(
+    family: str,
+    arrays: Mapping[str, np.ndarray],
+    expected: Any,
+    network: str,
+    path: str,
+) -> tuple[dict[str, Any], list[Match]]:
+    """Gives every variable of a network its array.
+
+    Args:
+      family: a key of `models.FAMILIES`.
+      arrays: by PyTorch name.
+      expected: as of `models.variable_shapes`.
+      network, path: of the network and the file, for messages.
+
+    Returns:
+      (variables of float32 arrays, the matches in the file's order).
+
+    Raises:
+      UserError: names what is left over, missing or of another shape.
+    """
+    expected = flax.traverse_util.flatten_dict(expected, sep="/")
+    theirs = {
+        p: one_to_torch(family, p, np.broadcast_to(np.False_, x.shape))
+        for p, x in expected.items()
+    }
+    missing = {place: name for place, (name, _) in theirs.items()}
+    flat: dict[str, np.ndarray] = {}
+    matches, left_over, misshapen = [], [], []
+    for name, array in arrays.items():
+        place, value = _placed(family, name, array) or ("", array)
+        missing.pop(place, None)
+        if place not in theirs or place in flat or array.dtype.kind != "f":
+            left_over.append(name)
+        elif value.shape != expected[place].shape:
+            shape = theirs[place][1].shape
+            misshapen.append(f"{name} {array.shape} instead of {shape}")
+        else:
+            flat[place] = value
+            matches.append(Match(name, array.shape, place))
+    problems = {
+        "other shapes:": misshapen,
+        "missing:": list(missing.values()),
+        "left over:": left_over,
+    }
+    said = [f"{what} {_counted(found)}" for what, found in problems.items() if found]
+    if said:
+        raise refusal(f"{path} does not fit {network}: {'; '.join(said)}.")
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), matches
+
+
+def _counted(found: list[str]) -> str:
+    more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f"{len(found)} ({', '.join(found[:_MOST_NAMED])}{more})"
+
+
 def _rename(rules: Rules, name: str) -> str | None:
     """The name on the other side of the first rule that fits."""
     for before, after in rules:
-        match = re.fullmatch(_pattern(before), name)
-        if match:
-            return after.format(**match.groupdict())
+        fits = re.fullmatch(_pattern(before), name)
+        if fits:
+            return after.format(**fits.groupdict())
     return None
 
 
