@@ -98,24 +98,25 @@ def unusable_averages(source: Source, networks: Collection[str]) -> list[str]:
     Averages that contain one of `networks` (names, as of `collect`) can be used.
     """
     found: dict[str, str] = {}
-    _find_averages(source.tree, "", None, networks, found, set())
+    _find_averages(source.tree, (), None, networks, found, set())
     return list(found.values())
 
 
 def _find_averages(
     value: Any,
-    name: str,
+    parts: tuple[str, ...],
     average: str | None,
     networks: Collection[str],
     found: dict[str, str],
     seen: set[int],
 ) -> None:
-    """Adds unusable averages at and below `name` to `found`; `average` is above it."""
-    if id(value) in seen or name.count(".") == _DEEPEST_AVERAGE:
+    """Adds unusable averages to `found`: at the name of `parts`, below `average`."""
+    if id(value) in seen or len(parts) > _DEEPEST_AVERAGE:
         return
     seen.add(id(value))
+    name = ".".join(parts)
     usable = any(f"{network}.".startswith(f"{name}.") for network in networks)
-    if average is None and not usable and _is_average(name.rpartition(".")[2]):
+    if average is None and parts and not usable and _is_average(parts[-1]):
         average = name
     children = _children(value)
     what = None
@@ -130,8 +131,7 @@ def _find_averages(
         found.setdefault(average, said)
     for key, inner in children.items():
         if isinstance(inner, dict | list | tuple | Inert):
-            below = f"{name}.{key}" if name else key
-            _find_averages(inner, below, average, networks, found, seen)
+            _find_averages(inner, (*parts, key), average, networks, found, seen)
 
 
 def _is_average(key: str) -> bool:

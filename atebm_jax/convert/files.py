@@ -247,7 +247,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
     """Reads the stream format, or a plain pickle of NumPy arrays."""
     data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     first = pickles.load(data)
-    if first != _MAGIC:
+    if not isinstance(first, int) or first != _MAGIC:
         return first, _NO_STORAGES.__getitem__
     protocol, system = pickles.load(data), pickles.load(data)
     if protocol != _PROTOCOL:

@@ -72,8 +72,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self._persistent = persistent
-        # Elements given to calls, which copy them: a short file can ask for many
-        # copies of one long text.
+        # Elements given to calls, which copy them (not arrays): a short file can ask
+        # for many copies of one long text.
         self.copied = 0
 
     def top(self) -> Any:
@@ -125,7 +125,8 @@ class _Machine:
 
     def call(self, function: Any, arguments: Any) -> None:
         if isinstance(arguments, tuple):
-            self.copied += sum(len(x) for x in arguments if isinstance(x, Sized))
+            copied = (x for x in arguments if not isinstance(x, np.ndarray))
+            self.copied += sum(len(x) for x in copied if isinstance(x, Sized))
         self.push(_call(function, arguments))
 
     def call_marked(self, _: Any) -> None:

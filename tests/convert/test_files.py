@@ -1,6 +1,7 @@
 """Checkpoint files of every age, and files that are none."""
 
 import hashlib
+import pickle
 import subprocess
 import sys
 
@@ -206,6 +207,7 @@ def test_truncated_safetensors_are_refused(arrays, tmp_path):
         (b"hello, this is text\n", "no PyTorch checkpoint"),
         (bytes(1000), "no PyTorch checkpoint"),
         (b"\x80\x02]q\x00.", "no PyTorch checkpoint|holds no weights"),
+        (pickle.dumps(np.ones(3)), "holds no weights.*found ndarray"),
     ],
 )
 def test_files_that_are_no_checkpoints_are_told_apart(content, message, tmp_path):

@@ -331,7 +331,16 @@ def test_lone_mean_is_refused():
         layouts.find(AsIs(network() | {"mean": image(MEAN)}))
 
 
-@pytest.mark.parametrize("tree", [{}, [], 3, {"epoch": 1}, {"optimizer": network()}])
+def nested(depth):
+    tree = {}
+    for _ in range(depth):
+        tree = {"": tree}
+    return tree
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, [], 3, {"epoch": 1}, {"optimizer": network()}, nested(10_000)]
+)
 def test_file_without_weights_is_refused(tree):
     with pytest.raises(UserError, match="holds no weights"):
         layouts.find(AsIs(tree))

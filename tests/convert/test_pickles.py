@@ -212,6 +212,13 @@ def test_arrays_and_scalars_of_numpy_are_read(protocol, order):
     assert made[-1] == 2.5
 
 
+def test_array_of_one_number_may_be_given_to_a_call():
+    array = pickle.dumps(np.array(2.0), 2).removesuffix(b".")[2:]
+    body = written.name("argparse", "Namespace") + array + b"\x85R"
+    read = pickles.load(io.BytesIO(written.program(body)))
+    assert read.arguments == (2.0,)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 5, 20, -1])
 def test_pickle_that_breaks_off_is_damaged(cut):
     data = pickle.dumps({"a": [1, 2, 3], "b": "text" * 10}, 2)[:cut]
