@@ -143,9 +143,10 @@ def _is_average(key: str) -> bool:
 def _children(tree: Any) -> dict[str, Any]:
     """The values of a mapping or list, by name or position."""
     if isinstance(tree, list | tuple):
-        tree = dict(enumerate(tree))
-    pairs = tree.items() if isinstance(tree, dict) else ()
-    return {str(key): value for key, value in pairs if isinstance(key, str | int)}
+        return {str(place): value for place, value in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {}
+    return {str(k): value for k, value in tree.items() if isinstance(k, str | int)}
 
 
 def split(entry: str | None, networks: Collection[str]) -> tuple[str | None, str]:

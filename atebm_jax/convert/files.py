@@ -266,7 +266,8 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
     tree, keys = pickles.load(data, persistent), pickles.load(data)
     if not isinstance(keys, list) or set(map(values.key, keys)) != set(storages):
         raise Damaged("a list of other storages than the tensors use")
-    buffer, places = np.frombuffer(data, np.uint8), {}
+    places: dict[Any, slice] = {}
+    buffer = np.frombuffer(data, np.uint8)
     for key in keys:
         size = _count(data) * storages[key].itemsize
         if data.tell() + size > len(data):

@@ -391,7 +391,7 @@ def _without_partial_averages(
         return dict(networks)
     kinds = {n: _KINDS & set(map(_last, names)) for n, names in networks.items()}
     lacking = {n: sorted(kinds[plain[0]] - kinds[n]) for n in networks}
-    for name in filter(lacking.get, networks):
+    for name in (n for n in networks if lacking[n]):
         what = f"under {name!r}: no {' and no '.join(lacking[name])} by name"
         weights.steps.append(f"averages that cannot be used, {what}; {entries.COPY}")
     return {n: names for n, names in networks.items() if not lacking[n]}

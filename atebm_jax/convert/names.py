@@ -18,7 +18,7 @@ from atebm_jax.models.family import Rules, Shapes, TorchNames
 
 # Arrays of layers, by the last part of their name and their number of axes: our name,
 # and where our axes are in theirs.
-_LAYOUTS = {
+_LAYOUTS: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("weight", 4): ("kernel", (2, 3, 1, 0)),
     ("weight", 2): ("kernel", (1, 0)),
     ("weight", 1): ("scale", (0,)),
@@ -78,9 +78,11 @@ def family_of(names: Iterable[str]) -> str | None:
 def look_alike(family: str, shapes: Shapes) -> str | None:
     """What other network has the names of a family, or None if it is the family's."""
     for what, test in known(family).look_alikes.items():
-        names = () if callable(test) else shapes
-        by_name = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in names)
-        if by_name or (callable(test) and test(shapes)):
+        if callable(test):
+            found = test(shapes)
+        else:
+            found = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in shapes)
+        if found:
             return what
     return None
 

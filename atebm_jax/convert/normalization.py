@@ -71,12 +71,13 @@ def declared(tree: Any, read: _ReadFn) -> Declared:
             if switch is not None and found.normalizes is None:
                 origin = shown(f"the file: {before}{key} is {switch}")
                 found = found._replace(normalizes=switch, origin=origin)
+        if place not in _SETTINGS or found.mean:
+            continue
         mean, std = (
             next((_few(values[k], read) for k in keys if k in values), ())
             for keys in (("mean", "mu"), ("std", "sigma"))
         )
-        fits = place in _SETTINGS and mean and len(mean) == len(std)
-        if fits and not found.mean:
+        if mean and len(mean) == len(std):
             origin = shown(f"the file: {before}mean and {before}std")
             found = found._replace(mean=mean, std=std, origin=origin)
     return found

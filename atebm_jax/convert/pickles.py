@@ -273,7 +273,7 @@ def _numbers(kind: Any, data: Any, count: int) -> np.ndarray:
     return np.frombuffer(data, kind.dtype)
 
 
-def _fill_array(target: np.ndarray, state: Any) -> None:
+def _fill_array(target: Any, state: Any) -> None:
     """Checks the state of an array (shape, dtype, bytes), and sets it."""
     if not isinstance(state, tuple) or len(state) != 5:
         raise Damaged("an array without a state")
@@ -299,12 +299,12 @@ def _under(module: str, functions: dict[str, Callable]) -> dict[str, Callable]:
     return {f"{module}.{name}": function for name, function in functions.items()}
 
 
-_ARRAYS = {
+_ARRAYS: dict[str, Callable[..., Any]] = {
     "multiarray._reconstruct": _array,
     "multiarray.scalar": lambda kind, data: _numbers(kind, data, 1)[0],
     "numeric._frombuffer": _from_buffer,
 }
-_BUILTINS = {
+_BUILTINS: dict[str, Callable[..., Any]] = {
     "set": _sequence(set, key),
     "frozenset": _sequence(frozenset, key),
     "list": _sequence(list),

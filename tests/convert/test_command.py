@@ -78,6 +78,12 @@ def imported(network, tmp_path_factory):
     return folder / "made", printed
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Imports without the logits of the fixed image, whose compilation takes seconds."""
+    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(3))
+
+
 def test_wide_resnet_computes_what_it_did(network, imported):
     folder, printed = imported
     model = atebm_jax.load(folder)
@@ -108,7 +114,7 @@ def test_imported_network_samples(imported):
         pytest.param("vit_small_patch16_224", 224, {}, marks=pytest.mark.slow),
     ],
 )
-def test_timms_network_comes_in_and_goes_back(name, side, extra, tmp_path):
+def test_timms_network_comes_in_and_goes_back(name, side, extra, uncompiled, tmp_path):
     network = torch_networks.create(name, num_classes=7, **extra)
     wrapped = {
         "normalize.mean": np.float32(MEAN).reshape(1, 3, 1, 1),
@@ -137,7 +143,7 @@ def test_timms_network_comes_in_and_goes_back(name, side, extra, tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["relu", "swish"])
-def test_export_and_import_give_the_same_bits(activation, tmp_path):
+def test_export_and_import_give_the_same_bits(activation, uncompiled, tmp_path):
     pytest.importorskip("safetensors")
     theirs = wide_resnet(activation=activation)
     file = save(theirs.state_dict(), tmp_path / "w.pt")
@@ -246,10 +252,9 @@ def random_variables(channels=3, num_classes=3):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(uncompiled, tmp_path):
     """A WideResNet's arrays, and what writes changed ones; nothing is compiled."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(3))
 
     def write(arrays):
         safetensors.save_file(arrays, tmp_path / "w.safetensors")
@@ -401,7 +406,7 @@ def test_nothing_half_written_stays(error, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_is_told_and_leaves_nothing_behind(mounted, tmp_path):
+def test_full_disk_is_told_and_leaves_nothing_behind(mounted, uncompiled, tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     arrays = names.to_torch("wide_resnet", random_variables(1))
     save_file(arrays, tmp_path / "w.safetensors")
