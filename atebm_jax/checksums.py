@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a checkpoint: written before it counts, checked on reading.
+"""SHA-256 of every file of a checkpoint: written with it, checked on reading.
 
 The list has the format of `sha256sum`, so that `cd STEP; sha256sum -c CHECKSUMS.sha256`
 checks a step without this package. Its first line is the digest of the others.
@@ -12,8 +12,8 @@ from etils import epath
 
 FILE = "CHECKSUMS.sha256"
 
-# Written by Orbax after the list: which handlers, when, and that the save is complete.
-# Nothing that is restored; without them a checkpoint reads the same.
+# Orbax writes these after the list: which handlers, when, and that all is there.
+# They are not restored: a checkpoint reads the same without them.
 _NOT_LISTED = {FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 _HEADER = "# sha256 of the lines below: "
@@ -44,7 +44,7 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a folder's files, by the list; None if nothing is.
 
     Args:
-      folder: one step of a checkpoint; without a list it passes.
+      folder: one step of a checkpoint; one without a list passes.
       part: which of `parts` equal shares of the files to read.
       parts: how many processes share the reading.
 

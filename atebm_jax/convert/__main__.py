@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
 """
 
 import argparse
+import collections
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from atebm_jax.progress import say
 
 if TYPE_CHECKING:
     from atebm_jax.convert.importing import Imported
-    from atebm_jax.convert.matching import Match
+    from atebm_jax.convert.names import Match
 
 # Of the fixed image: the network's features of a larger one take tens of gigabytes.
 _LARGEST_SIDE = 4096
@@ -36,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         "writes weights back with PyTorch's names.",
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--from",
         dest="source",
         required=True,
@@ -44,34 +46,26 @@ def _parser() -> argparse.ArgumentParser:
         help=".pt, .pth, .ckpt, .tar or .safetensors; with --export a workdir or "
         "checkpoint of this project",
     )
-    parser.add_argument("--to", required=True, help="new folder; with --export a file")
-    parser.add_argument("--arch", default="auto", help="resnet50, say; default auto")
-    parser.add_argument("--entry", help="which of several networks in the file")
-    parser.add_argument("--mean", help="input normalisation: one number a channel")
-    parser.add_argument("--std", help="with --mean")
-    parser.add_argument(
+    add("--to", required=True, help="new folder; with --export a file")
+    add("--arch", default="auto", help="resnet50, say; default auto")
+    add("--entry", help="which of several networks in the file")
+    add("--mean", help="input normalisation: one number a channel")
+    add("--std", help="with --mean")
+    add(
         "--normalization",
-        help="imagenet, cifar10 or none: needed where no file says it and networks of "
-        "the kind differ",
+        help="imagenet, cifar10 or none (or give --mean and --std): needed where no "
+        "file says it and networks of the kind differ",
     )
-    parser.add_argument(
-        "--activation", help="relu (default), silu (swish) or gelu: no file says it"
-    )
-    parser.add_argument("--image_size", type=int, help="side of the images in pixels")
-    parser.add_argument(
-        "--classes_file", help="names of the classes, one a line: no file says them"
-    )
-    parser.add_argument("--export", help="safetensors: PyTorch's names and layouts")
-    parser.add_argument("--verbose", action="store_true", help="list every parameter")
+    add("--activation", help="relu (default), silu (swish) or gelu: no file says it")
+    add("--image_size", type=int, help="side of the images in pixels")
+    add("--classes_file", help="names of the classes, one a line: no file says them")
+    add("--export", help="safetensors: PyTorch's names and layouts")
+    add("--verbose", action="store_true", help="list every parameter")
     return parser
 
 
 def main(argv: Sequence[str], console: Console | None = None) -> None:
-    """Runs the command.
-
-    Args:
-      argv: arguments without the program's name.
-      console: where to print; default the terminal.
+    """Runs the command, by its arguments without the program's name.
 
     Raises:
       UserError: a mistake in flags or files.
@@ -90,17 +84,19 @@ def _export(flags: argparse.Namespace, console: Console) -> None:
     from atebm_jax.convert import exporting
 
     made = exporting.export(flags.source, flags.to, kind=flags.export)
+    arch, mean, std = (
+        made.metadata[f"atebm_jax.{name}"] for name in ("arch", "mean", "std")
+    )
     say(
         console,
-        f"{made.num_arrays} arrays with {made.num_parameters:,} numbers "
-        f"({made.metadata['atebm_jax.arch']}) are in {flags.to}",
+        f"{made.num_arrays} arrays with {made.num_parameters:,} numbers ({arch}) are "
+        f"in {flags.to}",
     )
-    mean = made.metadata["atebm_jax.mean"]
     if mean != "[]":
         say(
             console,
-            f"they expect normalised images: mean {mean}, std "
-            f"{made.metadata['atebm_jax.std']} (in the file's metadata)",
+            f"they expect normalised images: mean {mean}, std {std} (in the file's "
+            "metadata)",
         )
 
 
@@ -131,18 +127,17 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
 
 
 def _show(console: Console, made: "Imported", verbose: bool) -> None:
-    record, model = made.record, made.config.model
-    say(console, f"{record['source']}, SHA-256 {record['sha256']}")
-    for step in record["unwrapped"]:
-        say(console, f"  {step}")
-    normal = record["normalization"]
+    record, normal = made.record, made.record["normalization"]
     numbers = (
         f"mean {normal['mean']}, std {normal['std']}" if normal["mean"] else "none"
     )
+    say(console, f"{record['source']}, SHA-256 {record['sha256']}")
+    for step in record["unwrapped"]:
+        say(console, f"  {step}")
     say(
         console,
-        f"{record['arch']}, {model.num_classes} classes; input normalisation: "
-        f"{numbers} ({normal['origin']})",
+        f"{record['arch']}, {made.config.model.num_classes} classes; input "
+        f"normalisation: {numbers} ({normal['origin']})",
     )
     for assumption in record["assumed"]:
         say(console, f"ASSUMED {assumption}")
@@ -152,28 +147,28 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
         f"all {record['arrays_matched']} arrays with {record['numbers_matched']:,} "
         "numbers matched; none missing, none left over",
     )
-    probe = record["probe"]
-    shown = " ".join(f"{x:.5f}" for x in probe["logits"][:_SHOWN_LOGITS])
-    more = " ..." if len(probe["logits"]) > _SHOWN_LOGITS else ""
-    side = " x ".join(map(str, probe["image_shape"]))
+    logits = record["probe"]["logits"]
+    shown = " ".join(f"{x:.5f}" for x in logits[:_SHOWN_LOGITS])
+    more = " ..." if len(logits) > _SHOWN_LOGITS else ""
+    side = " x ".join(map(str, record["probe"]["image_shape"]))
     say(console, f"logits of the fixed image ({side}): {shown}{more}")
 
 
 def _table(matches: "list[Match]", verbose: bool) -> Table:
-    if verbose:
-        table = Table()
-        for title in ("PyTorch", "shape", "here"):
-            table.add_column(title, overflow="fold")
+    """Every parameter, or the arrays and numbers of each part of the network."""
+    titles: tuple[str, ...] = ("PyTorch", "shape", "here")
+    rows: list[tuple] = list(matches)
+    if not verbose:
+        sizes: dict[str, list[int]] = collections.defaultdict(list)
         for row in matches:
-            table.add_row(Text(row.name), Text(str(row.shape)), Text(row.path))
-        return table
-    table = Table("PyTorch", "arrays", "numbers")
-    groups: dict[str, list[int]] = {}
-    for row in matches:
-        first = row.name.partition(".")[0]
-        groups.setdefault(first, []).append(math.prod(row.shape))
-    for name, sizes in groups.items():
-        table.add_row(Text(name), str(len(sizes)), f"{sum(sizes):,}")
+            sizes[row.name.partition(".")[0]].append(math.prod(row.shape))
+        titles = ("PyTorch", "arrays", "numbers")
+        rows = [(name, len(found), f"{sum(found):,}") for name, found in sizes.items()]
+    table = Table()
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for cells in rows:
+        table.add_row(*(Text(str(cell)) for cell in cells))
     return table
 
 

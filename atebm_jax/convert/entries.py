@@ -1,95 +1,86 @@
-"""What of a saved tree is weights: its entries, and which of them is meant."""
+"""Finds the networks in a saved tree, and averaged weights that cannot be used."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from atebm_jax.convert.files import Source, is_array, printable, shape
+from atebm_jax.convert.files import Source, is_array, refusal
 from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError
 
-# Usual names of the network in a training state, and of wrapping modules.
-NETWORKS = frozenset(
-    {
-        *("state_dict", "model", "model_state_dict", "model_state", "net", "network"),
-        *("base_model", "module", "weights", "params", "classifier"),
-        *("online_model", "online"),
-    }
-)
-
-# Names of networks beside another one, of which none is the usual one to take.
-ROLES = frozenset({"student", "teacher", "target", "target_model", "momentum_encoder"})
-
-# Words of such names that say that the weights are averaged.
+# Words of a name that say that the weights under it are averaged.
 _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "average", "shadow", "polyak"})
 
 # Entries of training states that hold arrays but no network.
 _OTHERS = ("optim", "sched", "scaler", "amp", "grad", "loss")
 
-# What every network has one of, and copies of its parameters alone lack.
-_KINDS = frozenset({"weight", "bias", "running_mean", "running_var"})
+# How deep in the tree networks and unusable averages are searched for.
+_DEEPEST_NETWORK = 3
+_DEEPEST_AVERAGE = 8
 
-# How deep averages are looked for that nobody can use.
-_DEEPEST = 6
-
-# What makes averages without names usable.
-_COPY = (
+# How a user can make such averages usable.
+COPY = (
     "copy them into the network in PyTorch and save model.state_dict() to import them"
 )
 
-
-# More entries than any training state has: one mapping may hold another many times.
+# No training state has more entries. A file can hold one mapping many times.
 _MOST_ENTRIES = 1_000_000
 
 
-def collect(source: Source, depth: int = 3) -> dict[str, dict]:
+def collect(source: Source) -> dict[str, dict[str, Any]]:
     """The innermost mappings that hold a matrix or a kernel, by dotted name.
 
     Raises:
-      UserError: there are more entries than any training state has.
+      UserError: there are none, or more entries than any training state has.
     """
-    found: dict[str, dict] = {}
     try:
-        _collect(source.tree, "", depth, found, iter(range(_MOST_ENTRIES)))
+        found = _collect(source.tree, "", 0, iter(range(_MOST_ENTRIES)))
     except StopIteration as error:
-        raise UserError(
+        raise refusal(
             f"{source.path} is refused: it holds more than {_MOST_ENTRIES:,} entries; "
             "save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
         ) from error
+    if not found:
+        raise _without_weights(source)
     return found
 
 
 def _collect(
-    tree: Any, name: str, depth: int, found: dict[str, dict], left: Iterator[int]
-) -> None:
-    if not isinstance(tree, dict) or depth == 0:
-        return
-    before = len(found)
+    tree: Any, name: str, depth: int, left: Iterator[int]
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if not isinstance(tree, dict) or depth == _DEEPEST_NETWORK:
+        return found
+    own = {}
     for key, value in tree.items():
         next(left)
-        skipped = isinstance(key, str) and key.lower().startswith(_OTHERS)
-        if isinstance(key, str) and not skipped:
-            inner = f"{name}.{key}" if name else key
-            _collect(value, inner, depth - 1, found, left)
-    shapes = [shape(v) for k, v in tree.items() if isinstance(k, str) and is_array(v)]
-    if len(found) == before and any(len(shape) >= 2 for shape in shapes):
-        found[name] = {k: v for k, v in tree.items() if isinstance(k, str)}
+        if isinstance(key, str):
+            own[key] = value
+            if not key.lower().startswith(_OTHERS):
+                inner = f"{name}.{key}" if name else key
+                found |= _collect(value, inner, depth + 1, left)
+    if not found and any(map(_is_matrix, own.values())):
+        found[name] = own
+    return found
 
 
-def nothing(source: Source) -> str:
-    """Why no weights were found."""
+def _is_matrix(value: Any) -> bool:
+    return is_array(value) and len(value.shape) >= 2
+
+
+def _without_weights(source: Source) -> UserError:
     tree = source.tree
     places = {"the file": tree} | (tree if isinstance(tree, dict) else {})
     for place, value in places.items():
         if isinstance(value, Inert):
-            return printable(
+            return refusal(
                 f"{source.path} has no weights by name: {place!r} is a whole object of "
                 f"class {value.kind}, which is never rebuilt; save the weights alone "
                 "with torch.save(model.state_dict(), 'weights.pt')."
             )
     keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-    beside = "".join(f"; {line}" for line in unusable_averages(source, {}))
-    return printable(
+    beside = "".join(f"; {line}" for line in unusable_averages(source, ()))
+    return refusal(
         f"{source.path} holds no weights: expected a state dict or a training state "
         f"with one, found {keys[:200] or 'nothing'}{beside}."
     )
@@ -101,165 +92,80 @@ def is_averaged(name: str) -> bool:
     return bool(_AVERAGED & {word.lower() for word in words})
 
 
-def unusable_averages(source: Source, entries: Mapping[str, Any]) -> list[str]:
-    """A phrase for each average of the file that has no names, or is a whole object.
+def unusable_averages(source: Source, networks: Collection[str]) -> list[str]:
+    """A phrase for each average in the file without names, or as a whole object.
 
-    Args:
-      source: an opened file.
-      entries: as of `collect`, which can be used.
+    Averages that contain one of `networks` (names, as of `collect`) can be used.
     """
-    return list(map(printable, _averages(source.tree, "", _DEEPEST, entries, set())))
+    found: dict[str, str] = {}
+    _find_averages(source.tree, (), None, networks, found, set())
+    return list(found.values())
 
 
-def _averages(
-    tree: Any, name: str, depth: int, entries: Mapping[str, Any], seen: set[int]
-) -> Iterator[str]:
-    """Looks for them everywhere; no container is entered twice."""
-    if depth == 0 or id(tree) in seen or (name and name in entries):
+def _find_averages(
+    value: Any,
+    parts: tuple[str, ...],
+    average: str | None,
+    networks: Collection[str],
+    found: dict[str, str],
+    seen: set[int],
+) -> None:
+    """Adds unusable averages to `found`: at the name of `parts`, below `average`."""
+    if id(value) in seen or len(parts) > _DEEPEST_AVERAGE:
         return
-    seen.add(id(tree))
-    for key, value in _children(tree):
-        inner = f"{name}.{key}" if name else key
-        # Averages of gradients and of losses are no weights.
-        other = key.startswith("exp_avg") or "grad" in key or "loss" in key
-        usable = any(n == inner or n.startswith(f"{inner}.") for n in entries)
-        held = None
-        if is_averaged(key) and not other and not usable:
-            held = _held(value, inner, _DEEPEST, set())
-        if held is None:
-            yield from _averages(value, inner, depth - 1, entries, seen)
-        else:
-            yield f"averages that cannot be used, under {held}: {_COPY}"
-
-
-def _children(tree: Any) -> list[tuple[str, Any]]:
-    """What a mapping or a list holds, by name or place."""
-    if isinstance(tree, dict):
-        return [(str(k), v) for k, v in tree.items() if isinstance(k, str | int)]
-    if isinstance(tree, list | tuple):
-        return [(str(place), value) for place, value in enumerate(tree)]
-    return []
-
-
-def _held(value: Any, name: str, depth: int, seen: set[int]) -> str | None:
-    """Where arrays lie that are no network by name, and why; None where none do."""
-    if isinstance(value, Inert):
-        return f"{name!r}, a whole object of class {value.kind}"
-    if depth == 0 or id(value) in seen:
-        return None
     seen.add(id(value))
+    name = ".".join(parts)
+    usable = any(f"{network}.".startswith(f"{name}.") for network in networks)
+    if average is None and parts and not usable and _is_average(parts[-1]):
+        average = name
     children = _children(value)
-    if any(is_array(v) and len(shape(v)) >= 2 for _, v in children):
-        named = any(not key.isdigit() for key, _ in children)
-        kind = "too deep in the file" if named else "without names"
-        plural = "s" * (len(children) != 1)
-        return f"{name!r}, {len(children)} array{plural} {kind}"
-    inside = (_held(v, f"{name}.{k}", depth - 1, seen) for k, v in children)
-    return next((found for found in inside if found), None)
+    what = None
+    if isinstance(value, Inert):
+        what = f"a whole object of class {value.kind}"
+    elif any(map(_is_matrix, children.values())):
+        named = any(not key.isdigit() for key in children)
+        count = f"{len(children)} array{'s' * (len(children) != 1)}"
+        what = f"{count} {'too deep in the file' if named else 'without names'}"
+    if average is not None and what is not None:
+        said = f"averages that cannot be used, under {name!r}, {what}: {COPY}"
+        found.setdefault(average, said)
+    for key, inner in children.items():
+        if isinstance(inner, dict | list | tuple | Inert):
+            _find_averages(inner, (*parts, key), average, networks, found, seen)
 
 
-def split(entry: str | None, entries: Mapping[str, Any]) -> tuple[str | None, str]:
-    """An entry of the tree, and a prefix of names inside it."""
-    if entry is None or entry in entries:
-        return entry, ""
-    for name in sorted(entries, key=len, reverse=True):
-        if name and entry.startswith(f"{name}."):
-            return name, entry.removeprefix(f"{name}.")
-    if len(entries) == 1:
-        return None, entry
-    raise UserError(f"--entry={entry} is not in the file: {_listing(entries)}.")
+def _is_average(key: str) -> bool:
+    # Averages of gradients and of losses are no weights.
+    other = key.startswith("exp_avg") or "grad" in key or "loss" in key
+    return is_averaged(key) and not other
 
 
-def _listing(entries: Mapping[str, Any]) -> str:
-    names = [repr(name) if name else "no prefix" for name in entries]
-    return f"it holds weights under {', '.join(names[:8])}"
+def _children(tree: Any) -> dict[str, Any]:
+    """The values of a mapping or list, by name or position."""
+    if isinstance(tree, list | tuple):
+        return {str(place): value for place, value in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {}
+    return {str(k): value for k, value in tree.items() if isinstance(k, str | int)}
 
 
-def choose(
-    entries: Mapping[str, dict],
-    name: str | None,
-    path: str,
-    steps: list[str],
-    prefix: str = "",
-) -> str:
-    """Which mapping is meant; averaged weights that are whole go before others.
-
-    Args:
-      entries: networks by name; "" for names without a prefix.
-      name: the one that was asked for.
-      path: of the file, for messages.
-      steps: what was chosen is added.
-      prefix: what `--entry` has before a name.
+def split(entry: str | None, networks: Collection[str]) -> tuple[str | None, str]:
+    """The network that `--entry` means, and a prefix of names inside it.
 
     Raises:
-      UserError: several, and none is the usual one.
+      UserError: there is none of that name.
     """
-    averaged = [n for n in entries if is_averaged(n)]
-    plain = [n for n in entries if n not in averaged]
-    usual = [n for n in plain if _is_usual(n)]
-    if name is None and len(entries) == 1:
-        name = next(iter(entries))
-    elif name is None and len(averaged) == 1 and len(plain) == len(usual) <= 1:
-        name = averaged[0]
-    elif name is None and len(usual) == 1 and not averaged:
-        name = usual[0]
-    elif name is None:
-        named = [n for n in entries if n][:4]
-        flags = " or ".join(f"--entry={prefix}{n}" for n in named)
-        raise UserError(
-            printable(
-                f"{path} holds several networks: {_listing(entries)}; say which with "
-                f"{flags}."
-            )
-        )
-    others = [n for n in entries if n != name]
-    if name or others:
-        beside = ", ".join(_beside(n, prefix) for n in others[:4])
-        kind = "averaged weights" if is_averaged(name) else "weights"
-        where = f"under {name!r}" if name else "without a prefix"
-        steps.append(
-            f"took the {kind} {where}{f' (beside it: {beside})' * bool(beside)}"
-        )
-    return name
+    if entry is None or entry in networks:
+        return entry, ""
+    for name in sorted(networks, key=len, reverse=True):
+        if name and entry.startswith(f"{name}."):
+            return name, entry.removeprefix(f"{name}.")
+    if len(networks) == 1:
+        return None, entry
+    raise refusal(f"--entry={entry} is not in the file: {listing(networks)}.")
 
 
-def _beside(name: str, prefix: str) -> str:
-    """A network that is not taken, and how it is."""
-    return (
-        f"{name!r}, with --entry={prefix}{name}" if name else "names without a prefix"
-    )
-
-
-def _is_usual(name: str) -> bool:
-    """Whether a network has no name of its own, or the usual one."""
-    return not name or name.rpartition(".")[2] in NETWORKS
-
-
-def whole(entries: Mapping[str, dict], steps: list[str]) -> dict[str, dict]:
-    """The networks without averages that lack parts of the network beside them.
-
-    Args:
-      entries: networks by name.
-      steps: what was left out, and why, is added.
-    """
-    plain = [n for n in entries if not is_averaged(n)]
-    if len(plain) != 1 or not _is_usual(plain[0]):
-        return dict(entries)
-    kept = {}
-    for name, names in entries.items():
-        lacking = _lacking(names, entries[plain[0]]) if name != plain[0] else ""
-        if lacking:
-            what = f"under {name!r}: no {lacking} by name"
-            steps.append(f"averages that cannot be used, {what}; {_COPY}")
-        else:
-            kept[name] = names
-    return kept
-
-
-def _lacking(averaged: Mapping[str, Any], network: Mapping[str, Any]) -> str:
-    """Kinds of arrays that a network has by name and its averages have not."""
-    there, here = (
-        _KINDS & {name.rpartition(".")[2] for name in names}
-        for names in (network, averaged)
-    )
-    return " and no ".join(sorted(there - here))
+def listing(networks: Collection[str]) -> str:
+    """The names of networks, for a message."""
+    names = [repr(name) if name else "no prefix" for name in networks]
+    return f"it holds weights under {', '.join(names[:8])}"

@@ -1,14 +1,14 @@
-"""Weights of this project become a PyTorch file: what `--export` does."""
+"""Exports weights to a file for PyTorch: what `--export` does."""
 
 import json
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from atebm_jax import archs, checkpoint, storage
 from atebm_jax.convert.names import to_torch
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
 
 FORMATS = ("safetensors",)
@@ -36,8 +36,7 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     Raises:
       UserError: no checkpoint, the file is there, or it cannot be written.
     """
-    if kind not in FORMATS:
-        raise UserError(f"unknown --export={kind}: choose one of {', '.join(FORMATS)}.")
+    check_choice("--export", kind, FORMATS)
     to = os.path.abspath(local("--to", to))
     if os.path.exists(to):
         raise UserError(f"--to={to} is there already: give a new file.")
@@ -49,34 +48,23 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
             "'atebm_jax[convert]'."
         ) from error
     variables, meta = checkpoint.load_weights(checkpoint_path)
-    model = meta["config"]["model"]
+    model, classes = meta["config"]["model"], checkpoint.class_names(meta)
     arrays = to_torch(model["name"], {k: v for k, v in variables.items() if v})
     parameters = sum(array.size for array in arrays.values())
-    arrays |= _counters(arrays)
-    metadata = _metadata(model)
-    names = checkpoint.class_names(meta)
-    if names is not None:
-        metadata["atebm_jax.class_names"] = json.dumps(names)
+    # PyTorch's batch normalisation counts batches, and some loaders need the count.
+    for name in [name for name in arrays if name.endswith(".running_mean")]:
+        counter = name.replace("running_mean", "num_batches_tracked")
+        arrays[counter] = np.zeros((), np.int64)
+    texts = {
+        "arch": archs.name_of(model) or model["name"],
+        "mean": json.dumps(list(model["mean"])),
+        "std": json.dumps(list(model["std"])),
+        "activation": model["activation"],
+    }
+    if classes is not None:
+        texts["class_names"] = json.dumps(classes)
+    metadata = {f"atebm_jax.{name}": text for name, text in texts.items()}
+    metadata["format"] = "pt"
     with storage.appears_whole(to) as made:
         save_file(arrays, made, metadata=metadata)
     return Exported(len(arrays), int(parameters), metadata)
-
-
-def _counters(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """PyTorch's batch normalisation counts batches, and some loaders insist on it."""
-    return {
-        name.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64)
-        for name in arrays
-        if name.endswith(".running_mean")
-    }
-
-
-def _metadata(model: dict[str, Any]) -> dict[str, str]:
-    name = archs.name_of(model)
-    return {
-        "format": "pt",
-        "atebm_jax.arch": name or model["name"],
-        "atebm_jax.mean": json.dumps(list(model["mean"])),
-        "atebm_jax.std": json.dumps(list(model["std"])),
-        "atebm_jax.activation": model["activation"],
-    }

@@ -9,9 +9,10 @@ data:
 * a tar archive with the members `storages`, `tensors` and `pickle` (before 0.1.10).
 
 Each of these gives the tree that was saved, with `values.Tensor` for tensors, and what
-reads one tensor, so that only the chosen weights are read.
+finds a storage's bytes, so that only the chosen weights are read.
 """
 
+import contextlib
 import hashlib
 import io
 import mmap
@@ -19,34 +20,24 @@ import os
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from atebm_jax.convert import pickles
-from atebm_jax.convert.values import (
-    Damaged,
-    Named,
-    NumpyArray,
-    Refused,
-    Storage,
-    Tensor,
-    make_tensor,
-    storage_named,
-    whole,
-)
-from atebm_jax.convert.values import key as key_of
+from atebm_jax.convert import pickles, values
+from atebm_jax.convert.values import Damaged, Refused, Storage, Tensor, whole
 from atebm_jax.errors import UserError
+from atebm_jax.names import printable
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".safetensors", ".bin")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".safetensors", ".bin")
 
 _ADVICE = (
     "this reader never runs code from a file; save the weights alone where you trust "
     "it: torch.save(model.state_dict(), 'weights.pt')"
 )
 
-# What files that are no checkpoints begin with, and what to do about them.
+# How files that are not checkpoints begin, and what to do about them.
 _OTHERS: dict[bytes, str] = {
     b"<!doctype": "a web page: the download was answered by a page, fetch the file",
     b"<html": "a web page: the download was answered by a page, fetch the file",
@@ -61,43 +52,44 @@ _OTHERS: dict[bytes, str] = {
     b"\x93NUMPY": "a single NumPy array: only PyTorch's formats are read",
 }
 
-
-ReadFn = Callable[[Tensor], np.ndarray]
-
-MAGIC = 0x1950A86A20F9469CFC6C
+# The first two pickles of a stream.
+_MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-# Pickles in archives describe tensors, they do not hold them.
+# A pickle in an archive describes tensors; it does not contain them.
 _LARGEST_PICKLE = 2**30
+
+# Names in a file can have any length; messages are cut to this one.
+_LONGEST_TEXT = 1000
+
+# The bytes of a storage by its key: [N] uint8.
+_FindFn = Callable[[Any], np.ndarray]
+_NO_STORAGES: dict[Any, np.ndarray] = {}
 
 
 class Source(NamedTuple):
-    """A checkpoint file, opened.
-
-    Attributes:
-      path: the file.
-      sha256: of its bytes, in hexadecimal.
-      tree: what was saved; tensors are `values.Tensor` or NumPy arrays.
-      read: turns a tensor of the tree into an array.
-      metadata: texts beside the arrays (safetensors).
-    """
+    """A checkpoint file, opened."""
 
     path: str
-    sha256: str
-    tree: Any
-    read: Callable[[Any], np.ndarray]
-    metadata: dict[str, str]
+    sha256: str  # of its bytes, in hexadecimal
+    tree: Any  # what was saved; tensors are `values.Tensor` or NumPy arrays
+    read: Callable[[Any], np.ndarray]  # turns a tensor of the tree into an array
+    metadata: dict[str, str]  # texts beside the arrays (safetensors)
 
 
 def is_array(value: Any) -> bool:
-    """Whether a leaf of a source's tree is an array or stands for one."""
-    return isinstance(value, Tensor | NumpyArray | np.ndarray)
+    """Whether a leaf of a tree is an array, read or not."""
+    return isinstance(value, Tensor | np.ndarray)
 
 
-def shape(value: Any) -> tuple[int, ...]:
-    """Shape of a leaf, read or not."""
-    array = getattr(value, "array", value)
-    return tuple(array.shape) if array is not None else ()
+def shown(text: str) -> str:
+    """Shortens a text with names of a file, and escapes what could steer a terminal."""
+    return printable(text[:_LONGEST_TEXT])
+
+
+def refusal(text: str) -> UserError:
+    """The error for a faulty file; the text may hold names from the file."""
+    return UserError(shown(text))
 
 
 def open_source(path: str | os.PathLike) -> Source:
@@ -110,78 +102,63 @@ def open_source(path: str | os.PathLike) -> Source:
     if not os.path.isfile(path):
         there = "is no file" if os.path.exists(path) else "does not exist"
         what = "is a folder" if os.path.isdir(path) else there
-        raise UserError(f"--from={path} {what}: give a file ({', '.join(SUFFIXES)}).")
-    try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            head = file.read(512)
-        tree, read, metadata = _reader(path, head)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:
-        raise _explained(path, error) from error
+        raise refusal(f"--from={path} {what}: give a file ({', '.join(_SUFFIXES)}).")
+    with _faults_explained(path), open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        tree, find, metadata = _opened(path, file)
 
-    def read_leaf(value: Any) -> np.ndarray:
-        if isinstance(value, NumpyArray):
-            value = value.array
+    def read(value: Any) -> np.ndarray:
         if isinstance(value, np.ndarray):
             return value
-        try:
-            return read(value)
-        except Exception as error:
-            raise _explained(path, error) from error
+        with _faults_explained(path):
+            return _view(find(value.storage.key), value)
 
-    return Source(path, sha256, tree, read_leaf, metadata)
+    return Source(path, sha256, tree, read, metadata)
 
 
-def _reader(path: str, head: bytes) -> tuple[Any, ReadFn, dict[str, str]]:
+def _opened(path: str, file: BinaryIO) -> tuple[Any, _FindFn, dict[str, str]]:
+    """Recognises the format by the first bytes: gives tree, storages and metadata."""
+    head = file.read(512)
+    file.seek(0)
     if not head:
-        raise UserError(f"{path} is empty (0 bytes): fetch it again.")
-    start = head.lstrip().lower()
+        raise refusal(f"{path} is empty (0 bytes): fetch it again.")
     for beginning, what in _OTHERS.items():
-        if head.startswith(beginning) or start.startswith(beginning):
-            raise UserError(f"{path} is no checkpoint but {what}.")
-    if path.endswith(".safetensors") or _looks_like_safetensors(path, head):
-        return _read_safetensors(path)
+        if head.startswith(beginning) or head.lstrip().lower().startswith(beginning):
+            raise refusal(f"{path} is no checkpoint but {what}.")
+    # Only safetensors begins with a length and then JSON.
+    length = int.from_bytes(head[:8], "little")
+    fits = head[8:9] == b"{" and 2 <= length <= os.path.getsize(path)
+    if path.endswith(".safetensors") or fits:
+        tree, metadata = _read_safetensors(path)
+        return tree, _NO_STORAGES.__getitem__, metadata
     if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
-            raise Damaged("a zip archive without its end")
         return *_read_zip(path), {}
     read = _read_tar if tarfile.is_tarfile(path) else _read_stream
-    with open(path, "rb") as file:
-        return *read(file), {}
+    return *read(file), {}
 
 
-def _explained(path: str, error: Exception) -> UserError:
-    """One sentence for what a file did wrong; nothing in it can steer a terminal."""
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, Refused):
+@contextlib.contextmanager
+def _faults_explained(path: str) -> Iterator[None]:
+    """Turns every exception of reading a file into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise refusal(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Refused as error:
         text = f"{path} is refused: it asks for {error}; {_ADVICE}."
-    else:
+        raise refusal(text) from error
+    except Exception as error:
         what = error if isinstance(error, Damaged) else type(error).__name__
-        text = (
+        raise refusal(
             f"{path} is truncated, damaged or no PyTorch checkpoint ({what}): compare "
             "its size and SHA-256 with the source's and fetch it again."
-        )
-    return UserError(printable(text))
+        ) from error
 
 
-def printable(text: str) -> str:
-    """Nothing in a file's names can steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:1000])
-
-
-def _looks_like_safetensors(path: str, head: bytes) -> bool:
-    """A length, then JSON: no other format here begins so."""
-    if len(head) < 10 or head[8:9] != b"{":
-        return False
-    (length,) = struct.unpack("<Q", head[:8])
-    return 2 <= length <= os.path.getsize(path)
-
-
-def _read_safetensors(path: str) -> tuple[Any, ReadFn, dict[str, str]]:
+def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         import safetensors
     except ImportError as error:
@@ -190,18 +167,19 @@ def _read_safetensors(path: str) -> tuple[Any, ReadFn, dict[str, str]]:
         ) from error
     try:
         file = safetensors.safe_open(path, framework="numpy")
-        names = list(file.keys())
+        arrays = {name: file.get_tensor(name) for name in list(file.keys())}
     except safetensors.SafetensorError as error:
         raise Damaged(f"safetensors: {error}") from error
-    arrays = {name: file.get_tensor(name) for name in names}
-    return arrays, _no_tensor, dict(file.metadata() or {})
+    return arrays, dict(file.metadata() or {})
 
 
-def _read_zip(path: str) -> tuple[Any, ReadFn]:
+def _read_zip(path: str) -> tuple[Any, _FindFn]:
     """Reads a zip archive; its records are read when a tensor is.
 
     The archive keeps its file open for as long as something can be read from it.
     """
+    if not zipfile.is_zipfile(path):
+        raise Damaged("a zip archive without its end")
     archive = zipfile.ZipFile(path)
     size = os.path.getsize(path)
     names = set(archive.namelist())
@@ -216,13 +194,11 @@ def _read_zip(path: str) -> tuple[Any, ReadFn]:
     if order in names and _record(archive, order, 16) != b"little":
         raise Refused("big-endian numbers")
     pickle = _record(archive, pickled[0], min(size, _LARGEST_PICKLE))
-    tree = pickles.load(io.BytesIO(pickle), _storage_of)
 
-    def read(tensor: Tensor) -> np.ndarray:
-        data = _record(archive, f"{prefix}data/{tensor.storage.key}", size)
-        return _view(np.frombuffer(data, np.uint8), tensor)
+    def find(key: Any) -> np.ndarray:
+        return np.frombuffer(_record(archive, f"{prefix}data/{key}", size), np.uint8)
 
-    return tree, read
+    return pickles.load(io.BytesIO(pickle), _storage_of), find
 
 
 def _record(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -230,7 +206,7 @@ def _record(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
         info = archive.getinfo(name)
     except KeyError as error:
         raise Damaged(f"no record {name!r}") from error
-    # PyTorch never compresses: what unpacks to more than it is was made to.
+    # PyTorch never compresses: a compressed record may be made to exhaust memory.
     if info.compress_type != zipfile.ZIP_STORED:
         raise Refused(f"a compressed record {name!r}")
     if (size := max(info.file_size, info.compress_size)) > limit:
@@ -245,7 +221,7 @@ def _storage_of(name: Any) -> Storage:
     tag, kind, key, _, count = name[:5]
     if tag not in ("storage", b"storage") or not isinstance(key, str | int):
         raise Refused("an object from outside the file")
-    storage = Storage(key, storage_named(kind), whole(count))
+    storage = Storage(key, values.storage_named(kind), whole(count))
     if len(name) == 6 and name[5] is not None:
         _, start, size = name[5]
         storage.start, storage.count = whole(start), whole(size)
@@ -253,38 +229,27 @@ def _storage_of(name: Any) -> Storage:
 
 
 def _view(data: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """A tensor's elements, without a copy.
-
-    Args:
-      data: [N] uint8, the whole record of the tensor's storage.
-      tensor: what to take of it.
-
-    Raises:
-      Damaged: the record is shorter than the pickle says.
-    """
+    """A tensor's elements, without a copy, from the bytes of its storage's record."""
     storage, dtype = tensor.storage, tensor.dtype
-    width = 1 if storage.dtype is None else storage.dtype.itemsize
-    first, size = storage.start * width, storage.count * width
+    first, size = (n * storage.itemsize for n in (storage.start, storage.count))
     if first + size > len(data):
         raise Damaged(f"a storage of {len(data)} bytes where {size} were announced")
-    used = data[first : first + size]
-    elements = used[: len(used) // dtype.itemsize * dtype.itemsize].view(dtype)
+    used = data[first : first + size // dtype.itemsize * dtype.itemsize]
     return np.lib.stride_tricks.as_strided(
-        elements[tensor.offset :],
+        used.view(dtype)[tensor.offset :],
         tensor.shape,
         tuple(s * dtype.itemsize for s in tensor.strides),
         writeable=False,
     )
 
 
-def _read_stream(file: BinaryIO) -> tuple[Any, ReadFn]:
+def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
     """Reads the stream format, or a plain pickle of NumPy arrays."""
-    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    stream: Any = data
-    first = pickles.load(stream)
-    if first != MAGIC:
-        return first, _no_tensor
-    protocol, system = pickles.load(stream), pickles.load(stream)
+    data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    first = pickles.load(data)
+    if not isinstance(first, int) or first != _MAGIC:
+        return first, _NO_STORAGES.__getitem__
+    protocol, system = pickles.load(data), pickles.load(data)
     if protocol != _PROTOCOL:
         raise Damaged(f"another protocol than {_PROTOCOL}")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -298,54 +263,41 @@ def _read_stream(file: BinaryIO) -> tuple[Any, ReadFn]:
         storages.setdefault(storage.key, storage)
         return storage
 
-    tree, keys = pickles.load(stream, persistent), pickles.load(stream)
-    places = _places(data, keys, storages)
-    buffer = np.frombuffer(data, np.uint8)
-
-    def read(tensor: Tensor) -> np.ndarray:
-        return _view(buffer[places[tensor.storage.key]], tensor)
-
-    return tree, read
-
-
-def _places(data: mmap.mmap, keys: Any, storages: dict[Any, Storage]) -> dict:
-    """Where each storage's bytes lie behind the pickles."""
-    if not isinstance(keys, list) or set(map(key_of, keys)) != set(storages):
+    tree, keys = pickles.load(data, persistent), pickles.load(data)
+    if not isinstance(keys, list) or set(map(values.key, keys)) != set(storages):
         raise Damaged("a list of other storages than the tensors use")
-    places = {}
+    places: dict[Any, slice] = {}
+    buffer = np.frombuffer(data, np.uint8)
     for key in keys:
-        dtype = storages[key].dtype
-        (count,) = struct.unpack("<q", data.read(8))
-        size = whole(count) * (1 if dtype is None else dtype.itemsize)
+        size = _count(data) * storages[key].itemsize
         if data.tell() + size > len(data):
             raise Damaged("storages that break off")
         places[key] = slice(data.tell(), data.tell() + size)
         data.seek(size, io.SEEK_CUR)
-    return places
+    return tree, lambda key: buffer[places[key]]
 
 
-def _no_tensor(tensor: Tensor) -> np.ndarray:
-    """Reads tensors where there can be none."""
-    raise Damaged("a tensor without a storage")
+def _count(file: BinaryIO) -> int:
+    """Reads how many elements the next storage has."""
+    return whole(struct.unpack("<q", file.read(8))[0])
 
 
-def _read_tar(file: BinaryIO) -> tuple[Any, ReadFn]:
+def _read_tar(file: BinaryIO) -> tuple[Any, _FindFn]:
     """Reads the tar format; nothing is unpacked to the disk."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        members = {name: _member(archive, name) for name in _MEMBERS}
-    records, objects = _tar_storages(io.BytesIO(members["storages"]))
-    _tar_tensors(io.BytesIO(members["tensors"]), objects)
+        storages, tensors, pickle = (
+            io.BytesIO(_member(archive, name))
+            for name in ("storages", "tensors", "pickle")
+        )
+    records, objects = _tar_storages(storages)
+    _tar_tensors(tensors, objects)
 
     def persistent(name: Any) -> Any:
         if isinstance(name, tuple) and name:
             return name[0]
         return objects[int(name)]
 
-    tree = pickles.load(io.BytesIO(members["pickle"]), persistent)
-    return tree, lambda tensor: _view(records[tensor.storage.key], tensor)
-
-
-_MEMBERS = ("storages", "tensors", "pickle")
+    return pickles.load(pickle, persistent), records.__getitem__
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -354,7 +306,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     except KeyError as error:
         kinds = ", ".join(archive.getnames()[:4])
         raise Damaged(f"a tar archive without {name!r} (it holds {kinds})") from error
-    # A sparse one claims zeros, as many as it likes.
+    # A sparse member can claim any number of zeros.
     member = archive.extractfile(info) if info.isreg() else None
     if member is None or info.issparse():
         raise Damaged(f"a tar archive whose {name!r} is no file")
@@ -362,22 +314,21 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _tar_storages(file: BinaryIO) -> tuple[dict[Any, np.ndarray], dict[Any, Any]]:
+    """Reads the storages: the bytes of each, and storages and views by key."""
     records: dict[Any, np.ndarray] = {}
     objects: dict[Any, Any] = {}
     for _ in range(whole(pickles.load(file))):
         key, _, kind = pickles.load(file)
-        dtype = storage_named(kind)
-        width = 1 if dtype is None else dtype.itemsize
-        (count,) = struct.unpack("<q", file.read(8))
-        data = file.read(whole(count) * width)
-        if len(data) != count * width:
+        storage = Storage(values.key(key), values.storage_named(kind), _count(file))
+        size = storage.count * storage.itemsize
+        records[storage.key] = np.frombuffer(file.read(size), np.uint8)
+        if len(records[storage.key]) != size:
             raise Damaged("storages that break off")
-        records[key_of(key)] = np.frombuffer(data, np.uint8)
-        objects[key] = Storage(key, dtype, count)
+        objects[storage.key] = storage
     for key, root, start, count in pickles.load(file):
-        whole_storage = objects[key_of(root)]
-        objects[key_of(key)] = Storage(
-            whole_storage.key, whole_storage.dtype, whole(count), whole(start)
+        owner = objects[values.key(root)]
+        objects[values.key(key)] = Storage(
+            owner.key, owner.dtype, whole(count), whole(start)
         )
     return records, objects
 
@@ -386,18 +337,15 @@ def _tar_tensors(file: BinaryIO, objects: dict[Any, Any]) -> None:
     """Adds the tensors to the storages: each a header and its geometry."""
     for _ in range(whole(pickles.load(file))):
         key, storage_key, kind = pickles.load(file)
-        if not isinstance(kind, Named):
+        if not isinstance(kind, values.Named):
             raise Damaged("a tensor without a type")
-        # The number of axes is followed by four bytes that mean nothing.
+        # Four bytes without a meaning follow the number of axes.
         axes, _ = struct.unpack("<ii", file.read(8))
         if not 0 <= axes <= 16:
             raise Damaged(f"a tensor with {axes} axes")
         numbers = struct.unpack(f"<{2 * axes + 1}q", file.read(16 * axes + 8))
-        storage = objects[key_of(storage_key)]
-        objects[key_of(key)] = make_tensor(
-            storage,
-            numbers[-1],
-            numbers[:axes],
-            numbers[axes:-1],
-            storage.dtype or np.dtype(np.uint8),
+        storage = objects[values.key(storage_key)]
+        dtype = np.dtype(np.uint8) if storage.dtype is None else storage.dtype
+        objects[values.key(key)] = values.make_tensor(
+            storage, numbers[-1], numbers[:axes], numbers[axes:-1], dtype
         )

@@ -1,8 +1,9 @@
-"""A PyTorch checkpoint becomes one of this project: what `--from` and `--to` do."""
+"""Imports a PyTorch checkpoint: what `--from` and `--to` do."""
 
 import collections
 import importlib.metadata
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from etils import epath
 
 from atebm_jax import archs, checkpoint, checksums, models, storage
 from atebm_jax import config as configuration
-from atebm_jax.convert import layouts, matching, names, normalization
-from atebm_jax.convert.files import Source, open_source, printable
+from atebm_jax.convert import layouts, names, normalization
+from atebm_jax.convert.files import Source, open_source, refusal, shown
 from atebm_jax.convert.normalization import Normalization
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
 from atebm_jax.models.family import Shapes
 from atebm_jax.models.layers import ACTIVATIONS
@@ -26,21 +27,13 @@ from atebm_jax.names import check_utf8, of_class
 
 
 class Imported(NamedTuple):
-    """What was read, before it is written.
+    """What was read, before it is written."""
 
-    Attributes:
-      variables: {"params": ..., "batch_stats": ...} of float32 arrays.
-      config: a complete config whose `model` computes what the original did.
-      matches: every parameter with its name there and here.
-      record: what `import.json` says.
-      class_names: what the outputs mean, by number; None where nobody says.
-    """
-
-    variables: dict[str, Any]
-    config: ml_collections.ConfigDict
-    matches: list[matching.Match]
-    record: dict[str, Any]
-    class_names: tuple[str, ...] | None = None
+    variables: dict[str, Any]  # {"params": ..., "batch_stats": ...}, float32
+    config: ml_collections.ConfigDict  # complete; its model computes what theirs did
+    matches: list[names.Match]  # every parameter with its name there and here
+    record: dict[str, Any]  # what `import.json` says
+    class_names: tuple[str, ...] | None = None  # of the outputs, where somebody says
 
 
 def read(
@@ -52,7 +45,7 @@ def read(
     activation: str | None = None,
     image_size: int | None = None,
 ) -> Imported:
-    """Reads a checkpoint and finds out what network it is of.
+    """Reads a checkpoint and recognises its network.
 
     Args:
       path: `.pt`, `.pth`, `.ckpt`, `.tar` or `.safetensors`.
@@ -72,37 +65,45 @@ def read(
     arrays = layouts.read_arrays(source, weights)
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
-    channels = names.channels(family, shapes)
-    if channels not in (1, 3):
-        raise UserError(
-            f"{source.path} is a network for images of {channels} channels: expected 1 "
-            "(grey) or 3 (colour)."
-        )
-    model = configuration.default().model
-    model.update(fields)
-    model.mean, model.std = (), ()
+    config = _config(source, family, fields, names.channels(family, shapes), image_size)
+    model, shape = config.model, config.data.image_shape
     model.activation, assumed = _activation(activation, source, family)
-    side = image_size or names.known(family).side(model)
-    shape = (side, side, channels)
     name = archs.name_of(model) or family
-    variables, matches = _match(source, weights, arrays, model, shape, name, arch)
-    # Later than the match, so that a file that does not fit is told so first.
-    chosen = normalization.decide(
-        asked, _declared(source, weights), model, channels, source.path
-    )
+    called = name if arch == "auto" else f"--arch={arch}"
+    variables, matches = _match(source, weights, arrays, config, called)
+    # After the match: that a file does not fit is the more important message.
+    declared = _declared(source, weights)
+    chosen = normalization.decide(asked, declared, model, shape[-1], source.path)
     model.mean, model.std = chosen.mean, chosen.std
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
-    config = _config(model, shape)
-    logits = probe_logits(models.build(config.model), variables, shape)
+    logits = probe_logits(models.build(model), variables, shape)
     if not np.isfinite(logits).all():
         raise UserError(
             f"{source.path} makes NaN or Inf of an image: its weights have diverged or "
             "are damaged, or the numbers of --std are too small."
         )
-    record = _record(source, weights, name, matches, chosen, config)
-    record["assumed"] = assumed
-    record["probe"] = {"image_shape": shape, "logits": [float(x) for x in logits]}
+    record = {
+        "source": os.path.basename(source.path),
+        "sha256": source.sha256,
+        "arch": name,
+        "model": checkpoint.as_json(config)["model"],
+        "unwrapped": weights.steps,
+        "normalization": {
+            "inside_the_network": bool(chosen.mean),
+            "mean": list(chosen.mean),
+            "std": list(chosen.std),
+            "origin": chosen.origin,
+        },
+        "assumed": assumed,
+        "arrays_matched": len(matches),
+        "numbers_matched": sum(math.prod(m.shape) for m in matches),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("atebm_jax", "jax", "flax", "numpy")
+        },
+        "probe": {"image_shape": shape, "logits": [float(x) for x in logits]},
+    }
     return Imported(variables, config, matches, record, _exported_names(source, model))
 
 
@@ -110,34 +111,28 @@ def _match(
     source: Source,
     weights: layouts.Weights,
     arrays: dict[str, np.ndarray],
-    model: ml_collections.ConfigDict,
-    shape: tuple[int, int, int],
-    name: str,
-    arch: str,
-) -> tuple[dict[str, Any], list[matching.Match]]:
-    """Variables of a network from a file's arrays; says what else the file holds."""
-    arrays, dropped = matching.without_unused(model.name, arrays)
+    config: ml_collections.ConfigDict,
+    called: str,
+) -> tuple[dict[str, Any], list[names.Match]]:
+    """Variables of a network from a file's arrays; a refusal names other weights."""
+    model = config.model
+    arrays, dropped = names.without_unused(model.name, arrays)
     weights.steps.extend(dropped)
+    expected = models.variable_shapes(models.build(model), config.data.image_shape)
     try:
-        return matching.match(
-            model.name,
-            arrays,
-            models.variable_shapes(models.build(model), shape),
-            name if arch == "auto" else f"--arch={arch}",
-            source.path,
-        )
+        return names.match(model.name, arrays, expected, called, source.path)
     except UserError as error:
         if not weights.others:
             raise
         flags = " or ".join(f"--entry={other}" for other in weights.others[:4])
         raise UserError(
             f"{str(error).removesuffix('.')}; one part of the file alone is taken with "
-            f"{printable(flags)}."
+            f"{shown(flags)}."
         ) from error
 
 
 def _declared(source: Source, weights: layouts.Weights) -> normalization.Declared:
-    """What the file says about the normalisation, arrays before all else."""
+    """What the file says about the normalisation; arrays have precedence."""
     found = normalization.declared(source.tree, source.read)
     if not weights.constants:
         return found
@@ -158,17 +153,15 @@ def _activation(
       UserError: an unknown one, or another than a family's only one.
     """
     default = configuration.default().model.activation
-    if asked is not None and asked not in _ACTIVATIONS:
-        raise UserError(
-            f"unknown --activation={asked}: choose one of {', '.join(_ACTIVATIONS)}."
-        )
+    if asked is not None:
+        check_choice("--activation", asked, _ACTIVATIONS)
     only = models.FAMILIES[family].activation
+    if only is not None and asked is not None and _ACTIVATIONS[asked] != only:
+        raise UserError(
+            f"--activation={asked}: a {family} has {only}, whatever its weights: leave "
+            "the flag out."
+        )
     if only is not None:
-        if asked is not None and _ACTIVATIONS[asked] != only:
-            raise UserError(
-                f"--activation={asked}: a {family} has {only}, whatever its weights: "
-                "leave the flag out."
-            )
         return default, []
     written = source.metadata.get("atebm_jax.activation")
     if asked is not None or written is not None:
@@ -193,7 +186,7 @@ def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, 
     """Family and fields of `config.model`: what was asked for, else what fits."""
     family, other = names.recognise(shapes)
     if other is not None:
-        raise UserError(
+        raise refusal(
             f"{path} is {other}, which is not built here: known are "
             f"{', '.join(models.FAMILIES)}; for another network read its arrays into a "
             "module of your own, as docs/convert.md says under 'Another network'."
@@ -203,25 +196,25 @@ def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, 
         values = archs.arch(arch)
         if family not in (None, values["name"]):
             name = next(iter(shapes))
-            raise UserError(
+            raise refusal(
                 f"{path} does not fit --arch={arch}, which is a {values['name']}: it "
                 f"has {name} {shapes[name]} and is a {family}; leave --arch out, or "
                 "give the right one."
             )
-        # What does not size the network (classes, say) the file knows better.
+        # The file has precedence in what does not size the network: classes, say.
         sized_by = models.FAMILIES[values["name"]].sized_by
         values |= {f: x for f, x in found.items() if f not in sized_by}
         return values["name"], values
     if family is None:
         some = ", ".join(sorted(shapes)[:4])
-        raise UserError(
+        raise refusal(
             f"{path} is of no known architecture (its names: {some}, ...): known are "
             f"{', '.join(models.FAMILIES)}; wrappers are taken off with "
             "--entry=PREFIX, and docs/convert.md says under 'Another network' how to "
             "read its arrays."
         )
     if not set(models.FAMILIES[family].sized_by) <= found.keys():
-        raise UserError(
+        raise refusal(
             f"{path} is a {family} of a size that is not built here: choose among "
             f"{', '.join(archs.ARCHS)}."
         )
@@ -229,13 +222,24 @@ def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, 
 
 
 def _config(
-    model: ml_collections.ConfigDict, shape: tuple[int, int, int]
+    source: Source,
+    family: str,
+    fields: dict[str, Any],
+    channels: int,
+    image_size: int | None,
 ) -> ml_collections.ConfigDict:
-    """A config for the imported network: its model, images, and ways to use it."""
+    """A config for an imported network: its model, images, and ways to use it."""
+    if channels not in (1, 3):
+        raise refusal(
+            f"{source.path} is a network for images of {channels} channels: expected 1 "
+            "(grey) or 3 (colour)."
+        )
     config = configuration.default()
-    config.model = model
-    config.data.image_shape = shape
-    if shape[0] >= 64:
+    config.model.update(fields)
+    config.model.mean, config.model.std = (), ()
+    side = image_size or names.known(family).side(config.model)
+    config.data.image_shape = (side, side, channels)
+    if side >= 64:
         # ImageNet's budgets (method: sections 4 and 5).
         config.evaluate.attack = configuration.adversary(
             epsilon=3.0, step_size=1.0, num_steps=10
@@ -263,37 +267,8 @@ def probe_logits(
         return np.asarray(run(variables, probe_image(shape)[None])[0])
 
 
-def _record(
-    source: Source,
-    weights: layouts.Weights,
-    name: str,
-    matches: list[matching.Match],
-    chosen: Normalization,
-    config: ml_collections.ConfigDict,
-) -> dict[str, Any]:
-    return {
-        "source": os.path.basename(source.path),
-        "sha256": source.sha256,
-        "arch": name,
-        "model": checkpoint.as_json(config)["model"],
-        "unwrapped": weights.steps,
-        "normalization": {
-            "inside_the_network": bool(chosen.mean),
-            "mean": list(chosen.mean),
-            "std": list(chosen.std),
-            "origin": chosen.origin,
-        },
-        "arrays_matched": len(matches),
-        "numbers_matched": int(sum(np.prod(m.shape) for m in matches)),
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("atebm_jax", "jax", "flax", "numpy")
-        },
-    }
-
-
 def with_class_names(imported: Imported, path: str | os.PathLike) -> Imported:
-    """The same with names of its classes from a file, one a line, by number.
+    """Adds the names of the classes from a file, one a line, by number.
 
     Raises:
       UserError: it cannot be read, or does not name each class once.
@@ -314,28 +289,22 @@ def with_class_names(imported: Imported, path: str | os.PathLike) -> Imported:
     return imported._replace(class_names=tuple(names))
 
 
-def check_target(to: str | os.PathLike) -> epath.Path:
-    """The folder to write, which must not be there or be empty.
+def check_target(to: str | os.PathLike) -> None:
+    """Refuses a folder that cannot be written, or is there and not empty.
 
     Raises:
       UserError: something is there, or it is no local path.
     """
     check_utf8("--to", to)
     folder = checkpoint.absolute(local("--to", to))
-    if folder.is_dir() and not any(folder.iterdir()):
-        return folder
-    if folder.exists():
-        what = "is not empty" if folder.is_dir() else "is no folder"
-        raise UserError(f"--to={to} {what}: give a new folder.")
-    return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--to={to} is not empty: give a new folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to={to} is no folder: give a new folder.")
 
 
 def write(imported: Imported, to: str | os.PathLike) -> None:
     """Writes a folder that looks like a workdir, complete or not at all.
-
-    Args:
-      imported: as of `read`.
-      to: a folder that is not there or is empty.
 
     Raises:
       UserError: something is there, or it cannot be written.
@@ -354,22 +323,25 @@ def _save_weights(
     folder: epath.Path, imported: Imported, config: dict[str, Any]
 ) -> None:
     """One step with the averaged weights alone: all that other commands read."""
-    meta = {"format": checkpoint.FORMAT, "stage": checkpoint.IMPORTED, "step": 0}
-    meta |= {"T": 0, "config": config, "import": imported.record}
-    names = imported.class_names
-    meta["class_names"] = None if names is None else list(names)
+    meta = {
+        "format": checkpoint.FORMAT,
+        "stage": checkpoint.IMPORTED,
+        "step": 0,
+        "T": 0,
+        "config": config,
+        "import": imported.record,
+        "class_names": imported.class_names,
+    }
     state = {
         "average_params": imported.variables["params"],
         "average_batch_stats": imported.variables.get("batch_stats", {}),
     }
     path = checkpoint.stage_folder(folder, checkpoint.IMPORTED)
     path.mkdir(parents=True)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+    )
     with ocp.CheckpointManager(path, item_names=("state", "meta")) as manager:
-        manager.save(
-            0,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        manager.save(0, args=items)
     checkpoint.check_complete(path / "0")
     checksums.write(path / "0")

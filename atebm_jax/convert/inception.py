@@ -1,5 +1,6 @@
 """The weights of Inception-v3 from a PyTorch or safetensors file."""
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -37,14 +38,14 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
         )
     source = files.open_source(path)
     if not isinstance(source.tree, Mapping):
-        raise UserError(_other(path, "it holds no named weights"))
-    names = {k: v for k, v in source.tree.items() if files.is_array(v)}
-    return from_torch({k: source.read(v) for k, v in names.items()}, path), (
-        source.sha256
-    )
+        raise _other(path, "it holds no named weights")
+    arrays = {k: source.read(v) for k, v in source.tree.items() if files.is_array(v)}
+    return from_torch(arrays, path), source.sha256
 
 
-def from_torch(weights: Mapping[str, np.ndarray], path: str = "") -> dict[str, Any]:
+def from_torch(
+    weights: Mapping[str, np.ndarray], path: str = "the state dict"
+) -> dict[str, Any]:
     """Variables of the Flax network from a state dict of arrays in PyTorch's layout.
 
     Raises:
@@ -54,23 +55,25 @@ def from_torch(weights: Mapping[str, np.ndarray], path: str = "") -> dict[str, A
     def leaf(where: tuple, like: Any) -> np.ndarray:
         name = inception.torch_name([key.key for key in where[1:]])
         if name not in weights:
-            raise UserError(_other(path, f"{name} is missing"))
+            raise _other(path, f"{name} is missing")
         array = np.asarray(weights[name], np.float32)
-        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim)
-        array = array if axes is None else array.transpose(axes)
+        if array.ndim in (2, 4):
+            array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else (1, 0))
         if array.shape != like.shape:
-            shape = np.shape(weights[name])
-            raise UserError(_other(path, f"{name} has shape {tuple(shape)}"))
+            raise _other(path, f"{name} has shape {np.shape(weights[name])}")
         return np.ascontiguousarray(array)
 
+    return jax.tree_util.tree_map_with_path(leaf, _expected())
+
+
+@functools.cache
+def _expected() -> Any:
     shape = (inception.SIZE, inception.SIZE, 3)
-    expected = models.variable_shapes(inception.InceptionV3(), shape)
-    return jax.tree_util.tree_map_with_path(leaf, expected)
+    return models.variable_shapes(inception.InceptionV3(), shape)
 
 
-def _other(path: str, what: str) -> str:
-    return (
-        f"{path or 'the state dict'} is not the Inception-v3 of the Frechet Inception "
-        f"distance ({what}): expected {PUBLISHED} or the same as safetensors "
-        "(docs/inception.md)."
+def _other(path: str, what: str) -> UserError:
+    return files.refusal(
+        f"{path} is not the Inception-v3 of the Frechet Inception distance ({what}): "
+        f"expected {PUBLISHED} or the same as safetensors (docs/inception.md)."
     )

@@ -1,8 +1,8 @@
 """Finds the weights in what was saved, and takes the wrappers off their names.
 
 Training states, averaged copies, `DataParallel`, attack wrappers and networks with
-their normalisation in front all end as one plain state dict; whatever was taken off is
-said in `Weights.steps`.
+their normalisation in front all become one plain state dict. `Weights.steps` says what
+was removed.
 """
 
 import collections
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,48 +18,46 @@ import ml_dtypes
 import numpy as np
 
 from atebm_jax.convert import entries, normalization
-from atebm_jax.convert.files import Source, is_array, printable, shape
+from atebm_jax.convert.files import Source, is_array, refusal, shown
 from atebm_jax.convert.names import begins_network, family_of, looks_like_network
-from atebm_jax.errors import UserError
 
 
 @dataclass
 class Weights:
-    """One network's plain state dict, from which the wrappers come off one by one.
+    """One network's plain state dict, from which the wrappers come off one by one."""
 
-    Attributes:
-      arrays: by PyTorch name, without wrappers; leaves of a source's tree.
-      steps: what was chosen and taken off, a phrase each.
-      constants: "mean" and "std" of the input normalisation, where they are kept beside
-        the weights.
-      others: what `--entry` takes other weights of the file by.
-      prefix: what `--entry` has in front of the names.
-      is_given: `--entry` gave a prefix of names: nothing is to be chosen any more.
-    """
-
+    # By PyTorch name, without wrappers: leaves of a source's tree.
     arrays: dict[str, Any]
+    # One phrase for each choice and each removed wrapper.
     steps: list[str] = field(default_factory=list)
+    # "mean" and "std" of the input normalisation, kept beside the weights.
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    # Values of `--entry` for the other weights of the file, and the prefix that these
+    # names have in a value of `--entry`.
     others: list[str] = field(default_factory=list)
     prefix: str = ""
+    # Whether `--entry` gave a prefix of names: then nothing more is chosen.
     is_given: bool = False
-
-    def enter(self, wrapper: str) -> None:
-        """Notes that a first part of the names is off."""
-        # `_below` passes over the transparent ones.
-        if wrapper and not re.fullmatch(_TRANSPARENT, wrapper):
-            self.prefix += f"{wrapper}."
 
 
 _MOST_WRAPPERS = 32
 _MOST_COPIES = 16
 
-_NORMALIZER = re.compile(
-    r"(?:(?:normali[sz]er?|normali[sz]ation|normali[sz]e_layer|norm|preprocess|0|"
-    r"attacker\.normali[sz]er?)\.)?"
-    r"(?:new_)?(mean|means|mu|std|stds|sd|sds|sigma)"
+# Usual names of the network in a training state, and of wrapping modules.
+_NETWORKS = frozenset(
+    {
+        *("state_dict", "model", "model_state_dict", "model_state", "net", "network"),
+        *("base_model", "module", "weights", "params", "classifier"),
+        *("online_model", "online"),
+    }
 )
 
+# Names of networks in pairs, of which neither is the usual one to take.
+_ROLES = frozenset({"student", "teacher", "target", "target_model", "momentum_encoder"})
+
+# Every network has all of these; a copy of its parameters alone does not.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+_KINDS = frozenset({"weight", "bias"}) | _STATISTICS
 
 # Words that names of counters are made of: arrays of one number that say how long a
 # network was trained or averaged ("num_updates", "swa_n").
@@ -72,12 +70,19 @@ _COUNTED = frozenset(
     }
 )
 
-# Modules that wrap another one at any depth, compute nothing and have no arrays:
-# parallel training, compilation, sharding, recomputation, private gradients.
+_NORMALIZER = re.compile(
+    r"(?:(?:normali[sz]er?|normali[sz]ation|normali[sz]e_layer|norm|preprocess|0|"
+    r"attacker\.normali[sz]er?)\.)?"
+    r"(?:new_)?(mean|means|mu|std|stds|sd|sds|sigma)"
+)
+
+# Modules that wrap another one at any depth and have no arrays of their own: parallel
+# training, compilation, sharding, recomputation, private gradients.
 _TRANSPARENT = (
     r"(?:_?module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
     r"_fpw_module|_forward_module)"
 )
+_INNER_WRAPPERS = re.compile(rf"(?<=\.){_TRANSPARENT}\.")
 
 
 def find(source: Source, entry: str | None = None) -> Weights:
@@ -90,7 +95,7 @@ def find(source: Source, entry: str | None = None) -> Weights:
     Raises:
       UserError: no weights, or several networks of which none is meant.
     """
-    weights = _chosen(source, entry)
+    weights = _entered(source, entry)
     for _ in range(_MOST_WRAPPERS):
         before = set(weights.arrays)
         _pass_over_counters(weights)
@@ -101,86 +106,86 @@ def find(source: Source, entry: str | None = None) -> Weights:
         if set(weights.arrays) == before:
             break
     else:
-        raise UserError(
+        raise refusal(
             f"{source.path} is refused: its names have more than {_MOST_WRAPPERS} "
             "wrappers."
         )
     if len(weights.constants) == 1:
-        raise UserError(
+        raise refusal(
             f"{source.path} has only the {next(iter(weights.constants))} of an input "
             "normalisation: give --mean and --std."
         )
+    weights.steps = list(map(shown, weights.steps))
     return weights
 
 
-def _chosen(source: Source, entry: str | None) -> Weights:
-    """The entry of the file that is meant, with its wrappers."""
+def _entered(source: Source, entry: str | None) -> Weights:
+    """The entry of the file that is meant, still with its wrappers."""
     networks = entries.collect(source)
-    if not networks:
-        raise UserError(entries.nothing(source))
-    name, inside = entries.split(entry, networks)
+    asked, inside = entries.split(entry, networks)
     steps = entries.unusable_averages(source, networks)
-    if name is None:
-        networks = entries.whole(networks, steps)
-    name = entries.choose(networks, name, source.path, steps)
-    arrays = _without_inner_wrappers(networks[name], steps)
-    if inside:
-        arrays = _below(arrays, _plain_name(inside), source.path)
-        steps.append(f"took the names under {inside!r}")
-    dropped = [n for n, value in arrays.items() if not is_array(value)]
-    for n in dropped:
-        del arrays[n]
+    weights = Weights({}, steps, _metadata(source), is_given=bool(inside))
+    name = _choose(networks, asked, source, weights)
+    weights.prefix = f"{name}." if name else ""
+    held = networks[name]
+    weights.arrays = {n: value for n, value in held.items() if is_array(value)}
+    dropped = [repr(n) for n in held if n not in weights.arrays]
     if dropped:
-        steps.append(f"passed over {', '.join(map(repr, dropped[:4]))}: no arrays")
-    constants = _metadata(source)
-    if constants:
-        steps.append("took mean and std from the file's metadata")
-    others = [n for n in networks if n and n != name]
-    prefix = f"{name}." if name else ""
-    return Weights(arrays, steps, constants, others, prefix, bool(inside))
+        weights.steps.append(f"passed over {', '.join(dropped[:4])}: no arrays")
+    _take_out_inner_wrappers(weights)
+    if inside:
+        plain = _INNER_WRAPPERS.sub("", inside)
+        weights.arrays = _below(weights.arrays, plain, source.path)
+        weights.steps.append(f"took the names under {inside!r}")
+    if weights.constants:
+        weights.steps.append("took mean and std from the file's metadata")
+    return weights
 
 
-def _below(weights: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
+def _below(arrays: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
     """The names that begin with a prefix, without it; wrappers may be before it."""
     start = re.compile(rf"(?:{_TRANSPARENT}\.)*{re.escape(prefix)}\.(.+)")
-    matches = {name: start.fullmatch(name) for name in weights}
-    taken = {m[1]: weights[name] for name, m in matches.items() if m}
+    matches = {name: start.fullmatch(name) for name in arrays}
+    taken = {m[1]: arrays[name] for name, m in matches.items() if m}
     if not taken:
-        raise UserError(f"--entry={prefix}: no name in {path} begins with '{prefix}.'.")
+        raise refusal(f"--entry={prefix}: no name in {path} begins with '{prefix}.'.")
     return taken
 
 
-def _plain_name(name: str) -> str:
-    """A name without what wraps modules inside of the network.
+def _take_out_inner_wrappers(weights: Weights) -> None:
+    """Removes them from the names, but keeps two names that would become the same.
 
-    What stands in front stays: all names may share it, or it may part two networks.
+    A wrapper in front stays: all names may share it, or it may separate two networks.
     """
-    front = re.match(rf"(?:{_TRANSPARENT}\.)*", name)
-    start = front.end() if front else 0
-    return name[:start] + re.sub(rf"(?<=\.){_TRANSPARENT}\.", "", name[start:])
+    plain = {name: _INNER_WRAPPERS.sub("", name) for name in weights.arrays}
+    count = collections.Counter(plain.values())
+    changed = {a: b for a, b in plain.items() if a != b and count[b] == 1}
+    weights.arrays = {changed.get(n, n): value for n, value in weights.arrays.items()}
+    if changed:
+        weights.steps.append(
+            f"took the names of wrapping modules out of {len(changed)} names"
+        )
 
 
-def _without_inner_wrappers(named: dict[str, Any], steps: list[str]) -> dict[str, Any]:
-    """Takes out of the names what wraps modules inside of the network.
-
-    Two names that would become one stay as they are.
-    """
-    changed = {name: _plain_name(name) for name in named}
-    count = collections.Counter(changed.values())
-    weights, taken = {}, 0
-    for name, value in named.items():
-        alone = count[changed[name]] == 1
-        weights[changed[name] if alone else name] = value
-        taken += alone and changed[name] != name
-    if taken:
-        steps.append(f"took the names of wrapping modules out of {taken} names")
-    return weights
+def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
+    """mean and std that the export of this project writes beside the arrays."""
+    texts = (source.metadata.get(f"atebm_jax.{kind}", "") for kind in ("mean", "std"))
+    try:
+        mean, std = (tuple(map(float, json.loads(text))) for text in texts)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    if not all(map(math.isfinite, mean + std)) or any(x <= 0 for x in std):
+        raise refusal(
+            f"{source.path}: its metadata has mean {mean} and std {std}, with which no "
+            "image can be normalised."
+        )
+    return {"mean": mean, "std": std}
 
 
 def _pass_over_counters(weights: Weights) -> None:
-    single = [n for n, value in weights.arrays.items() if math.prod(shape(value)) == 1]
-    counters = [n for n in single if _is_counter(n.rpartition(".")[2])]
-    # What they say is read where the normalisation is.
+    single = [n for n, value in weights.arrays.items() if math.prod(value.shape) == 1]
+    counters = [n for n in single if _is_counter(_last(n))]
+    # `normalization` reads what the switches say.
     switches = [n for n in single if normalization.is_switch(n)]
     for name in counters + switches:
         del weights.arrays[name]
@@ -197,7 +202,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _take_heads(weights: Weights) -> None:
-    """JEM's network `f` and its two heads, as one classifier.
+    """Makes one classifier of JEM's network `f` and its two heads.
 
     `class_output` reads the features of `f`, whose own last layer nothing uses; the
     energy is that of the classes, not `energy_output` (Grathwohl et al., 2020).
@@ -207,13 +212,9 @@ def _take_heads(weights: Weights) -> None:
     parts = {n.partition(".")[0] for n in heads}
     if not inner or parts not in ({"class_output"}, {"class_output", "energy_output"}):
         return
-    unused = ("fc", "linear")
-    taken = {n: v for n, v in inner.items() if n.partition(".")[0] not in unused}
-    for name, value in heads.items():
-        first, _, leaf = name.partition(".")
-        if first == "class_output":
-            taken[f"fc.{leaf}"] = value
-    weights.arrays = taken
+    weights.arrays = _outside(inner, ("fc", "linear"))
+    for name, value in _outside(heads, ("energy_output",)).items():
+        weights.arrays[name.replace("class_output", "fc", 1)] = value
     weights.steps.append(
         "took JEM's network under 'f' with 'class_output' as its last layer; "
         "passed over 'energy_output' and the last layer of 'f', which it does not use"
@@ -224,38 +225,19 @@ def _take_normalizer(source: Source, weights: Weights) -> None:
     path, constants = source.path, weights.constants
     for name in list(weights.arrays):
         match = _NORMALIZER.fullmatch(name)
-        if not match or not 1 <= math.prod(shape(weights.arrays[name])) <= 4:
+        if not match or not 1 <= math.prod(weights.arrays[name].shape) <= 4:
             continue
         kind = "mean" if match[1].startswith("m") else "std"
         array = source.read(weights.arrays.pop(name)).astype(np.float64).ravel()
         values = tuple(float(np.float32(x)) for x in array)
         if constants.setdefault(kind, values) != values:
-            raise UserError(
+            raise refusal(
                 f"{path} normalises twice and differently: {name} is {values}, "
                 f"another {kind} {constants[kind]}; choose a part with --entry."
             )
         if not all(0 <= x <= 1 for x in values) or (kind == "std" and min(values) <= 0):
-            raise UserError(
-                f"{path}: {name} is {values}, no {kind} of images in [0, 1]."
-            )
+            raise refusal(f"{path}: {name} is {values}, no {kind} of images in [0, 1].")
         weights.steps.append(f"took {kind} from {name!r}")
-
-
-def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
-    """mean and std that the export of this project writes beside the arrays."""
-    found = {}
-    for kind in ("mean", "std"):
-        try:
-            values = json.loads(source.metadata.get(f"atebm_jax.{kind}", "null"))
-            found[kind] = tuple(map(float, values or ()))
-        except (TypeError, ValueError, RecursionError):
-            return {}
-        if not all(math.isfinite(x) and (kind == "mean" or x > 0) for x in found[kind]):
-            raise UserError(
-                f"{source.path}: its metadata has {kind} {found[kind]}, with which no "
-                "image can be normalised."
-            )
-    return found if "atebm_jax.mean" in source.metadata else {}
 
 
 def _drop_attacker(source: Source, weights: Weights) -> None:
@@ -264,30 +246,31 @@ def _drop_attacker(source: Source, weights: Weights) -> None:
     copies = [n for n in arrays if n.startswith("attacker.")]
     for name in copies:
         original = name.removeprefix("attacker.")
-        if original in arrays and _equal(source, arrays[name], arrays[original]):
-            continue
-        raise UserError(
-            printable(
+        if original not in arrays or not _equal(source, arrays[name], arrays[original]):
+            raise refusal(
                 f"{source.path}: {name} should be the same array as {original}, and "
                 f"{'differs' if original in arrays else 'that is missing'}: choose "
                 f"one with --entry={prefix}attacker.model or --entry={prefix}model."
             )
-        )
-    for name in copies:
-        del arrays[name]
     if copies:
+        weights.arrays = {n: v for n, v in arrays.items() if n not in copies}
         weights.steps.append(f"dropped {len(copies)} equal copies under 'attacker.'")
 
 
 def _equal(source: Source, one: Any, other: Any) -> bool:
-    if shape(one) != shape(other):
+    if one.shape != other.shape:
         return False
     a, b = source.read(one), source.read(other)
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+def _outside(arrays: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any]:
+    """The names whose first part is none of `parts`."""
+    return {n: v for n, v in arrays.items() if n.partition(".")[0] not in parts}
+
+
 def _take_off_wrapper(source: Source, weights: Weights) -> None:
-    """Takes the wrapper off that all names share, or one of the usual ones."""
+    """Removes the wrapper that all names share, or one of the usual wrappers."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in weights.arrays.items():
         first, dot, inner = name.partition(".")
@@ -296,12 +279,18 @@ def _take_off_wrapper(source: Source, weights: Weights) -> None:
     first, inside = next(iter(groups.items()), ("", {}))
     if len(weights.arrays) == len(inside) > 1 and not begins_network(first):
         weights.steps.append(f"took off the prefix {first + '.'!r}")
-        weights.arrays = inside
-        weights.enter(first)
+        _enter(weights, first, inside)
         return
     wrapped = {g: names for g, names in groups.items() if _is_wrapper(g, names)}
     if wrapped and not weights.is_given:
         _take_one_of(wrapped, source, weights)
+
+
+def _enter(weights: Weights, wrapper: str, arrays: dict[str, Any]) -> None:
+    weights.arrays = arrays
+    # `_below` skips the transparent wrappers.
+    if wrapper and not re.fullmatch(_TRANSPARENT, wrapper):
+        weights.prefix += f"{wrapper}."
 
 
 def _take_one_of(
@@ -317,55 +306,102 @@ def _take_one_of(
         rivals = {g: x for g, x in wrapped.items() if _is_rival(g, x, rest)}
         if rivals:
             networks = {"": _outside(weights.arrays, rivals), **rivals}
-    networks = entries.whole(networks, weights.steps)
-    name = entries.choose(networks, None, source.path, weights.steps, weights.prefix)
-    weights.others += [f"{weights.prefix}{n}" for n in networks if n and n != name]
+    name = _choose(networks, None, source, weights)
     if "" in networks:
-        weights.arrays = networks[name]
-    elif rest.keys() & wrapped[name].keys():
-        return
-    else:
-        if any(len(shape(value)) >= 2 for value in rest.values()):
+        _enter(weights, name, networks[name])
+    elif not rest.keys() & wrapped[name].keys():
+        if any(len(value.shape) >= 2 for value in rest.values()):
             weights.others.append(f"{weights.prefix}{name}")
-        _say_filled(name, wrapped[name], rest, weights.steps)
-        weights.arrays = wrapped[name] | rest
-    weights.enter(name)
+        own = [n for n in rest if _last(n) in _STATISTICS]
+        theirs = any(_last(n) in _STATISTICS for n in wrapped[name])
+        if entries.is_averaged(name) and own and not theirs:
+            weights.steps.append(
+                f"the averages under {name!r} have no batch statistics: took the "
+                f"network's own, which are no averages ({own[0]!r}, ...)"
+            )
+        _enter(weights, name, wrapped[name] | rest)
 
 
-def _say_filled(
-    name: str, names: Iterable[str], rest: Iterable[str], steps: list[str]
-) -> None:
-    """Says that averages of parameters alone stand beside statistics of the network."""
-    own = [n for n in rest if _is_statistic(n)]
-    if entries.is_averaged(name) and own and not any(map(_is_statistic, names)):
-        steps.append(
-            f"the averages under {name!r} have no batch statistics: took the "
-            f"network's own, which are no averages ({printable(own[0])!r}, ...)"
-        )
-
-
-def _is_statistic(name: str) -> bool:
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
-
-
-def _outside(weights: dict[str, Any], groups: Iterable[str]) -> dict[str, Any]:
-    """The names whose first part is none of `groups`."""
-    return {n: v for n, v in weights.items() if n.partition(".")[0] not in groups}
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _is_wrapper(name: str, names: Iterable[str]) -> bool:
     """Whether a first part of names stands for a network or for what wraps one."""
     if not name or entries.is_averaged(name):
         return bool(name)
-    usual = name in entries.NETWORKS | entries.ROLES
-    usual = usual or re.fullmatch(_TRANSPARENT, name) is not None
+    usual = name in _NETWORKS | _ROLES or re.fullmatch(_TRANSPARENT, name) is not None
     return (usual or looks_like_network(names)) and not begins_network(name)
 
 
 def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:
-    """Whether names under a prefix are another network than the rest."""
+    """Whether names under a prefix are a network besides the rest."""
     collide = any(n in rest for n in names)
     return collide or entries.is_averaged(name) or looks_like_network(names)
+
+
+def _choose(
+    networks: Mapping[str, dict], name: str | None, source: Source, weights: Weights
+) -> str:
+    """The name of the network to take; "" is the one without a prefix.
+
+    `weights` notes the choice and the other networks.
+
+    Raises:
+      UserError: none was asked for, and none is the usual one.
+    """
+    if name is None:
+        networks = _without_partial_averages(networks, weights)
+        name = _meant(networks)
+    prefix = weights.prefix
+    if name is None:
+        flags = [f"--entry={prefix}{n}" for n in networks if n]
+        raise refusal(
+            f"{source.path} holds several networks: {entries.listing(networks)}; say "
+            f"which with {' or '.join(flags[:4])}."
+        )
+    others = [n for n in networks if n != name]
+    if name or others:
+        kind = "averaged weights" if entries.is_averaged(name) else "weights"
+        where = f"under {name!r}" if name else "without a prefix"
+        named = (f"{n!r}, with --entry={prefix}{n}" for n in others[:4] if n)
+        beside = ", ".join([*named, *["names without a prefix"] * ("" in others)])
+        said = f" (beside it: {beside})" if beside else ""
+        weights.steps.append(f"took the {kind} {where}{said}")
+    weights.others += [f"{prefix}{n}" for n in others if n]
+    return name
+
+
+def _meant(networks: Mapping[str, Any]) -> str | None:
+    """The only network, else its only averages, else the one with a usual name."""
+    averaged = [n for n in networks if entries.is_averaged(n)]
+    plain = [n for n in networks if n not in averaged]
+    usual = [n for n in plain if _is_usual(n)]
+    if len(networks) == 1:
+        return next(iter(networks))
+    if len(averaged) == 1 and len(plain) == len(usual) <= 1:
+        return averaged[0]
+    return usual[0] if len(usual) == 1 and not averaged else None
+
+
+def _is_usual(name: str) -> bool:
+    """Whether a network has no name of its own, or the usual one."""
+    return not name or _last(name) in _NETWORKS
+
+
+def _without_partial_averages(
+    networks: Mapping[str, dict], weights: Weights
+) -> dict[str, dict]:
+    """Leaves out averages that lack parts of the network beside them."""
+    plain = [n for n in networks if not entries.is_averaged(n)]
+    if len(plain) != 1 or not _is_usual(plain[0]):
+        return dict(networks)
+    kinds = {n: _KINDS & set(map(_last, names)) for n, names in networks.items()}
+    lacking = {n: sorted(kinds[plain[0]] - kinds[n]) for n in networks}
+    for name in (n for n in networks if lacking[n]):
+        what = f"under {name!r}: no {' and no '.join(lacking[name])} by name"
+        weights.steps.append(f"averages that cannot be used, {what}; {entries.COPY}")
+    return {n: names for n, names in networks.items() if not lacking[n]}
 
 
 def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
@@ -376,39 +412,42 @@ def read_arrays(source: Source, weights: Weights) -> dict[str, np.ndarray]:
         name; many times the numbers that the file has.
     """
     arrays: dict[str, np.ndarray] = {}
-    narrowed: dict[str, int] = {}
-    # Names may share numbers, which become copies here.
+    narrowed: collections.Counter[str] = collections.Counter()
+    # Arrays can share numbers in the file; here each gets a copy.
     left = _MOST_COPIES * os.path.getsize(source.path)
     for name, value in weights.arrays.items():
-        if name.rpartition(".")[2] == "num_batches_tracked":
+        if _last(name) == "num_batches_tracked":
             continue
         array = source.read(value)
         left -= array.size
         if left < 0:
-            raise UserError(
+            raise refusal(
                 f"{source.path} is refused: its arrays share their numbers, and are "
                 f"{_MOST_COPIES} times the file."
             )
-        real = array.dtype.kind in "fiub" or array.dtype == ml_dtypes.bfloat16
-        if not array.size or not real:
-            raise UserError(
-                printable(
-                    f"{source.path}: {name} is {array.dtype}{list(array.shape)}: "
-                    "expected real numbers, one at least."
-                )
-            )
-        if array.dtype != np.float32 and array.dtype.kind not in "iub":
-            narrowed[str(array.dtype)] = narrowed.get(str(array.dtype), 0) + 1
-            with np.errstate(over="ignore"):
-                array = array.astype(np.float32)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(
-                printable(
-                    f"{source.path}: {name} holds NaN or Inf: these weights diverged "
-                    "or are damaged; choose an earlier checkpoint."
-                )
-            )
-        arrays[name] = array
+        arrays[name] = _as_float32(array, f"{source.path}: {name}")
+        if arrays[name].dtype != array.dtype:
+            narrowed[str(array.dtype)] += 1
     for kind, count in narrowed.items():
         weights.steps.append(f"{count} arrays were {kind} and become float32")
     return arrays
+
+
+def _as_float32(array: np.ndarray, what: str) -> np.ndarray:
+    """Checks an array, and converts floating-point numbers to float32."""
+    is_float = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
+    if not array.size or not (is_float or array.dtype.kind in "iub"):
+        raise refusal(
+            f"{what} is {array.dtype}{list(array.shape)}: expected real numbers, one "
+            "at least."
+        )
+    if not is_float:
+        return array
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise refusal(
+            f"{what} holds NaN or Inf: these weights diverged or are damaged; choose "
+            "an earlier checkpoint."
+        )
+    return array

@@ -1,27 +1,40 @@
 """What PyTorch calls a network's arrays: whose names they are, to ours and back.
 
-Each family is asked: what its names are, its own file says
-(`models.family.TorchNames`).
+The names of a family are in its own file (`models.family.TorchNames`).
 """
 
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 
+from atebm_jax.convert.files import refusal
 from atebm_jax.errors import UserError
 from atebm_jax.models import FAMILIES
 from atebm_jax.models.family import Rules, Shapes, TorchNames
 
+# Arrays of layers, by the last part of their name and their number of axes: our name,
+# and where our axes are in theirs.
+_LAYOUTS: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
+    ("weight", 4): ("kernel", (2, 3, 1, 0)),
+    ("weight", 2): ("kernel", (1, 0)),
+    ("weight", 1): ("scale", (0,)),
+    ("bias", 1): ("bias", (0,)),
+}
+_LAYOUTS_BACK = {
+    (ours, len(axes)): (theirs, tuple(map(int, np.argsort(axes))))
+    for (theirs, _), (ours, axes) in _LAYOUTS.items()
+}
+
+# How many names a message lists.
+_MOST_NAMED = 6
+
 
 def known(family: str) -> TorchNames:
-    """A family's names in PyTorch.
-
-    Args:
-      family: a key of `atebm_jax.models.FAMILIES`.
+    """The names in PyTorch of a family of `models.FAMILIES`.
 
     Raises:
       UserError: it has none.
@@ -35,48 +48,40 @@ def known(family: str) -> TorchNames:
     return names
 
 
-def _families() -> Iterator[str]:
-    return (name for name, family in FAMILIES.items() if family.torch is not None)
+def _families() -> Iterator[tuple[str, TorchNames, set[str]]]:
+    """Each family with names in PyTorch, and the names of its mark in all sources."""
+    for name, family in FAMILIES.items():
+        if (torch := family.torch) is not None:
+            inverse = _inverse(torch.aliases)
+            others = (_rename((rule,), torch.mark) for rule in inverse)
+            yield name, torch, {torch.mark, *(other for other in others if other)}
 
 
 def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
-    """The family of a state dict, or what else the network is.
+    """(family of a state dict, None), or (None, what other network it is).
 
-    Args:
-      shapes: of every array, PyTorch layouts, by name.
-
-    Returns:
-      (a key of `models.FAMILIES` whose networks have such names, None); or (None, what
-      the network is that is not built here). Both are None where nobody knows it.
+    Both are None for unknown names.
     """
-    for family in _families():
-        if not _marks(family).isdisjoint(shapes) and not look_alike(family, shapes):
+    others = {family: look_alike(family, shapes) for family, _, _ in _families()}
+    for family, _, marks in _families():
+        if not marks.isdisjoint(shapes) and not others[family]:
             return family, None
-    others = (look_alike(family, shapes) for family in _families())
-    return None, next((what for what in others if what), None)
+    return None, next(filter(None, others.values()), None)
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """The first family by whose mark names are known, look-alikes or not."""
+    """The first family whose mark is among the names, which may be a look-alike's."""
     listed = set(names)
-    return next((f for f in _families() if _marks(f) & listed), None)
-
-
-def _marks(family: str) -> set[str]:
-    """A family's mark as each source calls it."""
-    torch = known(family)
-    others = (_rename((rule,), torch.mark) for rule in _inverse(torch.aliases))
-    return {torch.mark, *(name for name in others if name)}
+    return next((family for family, _, marks in _families() if marks & listed), None)
 
 
 def look_alike(family: str, shapes: Shapes) -> str | None:
-    """What a network is that a family may be mistaken for, or None."""
+    """What other network has the names of a family, or None if it is the family's."""
     for what, test in known(family).look_alikes.items():
         if callable(test):
             found = test(shapes)
         else:
-            pattern = re.compile(rf"(?:.*\.)?(?:{test})")
-            found = any(map(pattern.fullmatch, shapes))
+            found = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in shapes)
         if found:
             return what
     return None
@@ -85,34 +90,25 @@ def look_alike(family: str, shapes: Shapes) -> str | None:
 def looks_like_network(names: Iterable[str]) -> bool:
     """Whether a whole network of some family is among names, under any prefix.
 
-    Its first layer must be there too: a stage of a hierarchical transformer (Swin) has
-    a ViT's names otherwise.
+    Its first layer must be there too, as a stage of a hierarchical transformer (Swin)
+    has the names of a ViT.
     """
     listed = list(names)
-    for family in _families():
-        first = known(family).first
-        for mark in _marks(family):
+    for family, torch, marks in _families():
+        for mark in marks:
             ends = [n for n in listed if n == mark or n.endswith(f".{mark}")]
             for prefix in {n.removesuffix(mark) for n in ends}:
                 inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
-                if any(canonical(family, name) in first for name in inner):
+                if any(canonical(family, name) in torch.first for name in inner):
                     return True
     return False
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:
-    """What the shapes say about `config.model`; what they leave open is left out.
-
-    Args:
-      family: as of `recognise`.
-      shapes: of every array, PyTorch layouts, by name.
-
-    Returns:
-      Fields of `config.model` with their values; always "name".
-    """
-    own = _own_names(family, shapes)
-    found = {"name": family} | known(family).fields(own)
-    head = own.get(_last_layer(family), ())
+    """What the shapes say about `config.model`; what they leave open is left out."""
+    torch, own = known(family), _own_names(family, shapes)
+    found = {"name": family} | torch.fields(own)
+    head = own.get(f"{_rename(_inverse(torch.rules), 'fc')}.weight", ())
     if len(head) == 2 and head[0]:
         found["num_classes"] = head[0]
     return found
@@ -121,10 +117,8 @@ def fields(family: str, shapes: Shapes) -> dict[str, Any]:
 def channels(family: str, shapes: Shapes) -> int:
     """Channels of the images: inputs of the first convolution, or 3."""
     own = _own_names(family, shapes)
-    for name in known(family).first:
-        if len(own.get(name, ())) == 4:
-            return own[name][1]
-    return 3
+    first = (own.get(name, ()) for name in known(family).first)
+    return next((kernel[1] for kernel in first if len(kernel) == 4), 3)
 
 
 def _own_names(family: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -152,7 +146,16 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     for name, array in state_dict.items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
-        path, value = one_from_torch(family, name, np.asarray(array))
+        array = np.asarray(array)
+        placed = _placed(family, name, array)
+        if placed is None:
+            rules = known(family).rules
+            example = re.sub(r"{\w+}", "0", rules[-2][0])
+            raise UserError(
+                f"{name!r} with shape {array.shape} is no parameter of a {family}: "
+                f"expected names such as '{example}.weight' or '{rules[-1][0]}.bias'."
+            )
+        path, value = placed
         if path in flat:
             raise UserError(
                 f"{name!r} and {origin[path]!r} are the same parameter of a {family}: "
@@ -182,26 +185,21 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
 
 
 def canonical(family: str, name: str) -> str:
-    """The name that `to_torch` would give what another source calls `name`."""
+    """The family's own name for what another source calls `name`."""
     return _rename(known(family).aliases, name) or name
 
 
-def _last_layer(family: str) -> str:
-    """Name of the last layer's weight, whose outputs are the classes."""
-    return f"{_rename(_inverse(known(family).rules), 'fc')}.weight"
-
-
 def begins_network(part: str) -> bool:
-    """Whether the first part of a name is a network's own, and no wrapper's."""
+    """Whether the first part of a name belongs to a network and not to a wrapper."""
     return any(
         re.fullmatch(_pattern(theirs.partition(".")[0]), part)
-        for family in _families()
-        for theirs, _ in (*known(family).rules, *known(family).aliases)
+        for _, torch, _ in _families()
+        for theirs, _ in (*torch.rules, *torch.aliases)
     )
 
 
-def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """One array of `from_torch`: its path in the variables, and its layout there."""
+def _placed(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """The path of an array in the variables, and its layout there; None without one."""
     torch = known(family)
     module, _, leaf = canonical(family, name).rpartition(".")
     path = _rename(torch.rules, module)
@@ -212,19 +210,10 @@ def one_from_torch(family: str, name: str, array: np.ndarray) -> tuple[str, np.n
         return "/".join(part for part in ("params", path, leaf) if part), value
     if path and leaf in ("running_mean", "running_var"):
         return f"batch_stats/{path}/{leaf.removeprefix('running_')}", array
-    if path and leaf == "bias" and array.ndim == 1:
-        return f"params/{path}/bias", array
-    if path and leaf == "weight" and array.ndim == 4:
-        return f"params/{path}/kernel", array.transpose(2, 3, 1, 0)
-    if path and leaf == "weight" and array.ndim == 2:
-        return f"params/{path}/kernel", array.T
-    if path and leaf == "weight" and array.ndim == 1:
-        return f"params/{path}/scale", array
-    example = re.sub(r"{\w+}", "0", torch.rules[-2][0])
-    raise UserError(
-        f"{name!r} with shape {array.shape} is no parameter of a {family}: expected "
-        f"names such as '{example}.weight' or '{torch.rules[-1][0]}.bias'."
-    )
+    if path and (leaf, array.ndim) in _LAYOUTS:
+        ours, layout = _LAYOUTS[leaf, array.ndim]
+        return f"params/{path}/{ours}", array.transpose(layout)
+    return None
 
 
 def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
@@ -237,23 +226,100 @@ def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.nda
         return f"{name}.running_{leaf}", array
     if collection == "params" and name is not None and leaf in torch.bare:
         return (f"{name}.{leaf}" if name else leaf), array
-    if collection == "params" and leaf in ("bias", "scale") and name:
-        return f"{name}.{'bias' if leaf == 'bias' else 'weight'}", array
-    if collection == "params" and leaf == "kernel" and name:
-        layout = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
-        return f"{name}.weight", array.transpose(layout)
+    if collection == "params" and (leaf, array.ndim) in _LAYOUTS_BACK and name:
+        theirs, layout = _LAYOUTS_BACK[leaf, array.ndim]
+        return f"{name}.{theirs}", array.transpose(layout)
     raise UserError(
         f"{path!r} with shape {array.shape} is no variable of a {family}: expected "
         f"names such as 'params/{torch.rules[-1][1]}/kernel'."
     )
 
 
+class Match(NamedTuple):
+    """One array: PyTorch's name and shape, and the path of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+
+
+def without_unused(
+    family: str, arrays: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Drops arrays that published networks carry and never use, and says so.
+
+    Only if all other names belong to the family: another network may use them.
+    """
+    shapes = {name: array.shape for name, array in arrays.items()}
+    unused, what = known(family).unused(shapes)
+    rest = {n: x for n, x in arrays.items() if n not in unused}
+    if not unused or not all(_placed(family, n, x) for n, x in rest.items()):
+        return dict(arrays), []
+    return rest, [f"dropped {len(unused)} arrays {what}"]
+
+
+def match(
+    family: str,
+    arrays: Mapping[str, np.ndarray],
+    expected: Any,
+    network: str,
+    path: str,
+) -> tuple[dict[str, Any], list[Match]]:
+    """Gives every variable of a network its array.
+
+    Args:
+      family: a key of `models.FAMILIES`.
+      arrays: by PyTorch name.
+      expected: as of `models.variable_shapes`.
+      network, path: of the network and the file, for messages.
+
+    Returns:
+      (variables of float32 arrays, the matches in the file's order).
+
+    Raises:
+      UserError: names what is left over, missing or of another shape.
+    """
+    expected = flax.traverse_util.flatten_dict(expected, sep="/")
+    theirs = {
+        p: one_to_torch(family, p, np.broadcast_to(np.False_, x.shape))
+        for p, x in expected.items()
+    }
+    missing = {place: name for place, (name, _) in theirs.items()}
+    flat: dict[str, np.ndarray] = {}
+    matches, left_over, misshapen = [], [], []
+    for name, array in arrays.items():
+        place, value = _placed(family, name, array) or ("", array)
+        missing.pop(place, None)
+        if place not in theirs or place in flat or array.dtype.kind != "f":
+            left_over.append(name)
+        elif value.shape != expected[place].shape:
+            shape = theirs[place][1].shape
+            misshapen.append(f"{name} {array.shape} instead of {shape}")
+        else:
+            flat[place] = value
+            matches.append(Match(name, array.shape, place))
+    problems = {
+        "other shapes:": misshapen,
+        "missing:": list(missing.values()),
+        "left over:": left_over,
+    }
+    said = [f"{what} {_counted(found)}" for what, found in problems.items() if found]
+    if said:
+        raise refusal(f"{path} does not fit {network}: {'; '.join(said)}.")
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), matches
+
+
+def _counted(found: list[str]) -> str:
+    more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f"{len(found)} ({', '.join(found[:_MOST_NAMED])}{more})"
+
+
 def _rename(rules: Rules, name: str) -> str | None:
     """The name on the other side of the first rule that fits."""
     for before, after in rules:
-        match = re.fullmatch(_pattern(before), name)
-        if match:
-            return after.format(**match.groupdict())
+        fits = re.fullmatch(_pattern(before), name)
+        if fits:
+            return after.format(**fits.groupdict())
     return None
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atebm_jax.convert import names
-from atebm_jax.convert.files import is_array, printable, shape
+from atebm_jax.convert.files import is_array, refusal, shown
 from atebm_jax.convert.values import Inert
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, IMAGENET
 
 NORMALIZATIONS: dict[str, dict[str, Any]] = {
@@ -20,105 +20,97 @@ NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "none": AS_THEY_ARE,
 }
 
-# mean and std in a file are rounded to float32, and to few digits by some.
+# Files round mean and std to float32, and some to few digits.
 _SAME = 1e-4
 
-# Whose weights expect what, of networks for grey images.
+# The choices for networks for grey images, and whose weights expect which.
 _WHO_GREY = "--normalization=none or --mean=0.1307 --std=0.3081 (PyTorch's MNIST), say"
 
 
 class Normalization(NamedTuple):
-    """Input normalisation inside the network, and what it rests on."""
+    """Input normalisation inside the network, and where it comes from."""
 
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # one number a channel; () for none
     std: tuple[float, ...]
     origin: str
     assumed: bool = False
 
 
 class Declared(NamedTuple):
-    """What a file says about the normalisation beside its arrays.
+    """What a file says about the normalisation."""
 
-    Attributes:
-      normalizes: `normalize_input` and the like; None where nothing is said.
-      mean, std: as lists of numbers; () for none.
-      origin: where that stands, for messages.
-    """
-
-    normalizes: bool | None = None
+    normalizes: bool | None = None  # `normalize_input` and the like
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    origin: str = "the file"
+    origin: str = "the file"  # where that stands, for messages
 
 
 _SWITCH = re.compile(
     r"normali[sz]ed?_(inputs?|images?)|(input|image)_normali[sz](e|ed|ation)"
 )
 
-# Where training states keep the settings of their run.
-_SETTINGS = ("args", "opt", "config", "cfg", "hparams", "hyper_parameters", "meta")
+# Where training states keep the settings of their run; "" is the state itself.
+_SETTINGS = ("", "args", "opt", "config", "cfg", "hparams", "hyper_parameters", "meta")
+
+_ReadFn = Callable[[Any], np.ndarray]
 
 
-def is_switch(name: str) -> bool:
+def is_switch(name: Any) -> bool:
     """Whether a name's last part says that images are normalised, or not."""
-    return _SWITCH.fullmatch(name.rpartition(".")[2].lower()) is not None
+    last = name.rpartition(".")[2].lower() if isinstance(name, str) else ""
+    return _SWITCH.fullmatch(last) is not None
 
 
-def declared(tree: Any, read: Callable[[Any], np.ndarray]) -> Declared:
-    """What stands beside the weights: a switch, or lists of mean and std.
-
-    Args:
-      tree: a source's tree.
-      read: turns one of its arrays into numbers.
-    """
+def declared(tree: Any, read: _ReadFn) -> Declared:
+    """Reads what a tree has beside the weights: a switch, or lists of mean and std."""
     found = Declared()
     for place, values in _mappings(tree):
-        for key in [k for k in values if isinstance(k, str) and is_switch(k)]:
+        before = f"{place}." if place else ""
+        for key in filter(is_switch, values):
             switch = _truth(values[key], read)
             if switch is not None and found.normalizes is None:
-                origin = printable(f"the file: {place}{key} is {switch}")
+                origin = shown(f"the file: {before}{key} is {switch}")
                 found = found._replace(normalizes=switch, origin=origin)
-        if place and place.removesuffix(".") not in _SETTINGS:
+        if place not in _SETTINGS or found.mean:
             continue
         mean, std = (
             next((_few(values[k], read) for k in keys if k in values), ())
             for keys in (("mean", "mu"), ("std", "sigma"))
         )
-        if mean and len(mean) == len(std) and not found.mean:
-            origin = printable(f"the file: {place}mean and {place}std")
+        if mean and len(mean) == len(std):
+            origin = shown(f"the file: {before}mean and {before}std")
             found = found._replace(mean=mean, std=std, origin=origin)
     return found
 
 
 def _mappings(tree: Any) -> Iterator[tuple[str, dict]]:
-    """The mapping itself and those in it, with the prefix of their names."""
+    """The mapping and the mappings in it, by name."""
     if not isinstance(tree, dict):
         return
     yield "", tree
     for name, inner in tree.items():
         inner = _held(inner) if isinstance(inner, Inert) else inner
         if isinstance(name, str) and isinstance(inner, dict):
-            yield f"{name}.", inner
+            yield name, inner
 
 
 def _held(settings: Inert) -> dict[str, Any]:
     """What an object holds by name: its attributes, or its items if it is a mapping."""
     held = settings.state if isinstance(settings.state, dict) else {}
-    pairs = [x for x in settings.items if isinstance(x, tuple) and len(x) == 2]
-    return held | {name: value for name, value in pairs if isinstance(name, str)}
+    return held | settings.items
 
 
-def _truth(value: Any, read: Callable[[Any], np.ndarray]) -> bool | None:
-    if is_array(value) and math.prod(shape(value)) == 1:
+def _truth(value: Any, read: _ReadFn) -> bool | None:
+    if is_array(value) and math.prod(value.shape) == 1:
         value = read(value)
     if isinstance(value, np.ndarray | np.generic) and value.size == 1:
         value = value.item()
     return bool(value) if isinstance(value, bool | int) and value in (0, 1) else None
 
 
-def _few(value: Any, read: Callable[[Any], np.ndarray]) -> tuple[float, ...]:
+def _few(value: Any, read: _ReadFn) -> tuple[float, ...]:
     """One number a channel, in [0, 1]; () for anything else."""
-    if is_array(value) and math.prod(shape(value)) <= 3:
+    if is_array(value) and math.prod(value.shape) <= 3:
         value = read(value).ravel().tolist()
     if not isinstance(value, list | tuple) or len(value) not in (1, 3):
         return ()
@@ -135,18 +127,13 @@ def parse(name: str | None, mean: str | None, std: str | None) -> Normalization 
     if name is not None and (mean is not None or std is not None):
         raise UserError("--normalization and --mean/--std exclude each other.")
     if name is not None:
-        if name not in NORMALIZATIONS:
-            raise UserError(
-                f"unknown --normalization={name}: choose one of "
-                f"{', '.join(NORMALIZATIONS)}, or give --mean and --std."
-            )
-        values = NORMALIZATIONS[name]
+        check_choice("--normalization", name, NORMALIZATIONS)
         origin = f"--normalization={name}"
-        return Normalization(tuple(values["mean"]), tuple(values["std"]), origin)
-    if (mean is None) != (std is None):
-        raise UserError("--mean and --std go together: give both.")
-    if mean is None or std is None:
+        return Normalization(**NORMALIZATIONS[name], origin=origin)
+    if mean is None and std is None:
         return None
+    if mean is None or std is None:
+        raise UserError("--mean and --std go together: give both.")
     pair = _numbers("mean", mean), _numbers("std", std)
     if len(pair[0]) != len(pair[1]) or not all(0 < x <= 1 for x in pair[1]):
         raise UserError(
@@ -180,42 +167,39 @@ def decide(
     """The normalisation inside the network: the file's, else the flags', else usual.
 
     Args:
-      asked: as of `parse`.
+      asked: what the flags say, as of `parse`.
       in_file: what the file says.
-      model: `config.model` of the network.
-      channels: of the images.
+      model: `config.model` of the network, whose images have so many `channels`.
       path: the file, for messages.
 
     Raises:
       UserError: nobody says it and two conventions are common; flags against the file;
         numbers for another count of channels.
     """
-    contradicts = in_file.normalizes is False and bool(in_file.mean)
+    given = Normalization(in_file.mean, in_file.std, in_file.origin)
+    contradicts = in_file.normalizes is False and bool(given.mean)
     if contradicts and asked is None:
-        raise UserError(
-            f"{path} has mean {in_file.mean} and std {in_file.std} and says that its "
+        raise refusal(
+            f"{path} has mean {given.mean} and std {given.std} and says that its "
             "input is not normalised: give --normalization=none, or --mean and --std."
         )
-    if not contradicts and (in_file.mean or in_file.normalizes is False):
-        given = Normalization(in_file.mean, in_file.std, in_file.origin)
-        if asked is not None and not _same(asked, given):
-            raise UserError(
-                f"{asked.origin} means mean {asked.mean} and std {asked.std}, the file "
-                f"itself has mean {given.mean} and std {given.std} "
-                f"({given.origin}): leave the flag out."
-            )
-        chosen = given
-    elif in_file.normalizes and (asked is None or not asked.mean):
-        raise UserError(
-            f"{path} says that it normalises its input ({in_file.origin}) and not by "
+    says = (given.mean or in_file.normalizes is False) and not contradicts
+    if says and asked is not None and not _same(asked, given):
+        raise refusal(
+            f"{asked.origin} means mean {asked.mean} and std {asked.std}, the file "
+            f"itself has mean {given.mean} and std {given.std} "
+            f"({given.origin}): leave the flag out."
+        )
+    if not says and in_file.normalizes and (asked is None or not asked.mean):
+        raise refusal(
+            f"{path} says that it normalises its input ({given.origin}) and not by "
             "which mean and std: give --mean and --std, or --normalization."
         )
-    else:
-        chosen = asked or _usual(model, channels, path)
-    if len(chosen.mean) == 1 and channels > 1:
+    chosen = given if says else asked or _usual(model, channels, path)
+    if len(chosen.mean) == 1:
         chosen = chosen._replace(mean=chosen.mean * channels, std=chosen.std * channels)
     if len(chosen.mean) not in (0, channels) or len(chosen.mean) != len(chosen.std):
-        raise UserError(
+        raise refusal(
             f"the normalisation of {chosen.origin} has {len(chosen.mean)} and "
             f"{len(chosen.std)} numbers, the network's images have {channels} channels."
         )
@@ -228,16 +212,16 @@ def _usual(model: Mapping[str, Any], channels: int, path: str) -> Normalization:
     values = torch.usual(model)
     if channels == 1 or values is None:
         who = _WHO_GREY if channels == 1 else torch.who
-        raise UserError(
+        raise refusal(
             f"{path} does not say how its input is normalised, and two conventions are "
             f"common for a {model['name']}: give {who}."
         )
     usual = "the usual one of the architecture, as the file has none"
-    return Normalization(tuple(values["mean"]), tuple(values["std"]), usual, True)
+    return Normalization(values["mean"], values["std"], usual, True)
 
 
 def assumption(chosen: Normalization) -> str:
-    """What was assumed, and how to say something else."""
+    """A sentence that says what was assumed, and how to change it."""
     numbers = f"mean {list(chosen.mean)}, std {list(chosen.std)}"
     return (
         f"input normalisation: {numbers if chosen.mean else 'none'} ({chosen.origin}): "

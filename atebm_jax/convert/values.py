@@ -1,18 +1,19 @@
 """What a checkpoint's pickle is read as: plain data, and stand-ins for the rest."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (NumPy learns the name "bfloat16")
 import numpy as np
 
 
 class Refused(Exception):
-    """A pickle that asks for more than weights need; says what."""
+    """A pickle asks for more than weights need; the text says for what."""
 
 
 class Damaged(Exception):
-    """A file that ends early or contradicts itself."""
+    """A file ends early or contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Named:
 
 @dataclass(eq=False)
 class Inert:
-    """An instance of some class, kept as data: nothing was built or run."""
+    """An instance of some class as data, with the items of a mapping; nothing ran."""
 
     kind: str
     arguments: tuple = ()
     state: Any = None
-    items: list = field(default_factory=list)
+    items: dict = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -44,6 +45,10 @@ class Storage:
     dtype: np.dtype | None  # None: bytes, the tensor says what they are
     count: int
     start: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        return 1 if self.dtype is None else self.dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -58,37 +63,14 @@ class Tensor:
 
 
 @dataclass(eq=False)
-class NumpyArray:
-    """An array under construction: filled by its state."""
-
-    array: np.ndarray | None = None
-
-
-@dataclass(eq=False)
 class NumpyType:
-    """A plain numeric NumPy dtype under construction."""
+    """A plain numeric dtype under construction: its state says the byte order."""
 
-    code: str
-    order: str = "<"
-
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.code).newbyteorder(">" if self.order == ">" else "<")
+    dtype: np.dtype
 
 
-# PyTorch's dtypes, and the names of the storages of each.
-DTYPES: dict[str, Any] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
-STORAGES = {
+# PyTorch's storages, and the name of their dtype in PyTorch and NumPy.
+_STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -104,20 +86,18 @@ STORAGES = {
 
 def dtype_named(value: Any) -> np.dtype:
     """The dtype that `torch.float32` and the like mean."""
-    if isinstance(value, Named) and value.module == "torch" and value.name in DTYPES:
-        return np.dtype(DTYPES[value.name])
+    known = isinstance(value, Named) and value.module == "torch"
+    if known and value.name in _STORAGES.values():
+        return np.dtype(value.name)
     raise Refused(f"a tensor of type {describe(value)}")
 
 
 def storage_named(value: Any) -> np.dtype | None:
     """The dtype of `torch.FloatStorage` and the like; None for untyped ones."""
-    if isinstance(value, Named) and value.module in (
-        "torch",
-        "torch.cuda",
-        "torch.storage",
-    ):
-        if value.name in STORAGES:
-            return np.dtype(DTYPES[STORAGES[value.name]])
+    modules = ("torch", "torch.cuda", "torch.storage")
+    if isinstance(value, Named) and value.module in modules:
+        if value.name in _STORAGES:
+            return np.dtype(_STORAGES[value.name])
         if value.name == "UntypedStorage":
             return None
     raise Refused(f"a storage of type {describe(value)}")
@@ -131,23 +111,29 @@ def whole(value: Any) -> int:
 
 
 def make_tensor(
-    storage: Storage, offset: Any, shape: Any, strides: Any, dtype: np.dtype
+    storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None = None
 ) -> Tensor:
     """A view that lies inside its storage and repeats no element.
+
+    Args:
+      storage: must be a `Storage`.
+      offset, shape, strides: in elements, as the file has them.
+      dtype: default the storage's.
 
     Raises:
       Damaged: it does not.
     """
+    dtype = getattr(storage, "dtype", None) if dtype is None else dtype
+    if not isinstance(storage, Storage) or dtype is None:
+        raise Damaged("a tensor without a storage")
     if not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise Damaged("a tensor without a shape")
+    start = whole(offset)
     sizes, steps = tuple(map(whole, shape)), tuple(map(whole, strides))
-    start, count = whole(offset), 1
     if len(sizes) != len(steps) or len(sizes) > 16:
         raise Damaged("a tensor with a shape and other strides")
-    for size in sizes:
-        count *= size
-    width = 1 if storage.dtype is None else storage.dtype.itemsize
-    room = storage.count * width // dtype.itemsize
+    count = math.prod(sizes)
+    room = storage.count * storage.itemsize // dtype.itemsize
     last = start + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True))
     if count and (last >= room or count > room):
         raise Damaged(f"a tensor of shape {sizes} in a storage of {room} elements")
@@ -155,14 +141,16 @@ def make_tensor(
 
 
 def describe(value: Any) -> str:
-    """A pickle's function, for a message."""
+    """A value of a pickle in short, for a message."""
+    if isinstance(value, str):
+        return repr(value[:80])
     if isinstance(value, Named) and value.module in ("posix", "nt"):
         return f"{value} (os.{value.name})"  # the name that people know
     if isinstance(value, Named):
         return str(value)
     if isinstance(value, Inert):
         names = [str(x) for x in value.arguments if isinstance(x, str | Named)]
-        # The first alone: each may hold the next one twice, and so on.
+        # Only the first: each instance can hold the next one twice, and so on.
         inner = next((x for x in value.arguments if isinstance(x, Inert)), None)
         names += [] if inner is None else [describe(inner)]
         return f"{value.kind}({', '.join(names)[:80]})"

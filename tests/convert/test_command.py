@@ -1,21 +1,24 @@
 """The command: PyTorch networks in, the same function here, and back."""
 
 import errno
+import functools
 import io
 import json
 import os
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import reference
 import tiny
 import torch_networks
+from etils import epath
 from rich.console import Console
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, storage
+from atebm_jax import UserError, checkpoint, job, models, storage
 from atebm_jax.convert import exporting, files, importing, names
 from atebm_jax.convert.__main__ import cli, main
 from atebm_jax.models.wide_resnet import WideResNet
@@ -75,6 +78,12 @@ def imported(network, tmp_path_factory):
     return folder / "made", printed
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Imports without the logits of the fixed image: compilation takes seconds."""
+    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(3))
+
+
 def test_wide_resnet_computes_what_it_did(network, imported):
     folder, printed = imported
     model = atebm_jax.load(folder)
@@ -105,7 +114,7 @@ def test_imported_network_samples(imported):
         pytest.param("vit_small_patch16_224", 224, {}, marks=pytest.mark.slow),
     ],
 )
-def test_timms_network_comes_in_and_goes_back(name, side, extra, tmp_path):
+def test_timms_network_comes_in_and_goes_back(name, side, extra, uncompiled, tmp_path):
     network = torch_networks.create(name, num_classes=7, **extra)
     wrapped = {
         "normalize.mean": np.float32(MEAN).reshape(1, 3, 1, 1),
@@ -134,7 +143,7 @@ def test_timms_network_comes_in_and_goes_back(name, side, extra, tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["relu", "swish"])
-def test_export_and_import_give_the_same_bits(activation, tmp_path):
+def test_export_and_import_give_the_same_bits(activation, uncompiled, tmp_path):
     pytest.importorskip("safetensors")
     theirs = wide_resnet(activation=activation)
     file = save(theirs.state_dict(), tmp_path / "w.pt")
@@ -146,8 +155,6 @@ def test_export_and_import_give_the_same_bits(activation, tmp_path):
     run(f"--from={exported}", f"--to={second}")
     (a, meta_a), (b, meta_b) = map(checkpoint.load_weights, (first, second))
     for collection in ("params", "batch_stats"):
-        import jax
-
         jax.tree.map(np.testing.assert_array_equal, a[collection], b[collection])
     assert meta_a["config"] == meta_b["config"]
     assert meta_b["config"]["model"]["activation"] == activation
@@ -156,50 +163,44 @@ def test_export_and_import_give_the_same_bits(activation, tmp_path):
     wide_resnet().load_state_dict(load_file(exported), strict=True)
 
 
-def test_classes_are_named_by_a_file_and_stay_through_an_export(network, tmp_path):
-    names = [f"class {k}" for k in range(10)]
-    file, listed = save(network.state_dict(), tmp_path / "w.pth"), tmp_path / "names"
-    flags = (f"--from={file}", "--normalization=none", f"--classes_file={listed}")
-    for text, found in (("a\nb\n", "2 lines"), ("a\n" * 10, "'a' twice")):
+def test_classes_are_named_by_a_file_and_stay_through_an_export(small, tmp_path):
+    arrays, write = small
+    names, listed = ["a cat", "a dog", "a bird"], tmp_path / "names"
+    flags = (*write(arrays), "--normalization=none", f"--classes_file={listed}")
+    for text, found in (("a\nb\n", "2 lines"), ("a\n" * 3, "'a' twice")):
         listed.write_text(text)
-        with pytest.raises(UserError, match=f"{found}.*10 classes, one a line"):
-            run(*flags, f"--to={tmp_path / 'first'}")
+        with pytest.raises(UserError, match=f"{found}.*3 classes, one a line"):
+            run(*flags)
     listed.write_text("\n".join(names) + "\n", encoding="utf-8-sig")
-    run(*flags, f"--to={tmp_path / 'first'}")
-    exported = tmp_path / "w.safetensors"
-    run(f"--from={tmp_path / 'first'}", "--export=safetensors", f"--to={exported}")
+    run(*flags)
+    exported = tmp_path / "again.safetensors"
+    run(f"--from={tmp_path / 'out'}", "--export=safetensors", f"--to={exported}")
     run(f"--from={exported}", f"--to={tmp_path / 'second'}")
-    for folder in ("first", "second"):
+    for folder in ("out", "second"):
         meta = checkpoint.load_weights(tmp_path / folder)[1]
         assert meta["class_names"] == names
 
 
-def test_stage_2_starts_from_imported_weights(tmp_path):
-    theirs = wide_resnet(channels=1)
-    file = save(theirs.state_dict(), tmp_path / "w.pt")
-    flags = ("--image_size=8", "--normalization=none")
-    run(f"--from={file}", f"--to={tmp_path / 'in'}", *flags)
-    settings = tiny.config(
-        init_from=str(tmp_path / "in"),
-        **{"stage2.num_steps": 2, "stage2.eval_every_steps": 0},
-    )
-    report, _ = tiny.run(settings, tmp_path / "run")
-    assert report["stages"]["stage2"]["step"] == 2
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("mean", (0.5,)), ("std", (0.25,)), ("activation", "swish")],
-)
-def test_init_from_another_function_is_refused_by_field(field, value, tmp_path):
-    theirs = wide_resnet(channels=1)
-    file = save(theirs.state_dict(), tmp_path / "w.pt")
-    flags = ["--mean=0.5", "--std=0.5", "--image_size=8"]
-    run(f"--from={file}", f"--to={tmp_path / 'in'}", *flags)
+def test_stage_2_starts_from_imported_weights_of_the_same_function(small, tmp_path):
+    _, write = small
+    arrays = names.to_torch("wide_resnet", random_variables(1, num_classes=10))
+    run(*write(arrays), "--mean=0.5", "--std=0.5", "--image_size=8")
+    made = str(tmp_path / "out")
     model = {"model.mean": (0.5,), "model.std": (0.5,)}
-    model[f"model.{field}"] = (0.25,) if field == "mean" else value
-    settings = tiny.config(init_from=str(tmp_path / "in"), **model)
-    with pytest.raises(UserError, match=rf"config.model.{field} is .*trained with"):
+
+    def start(**changes):
+        settings = tiny.config(init_from=made, **(model | changes))
+        network = models.build(settings.model)
+        return job._origins(settings, epath.Path(tmp_path), network, 100)["stage2"]()
+
+    weights, _ = checkpoint.load_weights(made)
+    jax.tree.map(np.testing.assert_array_equal, start(), weights)
+    others = {"mean": (0.25,), "std": (0.25,), "activation": "swish"}
+    for field, value in others.items():
+        with pytest.raises(UserError, match=rf"config.model.{field} is .*trained with"):
+            start(**{f"model.{field}": value})
+    settings = tiny.config(init_from=made)
+    with pytest.raises(UserError, match="config.model.mean is .*trained with"):
         tiny.run(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -245,18 +246,21 @@ def test_architecture_against_the_file_is_refused(network, arch, message, tmp_pa
         run(f"--from={file}", f"--to={tmp_path / 'out'}", f"--arch={arch}")
 
 
+@functools.cache
+def random_variables(channels=3, num_classes=3):
+    return reference.random_variables(WideResNet(10, 1, num_classes), (8, 8, channels))
+
+
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(uncompiled, tmp_path):
     """A WideResNet's arrays, and what writes changed ones; nothing is compiled."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(3))
-    variables = reference.random_variables(WideResNet(10, 1, num_classes=3), (8, 8, 3))
 
     def write(arrays):
         safetensors.save_file(arrays, tmp_path / "w.safetensors")
         return f"--from={tmp_path / 'w.safetensors'}", f"--to={tmp_path / 'out'}"
 
-    return names.to_torch("wide_resnet", variables), write
+    return names.to_torch("wide_resnet", random_variables()), write
 
 
 def test_normalisation_that_nobody_says_is_asked_for_by_who_has_which(small, tmp_path):
@@ -329,10 +333,9 @@ def test_entry_to_give_is_proposed_where_the_weights_do_not_fit(small):
         run(*write(other | {f"model.{n}": x for n, x in arrays.items()}))
 
 
-def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
-    torch, _ = torch_networks.torch_and_timm()
-    plain = network.state_dict()
-    with_mean = plain | {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
+def test_normalisation_is_recorded_with_its_origin(small, tmp_path):
+    plain, write = small
+    with_mean = plain | {"mean": np.float32(MEAN), "std": np.float32(STD)}
     cases = [
         (plain, ["--normalization=cifar10"], (0.4914, 0.4822, 0.4465), "--normal"),
         (plain, ["--normalization=imagenet"], (0.485, 0.456, 0.406), "--normal"),
@@ -341,24 +344,22 @@ def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
         (with_mean, [], MEAN, "the file"),
     ]
     for index, (state, flags, mean, origin) in enumerate(cases):
-        file = save(state, tmp_path / f"{index}.pt")
         folder = tmp_path / f"out{index}"
-        run(f"--from={file}", f"--to={folder}", *flags)
+        run(write(state)[0], f"--to={folder}", *flags)
         record = json.loads((folder / "import.json").read_text())["normalization"]
         assert record["mean"] == pytest.approx(list(mean), abs=1e-4)
         assert origin in record["origin"]
         assert record["inside_the_network"] == bool(mean)
         config = json.loads((folder / "config.json").read_text())
         assert config["model"]["mean"] == record["mean"]
-    file = save(with_mean, tmp_path / "x.pt")
     with pytest.raises(UserError, match="the file itself has mean"):
-        run(f"--from={file}", f"--to={tmp_path / 'x'}", "--normalization=none")
+        run(*write(with_mean), "--normalization=none")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--normalization=cifar"], "unknown --normalization=cifar"),
+        (["--normalization=cifar"], "unknown --normalization 'cifar'"),
         (["--mean=0.5"], "go together"),
         (["--mean=0.5,0.5", "--std=0.5"], "as many numbers"),
         (["--mean=123,116,103", "--std=1,1,1"], r"in \[0, 1\]"),
@@ -368,7 +369,7 @@ def test_normalisation_is_recorded_with_its_origin(network, tmp_path):
         (["--image_size=0"], "positive"),
         (["--image_size=100000"], "4096 pixels at most"),
         (["--activation=tanh"], "activation"),
-        (["--export=onnx"], "unknown --export=onnx"),
+        (["--export=onnx"], "unknown --export 'onnx'"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(network, flags, message, tmp_path):
@@ -378,17 +379,18 @@ def test_flags_that_make_no_sense_are_refused(network, flags, message, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
 
 
-def test_what_is_there_is_not_overwritten(imported, network, tmp_path):
-    file = save(network.state_dict(), tmp_path / "w.pt")
+def test_what_is_there_is_not_overwritten(small, tmp_path):
+    arrays, write = small
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
+    source, to = write(arrays)
     with pytest.raises(UserError, match="is not empty"):
-        run(f"--from={file}", f"--to={tmp_path / 'full'}")
+        run(source, f"--to={tmp_path / 'full'}")
     with pytest.raises(UserError, match="is there already"):
-        run(f"--from={imported[0]}", "--export=safetensors", f"--to={file}")
-    (tmp_path / "empty").mkdir()
-    run(f"--from={file}", f"--to={tmp_path / 'empty'}", "--normalization=none")
-    assert atebm_jax.load(tmp_path / "empty").num_classes == 10
+        run(source, "--export=safetensors", f"--to={tmp_path / 'w.safetensors'}")
+    (tmp_path / "out").mkdir()
+    run(source, to, "--normalization=none")
+    assert atebm_jax.load(tmp_path / "out").num_classes == 3
 
 
 @pytest.mark.parametrize(
@@ -413,10 +415,10 @@ def test_nothing_half_written_stays(error, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_is_told_and_leaves_nothing_behind(mounted, tmp_path):
+def test_full_disk_is_told_and_leaves_nothing_behind(mounted, uncompiled, tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
-    variables = reference.random_variables(WideResNet(10, 1, num_classes=3), (8, 8, 1))
-    save_file(names.to_torch("wide_resnet", variables), tmp_path / "w.safetensors")
+    arrays = names.to_torch("wide_resnet", random_variables(1))
+    save_file(arrays, tmp_path / "w.safetensors")
     folder, remount = mounted
     remount("size=200k")
     flags = [f"--from={tmp_path / 'w.safetensors'}", "--image_size=8"]
@@ -476,11 +478,11 @@ def test_place_that_cannot_be_made_is_told(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_verbose_lists_every_parameter(network, tmp_path):
-    file = save(network.state_dict(), tmp_path / "w.pt")
-    flags = (f"--to={tmp_path / 'out'}", "--normalization=none", "--verbose")
-    printed = run(f"--from={file}", *flags)
-    for name in network.state_dict():
+def test_verbose_lists_every_parameter(small):
+    arrays, write = small
+    counted = arrays | {"bn1.num_batches_tracked": np.array(3)}
+    printed = run(*write(counted), "--normalization=none", "--verbose")
+    for name in counted:
         assert (name in printed) == (not name.endswith("num_batches_tracked"))
 
 

@@ -1,6 +1,7 @@
 """Checkpoint files of every age, and files that are none."""
 
 import hashlib
+import pickle
 import subprocess
 import sys
 
@@ -102,20 +103,26 @@ def test_tar_file_of_these_tests_is_one_to_torch_too(arrays, tmp_path):
         np.testing.assert_array_equal(value.numpy(), arrays[name])
 
 
-@pytest.mark.parametrize("make", [written.zip_file, written.stream_file])
-def test_files_are_read_without_torch(make, tmp_path):
+def test_files_are_read_without_torch(tmp_path):
     body = written.mapping({"w": written.tensor("0", 6, (3, 2), (1, 3))})
-    path = make(tmp_path / "w.pt", written.program(body), {"0": written.floats(6)})
+    contents = written.program(body), {"0": written.floats(6)}
+    written.zip_file(tmp_path / "zip.pt", *contents)
+    written.stream_file(tmp_path / "stream.pt", *contents)
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from atebm_jax.convert import files\n"
-        f"s = files.open_source({str(path)!r})\n"
-        "print(s.read(s.tree['w']).tolist())"
+        "for path in ('zip.pt', 'stream.pt'):\n"
+        "    s = files.open_source(path)\n"
+        "    print(s.read(s.tree['w']).tolist())"
     )
     made = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
     )
-    assert made.stdout.strip() == "[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]"
+    assert made.stdout == "[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]\n" * 2
 
 
 def test_storage_view_of_old_files_is_read(tmp_path):
@@ -200,6 +207,7 @@ def test_truncated_safetensors_are_refused(arrays, tmp_path):
         (b"hello, this is text\n", "no PyTorch checkpoint"),
         (bytes(1000), "no PyTorch checkpoint"),
         (b"\x80\x02]q\x00.", "no PyTorch checkpoint|holds no weights"),
+        (pickle.dumps(np.ones(3)), "holds no weights.*found ndarray"),
     ],
 )
 def test_files_that_are_no_checkpoints_are_told_apart(content, message, tmp_path):

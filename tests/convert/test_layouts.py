@@ -13,7 +13,6 @@ from atebm_jax.convert import (
     files,
     importing,
     layouts,
-    matching,
     names,
     values,
 )
@@ -339,7 +338,16 @@ def test_lone_mean_is_refused():
         layouts.find(AsIs(network() | {"mean": image(MEAN)}))
 
 
-@pytest.mark.parametrize("tree", [{}, [], 3, {"epoch": 1}, {"optimizer": network()}])
+def nested(depth):
+    tree = {}
+    for _ in range(depth):
+        tree = {"": tree}
+    return tree
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, [], 3, {"epoch": 1}, {"optimizer": network()}, nested(10_000)]
+)
 def test_file_without_weights_is_refused(tree):
     with pytest.raises(UserError, match="holds no weights"):
         layouts.find(AsIs(tree))
@@ -366,7 +374,7 @@ def test_other_precisions_become_float32_with_a_note():
 def test_second_first_group_is_dropped_where_it_is_that():
     first = {n: x for n, x in network().items() if n.startswith("block1.")}
     tree = network() | {f"sub_{n}": x + 1 for n, x in first.items()}
-    kept, said = matching.without_unused("wide_resnet", tree)
+    kept, said = names.without_unused("wide_resnet", tree)
     assert kept.keys() == network().keys()
     assert "dropped 2 arrays under 'sub_block1.'" in said[0]
     name = "sub_block1.layer.0.conv1.weight"
@@ -376,9 +384,9 @@ def test_second_first_group_is_dropped_where_it_is_that():
         {n: x for n, x in tree.items() if n != name},
         tree | {name.replace(".0.", ".1."): tree[name]},
     ):
-        kept, said = matching.without_unused("wide_resnet", other)
+        kept, said = names.without_unused("wide_resnet", other)
         assert kept.keys() == other.keys() and not said
-    assert matching.without_unused("resnet", tree)[1] == []
+    assert names.without_unused("resnet", tree)[1] == []
 
 
 @pytest.mark.parametrize("marked", [True, False])

@@ -81,7 +81,7 @@ WEIGHTS = {"conv1.weight": np.ones((16, 3, 3, 3), np.float32)}
 THREE = [0.25, 0.5, 0.75]
 NAMESPACE = values.Inert("argparse.Namespace", state={"mean": THREE, "std": THREE})
 # A subclass of a dictionary, as Lightning and others keep their settings in.
-ATTRIBUTES = values.Inert("x.AttributeDict", items=[("normalize_input", False), (3, 4)])
+ATTRIBUTES = values.Inert("x.AttributeDict", items={"normalize_input": False, 3: 4})
 
 
 @pytest.mark.parametrize(

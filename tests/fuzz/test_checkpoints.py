@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoint files load the same values or are refused."""
 
+import functools
 import io
 import json
 import pickle
@@ -252,8 +253,13 @@ PIXELS = normalization.parse("none", None, None)
 NETWORK = WideResNet(depth=10, widen_factor=1, num_classes=3)
 
 
+@functools.cache
+def variables() -> Any:
+    return reference.random_variables(NETWORK, (8, 8, 1))
+
+
 def network_arrays() -> dict[str, np.ndarray]:
-    return names.to_torch("wide_resnet", reference.random_variables(NETWORK, (8, 8, 1)))
+    return names.to_torch("wide_resnet", variables())
 
 
 @st.composite
@@ -431,7 +437,7 @@ def test_list_of_storages_with_a_deep_key_is_refused(tmp_path):
     body = written.mapping({"w": written.tensor("0", 2, (2,), (1,))})
     path = written.stream_file(tmp_path / "made.pt", written.program(body))
     head = path.read_bytes()[: -len(pickle.dumps([], protocol=2))]
-    path.write_bytes(head + b"\x80\x02](" + b")" + b"\x85" * 300_000 + b"e.")
+    path.write_bytes(head + b"\x80\x02](" + b")" + b"\x85" * 150_000 + b"e.")
     assert read(path) is None
 
 
@@ -448,7 +454,7 @@ def test_sparse_member_of_a_tar_file_is_not_unpacked(tmp_path):
 
 
 def test_wrappers_without_end_are_refused(tmp_path):
-    arrays = {"module." * 500 + name: x for name, x in small_arrays().items()}
+    arrays = {"net." * 500 + name: x for name, x in small_arrays().items()}
     path = as_zip(tmp_path / "made.pt", arrays)
     with pytest.raises(UserError, match="more than 32 wrappers"):
         layouts.find(files.open_source(path))
@@ -494,7 +500,7 @@ def test_metadata_that_normalises_nothing_is_refused(name, text, tmp_path):
     if text.startswith("[["):
         assert not layouts.find(files.open_source(path)).constants
         return
-    with pytest.raises(UserError, match=f"metadata has {name}"):
+    with pytest.raises(UserError, match="metadata has mean .* and std "):
         layouts.find(files.open_source(path))
 
 
