@@ -69,7 +69,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
 
     result = autoattack.run(
         jax.random.key(options.seed),
-        models.logits_fn(model, context.variables),
+        jax.tree_util.Partial(model.apply, context.variables),
         images.astype(np.float32) / np.float32(255),
         labels,
         threat=(norm, epsilon),
