@@ -11,9 +11,9 @@ from atebm_jax import ascent, energy
 from atebm_jax.constraints import Constraint
 from atebm_jax.models import LogitsFn
 
-# A label for `edit`: the class that the model takes the start for.
+# A label for `edit`: the class that the model predicts at the start.
 GUESS = -1
-# Beyond every image's index: the steps' noise is not that of a seed.
+# Beyond every image's index, so that the noise of steps is not that of seeds.
 _STEPS = 2**31
 
 
@@ -38,7 +38,7 @@ def noise_seeds(
 def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     """Keys [B] for rules with noise, each image's by its own index.
 
-    Arguments as of `noise_seeds`, whose seeds have nothing to do with this noise.
+    Arguments as of `noise_seeds`. The noise is independent of those seeds.
     """
     steps_key = jax.random.fold_in(key, _STEPS)
     return jax.vmap(lambda index: jax.random.fold_in(steps_key, index))(indices)
@@ -83,39 +83,25 @@ def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
 
 
 class Path(NamedTuple):
-    """What the model reads in images along their way.
+    """Readings of the model along the way of images, [T + 1, B] arrays.
 
-    [T + 1, B] arrays; the batched functions turn them into numpy, [N, T + 1].
-
-    Attributes:
-      energy: the one that is lowered: E(x, target), or E(x) without targets.
-      target_confidence: p(target | x).
-      original_confidence: p(original | x).
-      predicted: the likeliest class, int32.
+    Batched functions return them as NumPy arrays [N, T + 1].
     """
 
-    energy: Any
-    target_confidence: Any
-    original_confidence: Any
-    predicted: Any
+    energy: Any  #: the one that is lowered: E(x, target), or E(x) without targets
+    target_confidence: Any  #: p(target | x)
+    original_confidence: Any  #: p(original | x)
+    predicted: Any  #: the likeliest class, int32
 
 
 class Edited(NamedTuple):
-    """Edited images.
+    """Edited images."""
 
-    Attributes:
-      images: [B, H, W, C] in [0, 1], in the constraint's set.
-      start: [B, H, W, C], where they began.
-      targets: [B] int32, the classes asked for; the originals where none was.
-      originals: [B] int32, the classes that the model takes `start` for.
-      path: readings before each step and at the end.
-    """
-
-    images: Any
-    start: Any
-    targets: Any
-    originals: Any
-    path: Path
+    images: Any  #: [B, H, W, C] in [0, 1], in the constraint's set
+    start: Any  #: [B, H, W, C], where they began
+    targets: Any  #: [B] int32, the classes asked for; the originals if none was
+    originals: Any  #: [B] int32, the classes that the model predicts at the start
+    path: Path  #: readings before each step and at the end
 
 
 def edit(
