@@ -163,10 +163,11 @@ class TwoLayers(nn.Module):
 
     num_classes: int = 4
     conv_gradient: str = "auto"
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        conv = {"conv_gradient": self.conv_gradient}
+        conv = {"conv_gradient": self.conv_gradient, "dtype": self.dtype}
         for index, stride in enumerate((1, 2)):
             x = layers.Conv(8, 3, stride, 1, name=f"conv{index}", **conv)(x)
             x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
