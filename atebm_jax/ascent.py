@@ -6,12 +6,12 @@ A *rule* turns the gradient into a move, a *projection* P keeps the image where 
 be. The contrastive images of training, attacks, samples, counterfactuals and edits
 differ in score, rule and projection, and in nothing else.
 
-Nothing here knows a model: a score is any callable from images to numbers in which
-every number depends on its own image only. So the loop needs no communication between
-devices. It never differentiates through itself, and its trip count may be a traced
-int32: one compilation serves every number of steps.
+Nothing here knows a model. A score is any callable from images to numbers in which
+every number depends on its own image only, so the loop needs no communication between
+devices. It never differentiates through itself. Its trip count may be a traced int32,
+so that one compilation serves every number of steps.
 
-To add a rule, write one function here and name it in `RULES`: command line, config and
+To add a rule, write one function here and name it in `RULES`. Command line, config and
 API read its settings from its signature (`sgld(noise=0.005)`).
 """
 
@@ -91,20 +91,16 @@ def project_linf(
 
 
 class Rule(NamedTuple):
-    """How a gradient moves an image.
+    """How a gradient moves an image."""
 
-    Attributes:
-      init: images [B, H, W, C] -> memory, a tree of arrays [B, ., ., .], so that
-        images can stop one by one; () where a rule looks at the last gradient alone.
-      move: (keys [B] or None, images and gradients at them [B, H, W, C], memory,
-        step_size [] or [B, 1, 1, 1]) -> (images before the projection, memory). Keys
-        are new in every step.
-      by_length: whether the step size is the L2 length of every step.
-    """
-
+    #: Images [B, H, W, C] -> memory, a tree of arrays [B, ., ., .], so that images can
+    #: stop one by one; () if a rule needs only the last gradient.
     init: Callable[[jax.Array], Any]
+    #: (keys [B] or None, images and gradients at them [B, H, W, C], memory, step_size
+    #: [] or [B, 1, 1, 1]) -> (images before the projection, memory). Keys are new in
+    #: every step.
     move: Callable[..., tuple[jax.Array, Any]]
-    by_length: bool = True
+    by_length: bool = True  #: whether the step size is the L2 length of every step
 
 
 def along(
@@ -112,7 +108,7 @@ def along(
     init: Callable[[jax.Array], Any] = lambda images: (),
     update: UpdateFn = lambda gradients, memory: (gradients, memory),
 ) -> Rule:
-    """x <- x + step_size * direction(v), v what `update` makes of the gradients.
+    """x <- x + step_size * direction(v), with v from `update` of the gradients.
 
     By default v is the gradient itself. `unit` makes steps of a given length.
     """
@@ -236,8 +232,8 @@ def sgld(noise: float = 0.01) -> Rule:
     return Rule(lambda images: (), move, by_length=False)
 
 
-#: Rules by name; their arguments, numbers with defaults, are their settings. Users
-#: know them as samplers.
+#: Rules by name. Their arguments, numbers with defaults, are their settings. Users know
+#: rules as samplers.
 RULES: dict[str, Callable[..., Rule]] = {
     "pgd": pgd,
     "momentum": momentum,
@@ -248,7 +244,7 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 def rule(text: str, **settings: float) -> Rule:
-    """A rule as it is written: its name, with settings in parentheses if need be.
+    """A rule from its text: its name, with settings in parentheses where needed.
 
         rule("pgd"), rule("sgld(noise=0.005)"), rule("sgld", noise=0.005)
 
@@ -264,14 +260,14 @@ def rule(text: str, **settings: float) -> Rule:
 
 
 def resolved(text: str) -> str:
-    """How a rule is written with all of its settings: "sgld" as "sgld(noise=0.01)".
+    """A rule's text with all of its settings: "sgld" becomes "sgld(noise=0.01)".
 
-    Two texts of the same rule become one, which protocols hold.
+    Different texts of one rule become the same text, which protocols hold.
 
     Raises:
       UserError: as of `rule`.
     """
-    rule(text)  # looks at the ranges
+    rule(text)  # checks the ranges
     return calls.resolved("sampler", RULES, text)
 
 
@@ -340,8 +336,8 @@ def climb(
       num_steps: >= 0; a traced int32 never recompiles.
       schedule: factor of the step size in each step.
       project: constraint on the images, which also keeps them in [0, 1].
-      target: score at which an image stays as it is, minus a target energy; None for
-        all steps. The others go on, and the loop runs its steps.
+      target: score (minus an energy) from which on an image stays as it is; None for
+        all steps. The others go on, and the loop runs all of its steps.
       keep_best: return, per image, the iterate (the start included) with the highest
         score instead of the last one; costs one more evaluation.
 

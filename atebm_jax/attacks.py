@@ -13,23 +13,18 @@ import jax.numpy as jnp
 
 from atebm_jax import ascent, losses
 from atebm_jax.ascent import ObjectiveFn
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 
 class Threat(NamedTuple):
-    """What an attacker may do to an image.
+    """What an attacker may do to an image."""
 
-    Attributes:
-      norm: "l2", "linf" or "unbounded".
-      epsilon: radius of the ball, in the norm's pixels of a [0, 1] image.
-      direction: gradients [B, H, W, C] -> unit steps [B, H, W, C].
-      project: (images, origin), both [B, H, W, C] -> images in the ball around
-        the origin, then clipped to [0, 1].
-    """
-
-    norm: str
-    epsilon: float
+    norm: str  #: "l2", "linf" or "unbounded"
+    epsilon: float  #: radius of the ball, in the norm's pixels of a [0, 1] image
+    #: Gradients [B, H, W, C] -> unit steps [B, H, W, C].
     direction: Callable[[jax.Array], jax.Array]
+    #: (images, origin), both [B, H, W, C] -> images in the ball around the origin,
+    #: then clipped to [0, 1].
     project: Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -86,7 +81,7 @@ def unbounded() -> Threat:
     )
 
 
-#: Threat models by the name that `config` blocks give them, from the radius.
+#: Threat models by their names in the config, as functions of the radius.
 THREATS: dict[str, Callable[[float], Threat]] = {
     "l2": l2,
     "linf": linf,
@@ -104,10 +99,7 @@ def threat(norm: str, epsilon: float) -> Threat:
     Raises:
       UserError: unknown norm, or a radius that is not positive.
     """
-    if norm not in THREATS:
-        raise UserError(
-            f"unknown threat norm {norm!r}: choose one of {', '.join(THREATS)}."
-        )
+    check_choice("threat norm", norm, THREATS)
     return THREATS[norm](epsilon)
 
 
@@ -123,9 +115,9 @@ def attack(
 ) -> jax.Array:
     """Projected gradient ascent as far as a threat allows.
 
-    With momentum or keep_best the steps go along the velocity of L1-normalised
-    gradients (Dong et al., 2018), as those of the adversary of stage 1 in the paper's
-    published code do (momentum 0.9, keep_best).
+    With momentum or keep_best the steps follow the velocity of L1-normalised gradients
+    (Dong et al., 2018). The adversary of stage 1 in the paper's published code does so
+    (momentum 0.9, keep_best).
 
     Args:
       objective: images [B, H, W, C] -> scores [B], to be maximised.
@@ -164,8 +156,8 @@ def adversary(
 ) -> Callable[..., jax.Array]:
     """The adversary that maximises the cross-entropy inside a ball.
 
-    The one of training, evaluation and `Model.attack`: all of them make it here, of the
-    fields of an `adversary` block of the config.
+    Training, evaluation and `Model.attack` make theirs here, from the fields of an
+    `adversary` block of the config.
 
     Args:
       norm, epsilon: as of `threat`.
@@ -173,11 +165,11 @@ def adversary(
 
     Returns:
       (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
-      `step_size` and `num_steps` are keyword arguments too, for others than these that
-      do not recompile.
+      It also takes `step_size` and `num_steps` as keywords; other values than these do
+      not recompile.
 
     Raises:
-      UserError: no such norm, or a value that makes no attack.
+      UserError: unknown norm, or a value out of its range.
     """
     ball = threat(norm, epsilon)
     if num_steps < 0 or not 0 <= momentum < 1:

@@ -1,13 +1,12 @@
 """What an edit may not change: sets of images, each with its projection.
 
-An edit lowers the energy and is projected back after every step. Inpainting, class
-translation, denoising and super-resolution differ in the set alone, and every set has
-the same interface: `start`, an image of the set, and `project`, which leads back to it.
-`project` is what `ascent.climb` takes under that name.
+An edit lowers the energy and is projected back into the set after every step.
+Inpainting, class translation, denoising and super-resolution differ only in the set.
+Every set has `start`, images of the set, and `project`, which `ascent.climb` takes.
 
-A constraint is a pytree whose arrays have the image first: it passes through `jit` as
+A constraint is a pytree whose arrays have the image first. It passes through `jit` as
 an argument, is split over devices like a batch, and works on single images [H, W, C]
-under `vmap`. The functions below check their arguments; the classes check nothing.
+under `vmap`. The functions below check their arguments; the classes do not.
 """
 
 import math
@@ -19,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from atebm_jax import ascent
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 _PROJECTIONS = {"l2": ascent.project_l2, "linf": ascent.project_linf}
 # Halvings of an interval of a few pixels, down to float32's resolution.
@@ -46,8 +45,8 @@ class Constraint(Protocol):
 class Ball:
     """Images near an original, in [0, 1] (paper, section 5).
 
-    The projection is that of `ascent`: into the ball, then clipped. It lies in both
-    sets; the nearest such point it is where nothing is clipped.
+    The projection is that of `ascent`: into the ball, then clipped. The result lies in
+    both sets. It is the nearest such point if nothing is clipped.
     """
 
     origin: Any  #: [B, H, W, C] float32 in [0, 1]
@@ -108,7 +107,7 @@ class BoxMean:
             under = mean < wanted
             return jnp.where(under, middle, low), jnp.where(under, high, middle)
 
-        # All black with the one, all white with the other.
+        # The lowest shift makes a box black, the highest white.
         low = -boxes.max(within, keepdims=True)
         high = 1.0 - boxes.min(within, keepdims=True)
         low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
@@ -120,8 +119,8 @@ class BoxMean:
 class All:
     """Images in every one of several sets, by projecting on each in turn, in rounds.
 
-    Holds the last one exactly and the others as far as the rounds have come. A hole
-    and a ball around the same image, in this order, hold exactly after one round.
+    The result lies in the last set exactly, and in the others up to what the rounds
+    leave. For a hole and then a ball around the same image, one round is exact.
     """
 
     parts: tuple  #: of constraints
@@ -152,10 +151,7 @@ def ball(images: Any, radius: Any = 4.0, norm: str = "l2") -> Ball:
       UserError: another norm, a radius that is not positive (Linf: or above 1).
     """
     origin = as_images(images)
-    if norm not in _PROJECTIONS:
-        raise UserError(
-            f"norm is {norm!r}: choose one of {', '.join(_PROJECTIONS)} for a ball."
-        )
+    check_choice("norm", norm, _PROJECTIONS, of=" of a ball")
     radii = np.asarray(radius)
     if radii.dtype.kind not in "iuf" or radii.shape not in ((), (len(origin),)):
         raise UserError(
@@ -186,8 +182,7 @@ def inpaint(images: Any, mask: Any, *, fill: str = "mean", seed: int = 0) -> Kno
     """
     image = as_images(images)
     hole = as_holes(mask, image.shape)
-    if fill not in FILLS:
-        raise UserError(f"fill is {fill!r}: choose one of {', '.join(FILLS)}.")
+    check_choice("fill", fill, FILLS)
     if fill == "noise":
         noise = jax.random.uniform(jax.random.key(seed), image.shape[1:])
         image = np.where(hole, np.asarray(noise), image)
@@ -202,8 +197,8 @@ def inpaint(images: Any, mask: Any, *, fill: str = "mean", seed: int = 0) -> Kno
 def denoise(images: Any, sigma: float, *, strength: float = 0.5) -> Ball:
     """Near noisy images: an L2 ball as wide as a share of the noise is long.
 
-    White noise of H x W x C values has length sigma sqrt(HWC). An edit by all of it
-    goes past the clean image, as the energy falls on behind it (docs/edit.md).
+    White noise of H x W x C values has length sigma sqrt(HWC). An edit of that length
+    goes past the clean image, because the energy goes on falling there (docs/edit.md).
 
     Args:
       images: [N, H, W, C] or one [H, W, C], float in [0, 1] or uint8.

@@ -19,7 +19,7 @@ from atebm_jax.drawing import Recipe
 from atebm_jax.errors import UserError
 from atebm_jax.models import LogitsFn
 
-# A label for `edit`: the class that the model takes the start for.
+# A label for `descend`: the class that the model predicts at the start.
 GUESS = -1
 # A path of so many steps takes half a gigabyte a chunk.
 _MOST_STEPS = 10**6
@@ -42,39 +42,25 @@ class Rows(NamedTuple):
 
 
 class Path(NamedTuple):
-    """What the model reads in images along their way.
+    """Readings of the model along the way of images, [T + 1, B] arrays.
 
-    [T + 1, B] arrays; the batched functions turn them into numpy, [N, T + 1].
-
-    Attributes:
-      energy: the one that is lowered: E(x, target), or E(x) without targets.
-      target_confidence: p(target | x).
-      original_confidence: p(original | x).
-      predicted: the likeliest class, int32.
+    Batched functions return them as NumPy arrays [N, T + 1].
     """
 
-    energy: Any
-    target_confidence: Any
-    original_confidence: Any
-    predicted: Any
+    energy: Any  #: the one that is lowered: E(x, target), or E(x) without targets
+    target_confidence: Any  #: p(target | x)
+    original_confidence: Any  #: p(original | x)
+    predicted: Any  #: the likeliest class, int32
 
 
 class Edited(NamedTuple):
-    """Edited images.
+    """Edited images."""
 
-    Attributes:
-      images: [B, H, W, C] in [0, 1], in the constraint's set.
-      start: [B, H, W, C], where they began.
-      targets: [B] int32, the classes asked for; the originals where none was.
-      originals: [B] int32, the classes that the model takes `start` for.
-      path: readings before each step and at the end.
-    """
-
-    images: Any
-    start: Any
-    targets: Any
-    originals: Any
-    path: Path
+    images: Any  #: [B, H, W, C] in [0, 1], in the constraint's set
+    start: Any  #: [B, H, W, C], where they began
+    targets: Any  #: [B] int32, the classes asked for; the originals if none was
+    originals: Any  #: [B] int32, the classes that the model predicts at the start
+    path: Path  #: readings before each step and at the end
 
 
 def counterfactual_step_size(step_size: Any, radius: Any) -> Any:

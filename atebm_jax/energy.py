@@ -1,8 +1,8 @@
 """One classifier, three readings (paper, section 3).
 
 A classifier's logits f(x) in R^K define a joint energy, a marginal energy and the
-usual softmax. Logits become energies in this file alone: others ask for one of them, or
-for a score, which is minus an energy.
+usual softmax. Only this file makes energies of logits. Others ask for an energy, or for
+a score, which is minus an energy.
 """
 
 import jax

@@ -1,12 +1,14 @@
 """Signs that a network dies, or that nothing is left to learn from; pure functions.
 
-Every step's metrics are looked at. A sign never speaks of a single step: its evidence
-is a cumulative sum (Page, 1954), e <- max(0, e + gain), and it is shown once that
-reaches 1. One step gains 1 / PATIENCE at most, so that chance in a few is not enough,
-and less from few images, so that a small batch takes longer. What every fresh network
-looks like (cross-entropy ln K, accuracy 1 / K) is a sign of death only after it was
-demonstrably better. Stage 2 starts from a trained one, and a learning rate too high can
-kill that in its first update: there one clear batch is enough to call it better.
+The evidence of a sign is a cumulative sum over the steps (Page, 1954),
+e <- max(0, e + gain). The sign is shown once, when its evidence reaches 1. One step
+gains at most 1 / PATIENCE, so that a few unlucky steps are not enough. Few images gain
+less, so that a small batch takes longer.
+
+A fresh network has cross-entropy ln K and accuracy 1 / K. These are signs of death
+only after the network was demonstrably better. Stage 2 starts from a trained network,
+and too high a learning rate can kill it in its first update: there one clear batch is
+enough to call it better.
 """
 
 import math
@@ -17,12 +19,12 @@ from typing import Any, NamedTuple
 #: Steps with a sign before it is shown, at least.
 PATIENCE = 5
 
-# Log-likelihood ratio that makes an evidence of 1: by chance once in a million times.
+# Log-likelihood ratio that makes an evidence of 1: once in a million by chance.
 _NATS = 14.0
 # What is known of a network from stage 1, as evidence that it is better than chance.
 _TRAINED = 0.6
-# Cross-entropies as shares of ln K: of a network that learns, of one in between, which
-# is taken for neither, and of one at chance; and the variance of an image, as measured.
+# Cross-entropies as shares of ln K: of a network that learns, of one in between (taken
+# for neither) and of one at chance; and the measured variance of an image.
 _LEARNT, _BETWEEN, _CHANCE, _VARIANCE = 0.76, 0.92, 1.0, 0.2
 # The same of the accuracy, as multiples of the odds of a guess, 1 / (K - 1).
 _LEARNT_ODDS, _BETWEEN_ODDS, _CHANCE_ODDS = 4.0, 2.0, 1.0
@@ -36,7 +38,7 @@ _LARGE_NORM = 10.0
 # Scores and logits run away beyond those of the first step, or ln K + 1, times this.
 _RUN_AWAY = 100.0
 
-# Signs of dying; the others say that nothing is left to learn.
+# Signs of dying; the others mean that nothing is left to learn.
 _DYING = ("cross_entropy", "accuracy", "logit_spread", "gradient_norm", "energy")
 
 # Full windows of the AUC, each of so many images at least, and its limits.
@@ -45,24 +47,17 @@ _EASY_AUC, _HALF_WIDTH = 0.99, 0.05
 
 
 class Sign(NamedTuple):
-    """What was seen.
+    """What was seen."""
 
-    Attributes:
-      name: of the sign, as in `sign_NAME` of the metrics and in `curves.png`.
-      dying: whether the network dies; else there is only nothing to learn from.
-      since: first step whose metrics showed it.
-      text: what was seen, the likely cause, what to change, and the page on it.
-    """
-
-    name: str
-    dying: bool
-    since: int
-    text: str
+    name: str  #: as in `sign_NAME` of the metrics and in `curves.png`
+    dying: bool  #: whether the network dies; else nothing is left to learn from
+    since: int  #: first step whose metrics showed it
+    text: str  #: what was seen, the likely cause, what to change, and the page on it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a stage the signs depend on."""
+    """The properties of a stage that the signs depend on."""
 
     stage: str  #: its block of the config, for the remedy
     num_classes: int  #: K
@@ -86,11 +81,11 @@ class Watch:
     window: Sequence[float] = (0, 0, 0.0)  #: T, steps with it, sum of their AUCs
     #: name -> (evidence in (0, 1], first step of it)
     evidence: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    shown: Sequence[str] = ()  #: signs that were shown; each is once
+    shown: Sequence[str] = ()  #: signs that were shown; each is shown once
     count: int = 0  #: signs shown in the stage, those before a rollback included
 
     def suspicious(self) -> bool:
-        """Whether signs of dying are counting: no state to keep."""
+        """Whether evidence of dying is mounting: do not keep such a state."""
         return any(
             name in _DYING and evidence >= 0.5
             for name, (evidence, _) in self.evidence.items()

@@ -181,11 +181,12 @@ class TwoLayers(nn.Module):
     """Two convolutions with batch normalisation: what compiles fast."""
 
     num_classes: int = 4
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         for index, stride in enumerate((1, 2)):
-            x = layers.Conv(8, 3, stride, 1, name=f"conv{index}")(x)
+            x = layers.Conv(8, 3, stride, 1, dtype=self.dtype, name=f"conv{index}")(x)
             x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
         return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
 

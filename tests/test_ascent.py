@@ -1,5 +1,7 @@
 """The loop and its rules on a quadratic score, whose best image is known."""
 
+import functools
+
 import hlo
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,20 @@ def seeds_and_keys(count=6):
     return jax.vmap(lambda k: jax.random.uniform(k, SHAPE))(keys), keys
 
 
-def draw(name, count=6, **options):
+@functools.cache
+def compiled(name, project):
+    """One program a rule, for all numbers and lengths of steps."""
+    return jax.jit(
+        lambda seeds, keys, options: ascent.climb(
+            score, seeds, ascent.rule(name), keys=keys, project=project, **options
+        )
+    )
+
+
+def draw(name, count=6, project=ascent.clip, **options):
     seeds, keys = seeds_and_keys(count)
     arguments = {"step_size": 0.05, "num_steps": 60} | options
-    return ascent.climb(score, seeds, ascent.rule(name), keys=keys, **arguments)
+    return compiled(name, project)(seeds, keys, arguments)
 
 
 @pytest.mark.parametrize("name", ascent.RULES)

@@ -1,5 +1,7 @@
 """Samples, their seeds and labels, and edits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,24 +104,24 @@ def test_samples_of_a_linear_model_lower_their_own_energy():
     assert (after < before).all()
 
 
-def edit(constraint, labels, num_steps=6, capacity=8, **options):
-    keys = jnp.broadcast_to(jax.random.key(0), constraint.start.shape[:1])
-    settings = {"rule": ascent.pgd(), "step_size": 0.3} | options
+@partial(jax.jit, static_argnames="rule")
+def edit(constraint, labels, num_steps=6, rule="pgd"):
     return editing.descend(
         linear_logits,
         constraint,
         labels,
-        keys,
+        jnp.broadcast_to(jax.random.key(0), constraint.start.shape[:1]),
+        rule=ascent.rule(rule),
+        step_size=0.3,
         num_steps=num_steps,
-        capacity=capacity,
-        **settings,
+        capacity=8,
     )
 
 
 def test_edit_in_a_ball_is_the_counterfactual():
     images = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
     targets = LABELS
-    for norm, rule in (("l2", ascent.pgd()), ("linf", ascent.sign())):
+    for norm, rule in (("l2", "pgd"), ("linf", "sign")):
         made = edit(constraints.ball(images, 0.4, norm), targets, rule=rule)
         expected = attacks.attack(
             joint_score(targets),

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, 2020): attacks in turn on what still stands."""
+"""AutoAttack (Croce and Hein, 2020): each attack sees what the ones before it left."""
 
 from atebm_jax.autoattack.ensemble import Progress, Result, Unit, run
 from atebm_jax.autoattack.versions import ATTACKS, VERSIONS

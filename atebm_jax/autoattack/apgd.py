@@ -1,11 +1,11 @@
 """Auto-PGD (Croce and Hein, 2020), and its L1 form (Croce and Hein, 2021).
 
-Gradient ascent with momentum inside a ball. At checkpoints, which come closer and
-closer, an image's step is halved, and its search goes back to its best point, if too
-few of the last steps raised the loss or if nothing improved on the best one.
+Gradient ascent with momentum inside a ball. Checkpoints come closer and closer. At a
+checkpoint, an image's step is halved and its search returns to its best point if too
+few of the last steps raised the loss, or if nothing improved on the best point.
 
-The loop's state is one of arrays with the image first: images never see one another,
-and nothing in the loop needs communication between devices.
+All arrays of the loop have the image first. Images never see one another, so nothing
+in the loop needs communication between devices.
 """
 
 import math
@@ -33,77 +33,51 @@ _STEP_DIVISOR = 1.5
 _SMALLEST_STEP = 0.1
 
 
-class Schedule(NamedTuple):
-    """When the checkpoints are; run-time values, each [] int32."""
-
-    num_steps: jax.Array
-    first_period: jax.Array
-    shorter_by: jax.Array
-    shortest_period: jax.Array
-
-
 class State(NamedTuple):
-    """The search after some steps. Images [B, H, W, C] float32, the rest [B].
+    """The search after some steps. Images [B, H, W, C] float32, the rest [B]."""
 
-    Attributes:
-      x, previous: this and the last iterate.
-      loss, gradient: at x.
-      best, best_loss, best_gradient: where the loss was highest so far.
-      adversarial: the last misclassified iterate; the start if there was none.
-      robust: bool, all iterates were classified correctly.
-      step_size: in pixels of the norm.
-      increases: int32, steps since the checkpoint that raised the loss.
-      halved: bool, the step was halved at the last checkpoint.
-      checked_loss: best_loss at the last checkpoint.
-      share: L1, share of the pixels that a step moves.
-      moved: L1, pixels that differed from the image at the last checkpoint.
-      iteration, period, next_check: [] int32.
-    """
-
-    x: jax.Array
-    previous: jax.Array
-    loss: jax.Array
-    gradient: jax.Array
-    best: jax.Array
+    x: jax.Array  #: the last iterate
+    previous: jax.Array  #: the one before
+    loss: jax.Array  #: at x
+    gradient: jax.Array  #: at x
+    best: jax.Array  #: where the loss was highest so far
     best_loss: jax.Array
     best_gradient: jax.Array
-    adversarial: jax.Array
-    robust: jax.Array
-    step_size: jax.Array
-    increases: jax.Array
-    halved: jax.Array
-    checked_loss: jax.Array
-    share: jax.Array
-    moved: jax.Array
-    iteration: jax.Array
-    period: jax.Array
-    next_check: jax.Array
+    adversarial: jax.Array  #: the last misclassified iterate; else the start
+    step_size: jax.Array  #: in pixels of the norm
+    increases: jax.Array  #: int32, steps since the checkpoint that raised the loss
+    halved: jax.Array  #: bool, the step was halved at the last checkpoint
+    checked_loss: jax.Array  #: best_loss at the last checkpoint
+    share: jax.Array  #: L1, share of the pixels that a step moves
+    moved: jax.Array  #: L1, pixels unlike the image's at the last checkpoint
+    iteration: jax.Array  #: [] int32
+    period: jax.Array  #: [] int32, steps from the last checkpoint to the next
+    next_check: jax.Array  #: [] int32
 
 
 class Evaluation(NamedTuple):
-    """Of some images: losses [B], their gradients [B, H, W, C], correct [B] bool."""
+    """What a pass tells about some images."""
 
-    loss: jax.Array
-    gradient: jax.Array
-    correct: jax.Array
+    loss: jax.Array  #: [B]
+    gradient: jax.Array  #: [B, H, W, C]
+    correct: jax.Array  #: [B] bool
 
 
 EvaluateFn = Callable[[jax.Array, jax.Array], Evaluation]
 
 
-def schedule(num_steps: int, norm: str) -> Schedule:
-    """Checkpoints of a run of `num_steps`: periods from 22 % down to 6 % of it.
+class _Problem(NamedTuple):
+    """What stays the same in a search; arguments of `search`."""
 
-    For L1 the period is 4 % throughout.
-    """
-    if norm == "l1":
-        first = shortest = max(int(0.04 * num_steps), 1)
-        shorter = 0
-    else:
-        first = max(int(0.22 * num_steps), 1)
-        shorter = max(int(0.03 * num_steps), 1)
-        shortest = max(int(0.06 * num_steps), 1)
-    return Schedule(*map(jnp.int32, (num_steps, first, shorter, shortest)))
+    evaluate: EvaluateFn
+    images: jax.Array
+    epsilon: jax.Array
+    num_steps: int
+    norm: str
+
+    def period(self, share: float) -> int:
+        """A share of all steps, but one step at least."""
+        return max(int(share * self.num_steps), 1)
 
 
 def evaluator(
@@ -128,10 +102,7 @@ def evaluator(
         gradient, (values, logits) = jax.grad(total, has_aux=True)(x)
         return Evaluation(values, gradient, logits.argmax(axis=-1) == labels)
 
-    def evaluate(x: jax.Array, key: jax.Array) -> Evaluation:
-        if num_samples == 1:
-            return once(x, key)
-
+    def mean(x: jax.Array, key: jax.Array) -> Evaluation:
         def add(index: jax.Array, done: Evaluation) -> Evaluation:
             new = once(x, jax.random.fold_in(key, index))
             return new._replace(gradient=done.gradient + new.gradient)
@@ -140,99 +111,7 @@ def evaluator(
         result = jax.lax.fori_loop(1, num_samples, add, first)
         return result._replace(gradient=result.gradient / num_samples)
 
-    return evaluate
-
-
-def init(
-    evaluate: EvaluateFn,
-    key: jax.Array,
-    images: jax.Array,
-    start: jax.Array,
-    epsilon: jax.Array,
-    plan: Schedule,
-    *,
-    norm: str,
-    random: bool,
-) -> State:
-    """The search before its first step.
-
-    Args:
-      evaluate: as of `evaluator`.
-      key: for randomised networks.
-      images: [B, H, W, C] in [0, 1], the centres of the balls.
-      start: [B, H, W, C] first iterate, inside the ball.
-      epsilon: [] radius >= 0.
-      plan: as of `schedule`.
-      norm: "linf", "l2" or "l1".
-      random: the start was drawn; an L1 search that goes on from a found point takes
-        its sparsity from that point instead.
-    """
-    first = evaluate(start, key)
-    ones = jnp.ones_like(first.loss)
-    moved = ones * balls.num_pixels(images)
-    share = ones * _FIRST_SHARE
-    if norm == "l1" and not random:
-        moved = _count_moved(start, images)
-        share = moved / balls.num_pixels(images) / _SHARE_DIVISOR
-    return State(
-        x=start,
-        previous=start,
-        # Steps are counted against the loss of the step before, the first one
-        # against zero: that is what published figures rest on.
-        loss=jnp.zeros_like(first.loss),
-        gradient=first.gradient,
-        best=start,
-        best_loss=first.loss,
-        best_gradient=first.gradient,
-        adversarial=start,
-        robust=first.correct,
-        step_size=ones * epsilon * (1.0 if norm == "l1" else 2.0),
-        increases=jnp.zeros(first.loss.shape, jnp.int32),
-        halved=jnp.ones_like(first.correct),
-        checked_loss=first.loss,
-        share=share,
-        moved=moved,
-        iteration=jnp.int32(0),
-        period=plan.first_period,
-        next_check=plan.first_period,
-    )
-
-
-def step(
-    evaluate: EvaluateFn,
-    key: jax.Array,
-    images: jax.Array,
-    epsilon: jax.Array,
-    plan: Schedule,
-    state: State,
-    *,
-    norm: str,
-) -> State:
-    """One step of every image's search, with its checkpoint where one is due."""
-    x = _propose(images, epsilon, state, norm)
-    new = evaluate(x, key)
-    better = new.loss > state.best_loss
-    mask = per_image(better)
-    state = state._replace(
-        x=x,
-        previous=state.x,
-        loss=new.loss,
-        gradient=new.gradient,
-        best=jnp.where(mask, x, state.best),
-        best_loss=jnp.where(better, new.loss, state.best_loss),
-        best_gradient=jnp.where(mask, new.gradient, state.best_gradient),
-        adversarial=jnp.where(per_image(new.correct), state.adversarial, x),
-        robust=state.robust & new.correct,
-        increases=state.increases + (new.loss > state.loss).astype(jnp.int32),
-        iteration=state.iteration + 1,
-    )
-    check = _check_l1 if norm == "l1" else _check
-    return jax.lax.cond(
-        state.iteration == state.next_check,
-        lambda s: check(images, epsilon, plan, s),
-        lambda s: s,
-        state,
-    )
+    return once if num_samples == 1 else mean
 
 
 def search(
@@ -241,22 +120,33 @@ def search(
     images: jax.Array,
     start: jax.Array,
     epsilon: jax.Array,
-    plan: Schedule,
+    num_steps: int,
     *,
     norm: str,
-    random: bool,
+    share_of_start: bool = False,
 ) -> State:
-    """`plan.num_steps` steps from a start; arguments as of `init`."""
+    """Raises the loss from a start.
+
+    Args:
+      evaluate: as of `evaluator`.
+      key: for randomised networks.
+      images: [B, H, W, C] in [0, 1], the centres of the balls.
+      start: [B, H, W, C] first iterate, inside the ball.
+      epsilon: [] radius >= 0.
+      num_steps: how many, >= 0.
+      norm: "linf", "l2" or "l1".
+      share_of_start: L1: the first steps move as many pixels as the start differs in,
+        not a fixed share of all.
+    """
+    problem = _Problem(evaluate, images, epsilon, num_steps, norm)
     key_start, key_steps = jax.random.split(key)
-    state = init(
-        evaluate, key_start, images, start, epsilon, plan, norm=norm, random=random
-    )
+    first = evaluate(start, key_start)
 
     def body(index: jax.Array, state: State) -> State:
-        key = jax.random.fold_in(key_steps, index)
-        return step(evaluate, key, images, epsilon, plan, state, norm=norm)
+        return _step(problem, jax.random.fold_in(key_steps, index), state)
 
-    return jax.lax.fori_loop(0, plan.num_steps, body, state)
+    state = _begin(problem, start, first, share_of_start)
+    return jax.lax.fori_loop(0, jnp.int32(num_steps), body, state)
 
 
 def search_from_wide_ball(
@@ -269,8 +159,8 @@ def search_from_wide_ball(
 ) -> State:
     """L1 search in balls of radius 3, 2 and 1 epsilon (Croce and Hein, 2021).
 
-    30, 30 and 40 % of the steps; each ball begins at the projection of the best point
-    of the one before. `start` must lie in the widest.
+    30, 30 and 40 % of the steps. Each ball begins at the projection of the best point
+    of the one before. Arguments as of `search`; `start` must lie in the widest ball.
     """
     early = math.ceil(0.3 * num_steps)
     late = max(num_steps - 2 * early, 0)
@@ -282,43 +172,103 @@ def search_from_wide_ball(
             images,
             balls.onto(start, images, radius, "l1"),
             radius,
-            schedule(steps, "l1"),
+            steps,
             norm="l1",
-            random=False,
+            share_of_start=True,
         )
         start = state.best
     return state
 
 
-def _propose(
-    images: jax.Array, epsilon: jax.Array, state: State, norm: str
-) -> jax.Array:
+def _begin(
+    problem: _Problem, start: jax.Array, first: Evaluation, share_of_start: bool
+) -> State:
+    """The search before its first step."""
+    ones = jnp.ones_like(first.loss)
+    pixels = math.prod(start.shape[1:])
+    share, moved = ones * _FIRST_SHARE, ones * pixels
+    period = jnp.int32(problem.period(0.04 if problem.norm == "l1" else 0.22))
+    if share_of_start:
+        moved = _count_moved(start, problem.images)
+        share = moved / pixels / _SHARE_DIVISOR
+    return State(
+        x=start,
+        previous=start,
+        # Each step is counted against the loss of the step before, the first one
+        # against zero. Published figures rest on that.
+        loss=jnp.zeros_like(first.loss),
+        gradient=first.gradient,
+        best=start,
+        best_loss=first.loss,
+        best_gradient=first.gradient,
+        adversarial=start,
+        step_size=ones * problem.epsilon * (1.0 if problem.norm == "l1" else 2.0),
+        increases=jnp.zeros(first.loss.shape, jnp.int32),
+        halved=jnp.ones_like(first.correct),
+        checked_loss=first.loss,
+        share=share,
+        moved=moved,
+        iteration=jnp.int32(0),
+        period=period,
+        next_check=period,
+    )
+
+
+def _step(problem: _Problem, key: jax.Array, state: State) -> State:
+    """One step of every image's search, with its checkpoint where one is due."""
+    x = _propose(problem, state)
+    new = problem.evaluate(x, key)
+    better = new.loss > state.best_loss
+    mask = per_image(better)
+    state = state._replace(
+        x=x,
+        previous=state.x,
+        loss=new.loss,
+        gradient=new.gradient,
+        best=jnp.where(mask, x, state.best),
+        best_loss=jnp.where(better, new.loss, state.best_loss),
+        best_gradient=jnp.where(mask, new.gradient, state.best_gradient),
+        adversarial=jnp.where(per_image(new.correct), state.adversarial, x),
+        increases=state.increases + (new.loss > state.loss).astype(jnp.int32),
+        iteration=state.iteration + 1,
+    )
+    check = _check_l1 if problem.norm == "l1" else _check
+    return jax.lax.cond(
+        state.iteration == state.next_check,
+        lambda s: check(problem, s),
+        lambda s: s,
+        state,
+    )
+
+
+def _propose(problem: _Problem, state: State) -> jax.Array:
+    def onto(x: jax.Array) -> jax.Array:
+        return balls.onto(x, problem.images, problem.epsilon, problem.norm)
+
     size = per_image(state.step_size)
-    if norm == "l1":
-        return balls.onto(
-            state.x + size * _sparse_direction(state), images, epsilon, norm
-        )
+    if problem.norm == "l1":
+        return onto(state.x + size * _sparse_direction(state))
     direction = (
         jnp.sign(state.gradient)
-        if norm == "linf"
-        else balls.scaled_to(state.gradient, jnp.float32(1), norm)
+        if problem.norm == "linf"
+        else balls.scaled_to(state.gradient, jnp.float32(1), problem.norm)
     )
-    plain = balls.onto(state.x + size * direction, images, epsilon, norm)
+    plain = onto(state.x + size * direction)
     weight = jnp.where(state.iteration > 0, _MOMENTUM, 1.0)
     mixed = weight * (plain - state.x) + (1.0 - weight) * (state.x - state.previous)
-    return balls.onto(state.x + mixed, images, epsilon, norm)
+    return onto(state.x + mixed)
 
 
-def _check(
-    images: jax.Array, epsilon: jax.Array, plan: Schedule, state: State
-) -> State:
-    """Halves steps and sends their images back to their best points."""
-    del images, epsilon
+def _check(problem: _Problem, state: State) -> State:
+    """Halves steps and sends their images back to their best points.
+
+    Periods fall from 22 % to 6 % of all steps, by 3 % each time.
+    """
     enough = _MIN_INCREASES * state.period.astype(jnp.float32)
     oscillates = state.increases.astype(jnp.float32) <= enough
     stands = ~state.halved & (state.best_loss <= state.checked_loss)
     halve = oscillates | stands
-    period = jnp.maximum(state.period - plan.shorter_by, plan.shortest_period)
+    period = jnp.maximum(state.period - problem.period(0.03), problem.period(0.06))
     return _go_back(state, halve)._replace(
         step_size=jnp.where(halve, 0.5 * state.step_size, state.step_size),
         increases=jnp.zeros_like(state.increases),
@@ -329,19 +279,19 @@ def _check(
     )
 
 
-def _check_l1(
-    images: jax.Array, epsilon: jax.Array, plan: Schedule, state: State
-) -> State:
-    """Adapts the sparsity; images that became sparser begin anew with long steps."""
-    del plan
-    moved = _count_moved(state.x, images)
+def _check_l1(problem: _Problem, state: State) -> State:
+    """Adapts the sparsity; images that became sparser begin anew with long steps.
+
+    The period is 4 % of all steps throughout.
+    """
+    epsilon, moved = problem.epsilon, _count_moved(state.x, problem.images)
     sparser = moved < _SPARSER * state.moved
     shorter = jnp.clip(
         state.step_size / _STEP_DIVISOR, _SMALLEST_STEP * epsilon, epsilon
     )
     return _go_back(state, sparser)._replace(
         step_size=jnp.where(sparser, epsilon, shorter),
-        share=moved / balls.num_pixels(images) / _SHARE_DIVISOR,
+        share=moved / math.prod(state.x.shape[1:]) / _SHARE_DIVISOR,
         moved=moved,
         next_check=state.next_check + state.period,
     )
@@ -368,4 +318,4 @@ def _sparse_direction(state: State) -> jax.Array:
     index = jnp.clip(index, 0, count - 1)
     least = jnp.take_along_axis(ranked, index[:, None], axis=-1)[:, 0]
     chosen = jnp.where(size >= per_image(least), jnp.sign(state.gradient), 0.0)
-    return chosen / per_image(balls.l1_length(chosen) + 1e-10)
+    return chosen / per_image(balls.LENGTHS["l1"](chosen) + 1e-10)

@@ -1,18 +1,19 @@
 """Balls of the three norms: random starts, projections and lengths.
 
-As in the attacks' papers and unlike `atebm_jax.attacks`, random starts lie on the
-surface of the ball and a projection onto the L2 ball has its own rounding offset.
+These follow the attacks' papers and differ from `atebm_jax.attacks`: random starts lie
+on the surface of the ball, and the projection onto the L2 ball has a rounding offset of
+its own.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+_PIXELS = (1, 2, 3)
 _OFFSET = 1e-12
-# Halvings of the interval in which the threshold of the L1 projection lies; the
-# exact value then follows from the pixels on the linear piece that is left.
+# Halvings of the interval that holds the threshold of the L1 projection. The pixels on
+# the linear piece that is left then give the exact value.
 _HALVINGS = 30
 
 
@@ -21,25 +22,11 @@ def per_image(values: jax.Array) -> jax.Array:
     return values[:, None, None, None]
 
 
-def l1_length(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B]."""
-    return jnp.abs(x).sum(axis=(1, 2, 3))
-
-
-def l2_length(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B]."""
-    return jnp.sqrt(jnp.square(x).sum(axis=(1, 2, 3)))
-
-
-def linf_length(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B]."""
-    return jnp.abs(x).max(axis=(1, 2, 3))
-
-
+# [B, H, W, C] -> [B].
 LENGTHS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "linf": linf_length,
-    "l2": l2_length,
-    "l1": l1_length,
+    "linf": lambda x: jnp.abs(x).max(axis=_PIXELS),
+    "l2": lambda x: jnp.sqrt(jnp.square(x).sum(axis=_PIXELS)),
+    "l1": lambda x: jnp.abs(x).sum(axis=_PIXELS),
 }
 
 
@@ -74,7 +61,7 @@ def _onto_linf(images: jax.Array, origin: jax.Array, epsilon: jax.Array) -> jax.
 
 def _onto_l2(images: jax.Array, origin: jax.Array, epsilon: jax.Array) -> jax.Array:
     delta = images - origin
-    length = l2_length(delta)
+    length = LENGTHS["l2"](delta)
     scale = jnp.minimum(length, epsilon) / (length + _OFFSET)
     return jnp.clip(origin + delta * per_image(scale), 0.0, 1.0)
 
@@ -91,17 +78,17 @@ def _onto_l1(images: jax.Array, origin: jax.Array, epsilon: jax.Array) -> jax.Ar
     def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple:
         low, high = interval
         middle = 0.5 * (low + high)
-        too_long = shrunk(middle).sum(axis=(1, 2, 3)) > epsilon
+        too_long = shrunk(middle).sum(axis=_PIXELS) > epsilon
         return jnp.where(too_long, middle, low), jnp.where(too_long, high, middle)
 
-    interval = (jnp.zeros_like(size[:, 0, 0, 0]), linf_length(delta))
+    interval = (jnp.zeros_like(size[:, 0, 0, 0]), LENGTHS["linf"](delta))
     low, high = jax.lax.fori_loop(0, _HALVINGS, halve, interval)
     middle = per_image(0.5 * (low + high))
     moving = (size > middle) & (size - middle < room)
-    excess = shrunk(high).sum(axis=(1, 2, 3)) - epsilon
-    count = jnp.maximum(moving.sum(axis=(1, 2, 3)), 1).astype(size.dtype)
+    excess = shrunk(high).sum(axis=_PIXELS) - epsilon
+    count = jnp.maximum(moving.sum(axis=_PIXELS), 1).astype(size.dtype)
     threshold = jnp.clip(high + excess / count, low, high)
-    inside = shrunk(jnp.zeros_like(low)).sum(axis=(1, 2, 3)) <= epsilon
+    inside = shrunk(jnp.zeros_like(low)).sum(axis=_PIXELS) <= epsilon
     threshold = jnp.where(inside, 0.0, threshold)
     return jnp.clip(origin + jnp.sign(delta) * shrunk(threshold), 0.0, 1.0)
 
@@ -109,26 +96,12 @@ def _onto_l1(images: jax.Array, origin: jax.Array, epsilon: jax.Array) -> jax.Ar
 _ONTO = {"linf": _onto_linf, "l2": _onto_l2, "l1": _onto_l1}
 
 
-def noise(keys: jax.Array, shape: tuple[int, ...], norm: str) -> jax.Array:
-    """A direction an image: uniform in the cube for Linf, Gaussian otherwise.
-
-    Args:
-      keys: [B] one key an image, so that an image's noise is its own.
-      shape: (H, W, C).
-      norm: a key of `LENGTHS`.
-
-    Returns:
-      [B, H, W, C] float32.
-    """
-    if norm == "linf":
-        return jax.vmap(lambda k: jax.random.uniform(k, shape, minval=-1.0))(keys)
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-
-
 def random_start(
     keys: jax.Array, images: jax.Array, epsilon: jax.Array, norm: str
 ) -> jax.Array:
-    """A start as far away as the ball allows, then clipped to [0, 1].
+    """A start on the surface of the ball, then clipped to [0, 1].
+
+    Its direction is uniform in the cube for Linf, Gaussian otherwise.
 
     Args:
       keys: [B] one key an image.
@@ -139,7 +112,14 @@ def random_start(
     Returns:
       [B, H, W, C]; for L1 the projection of Gaussian noise.
     """
-    direction = noise(keys, images.shape[1:], norm)
+
+    def draw(key: jax.Array) -> jax.Array:
+        if norm == "linf":
+            return jax.random.uniform(key, images.shape[1:], minval=-1.0)
+        return jax.random.normal(key, images.shape[1:])
+
+    # One key an image, so that an image's start is its own.
+    direction = jax.vmap(draw)(keys)
     if norm == "l1":
         return onto(images + direction, images, epsilon, norm)
     return jnp.clip(images + scaled_to(direction, epsilon, norm), 0.0, 1.0)
@@ -148,8 +128,3 @@ def random_start(
 def image_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     """One key an image, by its place in the data set: [], [B] int -> [B]."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-
-
-def num_pixels(images: jax.Array) -> int:
-    """H * W * C."""
-    return math.prod(images.shape[1:])

@@ -5,91 +5,67 @@ which of its images it fooled, and the state is nothing but the units done so fa
 whoever stores them can stop at any time and go on later, to the same result.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
-from atebm_jax.autoattack import checks
-from atebm_jax.autoattack.apgd import ModelFn
-from atebm_jax.autoattack.units import Batch, Programs, attack_function
+from atebm_jax.autoattack import checks, programs
+from atebm_jax.autoattack.programs import CLEAN, Batch, Program
 from atebm_jax.autoattack.versions import Plan, Round, Threat, plan
 from atebm_jax.errors import UserError
 
-CLEAN = "clean"
 # The last batch of a round is filled up to one of these parts of the batch size:
 # less wasted work on copies, for at most this many programs an attack.
 _PARTS = (1, 2, 4, 8)
+_OTHER_RUN = (
+    "the earlier units are not of this run: images, attacks, batch size and version "
+    "must be the same; start anew without them otherwise."
+)
 
 
 class Unit(NamedTuple):
-    """A finished unit of work.
+    """A finished unit of work."""
 
-    Attributes:
-      attack: a key of `ATTACKS`, or "clean" for the first pass.
-      number: of the round.
-      indices: [n] int, the images it treated.
-      fooled: [n] bool, which of them are misclassified now.
-      images: [fooled, H, W, C] float32, the misclassified ones as they are then.
-    """
-
-    attack: str
-    number: int
-    indices: np.ndarray
-    fooled: np.ndarray
-    images: np.ndarray
+    attack: str  #: a key of `ATTACKS`, or "clean" for the first pass
+    number: int  #: of the round
+    indices: np.ndarray  #: [n] int, the images that it treated
+    fooled: np.ndarray  #: [n] bool, which of them are misclassified now
+    images: np.ndarray  #: [fooled, H, W, C] float32, the misclassified ones, as now
 
 
 class Progress(NamedTuple):
-    """Where a run stands.
+    """Where a run stands after a unit."""
 
-    Attributes:
-      attack, number: round of the unit just done.
-      round_index, num_rounds: its place among the rounds, from 0, and their number.
-      done, of: images treated in the round, and in the whole round.
-      robust: images that still stand.
-    """
-
-    attack: str
-    number: int
-    round_index: int
+    attack: str  #: of the unit's round
+    number: int  #: of the unit's round
+    round_index: int  #: its place among the rounds, from 0
     num_rounds: int
-    done: int
-    of: int
-    robust: int
+    done: int  #: images treated in the round
+    of: int  #: images in the whole round
+    robust: int  #: images that still stand
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What the ensemble found on N images.
+class Result(NamedTuple):
+    """What the ensemble found on N images."""
 
-    Attributes:
-      norm, epsilon, version: what was asked for.
-      clean: [N] bool, classified correctly without an attack.
-      robust: by attack, in their order: [N] bool, still correct after this attack and
-        all before it. Images misclassified from the start are not robust.
-      adversarial: [N, H, W, C] float32 in [0, 1]: the image that was misclassified
-        first, the image itself where no attack succeeded.
-      notes: what is done otherwise than asked and what makes the figures doubtful,
-        one sentence each.
-      compile_seconds, run_seconds: of this call; earlier units of a run that goes on
-        are not in it.
-    """
-
-    norm: str
-    epsilon: float
-    version: str
+    #: [N] bool, classified correctly without an attack.
     clean: np.ndarray
+    #: By attack, in their order: [N] bool, still correct after this attack and all
+    #: before it. Images misclassified from the start are not. "none" if no attack runs.
     robust: dict[str, np.ndarray]
+    #: [N, H, W, C] float32 in [0, 1], the image that was misclassified first; the
+    #: image itself where no attack succeeded.
     adversarial: np.ndarray
+    #: What is done otherwise than asked and what makes the figures doubtful, one
+    #: sentence each.
     notes: tuple[str, ...]
-    compile_seconds: float
-    run_seconds: float
 
     @property
     def clean_accuracy(self) -> float:
@@ -104,24 +80,7 @@ class Result:
     @property
     def robust_accuracy(self) -> float:
         """Share of all images that withstood everything."""
-        return list(self.accuracies.values())[-1] if self.robust else 0.0
-
-
-@dataclasses.dataclass
-class _Count:
-    """Which images stand, made from units in their order."""
-
-    clean: np.ndarray
-    robust: np.ndarray
-    adversarial: np.ndarray
-
-    def add(self, unit: Unit) -> None:
-        lost = unit.indices[unit.fooled]
-        self.robust[lost] = False
-        if unit.attack == CLEAN:
-            self.clean[lost] = False
-        else:
-            self.adversarial[lost] = unit.images
+        return list(self.accuracies.values())[-1]
 
 
 def run(
@@ -136,7 +95,7 @@ def run(
     settings: dict[str, Any] | None = None,
     batch_size: int = 256,
     stochastic: bool = False,
-    sharding: jax.sharding.NamedSharding | None = None,
+    sharding: NamedSharding | None = None,
     done: Iterable[Unit] = (),
     on_unit: Callable[[Unit], None] = lambda unit: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -150,7 +109,9 @@ def run(
     Args:
       key: random key; same key, same result.
       logits_fn: images [B, H, W, C] float32 in [0, 1] -> logits [B, K], any B; with
-        `stochastic`, (images, key) -> logits.
+        `stochastic`, (images, key) -> logits. Give a large network as
+        `jax.tree_util.Partial(model.apply, variables)`: its weights are then arguments
+        of the compiled programs instead of constants in each.
       images: [N, H, W, C] float in [0, 1].
       labels: [N] int in 0..K-1.
       threat: of `atebm_jax.attacks.threat`, or (norm, radius) with "linf", "l2", "l1".
@@ -174,65 +135,73 @@ def run(
       UserError: arguments that do not fit, or units of another run.
     """
     images, labels = _check_data(images, labels, batch_size)
-    programs = Programs(logits_fn, stochastic, sharding)
-    make_batch = _batcher(key, images, labels)
-    num_classes = _num_classes(logits_fn, images, key, stochastic)
-    if labels.max() >= num_classes:
-        raise UserError(
-            f"label {int(labels.max())} for a network of {num_classes} classes: labels "
-            "are 0 to the number of classes less one."
-        )
+    network = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+    num_classes = _num_classes(network, images, labels, key if stochastic else None)
     plan_ = plan(version, threat, num_classes, names=attacks, settings=settings)
-    count = _Count(
-        np.ones(len(images), bool), np.ones(len(images), bool), images.copy()
-    )
+    task = _Task(*_everywhere(network, key, sharding), images, labels, plan_, sharding)
     sizes = _sizes(batch_size, sharding)
-    earlier = iter(done)
+    standing, adversarial = np.ones(len(images), bool), images.copy()
+    masks: dict[str, np.ndarray] = {}
     notes = list(plan_.notes)
-    robust: dict[str, np.ndarray] = {}
+    earlier = iter(done)
     rounds = (Round(CLEAN, 0), *plan_.rounds)
     for place, round_ in enumerate(rounds):
-        make = partial(_function, round_.attack, plan_)
-        waiting = np.flatnonzero(count.robust)
+        waiting = np.flatnonzero(standing)
         position = 0
         for indices, size in _batches(waiting, sizes):
             unit = _next_of(earlier, round_, indices)
             if unit is None:
-                result = programs.call(
-                    round_.attack, make, make_batch(indices, size, round_.number)
-                )
-                unit = _unit(round_, indices, *result)
+                unit = _compute(task, round_, indices, size, stochastic)
                 on_unit(unit)
-            count.add(unit)
+            lost = unit.indices[unit.fooled]
+            standing[lost], adversarial[lost] = False, unit.images
             position += len(indices)
-            on_progress(
-                Progress(
-                    *round_,
-                    place,
-                    len(rounds),
-                    position,
-                    len(waiting),
-                    int(count.robust.sum()),
-                )
-            )
+            counts = (position, len(waiting), int(standing.sum()))
+            on_progress(Progress(*round_, place, len(rounds), *counts))
+        masks[round_.attack] = standing.copy()
         if round_.attack == CLEAN:
-            notes += _probe(programs, make_batch, count, sizes[0], version, stochastic)
-        else:
-            robust[round_.attack] = count.robust.copy()
+            notes += _warnings(task, standing, sizes[0], version, stochastic)
     if next(earlier, None) is not None:
-        raise _other_run()
-    notes += checks.after(robust)
-    return Result(
-        plan_.norm,
-        plan_.epsilon,
-        version,
-        count.clean,
-        robust or {"none": count.robust},
-        count.adversarial,
-        tuple(notes),
-        programs.seconds.compile,
-        programs.seconds.run,
-    )
+        raise UserError(_OTHER_RUN)
+    clean = masks.pop(CLEAN)
+    notes += checks.after(masks)
+    return Result(clean, masks or {"none": clean}, adversarial, tuple(notes))
+
+
+class _Task(NamedTuple):
+    """What a run attacks: its arguments, checked and placed on the devices."""
+
+    network: Partial
+    key: jax.Array
+    images: np.ndarray
+    labels: np.ndarray
+    plan: Plan
+    sharding: NamedSharding | None
+
+
+def _compute(
+    task: _Task, round_: Round, indices: np.ndarray, size: int, stochastic: bool
+) -> Unit:
+    program, name, plan_ = Program(stochastic), round_.attack, task.plan
+    if name != CLEAN:
+        settings = plan_.settings.heeded_by(name)
+        program = Program(stochastic, name, plan_.norm, settings)
+    found = programs.attack(program, task.network, _batch(task, round_, indices, size))
+    images, fooled = (_on_host(x)[: len(indices)] for x in found)
+    return Unit(*round_, indices, fooled, images[fooled])
+
+
+def _warnings(
+    task: _Task, clean: np.ndarray, size: int, version: str, stochastic: bool
+) -> list[str]:
+    """What a look at the first images that are classified correctly tells."""
+    indices = np.flatnonzero(clean)[:size]
+    if not len(indices):
+        return ["No image is classified correctly: there is nothing to attack."]
+    batch = _batch(task, Round(CLEAN, 0), indices, size)
+    seen = programs.probe(Program(stochastic), task.network, batch)
+    seen = programs.Probe(*(_on_host(x)[: len(indices)] for x in seen))
+    return checks.before(seen, version, stochastic)
 
 
 def _check_data(
@@ -262,24 +231,24 @@ def _check_data(
 
 
 def _num_classes(
-    logits_fn: Callable[..., jax.Array],
-    images: np.ndarray,
-    key: jax.Array,
-    stochastic: bool,
+    network: Partial, images: np.ndarray, labels: np.ndarray, key: jax.Array | None
 ) -> int:
-    values = (jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32),)
-    logits = jax.eval_shape(logits_fn, *values, *((key,) if stochastic else ()))
+    image = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+    logits = jax.eval_shape(network, image, *([] if key is None else [key]))
     if len(logits.shape) != 2:
         raise UserError(
             f"the network maps one image to shape {logits.shape}: expected logits [1, "
             "number of classes]."
         )
+    if labels.max() >= logits.shape[1]:
+        raise UserError(
+            f"label {int(labels.max())} for a network of {logits.shape[1]} classes: "
+            "labels are 0 to the number of classes less one."
+        )
     return logits.shape[1]
 
 
-def _sizes(
-    batch_size: int, sharding: jax.sharding.NamedSharding | None
-) -> tuple[int, ...]:
+def _sizes(batch_size: int, sharding: NamedSharding | None) -> tuple[int, ...]:
     """Batch sizes to compile for, largest first, each a multiple of the devices."""
     devices = 1 if sharding is None else len(sharding.device_set)
     sizes = {
@@ -297,43 +266,46 @@ def _batches(
         yield indices, min(size for size in sizes if size >= len(indices))
 
 
-def _batcher(
-    key: jax.Array, images: np.ndarray, labels: np.ndarray
-) -> Callable[[np.ndarray, int, int], Batch]:
-    def make(indices: np.ndarray, size: int, number: int) -> Batch:
-        # Copies of the first image fill the batch; nobody looks at their results.
-        padded = np.concatenate(
-            [indices, np.full(size - len(indices), indices[0], indices.dtype)]
-        )
-        return Batch(
-            images[padded],
-            labels[padded],
-            jnp.asarray(padded, jnp.int32),
-            jnp.int32(number),
-            key,
-        )
+def _batch(task: _Task, round_: Round, indices: np.ndarray, size: int) -> Batch:
+    def put(values: np.ndarray) -> Any:
+        return values if task.sharding is None else _global(values, task.sharding)
 
-    return make
-
-
-def _function(name: str, plan_: Plan, model: ModelFn) -> Callable[[Batch], Any]:
-    """What a round of this name computes; see `units.attack_function`."""
-    if name != CLEAN:
-        return attack_function(name, plan_, model)
-
-    def classify(batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits = model(batch.images, jax.random.fold_in(batch.key, 1001))
-        return batch.images, logits.argmax(axis=-1) != batch.labels
-
-    return classify
+    # Copies of the first image fill the batch; nobody looks at their results.
+    padded = np.concatenate([indices, np.full(size - len(indices), indices[0])])
+    epsilon: Any = np.float32(task.plan.epsilon)
+    number: Any = np.int32(round_.number)
+    return Batch(
+        put(task.images[padded]),
+        put(task.labels[padded]),
+        put(padded.astype(np.int32)),
+        epsilon,
+        number,
+        task.key,
+    )
 
 
-def _unit(
-    round_: Round, indices: np.ndarray, images: np.ndarray, fooled: np.ndarray
-) -> Unit:
-    fooled = fooled[: len(indices)]
-    kept = images[: len(indices)][fooled]
-    return Unit(*round_, indices, fooled, kept)
+def _everywhere(
+    network: Partial, key: jax.Array, sharding: NamedSharding | None
+) -> tuple[Partial, jax.Array]:
+    """Weights and key on every device."""
+    if sharding is None:
+        return network, key
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    data = _global(np.asarray(jax.random.key_data(key)), whole)
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+    return jax.device_put(network, whole), key
+
+
+def _global(values: np.ndarray, sharding: NamedSharding) -> Any:
+    """An array that all processes hold, of which each places its own parts."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda at: values[at])
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array in every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _next_of(
@@ -342,31 +314,7 @@ def _next_of(
     unit = next(earlier, None)
     if unit is None:
         return None
-    if (unit.attack, unit.number) != tuple(round_) or not np.array_equal(
-        unit.indices, indices
-    ):
-        raise _other_run()
+    same_round = (unit.attack, unit.number) == tuple(round_)
+    if not (same_round and np.array_equal(unit.indices, indices)):
+        raise UserError(_OTHER_RUN)
     return unit
-
-
-def _other_run() -> UserError:
-    return UserError(
-        "the earlier units are not of this run: images, attacks, batch size and "
-        "version must be the same; start anew without them otherwise."
-    )
-
-
-def _probe(
-    programs: Programs,
-    make_batch: Callable[[np.ndarray, int, int], Batch],
-    count: _Count,
-    size: int,
-    version: str,
-    stochastic: bool,
-) -> list[str]:
-    """Warnings from the first images, correct ones if there are any."""
-    indices = np.flatnonzero(count.clean)[:size]
-    if not len(indices):
-        return ["No image is classified correctly: there is nothing to attack."]
-    seen = programs.call("probe", checks.probe, make_batch(indices, size, 0))
-    return checks.before(seen, len(indices), version, stochastic)

@@ -1,10 +1,10 @@
 """FAB and targeted FAB: fast adaptive boundary (Croce and Hein, 2020b).
 
 Looks for the smallest perturbation that changes the class. Around the iterate the
-network is taken as linear; iterate and image are both projected onto the nearest
-decision boundary of that linear network, inside the box [0, 1], and the next iterate
-is a mixture of the two projections, both a little beyond. Where it is misclassified
-it is kept if it is the nearest so far, and the search steps back towards the image.
+network is taken as linear. Iterate and image are both projected onto the nearest
+decision boundary of that linear network, inside the box [0, 1]. The next iterate is a
+mixture of the two projections, both a little beyond. If it is misclassified, it is kept
+where it is the nearest so far, and the search steps back towards the image.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from atebm_jax.autoattack import balls
+from atebm_jax.autoattack import apgd, balls
 from atebm_jax.autoattack.apgd import ModelFn
 from atebm_jax.autoattack.balls import per_image
 from atebm_jax.autoattack.objectives import pick, targeted_margin
@@ -26,25 +26,20 @@ _OVERSHOOT = 1.05
 _BACKWARD = 0.9
 _MAX_BIAS = 0.1
 _SMALLEST_STEP = 1e-8
-NOT_FOUND = 1e10
 # Newton steps on a concave piecewise linear function, which they reach from below.
 _NEWTON_STEPS = 12
 
-NORMS = ("linf", "l2")
+# Distances to a plane in a norm are measured by its normal in the dual norm.
+_DUAL = {"linf": "l1", "l2": "l2"}
+NORMS = tuple(_DUAL)
 
 
 class State(NamedTuple):
-    """The search after some steps.
+    """The search after some steps."""
 
-    Attributes:
-      x: [B, H, W, C] iterates.
-      nearest: [B, H, W, C] nearest misclassified iterates; the images if none.
-      distance: [B] their distances, `NOT_FOUND` if none.
-    """
-
-    x: jax.Array
-    nearest: jax.Array
-    distance: jax.Array
+    x: jax.Array  #: [B, H, W, C] iterates
+    nearest: jax.Array  #: [B, H, W, C] nearest misclassified iterates, or the images
+    distance: jax.Array  #: [B] their distances, infinite if none
 
 
 def step_to_plane(
@@ -52,11 +47,11 @@ def step_to_plane(
 ) -> jax.Array:
     """The shortest d with <normal, d> = gap and x + d in [0, 1].
 
-    With |normal| = w and u the room of each pixel in the direction it has to go, the
-    solution is min(t, u) for Linf and min(t w, u) for L2, signs aside, with t such
-    that the plane is reached. The reach is concave and piecewise linear in t: Newton's
-    method from below meets t exactly after a few steps. Without sorting, so that it is
-    cheap for an image inside a loop.
+    Let w = |normal|, and u the room of each pixel in the direction it has to go. Signs
+    aside, the solution is min(t, u) for Linf and min(t w, u) for L2, with the t that
+    reaches the plane. The reach is concave and piecewise linear in t, so that Newton's
+    method from below meets t exactly after a few steps. It needs no sorting, which
+    would be expensive inside a loop.
 
     Args:
       x, normal: [B, H, W, C] float; x in [0, 1].
@@ -67,7 +62,7 @@ def step_to_plane(
       [B, H, W, C] steps; where the plane cannot be reached, the step to the corner of
       the box that is nearest to it.
     """
-    scale = balls.linf_length(normal) + 1e-30
+    scale = balls.LENGTHS["linf"](normal) + 1e-30
     towards = normal / per_image(jnp.where(gap < 0, -scale, scale))
     gap = jnp.abs(gap) / scale
     weight = jnp.abs(towards)
@@ -91,15 +86,11 @@ def targeted_boundary(
 ) -> BoundaryFn:
     """The boundary to one other class: f[t] - f[y] and its gradient."""
 
-    def boundary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def total(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            values = targeted_margin(model(x, key), labels, targets)
-            return values.sum(), values
+    def margin(logits: jax.Array) -> jax.Array:
+        return targeted_margin(logits, labels, targets)
 
-        gradient, values = jax.grad(total, has_aux=True)(x)
-        return values, gradient
-
-    return boundary
+    evaluate = apgd.evaluator(model, margin, labels)
+    return lambda x: evaluate(x, key)[:2]
 
 
 def nearest_boundary(
@@ -114,12 +105,13 @@ def nearest_boundary(
         logits, pullback = jax.vjp(lambda x: model(x, key), x)
         num_classes = logits.shape[-1]
         own = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+        dual_length = balls.LENGTHS[_DUAL[norm]]
 
         def look(k: jax.Array, found: tuple) -> tuple:
             hot = jax.nn.one_hot(k, num_classes, dtype=logits.dtype)
             values = logits @ hot - pick(logits, labels)
             (gradient,) = pullback(hot[None, :] - own)
-            distance = jnp.abs(values) / (_dual_length(gradient, norm) + 1e-12)
+            distance = jnp.abs(values) / (dual_length(gradient) + 1e-12)
             nearer = (k != labels) & (distance < found[0])
             return (
                 jnp.where(nearer, distance, found[0]),
@@ -133,34 +125,42 @@ def nearest_boundary(
     return boundary
 
 
-def init(images: jax.Array, start: jax.Array) -> State:
-    """The search before its first step."""
-    distance = jnp.full(images.shape[:1], NOT_FOUND, images.dtype)
-    return State(start, images, distance)
-
-
-def step(
+def search(
     boundary: BoundaryFn,
     correct: Callable[[jax.Array], jax.Array],
     images: jax.Array,
-    state: State,
+    start: jax.Array,
+    num_steps: jax.Array | int,
     *,
     norm: str,
 ) -> State:
-    """One step of every image's search.
+    """Looks for the nearest misclassified image.
 
     Args:
-      boundary: margin, negative where correct, and gradient at some images.
+      boundary: margin, negative where correct, and its gradient at some images.
       correct: images -> [B] bool.
-      images: [B, H, W, C] in [0, 1], where the searches began.
-      state: the search so far.
+      images: [B, H, W, C] in [0, 1], what to stay near.
+      start: [B, H, W, C] first iterate.
+      num_steps: [] int32.
       norm: "linf" or "l2".
     """
-    margin, normal = boundary(state.x)
-    offset = (normal * (state.x - images)).sum(axis=(1, 2, 3))
+
+    def step(_: jax.Array, state: State) -> State:
+        x = _towards_boundary(*boundary(state.x), images, state.x, norm)
+        return _record(images, state, x, ~correct(x), norm)
+
+    nothing = jnp.full(images.shape[:1], jnp.inf, images.dtype)
+    return jax.lax.fori_loop(0, num_steps, step, State(start, images, nothing))
+
+
+def _towards_boundary(
+    margin: jax.Array, normal: jax.Array, images: jax.Array, x: jax.Array, norm: str
+) -> jax.Array:
+    """A little beyond the mixture of the projections of iterate and image."""
+    offset = (normal * (x - images)).sum(axis=(1, 2, 3))
     # Both projections at once: twice the batch, one loop.
     steps = step_to_plane(
-        jnp.stack([state.x, images], 1).reshape(-1, *images.shape[1:]),
+        jnp.stack([x, images], 1).reshape(-1, *images.shape[1:]),
         jnp.repeat(normal, 2, axis=0),
         jnp.stack([-margin, offset - margin], 1).reshape(-1),
         norm,
@@ -171,35 +171,8 @@ def step(
     near = jnp.maximum(length(here), _SMALLEST_STEP)
     far = jnp.maximum(length(home), _SMALLEST_STEP)
     bias = per_image(jnp.minimum(near / (near + far), _MAX_BIAS))
-    x = (state.x + _OVERSHOOT * here) * (1.0 - bias)
-    x = jnp.clip(x + (images + _OVERSHOOT * home) * bias, 0.0, 1.0)
-    return _record(images, state, x, ~correct(x), norm)
-
-
-def search(
-    boundary: BoundaryFn,
-    correct: Callable[[jax.Array], jax.Array],
-    images: jax.Array,
-    start: jax.Array,
-    num_steps: jax.Array,
-    *,
-    norm: str,
-) -> State:
-    """`num_steps` steps from a start; arguments as of `init` and `step`."""
-    return jax.lax.fori_loop(
-        0,
-        num_steps,
-        lambda _, state: step(boundary, correct, images, state, norm=norm),
-        init(images, start),
-    )
-
-
-def random_start(
-    keys: jax.Array, images: jax.Array, epsilon: jax.Array, norm: str
-) -> jax.Array:
-    """Half way to the surface of the ball; for restarts after the first."""
-    direction = balls.noise(keys, images.shape[1:], norm)
-    return jnp.clip(images + balls.scaled_to(direction, 0.5 * epsilon, norm), 0.0, 1.0)
+    mixed = (x + _OVERSHOOT * here) * (1.0 - bias)
+    return jnp.clip(mixed + (images + _OVERSHOOT * home) * bias, 0.0, 1.0)
 
 
 def _record(
@@ -212,9 +185,3 @@ def _record(
         nearest=jnp.where(per_image(nearer), x, state.nearest),
         distance=jnp.where(nearer, distance, state.distance),
     )
-
-
-def _dual_length(gradient: jax.Array, norm: str) -> jax.Array:
-    if norm == "linf":
-        return balls.l1_length(gradient)
-    return balls.l2_length(gradient)

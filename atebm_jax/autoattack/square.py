@@ -1,6 +1,6 @@
 """Square attack (Andriushchenko et al., 2020): random search without gradients.
 
-Tries squares of changed pixels at random places and keeps what lowers the margin. The
+Changes squares of pixels at random places and keeps what lowers the margin. The
 squares shrink by a fixed schedule. Every image draws from its own key.
 """
 
@@ -24,27 +24,19 @@ NORMS = ("linf", "l2")
 
 
 class State(NamedTuple):
-    """The search after some queries.
+    """The search after some queries."""
 
-    Attributes:
-      best: [B, H, W, C] the images of the lowest margin so far.
-      lowest: [B] their margins f[y] - max_{k != y} f[k], not positive once fooled.
-    """
-
-    best: jax.Array
-    lowest: jax.Array
+    best: jax.Array  #: [B, H, W, C] the images of the lowest margin so far
+    lowest: jax.Array  #: [B] f[y] - max_{k != y} f[k] there, not positive once fooled
 
 
-class Draw(NamedTuple):
-    """Where one query's squares lie: rows, columns [B] int32 of the upper left corners
-    of two windows, signs [B, 1, 1, C], transposed [B] bool."""
+class _Draw(NamedTuple):
+    """Two windows by their upper left corners, and what the first is filled with."""
 
-    rows: jax.Array
-    columns: jax.Array
-    other_rows: jax.Array
-    other_columns: jax.Array
-    signs: jax.Array
-    transposed: jax.Array
+    corner: tuple[jax.Array, jax.Array]  #: rows and columns, [B] int32 each
+    other_corner: tuple[jax.Array, jax.Array]
+    signs: jax.Array  #: [B, 1, 1, C]
+    transposed: jax.Array  #: [B] bool
 
 
 def side(
@@ -66,63 +58,6 @@ def side(
     return jnp.clip(size, 1, min(height, width))
 
 
-def init(
-    model: ModelFn,
-    key: jax.Array,
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    epsilon: jax.Array,
-    *,
-    norm: str,
-) -> State:
-    """The search before its first query: stripes for Linf, a grid of tiles for L2.
-
-    Args:
-      model: images and key to logits.
-      key: for randomised networks.
-      keys: [B] one key an image.
-      images: [B, H, W, C] in [0, 1].
-      labels: [B] int.
-      epsilon: [] radius >= 0.
-      norm: "linf" or "l2".
-    """
-    height, width, channels = images.shape[1:]
-    if norm == "linf":
-        stripes = jax.vmap(lambda k: _signs(k, (1, width, channels)))(keys)
-        x = jnp.clip(images + epsilon * stripes, 0.0, 1.0)
-    else:
-        delta = _tiles(keys, height, width, channels)
-        x = jnp.clip(images + balls.scaled_to(delta, epsilon, norm), 0.0, 1.0)
-    return State(x, -margin(model(x, key), labels))
-
-
-def step(
-    model: ModelFn,
-    key: jax.Array,
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    epsilon: jax.Array,
-    size: jax.Array,
-    state: State,
-    *,
-    norm: str,
-) -> State:
-    """One query an image; arguments as of `init`, keys new, size as of `side`."""
-    draw = _draw(keys, images.shape[1:], size)
-    change = _change_linf if norm == "linf" else _change_l2
-    x = change(images, epsilon, size, draw, state.best)
-    value = -margin(model(x, key), labels)
-    # An image that is fooled rests: no more queries are counted against it.
-    searching = state.lowest > 0
-    better = searching & ((value < state.lowest) | (value <= 0))
-    return State(
-        jnp.where(per_image(better), x, state.best),
-        jnp.where(better, value, state.lowest),
-    )
-
-
 def search(
     model: ModelFn,
     key: jax.Array,
@@ -134,33 +69,57 @@ def search(
     *,
     norm: str,
 ) -> State:
-    """`num_queries` queries; arguments as of `init`."""
+    """Lowers the margin by random search.
 
-    def at(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        fold = jax.random.fold_in
-        return fold(key, index), jax.vmap(lambda k: fold(k, index))(keys)
+    Args:
+      model: images and key to logits.
+      key: for randomised networks.
+      keys: [B] one key an image.
+      images: [B, H, W, C] in [0, 1].
+      labels: [B] int.
+      epsilon: [] radius >= 0.
+      num_queries: [] int32, beside that of the start.
+      norm: "linf" or "l2".
+    """
+    change = _change_linf if norm == "linf" else _change_l2
 
-    def body(index: jax.Array, state: State) -> State:
+    def margin_at(x: jax.Array, index: jax.Array) -> jax.Array:
+        return -margin(model(x, jax.random.fold_in(key, index)), labels)
+
+    def keys_at(index: jax.Array) -> jax.Array:
+        return jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+
+    def query(index: jax.Array, state: State) -> State:
         size = side(index, num_queries, images.shape[1:], norm)
-        model_key, draw_keys = at(index + 1)
-        return step(
-            model,
-            model_key,
-            draw_keys,
-            images,
-            labels,
-            epsilon,
-            size,
-            state,
-            norm=norm,
+        draw = _draw(keys_at(index + 1), images.shape[1:], size)
+        x = change(images, epsilon, size, draw, state.best)
+        value = margin_at(x, index + 1)
+        # An image that is fooled rests: no more queries are counted against it.
+        searching = state.lowest > 0
+        better = searching & ((value < state.lowest) | (value <= 0))
+        return State(
+            jnp.where(per_image(better), x, state.best),
+            jnp.where(better, value, state.lowest),
         )
 
-    model_key, draw_keys = at(jnp.int32(0))
-    first = init(model, model_key, draw_keys, images, labels, epsilon, norm=norm)
-    return jax.lax.fori_loop(0, num_queries, body, first)
+    first = jnp.int32(0)
+    x = _start(keys_at(first), images, epsilon, norm)
+    return jax.lax.fori_loop(0, num_queries, query, State(x, margin_at(x, first)))
 
 
-def _draw(keys: jax.Array, shape: tuple[int, ...], size: jax.Array) -> Draw:
+def _start(
+    keys: jax.Array, images: jax.Array, epsilon: jax.Array, norm: str
+) -> jax.Array:
+    """Stripes for Linf, a grid of tiles for L2."""
+    height, width, channels = images.shape[1:]
+    if norm == "linf":
+        stripe = lambda k: jax.random.rademacher(k, (1, width, channels), jnp.float32)
+        return jnp.clip(images + epsilon * jax.vmap(stripe)(keys), 0.0, 1.0)
+    delta = _tiles(keys, height, width, channels)
+    return jnp.clip(images + balls.scaled_to(delta, epsilon, norm), 0.0, 1.0)
+
+
+def _draw(keys: jax.Array, shape: tuple[int, ...], size: jax.Array) -> _Draw:
     height, width, channels = shape
     # All words of an image's query at once: one hash instead of six.
     words = jax.vmap(lambda k: jax.random.bits(k, (5 + channels,), jnp.uint32))(keys)
@@ -171,46 +130,41 @@ def _draw(keys: jax.Array, shape: tuple[int, ...], size: jax.Array) -> Draw:
         place = (uniform[:, column] * places).astype(jnp.int32)
         return jnp.minimum(place, length - size)
 
-    return Draw(
-        corner(0, height),
-        corner(1, width),
-        corner(2, height),
-        corner(3, width),
-        jnp.where(uniform[:, 5:] < 0.5, -1.0, 1.0)[:, None, None, :],
-        uniform[:, 4] < 0.5,
-    )
+    signs = jnp.where(uniform[:, 5:] < 0.5, -1.0, 1.0)[:, None, None, :]
+    first, second = ((corner(k, height), corner(k + 1, width)) for k in (0, 2))
+    return _Draw(first, second, signs, uniform[:, 4] < 0.5)
 
 
 def _window(
-    rows: jax.Array, columns: jax.Array, size: jax.Array, shape: tuple[int, ...]
+    corner: tuple[jax.Array, jax.Array], size: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """[B, H, W, 1] bool, true in the square."""
 
-    def inside(corner: jax.Array, length: int) -> jax.Array:
-        place = jnp.arange(length)[None, :] - corner[:, None]
+    def inside(begin: jax.Array, length: int) -> jax.Array:
+        place = jnp.arange(length)[None, :] - begin[:, None]
         return (place >= 0) & (place < size)
 
-    tall, wide = inside(rows, shape[0]), inside(columns, shape[1])
+    tall, wide = (inside(*pair) for pair in zip(corner, shape))
     return (tall[:, :, None] & wide[:, None, :])[..., None]
 
 
 def _change_linf(
-    images: jax.Array, epsilon: jax.Array, size: jax.Array, draw: Draw, best: jax.Array
+    images: jax.Array, epsilon: jax.Array, size: jax.Array, draw: _Draw, best: jax.Array
 ) -> jax.Array:
     """Every pixel of the square goes to one end of its interval, a sign a channel."""
-    window = _window(draw.rows, draw.columns, size, images.shape[1:])
+    window = _window(draw.corner, size, images.shape[1:])
     moved = jnp.where(window, best + 2.0 * epsilon * draw.signs, best)
     return balls.onto(moved, images, epsilon, "linf")
 
 
 def _change_l2(
-    images: jax.Array, epsilon: jax.Array, size: jax.Array, draw: Draw, best: jax.Array
+    images: jax.Array, epsilon: jax.Array, size: jax.Array, draw: _Draw, best: jax.Array
 ) -> jax.Array:
     """Moves the second window's budget, and what was left, into the first one."""
     shape = images.shape[1:]
     delta = best - images
-    window = _window(draw.rows, draw.columns, size, shape)
-    other = _window(draw.other_rows, draw.other_columns, size, shape)
+    window = _window(draw.corner, size, shape)
+    other = _window(draw.other_corner, size, shape)
     unused = jnp.maximum(epsilon**2 - _square(delta).sum(axis=-1, keepdims=True), 0.0)
     freed = _square(jnp.where(window | other, delta, 0.0))
     budget = jnp.sqrt(freed + unused / shape[-1])
@@ -227,10 +181,11 @@ def _square(x: jax.Array) -> jax.Array:
     return jnp.square(x).sum(axis=(1, 2), keepdims=True)
 
 
-def _pattern(draw: Draw, size: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _pattern(draw: _Draw, size: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Two bumps of opposite sign side by side in the window, [B, H, W, 1]."""
-    down = jnp.arange(shape[0])[None, :, None] - draw.rows[:, None, None]
-    right = jnp.arange(shape[1])[None, None, :] - draw.columns[:, None, None]
+    rows, columns = (corner[:, None, None] for corner in draw.corner)
+    down = jnp.arange(shape[0])[None, :, None] - rows
+    right = jnp.arange(shape[1])[None, None, :] - columns
     flip = draw.transposed[:, None, None]
     value = _bumps(jnp.where(flip, right, down), jnp.where(flip, down, right), size)
     return value[..., None]
@@ -286,14 +241,11 @@ def _tiles(keys: jax.Array, height: int, width: int, channels: int) -> jax.Array
 
     def one(key: jax.Array) -> jax.Array:
         key_signs, key_flip = jax.random.split(key)
-        signs = _signs(key_signs, (*grid, channels))[row][:, column]
+        signs = jax.random.rademacher(key_signs, (*grid, channels), jnp.float32)
+        signs = signs[row][:, column]
         flip = jax.random.bernoulli(key_flip)
         first, second = (jnp.where(flip, *p) for p in ((right, down), (down, right)))
         pattern = _bumps(first, second, jnp.int32(size))[0]
         return jnp.where(covered, pattern, 0.0)[..., None] * signs
 
     return jax.vmap(one)(keys)
-
-
-def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.rademacher(key, shape, jnp.float32)

@@ -3,35 +3,33 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from atebm_jax import attacks
 from atebm_jax.autoattack import balls, fab, objectives, square
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 Threat = attacks.Threat | tuple[str, float]
 
 
 class Settings(NamedTuple):
-    """How long each attack runs; the numbers of Croce and Hein (2020) by default.
+    """How long each attack runs; the numbers of Croce and Hein (2020) by default."""
 
-    Attributes:
-      num_steps: of a search of APGD and FAB.
-      num_queries: of Square.
-      apgd_restarts: of APGD-CE and APGD-DLR.
-      fab_restarts: of FAB; the first starts at the image itself.
-      targets: of APGD-T: the classes ranked 2nd to (targets + 1)-th.
-      fab_targets: the same of FAB-T.
-      gradient_samples: passes a gradient is averaged over (randomised networks).
-      wide_ball: L1: search in balls of three and two radii first.
-    """
+    num_steps: int = 100  #: of each search of APGD and FAB
+    num_queries: int = 5000  #: of Square
+    apgd_restarts: int = 1  #: searches of APGD-CE and APGD-DLR
+    fab_restarts: int = 1  #: searches of FAB, the first from the image itself
+    targets: int = 9  #: of APGD-T: the classes ranked 2nd to (targets + 1)-th
+    fab_targets: int = 9  #: of FAB-T: the classes ranked 2nd to (fab_targets + 1)-th
+    gradient_samples: int = 1  #: of APGD: passes of which a gradient is the mean
+    wide_ball: bool = False  #: of APGD in L1: balls of three and two radii first
 
-    num_steps: int = 100
-    num_queries: int = 5000
-    apgd_restarts: int = 1
-    fab_restarts: int = 1
-    targets: int = 9
-    fab_targets: int = 9
-    gradient_samples: int = 1
-    wide_ball: bool = False
+    def heeded_by(self, name: str) -> "Settings":
+        """What a search of an attack heeds; the defaults elsewhere."""
+        family = ATTACKS[name].family
+        return Settings(
+            **{k: v for k, v in self._asdict().items() if k in _HEEDS[family]}
+        )
 
 
 class Version(NamedTuple):
@@ -42,41 +40,30 @@ class Version(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """One attack of the ensemble.
+    """One attack of the ensemble."""
 
-    Attributes:
-      family: "apgd", "fab" or "square".
-      objective: APGD's, a key of `objectives.UNTARGETED` or `TARGETED`.
-      targeted: one round a target class instead of one a restart.
-      norms: what it is defined for here.
-    """
-
-    family: str
-    objective: str
-    targeted: bool
-    norms: tuple[str, ...]
+    family: str  #: "apgd", "fab" or "square"
+    norms: tuple[str, ...]  #: what it is defined for here
+    rounds: str = ""  #: the setting that says how many, where there may be several
+    targeted: bool = False  #: its rounds are target classes, not restarts
+    objective: str = ""  #: APGD's, a key of `objectives.UNTARGETED` or `TARGETED`
 
 
+_ALL = tuple(balls.LENGTHS)
 ATTACKS: dict[str, Attack] = {
-    "apgd-ce": Attack("apgd", "ce", False, tuple(balls.LENGTHS)),
-    "apgd-dlr": Attack("apgd", "dlr", False, tuple(balls.LENGTHS)),
-    "apgd-t": Attack("apgd", "dlr", True, tuple(balls.LENGTHS)),
-    "fab": Attack("fab", "", False, fab.NORMS),
-    "fab-t": Attack("fab", "", True, fab.NORMS),
-    "square": Attack("square", "", False, square.NORMS),
+    "apgd-ce": Attack("apgd", _ALL, "apgd_restarts", objective="ce"),
+    "apgd-dlr": Attack("apgd", _ALL, "apgd_restarts", objective="dlr"),
+    "apgd-t": Attack("apgd", _ALL, "targets", targeted=True, objective="dlr"),
+    "fab": Attack("fab", fab.NORMS, "fab_restarts"),
+    "fab-t": Attack("fab", fab.NORMS, "fab_targets", targeted=True),
+    "square": Attack("square", square.NORMS),
 }
 
-# Which attacks a setting is for.
-_APGD = tuple(name for name, attack in ATTACKS.items() if attack.family == "apgd")
-_HEEDED_BY: dict[str, tuple[str, ...]] = {
-    "num_steps": (*_APGD, "fab", "fab-t"),
-    "num_queries": ("square",),
-    "apgd_restarts": ("apgd-ce", "apgd-dlr"),
-    "fab_restarts": ("fab",),
-    "targets": ("apgd-t",),
-    "fab_targets": ("fab-t",),
-    "gradient_samples": _APGD,
-    "wide_ball": _APGD,
+# The settings that a search of a family heeds.
+_HEEDS = {
+    "apgd": {"num_steps", "gradient_samples", "wide_ball"},
+    "fab": {"num_steps"},
+    "square": {"num_queries"},
 }
 
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -94,37 +81,24 @@ _STANDARD_L1 = Settings(apgd_restarts=5, targets=5, wide_ball=True)
 
 
 class Round(NamedTuple):
-    """One pass of an attack over the images that are still robust.
+    """One pass of an attack over the images that are still robust."""
 
-    Attributes:
-      attack: a key of `ATTACKS`.
-      number: restart, from 0; for targeted attacks the rank of the target class,
-        from 1 (the second most likely one).
-    """
-
-    attack: str
+    attack: str  #: a key of `ATTACKS`
+    #: The restart, from 0; for targeted attacks the rank of the target class, from 1
+    #: (the second most likely one).
     number: int
 
 
 class Plan(NamedTuple):
-    """What will run.
+    """What will run."""
 
-    Attributes:
-      norm, epsilon: the threat.
-      rounds: in their order.
-      objectives: of the APGD attacks, as they are defined for so many classes.
-      settings: how long.
-      notes: what is done otherwise than asked, one sentence each.
-      title: what runs: "AutoAttack" and the version where all of its attacks do, their
-        names where some of them do, or where they were chosen.
-    """
-
-    norm: str
-    epsilon: float
-    rounds: tuple[Round, ...]
-    objectives: dict[str, str]
+    norm: str  #: a key of `balls.LENGTHS`
+    epsilon: float  #: radius
+    rounds: tuple[Round, ...]  #: in their order
     settings: Settings
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  #: what is done otherwise than asked, one sentence each
+    #: "AutoAttack" and the version where all of its attacks run; the attacks' names
+    #: where only some do, or where they were chosen.
     title: str
 
     @property
@@ -134,12 +108,12 @@ class Plan(NamedTuple):
 
     def settings_in_use(self) -> dict[str, Any]:
         """The settings that an attack which runs heeds."""
-        return {
-            name: value
-            for name, value in self.settings._asdict().items()
-            if set(_HEEDED_BY[name]) & set(self.attacks)
-            and (name != "wide_ball" or self.norm == "l1")
-        }
+        used = {ATTACKS[name].rounds for name in self.attacks}
+        used = used.union(*(_HEEDS[ATTACKS[n].family] for n in self.attacks))
+        if self.norm != "l1":
+            used.discard("wide_ball")
+        settings = self.settings._asdict()
+        return {name: value for name, value in settings.items() if name in used}
 
 
 def plan(
@@ -171,7 +145,6 @@ def plan(
     wanted = _replace(default, settings or {})
     notes: list[str] = []
     rounds: list[Round] = []
-    used: dict[str, str] = {}
     for name in chosen:
         attack = ATTACKS[name]
         if norm not in attack.norms:
@@ -180,12 +153,8 @@ def plan(
                 f"{', '.join(attack.norms)}."
             )
             continue
-        rounds += _rounds(name, attack, num_classes, wanted)
-        if attack.family == "apgd":
-            used[name] = objectives.defined(
-                attack.objective, num_classes, attack.targeted
-            )
-    notes += _class_notes(chosen, num_classes, wanted, used)
+        rounds += [Round(name, n) for n in _numbers(attack, num_classes, wanted)]
+    notes += _class_notes(chosen, num_classes, wanted)
     if epsilon == 0 or num_classes == 1:
         reason = "the radius is 0" if epsilon == 0 else "there is a single class"
         notes.append(f"No attack is run: {reason}, so that none can succeed.")
@@ -193,16 +162,12 @@ def plan(
     ran = dict.fromkeys(round_.attack for round_ in rounds)
     whole = version != "custom" and tuple(ran) == chosen
     title = f"AutoAttack {version}" if whole else ", ".join(ran) or "no attack"
-    return Plan(norm, epsilon, tuple(rounds), used, wanted, tuple(notes), title)
+    return Plan(norm, epsilon, tuple(rounds), wanted, tuple(notes), title)
 
 
 def _check_threat(threat: Threat) -> tuple[str, float]:
     norm, epsilon = threat[0], float(threat[1])
-    if norm not in balls.LENGTHS:
-        raise UserError(
-            f"unknown threat norm {norm!r} for AutoAttack: choose one of "
-            f"{', '.join(balls.LENGTHS)}."
-        )
+    check_choice("threat norm", norm, balls.LENGTHS, of=" for AutoAttack")
     if not 0 <= epsilon < float("inf"):
         raise UserError(
             f"{norm} radius epsilon is {epsilon!r}: AutoAttack needs a finite ball, "
@@ -212,11 +177,7 @@ def _check_threat(threat: Threat) -> tuple[str, float]:
 
 
 def _choose(version: str, names: Sequence[str] | None) -> tuple[str, ...]:
-    if version not in VERSIONS:
-        raise UserError(
-            f"unknown version {version!r} of AutoAttack: choose one of "
-            f"{', '.join(VERSIONS)}."
-        )
+    check_choice("version", version, VERSIONS, of=" of AutoAttack")
     if version != "custom":
         if names is not None:
             raise UserError(
@@ -229,22 +190,17 @@ def _choose(version: str, names: Sequence[str] | None) -> tuple[str, ...]:
             f"version 'custom' needs a list of different attacks, got {names!r}: "
             f"choose among {', '.join(ATTACKS)}."
         )
-    unknown = [name for name in names if name not in ATTACKS]
-    if unknown:
-        raise UserError(
-            f"unknown attack {unknown[0]!r}: choose among {', '.join(ATTACKS)}."
-        )
+    for name in names:
+        check_choice("attack", name, ATTACKS)
     return tuple(names)
 
 
 def _replace(default: Settings, changes: dict[str, Any]) -> Settings:
     for name, value in changes.items():
-        if name not in Settings._fields:
-            raise UserError(
-                f"unknown setting {name!r} of AutoAttack: choose among "
-                f"{', '.join(Settings._fields)}."
-            )
-        if name != "wide_ball" and (int(value) != value or value < 1):
+        check_choice("setting", name, Settings._fields, of=" of AutoAttack")
+        if name != "wide_ball" and not (
+            isinstance(value, int | np.integer) and value >= 1
+        ):
             raise UserError(
                 f"AutoAttack's setting {name} is {value!r}: it must be a whole number "
                 "of at least 1."
@@ -252,29 +208,26 @@ def _replace(default: Settings, changes: dict[str, Any]) -> Settings:
     return default._replace(**changes)
 
 
-def _rounds(
-    name: str, attack: Attack, num_classes: int, settings: Settings
-) -> list[Round]:
-    if attack.targeted:
-        wanted = settings.targets if attack.family == "apgd" else settings.fab_targets
-        return [Round(name, n) for n in range(1, min(wanted, num_classes - 1) + 1)]
-    restarts = {"apgd": settings.apgd_restarts, "fab": settings.fab_restarts}
-    return [Round(name, n) for n in range(restarts.get(attack.family, 1))]
+def _numbers(attack: Attack, num_classes: int, settings: Settings) -> range:
+    """The numbers of an attack's rounds."""
+    wanted = settings._asdict().get(attack.rounds, 1)
+    return range(1, min(wanted + 1, num_classes)) if attack.targeted else range(wanted)
 
 
 def _class_notes(
-    names: Sequence[str], num_classes: int, settings: Settings, used: dict[str, str]
+    names: Sequence[str], num_classes: int, settings: Settings
 ) -> list[str]:
     notes = []
-    wanted = {"apgd-t": settings.targets, "fab-t": settings.fab_targets}
     for name in names:
-        if 1 < num_classes <= wanted.get(name, 0):
+        wanted = settings._asdict().get(ATTACKS[name].rounds, 1)
+        if ATTACKS[name].targeted and 1 < num_classes <= wanted:
             notes.append(
-                f"{name} has {num_classes - 1} instead of {wanted[name]} target "
+                f"{name} has {num_classes - 1} instead of {wanted} target "
                 f"classes: there are only {num_classes} classes."
             )
-    for name, objective in used.items():
-        if objective != ATTACKS[name].objective:
+    for name in names:
+        objective, targeted = ATTACKS[name].objective, ATTACKS[name].targeted
+        if objectives.defined(objective, num_classes, targeted) != objective:
             notes.append(
                 f"{name} ascends the plain margin: its DLR loss is undefined for "
                 f"{num_classes} class{'es' if num_classes > 1 else ''}."

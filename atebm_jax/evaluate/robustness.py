@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import autoattack, metrics, models, sharding, storage
+from atebm_jax import autoattack, metrics, sharding, storage
 from atebm_jax.autoattack import versions
 from atebm_jax.evaluate.context import Context, figure
 from atebm_jax.evaluate.store import Store
@@ -67,7 +67,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
 
     result = autoattack.run(
         jax.random.key(options.seed),
-        models.logits_fn(context.model, context.variables),
+        jax.tree_util.Partial(context.model.apply, context.variables),
         images.astype(np.float32) / np.float32(255),
         labels,
         threat=(norm, epsilon),

@@ -1,6 +1,9 @@
-"""Calibration: do predicted probabilities come true? (method: section 6)."""
+"""Calibration: do predicted probabilities come true? (method: section 6).
 
-from collections.abc import Callable
+Everywhere, logits are [N, K] float, finite, N >= 1, and labels are [N] int in 0..K-1.
+Shapes, labels or values that do not fit are a ValueError.
+"""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -11,19 +14,12 @@ from atebm_jax.metrics import reals
 
 
 class Reliability(NamedTuple):
-    """A reliability diagram: predictions binned by confidence.
+    """A reliability diagram: predictions binned by confidence."""
 
-    Attributes:
-      edges: [M + 1] float64; bin m holds confidences in (edges[m], edges[m + 1]].
-      counts: [M] int, predictions in each bin.
-      confidence: [M] their mean maximum softmax; NaN in empty bins.
-      accuracy: [M] their share of correct ones; NaN in empty bins.
-    """
-
-    edges: np.ndarray
-    counts: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
+    edges: np.ndarray  #: [M + 1] float64; confidences in (edges[m], edges[m + 1]]
+    counts: np.ndarray  #: [M] int, predictions in each bin
+    confidence: np.ndarray  #: [M] their mean maximum softmax; NaN in empty bins
+    accuracy: np.ndarray  #: [M] their share of correct ones; NaN in empty bins
 
     @property
     def expected_error(self) -> float:
@@ -38,21 +34,13 @@ class Reliability(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """All calibration scores of one set of logits.
+    """All calibration scores of one set of logits."""
 
-    Attributes:
-      ece: expected calibration error, bins of equal width.
-      adaptive_ece: the same with bins of equal count.
-      mce: maximum calibration error, bins of equal width.
-      brier: mean squared distance of softmax and one-hot label, in [0, 2].
-      nll: mean cross-entropy in nats.
-    """
-
-    ece: float
-    adaptive_ece: float
-    mce: float
-    brier: float
-    nll: float
+    ece: float  #: expected calibration error, bins of equal width
+    adaptive_ece: float  #: the same with bins of equal count
+    mce: float  #: maximum calibration error, bins of equal width
+    brier: float  #: mean squared distance of softmax and one-hot label, in [0, 2]
+    nll: float  #: mean cross-entropy in nats
 
 
 def calibration(
@@ -61,19 +49,14 @@ def calibration(
     """ECE (Naeini et al., 2015), adaptive ECE (Nguyen and O'Connor, 2015), and more.
 
     Args:
-      logits: [N, K] float, finite, N >= 1.
-      labels: [N] int in 0..K-1.
+      logits, labels: as everywhere.
       num_bins: bins of each diagram; always report it with the number.
-
-    Raises:
-      ValueError: shapes, labels or values that do not fit.
     """
     equal_width = reliability(logits, labels, num_bins)
+    equal_count = reliability(logits, labels, num_bins, adaptive=True)
     return Calibration(
         ece=equal_width.expected_error,
-        adaptive_ece=reliability(
-            logits, labels, num_bins, adaptive=True
-        ).expected_error,
+        adaptive_ece=equal_count.expected_error,
         mce=equal_width.maximum_error,
         brier=brier_score(logits, labels),
         nll=negative_log_likelihood(logits, labels),
@@ -90,14 +73,10 @@ def reliability(
     """Bins predictions by their maximum softmax.
 
     Args:
-      logits: [N, K] float, finite, N >= 1.
-      labels: [N] int in 0..K-1.
+      logits, labels: as everywhere.
       num_bins: how many bins, >= 1.
-      adaptive: bins of equal count, bounded by quantiles of the confidences (equal
-        confidences stay together, so that there may be fewer), instead of equal width.
-
-    Raises:
-      ValueError: shapes, labels or values that do not fit.
+      adaptive: bins of equal count instead of equal width. Quantiles of the confidences
+        bound them. Equal confidences stay together, so there may be fewer bins.
     """
     logits, labels = _checked(logits, labels)
     if num_bins < 1:
@@ -122,10 +101,7 @@ def reliability(
 
 
 def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over images of sum_k (p_k - [k = y])^2 (Brier, 1950), in [0, 2].
-
-    Arguments and errors as of `calibration`.
-    """
+    """Mean over images of sum_k (p_k - [k = y])^2 (Brier, 1950), in [0, 2]."""
     logits, labels = _checked(logits, labels)
     difference = scipy.special.softmax(logits.astype(np.float64), axis=1)
     difference[np.arange(len(labels)), labels] -= 1
@@ -133,48 +109,23 @@ def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean cross-entropy in nats. Arguments and errors as of `calibration`."""
+    """Mean cross-entropy in nats."""
     logits, labels = _checked(logits, labels)
     logs = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
     return float(-logs[np.arange(len(labels)), labels].mean())
 
 
-# What temperature scaling may minimise.
-CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "nll": negative_log_likelihood,
-    "ece": lambda logits, labels: reliability(logits, labels, 20).expected_error,
-}
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The T > 0 for which softmax(logits / T) is likeliest (Guo et al., 2017).
 
-
-def fit_temperature(
-    logits: np.ndarray, labels: np.ndarray, criterion: str = "nll"
-) -> float:
-    """The T > 0 for which softmax(logits / T) is calibrated best (Guo et al., 2017).
-
-    Fit it on held-out data, not on what the calibration is then reported for.
-
-    Args:
-      logits: [N, K] float.
-      labels: [N] int.
-      criterion: "nll", convex in 1 / T; or "ece" of 20 bins, the lowest of 2,000 values
-        of log T from -3 to 1.
+    The negative log-likelihood is convex in 1 / T. Fit it on held-out data, not on
+    what the calibration is then reported for.
 
     Returns:
-      T in [e^-5, e^5] for "nll": the bounds where the data would have it without end,
-      as when every prediction is right.
-
-    Raises:
-      ValueError: unknown criterion; shapes, labels or values that do not fit.
+      T in [e^-5, e^5]. It is a bound where the data would move it without end, as when
+      every prediction is right.
     """
     logits, labels = _checked(logits, labels)
-    if criterion not in CRITERIA:
-        raise ValueError(
-            f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}."
-        )
-    if criterion == "ece":
-        temperatures = np.exp(np.linspace(-3, 1, 2000))
-        errors = [CRITERIA["ece"](logits / t, labels) for t in temperatures]
-        return float(temperatures[np.argmin(errors)])
     result = scipy.optimize.minimize_scalar(
         lambda log_t: negative_log_likelihood(logits / np.exp(log_t), labels),
         bounds=(-5, 5),
@@ -189,17 +140,17 @@ def temperature_error(
 ) -> float:
     """Standard error of a temperature fitted by likelihood (White, 1982).
 
-    The likelihood is concave in 1 / T. An image's score is f(x)[y] - E[f(x)[Y]], its
-    curvature Var[f(x)[Y]], with Y drawn from softmax(f(x) / T); the error of 1 / T is
-    the root mean square of the scores over the mean curvature and the root of N, the
-    model not being taken for true.
+    With Y drawn from softmax(f(x) / T), an image's score is f(x)[y] - E[f(x)[Y]] and
+    its curvature Var[f(x)[Y]]. The error of 1 / T is the root mean square of the
+    scores, over the mean curvature and the root of N. It does not assume that the model
+    is true.
 
     Args:
-      logits, labels: as of `fit_temperature`.
-      temperature: what it returned for them.
+      logits, labels: as everywhere.
+      temperature: what `fit_temperature` returned for them.
 
     Returns:
-      The error, T's own unit; infinite where the data do not fix T.
+      The error in the unit of T; infinite where the data do not determine T.
     """
     logits, labels = _checked(logits, labels)
     logits, temperature = logits.astype(np.float64), float(temperature)

@@ -1,8 +1,7 @@
 """Scores of generated images from their features (method: section 6).
 
-All sums run in float64. What is a running sum (`Moments`) takes any number of images
-in constant memory; precision and recall compare every pair and are meant for a sample
-of limited size.
+All sums run in float64. A running sum (`Moments`) takes any number of images in
+constant memory. Precision and recall compare every pair, for samples of limited size.
 """
 
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.spatial.distance
+from scipy.spatial.distance import cdist
 
 from atebm_jax.metrics import reals
 
@@ -18,26 +17,20 @@ _ROWS_AT_ONCE = 1024
 
 
 class Moments(NamedTuple):
-    """Sums of features seen so far: number, mean and scatter about it.
+    """Sums of features seen so far."""
 
-    Attributes:
-      number: images.
-      mean: [D] float64.
-      scatter: [D, D] float64, sum of (x - mean)(x - mean)^T.
-    """
-
-    number: int
-    mean: np.ndarray
-    scatter: np.ndarray
+    number: int  #: images
+    mean: np.ndarray  #: [D] float64
+    scatter: np.ndarray  #: [D, D] float64, sum of (x - mean)(x - mean)^T
 
     @classmethod
     def empty(cls, dimensions: int) -> "Moments":
-        """Of no image."""
+        """Those of no image."""
         return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Of features [N, D]."""
+        """Those of features [N, D]."""
         features = reals.floats(features)
         if not len(features):
             return cls.empty(features.shape[1])
@@ -46,7 +39,7 @@ class Moments(NamedTuple):
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan et al., 1979)."""
+        """Those of both sets together (Chan et al., 1979)."""
         total = self.number + other.number
         if total == 0:
             return self
@@ -95,8 +88,8 @@ def frechet_distance(
     """Squared Frechet distance of two Gaussians (Heusel et al., 2017, equation 6).
 
     ||mean_a - mean_b||^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). The trace of the
-    root is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), symmetric and
-    positive semi-definite, so that singular covariances need no offset.
+    root is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2). That matrix is
+    symmetric and positive semi-definite, so singular covariances need no offset.
 
     Args:
       mean_a, mean_b: [D] means.
@@ -135,20 +128,21 @@ def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
     """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski, 2018).
 
     Args:
-      real: [N, D] features, N >= 2.
-      fake: [M, D] features, M >= 2.
+      real, fake: [N, D] and [M, D] features, N, M >= 2.
 
     Returns:
       The estimate; it may be slightly negative.
 
     Raises:
-      ValueError: too few rows or other columns.
+      ValueError: features that do not fit.
     """
     real, fake = _pair(real, fake, smallest=2)
     means = []
     for features in (real, fake):
         total = sum(_kernel(b, features).sum() for b in _blocks(features))
-        diagonal = _kernel_diagonal(features).sum()
+        diagonal = (
+            (np.square(features).sum(axis=1) / features.shape[1] + 1) ** 3
+        ).sum()
         means.append((total - diagonal) / (len(features) * (len(features) - 1)))
     cross = sum(_kernel(block, fake).sum() for block in _blocks(real))
     return float(means[0] + means[1] - 2 * cross / (len(real) * len(fake)))
@@ -156,10 +150,6 @@ def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def _kernel_diagonal(a: np.ndarray) -> np.ndarray:
-    return (np.square(a).sum(axis=1) / a.shape[1] + 1) ** 3
 
 
 def precision_recall(
@@ -172,15 +162,14 @@ def precision_recall(
     of the real ones. Recall: share of real points in the manifold of the fake ones.
 
     Args:
-      real: [N, D] features, N > k.
-      fake: [M, D] features, M > k.
+      real, fake: [N, D] and [M, D] features, N, M > k.
       num_neighbours: k >= 1.
 
     Returns:
       (precision, recall), each in [0, 1].
 
     Raises:
-      ValueError: too few rows or other columns.
+      ValueError: features that do not fit.
     """
     if num_neighbours < 1:
         raise ValueError(f"num_neighbours is {num_neighbours}: it must be positive.")
@@ -192,28 +181,18 @@ def precision_recall(
 
 def neighbour_radii(features: np.ndarray, num_neighbours: int) -> np.ndarray:
     """Distance of each point to its k-th nearest other point: [N, D] -> [N]."""
-    return np.concatenate(
-        [
-            # The nearest of all is the point itself.
-            np.partition(_distances(block, features), num_neighbours, axis=1)[
-                :, num_neighbours
-            ]
-            for block in _blocks(features)
-        ]
-    )
+
+    def radii(block: np.ndarray) -> np.ndarray:
+        # The nearest of all is the point itself.
+        nearest = np.partition(cdist(block, features), num_neighbours, axis=1)
+        return nearest[:, num_neighbours]
+
+    return np.concatenate([radii(block) for block in _blocks(features)])
 
 
 def _inside(centres: np.ndarray, radii: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return np.concatenate(
-        [
-            (_distances(block, centres) <= radii[None, :]).any(axis=1)
-            for block in _blocks(points)
-        ]
-    )
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return scipy.spatial.distance.cdist(a, b)
+    found = [(cdist(b, centres) <= radii[None]).any(axis=1) for b in _blocks(points)]
+    return np.concatenate(found)
 
 
 def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:

@@ -5,30 +5,27 @@ from typing import NamedTuple
 import numpy as np
 import scipy.special
 
+from atebm_jax.errors import check_choice
 from atebm_jax.metrics import reals
+
+PROTOCOLS = ("reference", "torch_fidelity")
 
 
 class SplitSums(NamedTuple):
-    """Sums over the images of each split seen so far.
+    """Sums over the images of each split seen so far."""
 
-    Attributes:
-      counts: [S] images.
-      probabilities: [S, K] sums of p(y|x).
-      entropies: [S] sums of the entropy of p(y|x), nats.
-    """
-
-    counts: np.ndarray
-    probabilities: np.ndarray
-    entropies: np.ndarray
+    counts: np.ndarray  #: [S] images
+    probabilities: np.ndarray  #: [S, K] sums of p(y|x)
+    entropies: np.ndarray  #: [S] sums of the entropy of p(y|x), nats
 
     @classmethod
     def empty(cls, num_splits: int, num_classes: int) -> "SplitSums":
-        """Of no image."""
+        """The sums of no image."""
         shape = (num_splits, num_classes)
         return cls(np.zeros(num_splits), np.zeros(shape), np.zeros(num_splits))
 
     def add(self, logits: np.ndarray, splits: np.ndarray) -> "SplitSums":
-        """With more images: logits [N, K] and the split [N] of each.
+        """The sums with more images: logits [N, K] and the split [N] of each.
 
         Raises:
           ValueError: logits that are NaN or infinite.
@@ -58,17 +55,14 @@ def split_of_images(number: int, num_splits: int, protocol: str) -> np.ndarray:
     Args:
       number: N >= 2 * num_splits.
       num_splits: S, how many at most.
-      protocol: "reference", chunks of ceil(N / S), as torchmetrics has it, or
-        "torch_fidelity", chunks from floor(i N / S).
+      protocol: "reference", chunks of ceil(N / S) images as in torchmetrics, or
+        "torch_fidelity", chunks that begin at floor(i N / S).
 
     Raises:
       ValueError: unknown protocol, too few images.
     """
     number, num_splits = int(number), int(num_splits)
-    if protocol not in PROTOCOLS:
-        raise ValueError(
-            f"unknown protocol {protocol!r}: choose {' or '.join(PROTOCOLS)}."
-        )
+    check_choice("protocol", protocol, PROTOCOLS)
     if num_splits < 1 or number < 2 * num_splits:
         raise ValueError(
             f"there are logits of {number} images: {num_splits} splits need [N, K] "
@@ -78,9 +72,6 @@ def split_of_images(number: int, num_splits: int, protocol: str) -> np.ndarray:
         return np.arange(number) // -(-number // num_splits)
     bounds = np.arange(1, num_splits) * number // num_splits
     return np.searchsorted(bounds, np.arange(number), side="right")
-
-
-PROTOCOLS = ("reference", "torch_fidelity")
 
 
 def spread(scores: np.ndarray, protocol: str) -> float:

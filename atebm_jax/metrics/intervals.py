@@ -13,7 +13,7 @@ from atebm_jax.metrics import reals
 def wilson_interval(
     hits: int, number: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of a proportion (Wilson, 1927); stays in [0, 1] and never is a point.
+    """Interval of a proportion (Wilson, 1927); stays in [0, 1] and is never a point.
 
     Args:
       hits: successes, 0 <= hits <= number.
@@ -21,7 +21,7 @@ def wilson_interval(
       confidence: coverage, in (0, 1).
 
     Raises:
-      ValueError: counts that are none.
+      ValueError: impossible counts.
     """
     import scipy.stats  # slow to import
 
@@ -39,9 +39,10 @@ def auroc_interval(
 ) -> tuple[float, float]:
     """Interval of an area under the ROC curve (Newcombe, 2006, method 5).
 
-    All areas that are within so many of their own standard errors of the one that was
-    found, with the variance of Hanley and McNeil (1982) for groups of the mean size.
-    Like Wilson's it stays in [0, 1] and never is a point, not even for a perfect area.
+    It holds every area from which the one that was found is not too many standard
+    errors away. The variance is that of Hanley and McNeil (1982) for groups of the mean
+    size. Like Wilson's it stays in [0, 1] and is never a point, not even for a perfect
+    area.
 
     Args:
       area: in [0, 1].
@@ -49,7 +50,7 @@ def auroc_interval(
       confidence: coverage, in (0, 1).
 
     Raises:
-      ValueError: an area or numbers that are none.
+      ValueError: an impossible area or impossible numbers.
     """
     area = float(area)
     num_positive, num_negative = _counts(num_positive, num_negative)
@@ -92,8 +93,8 @@ def bootstrap_interval(
 ) -> tuple[Any, Any]:
     """Normal interval with the bootstrap's standard error (Efron, 1979).
 
-    Around the statistic itself, because resampling with its repetitions shifts many
-    statistics (a calibration error, an area with ties) away from it.
+    It lies around the statistic itself. The repetitions of a resample shift many
+    statistics, such as a calibration error or an area with ties, away from it.
 
     Args:
       statistic: called with as many resampled arrays as are given; one number or
@@ -122,10 +123,10 @@ def bootstrap_interval(
     values = []
     for _ in range(num_resamples):
         if paired:
-            rows = rng.integers(0, lengths[0], lengths[0])
-            chosen = [array[rows] for array in arrays]
+            rows = [rng.integers(0, lengths[0], lengths[0])] * len(arrays)
         else:
-            chosen = [a[rng.integers(0, n, n)] for a, n in zip(arrays, lengths)]
+            rows = [rng.integers(0, n, n) for n in lengths]
+        chosen = [array[index] for array, index in zip(arrays, rows)]
         values.append(reals.floats(statistic(*chosen)))
     value = reals.floats(statistic(*arrays))
     ends = _normal(value, np.std(values, axis=0), confidence)

@@ -60,7 +60,7 @@ def auroc(positive: Any, negative: Any) -> Any:
 
 
 def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.float64:
-    """The same of arrays that can be looked at."""
+    """The same of arrays on the host."""
     if reals.count_nan(positive) or reals.count_nan(negative):
         return np.float64(np.nan)
     ranked = np.sort(negative)
@@ -113,11 +113,10 @@ def fpr_at_tpr(
 ) -> float:
     """Share of negatives accepted by the first threshold that keeps enough positives.
 
-    Every distinct score is a threshold; nothing is interpolated between them. Other
-    arguments and errors as of `average_precision`.
+    Every distinct score is a threshold; nothing is interpolated between them.
 
     Args:
-      positive, negative: scores.
+      positive, negative: scores; errors as of `average_precision`.
       true_positive_rate: share of positives to be kept, in (0, 1].
     """
     if not 0 < true_positive_rate <= 1:

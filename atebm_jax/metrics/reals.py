@@ -1,7 +1,7 @@
-"""Real numbers of any dtype on the host, none of them rounded.
+"""Real numbers of any dtype, without rounding.
 
-Statistics of arrays that are no part of a compiled function are NumPy's and in float64:
-JAX would make float32 of float64, and half precision of what is counted in it.
+Outside of compiled functions, statistics are NumPy's and in float64: JAX would round
+float64 to float32, and would count in half precision.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Beyond, neighbouring whole numbers are one float64.
+# Beyond it, float64 does not hold every whole number.
 _LARGEST_EXACT = 2**53
 
 
@@ -24,7 +24,7 @@ def on_host(*arrays: Any) -> bool:
 
 
 def real(values: Any) -> np.ndarray:
-    """Numbers as they are: whole ones of at least 64 bits, others float64 or more.
+    """The same numbers: whole ones in 64 bits, others in float64 or more.
 
     Args:
       values: bools, ints or floats of any width, an array or what becomes one.
@@ -81,7 +81,7 @@ def comparable(one: Any, other: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_nan(numbers: np.ndarray) -> int:
-    """How many of what `comparable` gives have no order."""
+    """How many of the numbers that `comparable` gives are NaN."""
     with np.errstate(over="ignore"):
         return int(np.isnan(numbers.astype(np.float64)).sum())
 
@@ -93,7 +93,7 @@ def _exact_as_float(array: np.ndarray) -> bool:
 
 
 def traced(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same for parts of a compiled function, of whose dtypes JAX has a common one.
+    """Two arrays of a compiled function in a common dtype.
 
     Half precision is compared with other dtypes in float32.
     """
@@ -104,6 +104,6 @@ def traced(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def promoted(one: Any, other: Any) -> Any:
-    """JAX's common dtype of two, also where it shall not be implied."""
+    """JAX's common dtype of two, also where implicit promotion is forbidden."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, other)

@@ -1,14 +1,14 @@
-"""How far images lie from the spectrum of others: the least way between two sets.
+"""A lower bound on the distance between two sets of images, from their spectra.
 
 Cut images into orthogonal parts, here rings of equal frequency in each channel. For
 any way of pairing images x with images y, Minkowski's inequality gives
 
     sqrt(E |x - y|^2) >= sqrt(sum_g (a_g(x) - a_g(y))^2),
 
-where a_g is the root mean square length of part g over a set. So many L2 pixels, at
-least, the images of one set must travel in order to become like those of the other,
-whatever they show: uniform noise has too much in the high frequencies, a grey image too
-little in all but the lowest. The bound asks for no density, and few images do.
+where a_g is the root mean square length of part g over a set. The images of one set
+must move at least so many L2 pixels to become like those of the other. Uniform noise
+has too much in the high frequencies, a grey image too little in all but the lowest. The
+bound needs no density, and few images are enough.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ class _Lengths(NamedTuple):
 def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
     """The least L2 distance between two sets of images, by their spectra.
 
-    What two samples of one set would differ by is taken off (in the mean square), so
-    that few images do not look far from one another.
+    The mean square by which two samples of one set would differ is subtracted, so that
+    few images do not look far apart.
 
     Args:
       first: [N, H, W, C] in [0, 1].

@@ -35,9 +35,6 @@ EVERY = {
         a(LOGITS), a([1, 0, 1, 1])
     ),
     "fit_temperature": lambda a: metrics.fit_temperature(a(LOGITS), a([1, 0, 1, 1])),
-    "fit_temperature, ece": lambda a: metrics.fit_temperature(
-        a(LOGITS), a([1, 0, 1, 1]), "ece"
-    ),
     "temperature_error": lambda a: metrics.temperature_error(
         a(LOGITS), a([1, 0, 1, 1]), a(1)
     ),
