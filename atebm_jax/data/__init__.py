@@ -3,6 +3,8 @@
 from atebm_jax.data import classes, content, relabel
 from atebm_jax.data.augment import Augmentation, parse
 from atebm_jax.data.decoding import decode
+from atebm_jax.data.folder import FolderSource
+from atebm_jax.data.opening import open_source
 from atebm_jax.data.pipeline import (
     Batches,
     Stream,
@@ -11,14 +13,8 @@ from atebm_jax.data.pipeline import (
     seed_images,
     train_batches,
 )
-from atebm_jax.data.sources import (
-    UNLABELLED,
-    ArraySource,
-    FolderSource,
-    Source,
-    TfdsSource,
-    open_source,
-)
+from atebm_jax.data.sources import UNLABELLED, ArraySource, Source
+from atebm_jax.data.tfds import TfdsSource
 
 __all__ = [
     "UNLABELLED",

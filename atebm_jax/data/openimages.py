@@ -1,4 +1,4 @@
-"""Which Open Images show nothing that ImageNet has a class for (method: section 4)."""
+"""Chooses Open Images that show no class of ImageNet (method: section 4)."""
 
 import contextlib
 import csv
@@ -6,9 +6,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from atebm_jax.errors import UserError
 from atebm_jax.storage import replace_text
@@ -25,15 +25,16 @@ def normalise(name: str) -> str:
 def names_of_classes(path: str) -> set[str]:
     """Normalised names of a class file: one class a line, synonyms between commas.
 
-    A WordNet identifier (n01440764) in front of the names is passed over.
+    A WordNet identifier (n01440764) in front of the names is ignored.
 
     Raises:
       UserError: the file cannot be read or holds no name.
     """
     names = set()
-    for line in _lines(path, "--imagenet_classes"):
-        line = re.sub(r"^n\d{8}\s*[:,]?\s*", "", line.strip())
-        names |= {normalise(part) for part in line.split(",")} - {""}
+    with _opened("--imagenet_classes", path) as file:
+        for line in file:
+            line = re.sub(r"^n\d{8}\s*[:,]?\s*", "", line.strip())
+            names |= {normalise(part) for part in line.split(",")} - {""}
     if not names:
         raise UserError(
             f"--imagenet_classes={path} holds no names: expected one class a line, "
@@ -98,9 +99,8 @@ def select(
       UserError: a file cannot be read or has other columns.
       OSError: `decisions` cannot be written.
     """
-    lines = _lines(descriptions_file, "--class_descriptions")
-    with _told(f"--class_descriptions={descriptions_file}", "table (CSV)"):
-        rows = [row[:2] for row in csv.reader(lines) if len(row) > 1]
+    with _opened("--class_descriptions", descriptions_file, "table (CSV)") as file:
+        rows = [row[:2] for row in csv.reader(file) if len(row) > 1]
     display = {label: name for label, name in rows if label != "LabelName"}
     hierarchy = _hierarchy(hierarchy_file) if hierarchy_file else None
     overlap = overlapping_labels(display, names_of_classes(classes_file), hierarchy)
@@ -113,9 +113,8 @@ def select(
 
 
 def _hierarchy(path: str) -> Mapping[str, Any]:
-    text = "".join(_lines(path, "--hierarchy"))
-    with _told(f"--hierarchy={path}", "JSON"):
-        hierarchy = json.loads(text)
+    with _opened("--hierarchy", path, "JSON") as file:
+        hierarchy = json.load(file)
     try:
         for line in _paths(hierarchy):
             hash(line)
@@ -128,35 +127,34 @@ def _hierarchy(path: str) -> Mapping[str, Any]:
 
 
 def _without(labels_file: str, overlap: Mapping[str, str]) -> set[str]:
-    reader = csv.DictReader(_lines(labels_file, "--labels"))
+    """Images with a verified label, and with none that overlaps a class."""
     wanted = {"ImageID", "LabelName", "Confidence"}
     seen, refused = set(), set()
-    with _told(f"--labels={labels_file}", "table (CSV)"):
+    with _opened("--labels", labels_file, "table (CSV)") as file:
+        reader = csv.DictReader(file)
         if not wanted <= set(reader.fieldnames or ()):
             raise UserError(
                 f"--labels={labels_file} has the columns {reader.fieldnames}: expected "
                 f"{', '.join(sorted(wanted))}."
             )
         for row in reader:
-            if _confidence(row["Confidence"], labels_file, reader.line_num) == 1.0:
+            try:
+                verified = float(row["Confidence"] or 0) == 1.0
+            except ValueError as error:
+                raise UserError(
+                    f"--labels={labels_file}, line {reader.line_num}: Confidence is "
+                    f"{row['Confidence']!r}: expected a number from 0 to 1, where 1 is "
+                    "a label that was verified."
+                ) from error
+            if verified:
                 seen.add(row["ImageID"])
                 if row["LabelName"] in overlap:
                     refused.add(row["ImageID"])
     return seen - refused
 
 
-def _confidence(text: str | None, labels_file: str, line: int) -> float:
-    try:
-        return float(text or 0)
-    except ValueError as error:
-        raise UserError(
-            f"--labels={labels_file}, line {line}: Confidence is {text!r}: expected a "
-            "number from 0 to 1, where 1 is a label that was verified."
-        ) from error
-
-
-def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ...]]:
-    """Every line from below the root to a leaf; the root is above everything."""
+def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterator[tuple[str, ...]]:
+    """Every path from below the root to a leaf; the root is above every label."""
     for child in node.get("Subcategory", ()):
         line = (*above, child["LabelName"])
         if child.get("Subcategory"):
@@ -165,22 +163,21 @@ def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ..
             yield line
 
 
-def _lines(path: str, flag: str) -> Iterable[str]:
-    try:
-        local = os.path.expanduser(path)
-        # Some programs put a byte-order mark in front, which is no part of a name.
-        with open(local, encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}={path} cannot be read: {error}.") from error
-
-
 @contextlib.contextmanager
-def _told(what: str, wanted: str) -> Iterator[None]:
-    """Says in one sentence that a file is not of its kind."""
+def _opened(flag: str, path: str, kind: str = "text") -> Iterator[TextIO]:
+    """Opens the file of a flag.
+
+    Raises:
+      UserError: in place of an error while it is read: another kind of file, say.
+    """
     try:
-        yield
+        # utf-8-sig: a byte-order mark in front is no part of a name.
+        local = os.path.expanduser(path)
+        with open(local, encoding="utf-8-sig", newline="") as file:
+            yield file
     except UserError:
         raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag}={path} cannot be read: {error}.") from error
     except (csv.Error, ValueError) as error:
-        raise UserError(f"{what} is no {wanted}: {error}.") from error
+        raise UserError(f"{flag}={path} is no {kind}: {error}.") from error

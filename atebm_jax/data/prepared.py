@@ -3,14 +3,13 @@
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from array_record.python import array_record_data_source
 
-from atebm_jax.data.sources import UNLABELLED, Example
+from atebm_jax.data.sources import Example
 from atebm_jax.errors import UserError
 from atebm_jax.names import check_utf8
 
@@ -46,38 +45,35 @@ class PreparedSource:
 
     def __init__(self, path: str):
         self.spec = f"prepared:{path}"
-        self._root = Path(os.path.expanduser(path))
-        check_utf8("the prepared set", self._root)
-        index = read_index(self._root)
+        root = Path(os.path.expanduser(path))
+        check_utf8("the prepared set", root)
+        index = read_index(root)
         self.class_names = tuple(index["class_names"] or ()) or None
         self.num_classes = len(self.class_names) if self.class_names else None
-        counts = [shard["num_images"] for shard in index["shards"]]
-        self._paths = [
-            str(self._root / shard_name(i, len(counts)))
-            for i, count in enumerate(counts)
-            if count
-        ]
-        missing = [p for p in self._paths if not os.path.exists(p)]
+        shards = index["shards"]
+        counts = {
+            str(root / shard_name(i, len(shards))): shard["num_images"]
+            for i, shard in enumerate(shards)
+            if shard["num_images"]
+        }
+        missing = [path for path in counts if not os.path.exists(path)]
         if missing:
             raise UserError(
                 f"{self.spec}: {len(missing)} shards are missing, {missing[0]} for "
                 "one; prepare the set again into the same folder."
             )
-        self._length = sum(counts)
-        self._digests = [str(shard["sha256"]) for shard in index["shards"]]
-        self._records: Any = None
+        self._digests = [str(shard["sha256"]) for shard in shards]
+        # With its count in brackets, no shard is opened before it is read.
+        paths = [f"{path}[0:{count}]" for path, count in counts.items()]
+        self._records: Sequence[bytes] = (
+            array_record_data_source.ArrayRecordDataSource(paths) if paths else []
+        )
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        if self._records is None:
-            self._records = array_record_data_source.ArrayRecordDataSource(self._paths)
         return unpack(self._records[int(index)])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files stay behind: every worker opens its own.
-        return self.__dict__ | {"_records": None}
 
     def describe(self, index: int) -> str:
         return f"{self.spec}[{index}]"
@@ -85,11 +81,6 @@ class PreparedSource:
     def listing(self) -> Iterator[bytes]:
         """SHA-256 of every shard, as the index has it."""
         return (digest.encode() for digest in self._digests)
-
-    def labels(self) -> np.ndarray:
-        """All labels [N] int32, read from the records; for checks, not for training."""
-        rows = [self[i]["label"] for i in range(len(self))]
-        return np.array(rows or [UNLABELLED], np.int32)[: len(self)]
 
 
 def read_index(root: Path) -> dict[str, Any]:
