@@ -71,14 +71,19 @@ def test_classes_too_many_or_too_small_are_refused():
         seeds.fit(images[:3, :8, :8], np.array([0, 0, 1]), 2)
 
 
+def run(folder, kind, **settings):
+    """A job of two steps a stage with these seeds: (workdir, config)."""
+    steps = {"stage1.num_steps": 2, "stage2.num_steps": 2}
+    config = tiny.config(**{"data.seeds": kind}, **steps, **settings)
+    tiny.run(config, folder / "digits")
+    return folder / "digits", config
+
+
 @pytest.fixture(scope="module", params=seeds.FITTED)
 def trained(request, tmp_path_factory):
-    """A job whose seeds are Gaussian: (workdir, config)."""
-    config = tiny.config()
-    config.data.seeds = request.param
-    workdir = tmp_path_factory.mktemp("gaussian") / "digits"
-    tiny.run(config, workdir)
-    return workdir, config
+    """A job whose seeds are Gaussian; of one a class it has both stages."""
+    stages = "auto" if request.param == seeds.GAUSSIAN_PER_CLASS else "stage1"
+    return run(tmp_path_factory.mktemp("gaussian"), request.param, stages=stages)
 
 
 def test_a_checkpoint_keeps_them_and_samples_need_no_data(
@@ -153,8 +158,9 @@ def test_a_workdir_keeps_its_seeds_apart_from_those_of_other_images(trained):
         )
 
 
-def test_a_checkpoint_without_them_says_so(tmp_path, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("noise") / "digits"
-    tiny.run(tiny.config(), workdir)
+def test_a_checkpoint_without_them_says_so(tmp_path):
+    workdir, _ = run(tmp_path / "noise", seeds.NOISE, stages="stage1")
     with pytest.raises(UserError, match="trained from 'noise'"):
-        sample([f"--workdir={workdir}", f"--out={tmp_path}", "--seeds=gaussian"])
+        sample(
+            [f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--seeds=gaussian"]
+        )
