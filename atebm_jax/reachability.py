@@ -73,7 +73,8 @@ def measure(
     least = metrics.spectral_distance(seeds, images)
     fields = ("stage2.t_max", "stage2.contrastive_step_size")
     contrastive = _Way("contrastive images", t_max, contrastive_step_size, *fields)
-    ways, farthest_sampling = [contrastive], None
+    ways = [contrastive]
+    farthest_sampling = None
     if sampling_step_size is not None:
         fields = ("evaluate.samples.num_steps", "evaluate.samples.step_size")
         ways.append(_Way("samples", num_sampling_steps, sampling_step_size, *fields))

@@ -126,7 +126,8 @@ def eval_example(
     index = position * len(images.source) // num_images
     # Evaluation is a function of the image: nothing random may be asked for.
     make_rng = np.random.default_rng
-    made, bad = None, NOT_BAD
+    made: tuple[np.ndarray, int] | None = None
+    bad = NOT_BAD
     if position < num_images and next_if_bad is not None:
         made, bad = images.first_good(index, make_rng, next_if_bad)
     elif position < num_images:

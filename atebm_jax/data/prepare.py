@@ -4,7 +4,8 @@
 
 Images are decoded once, their shorter side scaled down to `--size`, and stored as JPEG
 in shards of ArrayRecord. A stopped run goes on with its finished shards, from the same
-images. Exit codes: 0 finished; 2 a mistake, said in one sentence.
+images. Exit codes: 0 finished; 2 a mistake, said in one sentence; 130 or 143 stopped by
+a signal.
 """
 
 import argparse

@@ -3,9 +3,9 @@
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from array_record.python import array_record_data_source
 
@@ -33,6 +33,15 @@ def shard_name(index: int, count: int) -> str:
     return f"images-{index:05d}-of-{count:05d}.array_record"
 
 
+class _Shard(NamedTuple):
+    """A whole shard for the library, which then need not open it to count records."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
 class PreparedSource:
     """What `python -m atebm_jax.data.prepare` has written.
 
@@ -51,23 +60,21 @@ class PreparedSource:
         self.class_names = tuple(index["class_names"] or ()) or None
         self.num_classes = len(self.class_names) if self.class_names else None
         shards = index["shards"]
-        counts = {
-            str(root / shard_name(i, len(shards))): shard["num_images"]
-            for i, shard in enumerate(shards)
-            if shard["num_images"]
-        }
-        missing = [path for path in counts if not os.path.exists(path)]
+        files = [
+            _Shard(str(root / shard_name(i, len(shards))), 0, count, count)
+            for i, count in enumerate(shard["num_images"] for shard in shards)
+            if count
+        ]
+        missing = [f.filename for f in files if not os.path.exists(f.filename)]
         if missing:
             raise UserError(
                 f"{self.spec}: {len(missing)} shards are missing, {missing[0]} for "
                 "one; prepare the set again into the same folder."
             )
         self._digests = [str(shard["sha256"]) for shard in shards]
-        # With its count in brackets, no shard is opened before it is read.
-        paths = [f"{path}[0:{count}]" for path, count in counts.items()]
-        self._records: Sequence[bytes] = (
-            array_record_data_source.ArrayRecordDataSource(paths) if paths else []
-        )
+        self._records: Any = []
+        if files:
+            self._records = array_record_data_source.ArrayRecordDataSource(files)
 
     def __len__(self) -> int:
         return len(self._records)

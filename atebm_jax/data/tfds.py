@@ -38,14 +38,14 @@ class TfdsSource:
             if name in split
         ]
         features = dict(builder.info.features)
-        if not isinstance(features.get("image"), tfds.features.Image):
-            raise UserError(
-                f"{spec}: the data set in {folder} has no feature 'image' holding an "
-                f"image; its features are {', '.join(sorted(features))}"
-            )
+        _check_features(spec, folder, features)
         self._data = _read(spec, folder, builder, split)
-        self._labelled = "label" in features
-        self.num_classes, self.class_names = _classes(spec, features)
+        label = features.get("label")
+        self._labelled = label is not None
+        self.num_classes: int | None = None
+        self.class_names: tuple[str, ...] | None = None
+        if label is not None:
+            self.num_classes, self.class_names = label.num_classes, tuple(label.names)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -78,6 +78,21 @@ def parse_tfds_spec(spec: str) -> tuple[str, str]:
             "tfds:cifar10:train or tfds:imagenet_v2/topimages:test[:1000]"
         )
     return match["name"], match["split"]
+
+
+def _check_features(spec: str, folder: str, features: dict[str, Any]) -> None:
+    import tensorflow_datasets as tfds
+
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise UserError(
+            f"{spec}: the data set in {folder} has no feature 'image' holding an "
+            f"image; its features are {', '.join(sorted(features))}"
+        )
+    if not isinstance(features.get("label"), tfds.features.ClassLabel | None):
+        raise UserError(
+            f"{spec}: the feature 'label' must be a ClassLabel, got "
+            f"{type(features['label']).__name__}"
+        )
 
 
 def _read(spec: str, folder: str, builder: Any, split: str) -> Any:
@@ -149,20 +164,3 @@ def _folder_names(folder: epath.Path) -> str:
         return f"it cannot be read: {error.strerror or error}"
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(names[:20]) + more if names else "nothing"
-
-
-def _classes(
-    spec: str, features: dict[str, Any]
-) -> tuple[int | None, tuple[str, ...] | None]:
-    """Number and names of the classes; (None, None) without a `label` feature."""
-    import tensorflow_datasets as tfds
-
-    label = features.get("label")
-    if label is None:
-        return None, None
-    if not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(
-            f"{spec}: the feature 'label' must be a ClassLabel, got "
-            f"{type(label).__name__}"
-        )
-    return label.num_classes, tuple(label.names)
