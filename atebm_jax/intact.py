@@ -63,9 +63,7 @@ def restore_newest(
     for later, fault in damaged.items():
         aside = folder / f"{later}.damaged"
         if jax.process_index() == 0:
-            if aside.exists():
-                aside.rmtree()
-            (folder / str(later)).rename(aside)
+            _move(folder / str(later), aside)
         note(
             f"checkpoint {folder / str(later)} is damaged: {fault}. It lies in "
             f"{aside.name} now; going on from step {step}."
@@ -76,3 +74,9 @@ def restore_newest(
         checkpoints.reload()
     checkpoint.warn_if_unchecked(folder / str(step))
     return checkpoint.restore(checkpoints, step, like)
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    if target.exists():
+        target.rmtree()
+    source.rename(target)

@@ -30,6 +30,7 @@ from rich.console import Console
 from atebm_jax import storage
 from atebm_jax.command_line import Parser, quiet_libraries, run
 from atebm_jax.data import content, decoding, openimages, prepared
+from atebm_jax.data.examples import too_many_bad
 from atebm_jax.data.folder import FolderSource
 from atebm_jax.data.opening import open_source
 from atebm_jax.data.pipeline import end_with_main_process
@@ -224,10 +225,7 @@ def _run(
             results[number] = result
             bad = [name for r in results.values() for name in r["bad"]]
             if len(bad) > max_bad_images:
-                raise UserError(
-                    f"{len(bad)} images cannot be read, {bad[0]} for one, and "
-                    f"--max_bad_images is {max_bad_images}: mend them, or allow more."
-                )
+                raise too_many_bad(bad, max_bad_images)
     return [results[i] for i in range(len(jobs))]
 
 
