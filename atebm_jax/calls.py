@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 _CALL = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*")
 
 
 def read(text: str) -> tuple[str, list[str]] | None:
-    """What stands before the parentheses, and the words with commas inside of them.
+    """The name before the parentheses, and the words between commas inside of them.
 
     Returns:
-      (name, words), no words where there are no parentheses or nothing in them; None
-      where the text is written otherwise.
+      (name, words), without words if there are no parentheses or nothing in them; None
+      if the text is written otherwise.
     """
     match = _CALL.fullmatch(text)
     if match is None:
@@ -33,14 +33,14 @@ def choice(
     """A function of a table, written with settings: "sgld(noise=0.005)".
 
     Args:
-      kind: what the table is of, for messages.
+      kind: what the table holds, for messages.
       table: functions by name; their arguments, numbers with defaults, are the
         settings.
-      text: as it is written.
-      more: settings beside those of the text.
+      text: the choice as the user writes it.
+      more: settings that are not in the text.
 
     Returns:
-      (name, the settings that are given); their ranges are not looked at.
+      (name, the given settings); their ranges are not checked.
 
     Raises:
       UserError: no such function or setting, one that is given twice or no number.
@@ -48,8 +48,8 @@ def choice(
     call = read(text) if isinstance(text, str) else None
     name, words = call or ("", [])
     if name not in table:
-        known = ", ".join(_written(key, _defaults(table[key])) for key in table)
-        raise UserError(f"unknown {kind} {text!r}: choose one of {known}.")
+        known = [_written(key, _defaults(table[key])) for key in table]
+        check_choice(kind, text, known)
     pairs = [word.partition("=") for word in words]
     given: list[tuple[str, Any]] = [(k.strip(), _number(v)) for k, _, v in pairs]
     given += (more or {}).items()

@@ -20,10 +20,10 @@ from atebm_jax.names import printable
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
-    """Refuses a config that is not there and overrides that do not fit it.
+    """Refuses a missing or unusable --config, and overrides that do not fit it.
 
     Raises:
-      UserError: no --config, or one or an override that cannot be used.
+      UserError: says what is wrong.
     """
     values = dict(flag_values(arguments))
     if "config" not in values:
@@ -39,7 +39,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def with_home(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the home in --config=~/file, where no shell puts it."""
+    """The arguments with `~` replaced in --config=~/file, which no shell does."""
     made = list(arguments)
     for place, argument in enumerate(made):
         name, equals, value = argument.partition("=")
@@ -129,17 +129,16 @@ def _running(path: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Leaves only errors of the libraries, but warnings of this package, on screen."""
+    """Shows errors of the libraries and warnings of this package, and nothing else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the terminal cannot show is no reason to end.
+        # Do not end because of a name that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # What fails in a thread that saves is raised again where the job waits for it.
+    # An error in a saving thread of Orbax is raised again where the job waits for it.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Batches that workers made ahead of a stop lie in shared memory, which Python
-    # frees at exit, with a warning.
+    # Python warns when it frees, at exit, the shared memory of batches made ahead.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
 
 
@@ -148,20 +147,19 @@ _PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 
 
 def check_platform() -> None:
-    """Refuses a platform that the environment asks for and this machine does not have.
+    """Refuses a platform that the environment asks for and this machine lacks.
 
-    Must run after the processes of a job were joined: it looks at the devices.
+    Call it after the processes of a job were joined: it looks at the devices.
 
     Raises:
-      UserError: says what there is.
+      UserError: names the platforms that are there.
     """
     import jax
 
     asked = [f"{k}={os.environ[k]}" for k in _PLATFORM_VARIABLES if os.environ.get(k)]
     try:
         jax.devices()
-    # Without the plugin of a platform JAX fails by an assertion.
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # the latter without its plugin
         if not asked:
             raise
         reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split())
@@ -175,7 +173,7 @@ def check_platform() -> None:
 
 
 def _platforms() -> list[str]:
-    """The platforms that JAX finds by itself; it is left as it was."""
+    """The platforms that JAX finds by itself; leaves JAX as it was."""
     import jax
     from jax.extend import backend
 
@@ -190,14 +188,14 @@ def _platforms() -> list[str]:
 
 def fail(error: Exception) -> NoReturn:
     """Ends the process with the one sentence and exit code 2."""
-    # Names in it may hold anything: nothing of them steers the terminal.
+    # Names in the message may hold control characters of the terminal.
     lines = [printable(line) for line in str(error).split("\n")]
     print(f"error: {' '.join(lines)}", file=sys.stderr)
     sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says mistakes as all commands do."""
+    """Reports mistakes in flags as all commands do."""
 
     def error(self, message: str) -> NoReturn:
         fail(UserError(f"{message}; --help lists the flags."))
@@ -208,9 +206,9 @@ def run(main: Callable[[Sequence[str]], None], stopped: str) -> None:
 
     Args:
       main: takes the arguments without the program's name.
-      stopped: what is said where a signal stops it.
+      stopped: what is said if a signal stops it.
     """
-    # A stopped command clears away what it has begun.
+    # An exception, so that a stopped command removes what it has begun.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])

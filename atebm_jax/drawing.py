@@ -202,13 +202,10 @@ class ReadSeeds:
     def __init__(self, source: data.Source, settings: ml_collections.ConfigDict):
         self.stand_ins: set[int] = set()
         self._length, self._threads = len(source), max(settings.num_threads, 1)
-        self._read = partial(
-            data.read_or_next,
-            source,
-            operations=data.parse(settings.preprocess_seeds),
-            image_shape=tuple(settings.image_shape),
-            max_bad_images=settings.max_bad_images,
+        self._images = data.Images(
+            source, data.parse(settings.preprocess_seeds), tuple(settings.image_shape)
         )
+        self._max_bad = settings.max_bad_images
 
     def __call__(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Seeds [B, H, W, C] float32 in [0, 1].
@@ -217,13 +214,20 @@ class ReadSeeds:
           UserError: too many images in a row cannot be decoded.
         """
         del labels
+        places = (indices % self._length).tolist()
         with ThreadPoolExecutor(self._threads) as pool:
-            read = list(pool.map(self._read, (indices % self._length).tolist()))
-        replaced = [index for index, (_, own) in zip(indices, read) if not own]
-        self.stand_ins.update(map(int, replaced))
-        return np.stack([image for image, _ in read]).astype(np.float32) / np.float32(
-            255
-        )
+            read = list(pool.map(self._first_good, places))
+        for index, (_, own) in zip(indices.tolist(), read, strict=True):
+            if not own:
+                self.stand_ins.add(index)
+        levels = np.stack([image for image, _ in read])
+        return levels.astype(np.float32) / np.float32(255)
+
+    def _first_good(self, place: int) -> tuple[np.ndarray, bool]:
+        """The image of a place, or the next good one; whether it is its own."""
+        make_rng = np.random.default_rng
+        (image, _), bad = self._images.first_good(place, make_rng, self._max_bad)
+        return image, bad != place
 
 
 def seeds_fn(

@@ -1,4 +1,4 @@
-"""Whether loaded weights fit the network that they shall be used in."""
+"""Refuses loaded weights that do not fit the network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from atebm_jax.errors import UserError
 
 
 def check_weights(expected: Any, weights: Any, source: str) -> None:
-    """Refuses weights that are not those of a network.
+    """Refuses weights with other names or shapes than a network has.
 
     Args:
       expected: a network's variables (arrays or shapes).
@@ -19,7 +19,8 @@ def check_weights(expected: Any, weights: Any, source: str) -> None:
       source: where they came from, for the message.
 
     Raises:
-      UserError: names the first parameters that are missing, left over or misshapen.
+      UserError: names the first parameters that are missing, left over or of another
+        shape.
     """
     want, have = _shapes(expected), _shapes(weights)
     differences = [
@@ -35,7 +36,7 @@ def check_weights(expected: Any, weights: Any, source: str) -> None:
         )
 
 
-# What the function of a network depends on beside its weights.
+# What, beside the weights, determines the function of a network.
 _FUNCTION = ("mean", "std", "activation")
 
 
@@ -45,7 +46,7 @@ def check_function(
     """Refuses weights that were trained for another input or activation.
 
     Args:
-      expected: `config.model` that they shall be used with.
+      expected: `config.model` to use them with.
       stored: `config.model` that they were trained with, as plain JSON.
       source: where they came from, for the message.
 

@@ -1,4 +1,4 @@
-"""The step to go on from: the newest one whose files are as they were saved."""
+"""Restores the newest checkpoint whose files are as they were saved."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,12 @@ from atebm_jax.train_state import TrainState
 
 
 def newest(folder: epath.Path) -> tuple[int, dict[int, str]]:
-    """The newest intact step of a stage, and what is wrong with those after it.
+    """The newest intact step of a stage, and what is wrong with later ones.
 
     Every process of the job must call it: each reads its share of the files.
 
     Args:
-      folder: of a stage, with one complete step at least.
+      folder: of a stage, with at least one complete step.
 
     Returns:
       (step, {later step: what is wrong with it}).
@@ -43,7 +43,7 @@ def newest(folder: epath.Path) -> tuple[int, dict[int, str]]:
 def restore_newest(
     checkpoints: ocp.CheckpointManager, like: Any, note: Callable[[str], None]
 ) -> TrainState | None:
-    """Restores the newest intact step; moves damaged ones after it out of the way.
+    """Restores the newest intact step; moves later, damaged ones out of the way.
 
     Args:
       checkpoints: as of `checkpoint.manager`.
@@ -51,7 +51,7 @@ def restore_newest(
       note: shows a line to the user.
 
     Returns:
-      The state, None if there is no step yet.
+      The state; None if there is no step yet.
 
     Raises:
       UserError: every step is damaged, or the newest intact one does not fit.
@@ -70,9 +70,7 @@ def restore_newest(
         )
     if damaged:
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(
-                "damaged checkpoints are out of the way"
-            )
+            multihost_utils.sync_global_devices("damaged checkpoints were moved")
         checkpoints.reload()
     checkpoint.warn_if_unchecked(folder / str(step))
     return checkpoint.restore(checkpoints, step, like)

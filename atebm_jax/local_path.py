@@ -10,12 +10,12 @@ from atebm_jax.errors import UserError
 
 
 class LocalPath(type(epath.Path())):  # type: ignore[misc]
-    """A path of `epath` whose `glob` takes its own name as it is.
+    """A path of `epath` whose `glob` does not read its own name as a pattern.
 
-    That of epath puts path and pattern together and reads brackets, stars and question
-    marks of both: below a folder named "[lab]" Orbax then finds none of the files that
-    it has just written, and neither merges nor reads them. What Orbax derives from this
-    path (parents, children, epath.Path(path)) is of this class again.
+    The `glob` of epath joins path and pattern and reads brackets, stars and question
+    marks of both. Below a folder named "[lab]" Orbax would not find the files that it
+    has just written. What Orbax derives from this path (parents, children,
+    epath.Path(path)) is of this class again.
     """
 
     def glob(self, pattern: str) -> Iterator[epath.Path]:
@@ -64,13 +64,13 @@ def local(flag: str, path: str | os.PathLike) -> str:
 
 
 def real(path: str | os.PathLike) -> LocalPath:
-    """Where a path leads to, through links; `~` is the home."""
+    """The path with its links followed; `~` is the home."""
     return LocalPath(os.path.realpath(os.path.expanduser(os.fspath(path))))
 
 
 def is_device(path: str | os.PathLike) -> bool:
     """Whether something is there that is neither a file nor a folder.
 
-    A pipe or `/dev/stdout` is written through, and no file takes its place.
+    A pipe or `/dev/stdout` is written to, and not replaced by a file.
     """
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))

@@ -1,4 +1,4 @@
-"""Names of files and classes, as they may be written and drawn."""
+"""Names of files and classes in a form that can be written and drawn."""
 
 import hashlib
 import os
@@ -7,15 +7,15 @@ import unicodedata
 
 from atebm_jax.errors import UserError
 
-# File systems take 255 bytes; what is added to a name needs some of them.
+# File systems take 255 bytes; what is appended to a name needs some of them.
 _LONGEST = 128
 
 
 def printable(name: str) -> str:
-    r"""A name of a file in letters that can be written and drawn everywhere.
+    r"""The name of a file in characters that can be written and drawn everywhere.
 
-    Bytes that are no UTF-8 become `\xNN` (Python holds them as surrogates, which no
-    text file and no font takes), control characters `\n` and the like.
+    Bytes that are not UTF-8 become `\xNN` (Python keeps them as surrogates, which text
+    files and fonts do not take), control characters `\n` and the like.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in name)
 
@@ -30,14 +30,14 @@ def of_class(name: str) -> str:
 
 
 def writable(text: str) -> str:
-    """A text of several lines that every file and stream takes.
+    """A text with only those characters escaped that UTF-8 does not have.
 
-    Only what has no UTF-8 is escaped, as of `printable`.
+    They are written as by `printable`; line breaks stay.
     """
     return _SURROGATES.sub(lambda match: _escaped(match[0]), text)
 
 
-# What Python holds a byte of a name as that is no UTF-8, and what else has none.
+# UTF-8 has none of these. Python keeps other bytes of a name as the range below.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _FIRST_BYTE, _LAST_BYTE = 0xDC80, 0xDCFF
 
@@ -52,15 +52,15 @@ def _escaped(character: str) -> str:
 def check_utf8(what: str, path: str | os.PathLike) -> None:
     """Refuses a path that libraries in other languages cannot open.
 
-    Those that read and write checkpoints, records and compiled programs take a path as
-    a text, and Python's own way to hold other bytes is none to them.
+    Those that read and write checkpoints, records and compiled programs take UTF-8
+    only.
 
     Args:
-      what: it is, for the message: "workdir".
+      what: the kind of path, for the message: "workdir".
       path: as the user gave it.
 
     Raises:
-      UserError: a part of it is no UTF-8.
+      UserError: a part of it is not UTF-8.
     """
     if _SURROGATES.search(os.fspath(path)):
         raise UserError(
@@ -71,9 +71,9 @@ def check_utf8(what: str, path: str | os.PathLike) -> None:
 
 
 def for_files(name: str) -> str:
-    """A name to begin the names of other files with: of at most 128 bytes.
+    """A name of at most 128 bytes that the names of other files can begin with.
 
-    A longer one is cut, and the hash of the whole keeps it apart from others.
+    A longer one is cut, and a hash of the whole is appended.
     """
     name = printable(name)
     encoded = name.encode()

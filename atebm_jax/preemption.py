@@ -1,4 +1,4 @@
-"""Leaving in good order on SIGTERM or Ctrl-C."""
+"""An orderly end on SIGTERM or Ctrl-C."""
 
 import signal
 from types import FrameType
@@ -11,7 +11,7 @@ class Interrupted(Exception):
     """The job was asked to stop.
 
     Attributes:
-      signal_number: of the signal that asked.
+      signal_number: the signal that asked.
       kept: what the job has saved, for the message.
     """
 
@@ -23,8 +23,8 @@ class Interrupted(Exception):
 class StopSignal:
     """Remembers a SIGTERM or SIGINT until the job reaches a safe point.
 
-    Among several processes all must leave after the same step: there JAX's own
-    synchronisation decides, which any one process's SIGTERM sets off.
+    Several processes must all end after the same step. JAX's own synchronisation
+    chooses it, after a SIGTERM to any one of them.
     """
 
     def __init__(self) -> None:
@@ -43,23 +43,23 @@ class StopSignal:
         self.restore()
 
     def restore(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Puts the previous signal handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def requested(self) -> int:
         """The signal to obey after this step, 0 for none; the same in all processes.
 
-        Every process must ask equally often.
+        Every process must call it equally often.
         """
         if self._several:
-            # JAX wants a number that only grows; steps begin anew with every stage.
+            # JAX needs a number that only grows; steps restart with every stage.
             self._asked += 1
             reached = multihost_utils.reached_preemption_sync_point(self._asked)
             return signal.SIGTERM if reached else 0
         return self._number
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal came; for work that is done again."""
+        """Raises `Interrupted` if a signal came; for work that can be repeated."""
         if self._number and not self._several:
             raise Interrupted(self._number)

@@ -1,4 +1,4 @@
-"""What a command shows while it runs: bars on a terminal, plain lines elsewhere.
+"""Progress of a command: bars on a terminal, plain lines elsewhere.
 
 Only the first process shows anything.
 """
@@ -28,16 +28,16 @@ from atebm_jax.names import writable
 # Shows the progress of a part: (name, batches done, batches in all).
 ShowFn = Callable[[str, int, int], None]
 
-# Seconds between two plain lines of training and of an evaluation.
-_LINES_OF_TRAINING = 5.0
-_LINES_OF_PARTS = 10.0
+# Seconds between two plain lines.
+_BETWEEN_LINES_OF_TRAINING = 5.0
+_BETWEEN_LINES_OF_PARTS = 10.0
 
 
 def say(console: Console, text: str) -> None:
     """Prints a line as it is, once for all processes.
 
-    Whatever holds a user's text (a path, a name) is printed so, or stands in a table as
-    `Text`: rich reads plain strings as markup, and "[bold]" is a fine name of a folder.
+    Print every text of a user (a path, a name) in this way, or as `Text` in a table:
+    rich reads plain strings as markup, and "[bold]" is a possible name of a folder.
     """
     if jax.process_index() == 0:
         console.print(Text(writable(text)), soft_wrap=True)
@@ -46,7 +46,7 @@ def say(console: Console, text: str) -> None:
 def track(
     items: Iterable[Any], name: str, console: Console, total: int | None = None
 ) -> Iterable[Any]:
-    """The items, with a bar while they are gone through, which then disappears."""
+    """The items, with a bar that disappears after the last one."""
     return rich.progress.track(
         items,
         name,
@@ -104,7 +104,7 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, shown=shown)
         elif jax.process_index() == 0 and time.monotonic() >= self._next_line:
             say(self._console, f"{self._stage} step {step}/{self._total}  {shown}")
-            self._next_line = time.monotonic() + _LINES_OF_TRAINING
+            self._next_line = time.monotonic() + _BETWEEN_LINES_OF_TRAINING
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -118,11 +118,7 @@ class ProgressLine:
 
 @contextlib.contextmanager
 def parts(console: Console) -> Iterator[ShowFn]:
-    """Shows the parts of an evaluation with the time that is left for each.
-
-    Yields:
-      A function of (part, batches done, batches in all).
-    """
+    """Shows the parts of an evaluation, each with the time that it still needs."""
     if jax.process_index() != 0:
         yield lambda name, done, total: None
     elif console.is_terminal:
@@ -138,7 +134,7 @@ def _on_bars(bars: Progress) -> ShowFn:
     def show(name: str, done: int, total: int) -> None:
         if name not in tasks:
             tasks[name] = bars.add_task(name, total=total)
-        # Finished parts make room for those that run.
+        # A finished part disappears.
         bars.update(tasks[name], completed=done, total=total, visible=done < total)
 
     return show
@@ -156,7 +152,7 @@ def _in_lines(console: Console) -> ShowFn:
         start, first = began[name]
         if now < next_line and name != "metrics":
             return
-        next_line = now + _LINES_OF_PARTS
+        next_line = now + _BETWEEN_LINES_OF_PARTS
         left = ""
         if first < done < total:
             seconds = round((now - start) / (done - first) * (total - done))

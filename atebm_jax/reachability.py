@@ -1,13 +1,14 @@
-"""Whether seeds can come near the training images, told before the first step.
+"""Whether seeds can come near the training images, known before the first step.
 
-A step of the contrastive loop and of sampling has one length, so that T steps go T of
-them at most. Seeds that lie farther from the training images teach the network
-nothing: it tells them apart at sight, T races to its maximum, and they stay what they
-were. With longer steps noise does train, at some cost in quality (paper, appendix).
+Each step of the contrastive loop and of sampling has one length, so T steps cover at
+most T lengths. Seeds that lie farther from the training images teach the network
+nothing: it tells them apart at once, T rises to its maximum, and the contrastive images
+stay what they were. With longer steps noise does train, at some cost in quality (paper,
+appendix).
 
-The L2 distance to a training image does not show this: a photograph of something else
-is almost as far from it as noise is. What counts is the least distance to images of
-that kind (`metrics.spectral_distance`).
+The L2 distance to a training image does not show this: another photograph is almost as
+far from it as noise is. What counts is the least distance to images of that kind
+(`metrics.spectral_distance`).
 """
 
 import math
@@ -19,24 +20,25 @@ import numpy as np
 
 from atebm_jax import ascent, data, drawing, metrics, seeds
 
-# Of each set; fewer where images are large, so that it takes seconds and 64 MB.
+# Of each set; fewer if images are large, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
-# Share of the least distance below which steps are too short. Contrastive images need
-# not become training images; noise taught digits nothing at 0.4 (docs/curriculum.md).
+# Steps are too short if they cover less than this share of the least distance.
+# Contrastive images need not become training images; at a share of 0.4 noise taught
+# digits nothing (docs/curriculum.md).
 _ENOUGH = 0.5
 
 
 class Reachability(NamedTuple):
-    """Distances and farthest ways, L2 pixels of [0, 1] images.
+    """How far seeds lie and how far steps go, L2 pixels of [0, 1] images.
 
     Attributes:
       distance: mean, between a seed and a training image.
-      least_distance: at least so far seeds lie from images with the spectrum of the
-        training images.
-      farthest_contrastive: T_max steps of the contrastive loop in a straight line.
-      farthest_sampling: the steps of evaluation's samples in a straight line; None
-        where the sampler's steps have no given length.
-      sentence: what cannot come near and what would do; None if nothing was found.
+      least_distance: lower bound of the distance between seeds and images with the
+        spectrum of the training images.
+      farthest_contrastive: length of T_max contrastive steps in a straight line.
+      farthest_sampling: length of the sampling steps of evaluation in a straight line;
+        None if the sampler's steps have no given length.
+      sentence: which steps are too short, and what would help; None if none are.
     """
 
     distance: float
@@ -67,28 +69,17 @@ def measure(
     """
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)
-    contrastive = _Way(
-        "contrastive images",
-        t_max,
-        contrastive_step_size,
-        "stage2.t_max",
-        "stage2.contrastive_step_size",
-    )
-    samples = None
+    fields = ("stage2.t_max", "stage2.contrastive_step_size")
+    contrastive = _Way("contrastive images", t_max, contrastive_step_size, *fields)
+    ways = [contrastive]
+    farthest_sampling = None
     if sampling_step_size is not None:
-        samples = _Way(
-            "samples",
-            num_sampling_steps,
-            sampling_step_size,
-            "evaluate.samples.num_steps",
-            "evaluate.samples.step_size",
-        )
+        fields = ("evaluate.samples.num_steps", "evaluate.samples.step_size")
+        ways.append(_Way("samples", num_sampling_steps, sampling_step_size, *fields))
+        farthest_sampling = ways[-1].farthest
+    sentence = _sentence(distance, least, ways)
     return Reachability(
-        distance,
-        least,
-        contrastive.farthest,
-        None if samples is None else samples.farthest,
-        _sentence(distance, least, [w for w in (contrastive, samples) if w]),
+        distance, least, contrastive.farthest, farthest_sampling, sentence
     )
 
 
@@ -102,31 +93,25 @@ def of_config(
     Args:
       config: a complete config.
       sources: "train", and "seeds" where `config.data.seeds` names a source.
-      gaussian: what seeds are drawn from; where they are and it is not given, it is
-        fitted to the images that are looked at.
+      gaussian: what seeds are drawn from; by default it is fitted, where the config
+        needs one, to the images that are compared.
 
     Raises:
       UserError: too many images cannot be decoded.
     """
-    shape = tuple(config.data.image_shape)
-    num = min(max(_MOST_NUMBERS // math.prod(shape), 2), _MOST_IMAGES)
-    images, _ = data.materialise(
-        sources["train"],
-        config.data.preprocess,
-        shape,
-        num,
-        config.data.max_bad_images,
-    )
+    size = math.prod(config.data.image_shape)
+    num = min(max(_MOST_NUMBERS // size, 2), _MOST_IMAGES)
+    images = _images(config.data, sources["train"], config.data.preprocess, num)
     kind = config.data.seeds
     if kind in seeds.FITTED and gaussian is None and "seeds" not in sources:
-        seeds.check(kind, config.model.num_classes, shape)
-        # Of one a class the mixture is near enough: it is a matter of whole pixels.
+        seeds.check(kind, config.model.num_classes, tuple(config.data.image_shape))
+        # One Gaussian stands for one a class: distances need be right to a pixel only.
         gaussian = seeds.fit(images)
     drawn = config.evaluate.samples
     length = ascent.step_length(drawn.sampler, drawn.step_size)
     return measure(
         seed_images(config, sources, num, gaussian),
-        images.astype(np.float32) / np.float32(255),
+        _pixels(images),
         t_max=config.stage2.t_max,
         contrastive_step_size=config.stage2.contrastive_step_size,
         num_sampling_steps=drawn.num_steps,
@@ -147,18 +132,24 @@ def seed_images(
             config.data.seeds, config.seed, config.data, gaussian=gaussian
         )
         return seeds_of(numbers, numbers % config.model.num_classes)
-    images, _ = data.materialise(
-        sources["seeds"],
-        config.data.preprocess_seeds,
-        tuple(config.data.image_shape),
-        num,
-        config.data.max_bad_images,
-    )
+    preprocess = config.data.preprocess_seeds
+    return _pixels(_images(config.data, sources["seeds"], preprocess, num))
+
+
+def _images(
+    config: ml_collections.ConfigDict, source: data.Source, preprocess: str, num: int
+) -> np.ndarray:
+    """uint8 [N, H, W, C]: `num` images, spread over the source; `config` is .data."""
+    shape = tuple(config.image_shape)
+    return data.materialise(source, preprocess, shape, num, config.max_bad_images)[0]
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / np.float32(255)
 
 
 def lines(found: Reachability) -> list[str]:
-    """The figures in one line, and the warning where there is one."""
+    """The figures in one line, and the warning if there is one."""
     farthest = found.farthest_sampling
     samples = "as their gradients take them" if farthest is None else f"{farthest:.3g}"
     figures = (
@@ -172,7 +163,7 @@ def lines(found: Reachability) -> list[str]:
 
 def _mean_distance(seeds: np.ndarray, images: np.ndarray) -> float:
     num = min(len(seeds), len(images))
-    # Shifted, so that seeds which are training images do not meet themselves.
+    # Shifted, so that no seed that is a training image is compared with itself.
     others = np.roll(images[:num], num // 2, axis=0)
     pairs = zip(seeds[:num], others, strict=True)
     return float(np.mean([np.linalg.norm(seed - image) for seed, image in pairs]))
@@ -205,11 +196,11 @@ class _Way(NamedTuple):
 
 
 def _sentence(distance: float, least: float, ways: Sequence[_Way]) -> str | None:
-    """What cannot come near, and what would do.
+    """Which steps are too short, and which settings would be enough.
 
-    The warning compares what is certain on both sides: the least distance, and a
-    straight line. The remedy covers the mean distance between a seed and an image:
-    the steps of a loop turn, and somewhat less may do.
+    The warning compares two bounds: the least distance, and a straight line. The remedy
+    covers the mean distance between a seed and an image, as the steps of a loop turn;
+    somewhat less may be enough.
     """
     short = [way for way in ways if way.farthest < _ENOUGH * least]
     if not short:

@@ -1,8 +1,8 @@
 """Seeds that are drawn instead of read: uniform noise, and Gaussians of the images.
 
-Contrastive images and samples start from seeds. Steps that can cross from photographs
-to photographs cannot cross from noise, so Gaussians fitted to the training images
-stand in where no other data set is at hand; Santurkar et al. (NeurIPS 2019, arXiv
+Contrastive images and samples start from seeds. Steps that lead from one photograph to
+another are too short to lead there from noise. Gaussians fitted to the training images
+are near enough and need no other data set; Santurkar et al. (NeurIPS 2019, arXiv
 1906.09453) draw the seeds of their samples in this way.
 """
 
@@ -28,8 +28,8 @@ NOISE = "noise"
 GAUSSIAN = "gaussian"
 GAUSSIAN_PER_CLASS = "gaussian_per_class"
 
-#: Values of config.data.seeds that need no data set of their own; those that are
-#: fitted to the training images.
+#: Values of config.data.seeds that are fitted to the training images; those that need
+#: no data set of their own.
 FITTED = (GAUSSIAN, GAUSSIAN_PER_CLASS)
 DRAWN = (NOISE, *FITTED)
 
@@ -39,12 +39,12 @@ FILE = "seeds.npz"
 #: Training images that Gaussians are fitted to.
 NUM_FITTED = 10_000
 
-# Larger images are described at this resolution and drawn enlarged.
+# Larger images are modelled at this resolution, and the draws are enlarged.
 _LARGEST_SIDE = 32
 # Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold more than 99 % of
 # the variance, in 6 MB instead of 38.
 _MOST_DIRECTIONS = 512
-# Of all classes together, 16 MiB, and too few to resemble images.
+# Numbers of all classes together, 16 MiB; fewer directions do not resemble images.
 _MOST_NUMBERS = 4 * 2**20
 _FEWEST_DIRECTIONS = 32
 _FINGERPRINT_IMAGES = 64
@@ -75,7 +75,7 @@ class Gaussian:
         return hashlib.sha256(content).hexdigest()
 
     def draw(self, seed: int, number: int, label: int = 0) -> np.ndarray:
-        """One seed image, the same wherever and among whichever others it is drawn.
+        """One seed image, which does not depend on the others that are drawn with it.
 
         Args:
           seed: of the whole set, 0 <= seed < 2**64.
@@ -95,7 +95,7 @@ class Gaussian:
         return _resized(levels, self.image_shape, "BICUBIC")
 
     def batch(self, seed: int, numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Several: numbers [B] and labels [B] -> float32 [B, H, W, C] in [0, 1]."""
+        """Numbers [B] and labels [B] -> float32 [B, H, W, C] in [0, 1]."""
         pairs = zip(numbers.tolist(), labels.tolist(), strict=True)
         levels = np.stack([self.draw(seed, number, label) for number, label in pairs])
         return levels.astype(np.float32) / np.float32(255)
@@ -108,7 +108,7 @@ def fit(
 
     Args:
       images: uint8 [N, H, W, C].
-      labels: [N] int in 0..K-1 for one Gaussian a class; None for one of all.
+      labels: [N] int in 0..K-1 for one Gaussian per class; None for a single one.
       num_classes: K.
 
     Raises:
@@ -125,7 +125,7 @@ def fit(
     _check_members([int(chosen.sum()) for chosen in members], per_class)
     small = np.stack([_resized(image, small_shape, "BOX") for image in images])
     fitted = [_principal(small[chosen], rank) for chosen in members]
-    # Fewer images than directions: the rest of them has no extent.
+    # With fewer images than directions, the remaining directions have no variance.
     rank = max(len(factors) for _, factors in fitted)
     means = np.stack([mean for mean, _ in fitted])
     factors = np.zeros((groups, rank, *small.shape[1:]), np.float32)
@@ -196,15 +196,17 @@ def _principal(images: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarray:
     """uint8 [H, W, C] at another size, by one of Pillow's methods."""
-    from PIL import Image  # not needed to import the package
-
     height, width = shape[:2]
     if image.shape[:2] == (height, width):
         return image
-    grey = image.shape[2] == 1
-    picture = Image.fromarray(image[..., 0] if grey else image)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling[method]))
-    return resized[..., None] if grey else resized
+    from PIL import Image
+
+    from atebm_jax.data import decoding  # with the whole room of data, slow to import
+
+    picture = decoding.to_pillow(image)
+    return decoding.from_pillow(
+        picture.resize((width, height), Image.Resampling[method])
+    )
 
 
 class Fit(NamedTuple):
@@ -251,10 +253,10 @@ def fit_if_absent(
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
-      source: the training images; `NUM_FITTED` of them, evenly spread, are described.
+      source: the training images; `NUM_FITTED` of them, evenly spread, are used.
       config: `config.data`.
-      path: the file, with a fingerprint of kind and images.
-      note: is told that a fit begins.
+      path: the file; it also holds a fingerprint of kind and images.
+      note: takes a line for the user when a fit begins.
       anew: fit again where the file holds the Gaussians of other images.
 
     Raises:
@@ -345,7 +347,7 @@ def _images(
 def _fingerprint(
     kind: str, source: data.Source, config: ml_collections.ConfigDict
 ) -> str:
-    """Tells Gaussians of other images or of another kind apart, without fitting."""
+    """Differs for Gaussians of other images or of another kind; fits nothing."""
     images, labels = _images(source, config, _FINGERPRINT_IMAGES)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     settings = (kind, len(source), NUM_FITTED, _MOST_DIRECTIONS, _LARGEST_SIDE)

@@ -71,17 +71,17 @@ def _found(module: str) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: epath.Path, *, shared: bool = False) -> Iterator[epath.Path]:
-    """A place to make a local file or folder at, which then becomes `path`.
+    """Makes a local file or folder elsewhere and then moves it to `path`.
 
     A killed process leaves the old `path` or the new one, whole. After an error nothing
-    of the new one is left behind.
+    of the new one remains.
 
     Args:
-      path: a file in its place, or an empty folder in place of a folder, gives way.
+      path: a file there, or an empty folder in place of a folder, is replaced.
       shared: another process may be making the same at this moment.
 
     Yields:
-      The place, in the same folder: moving it from there copies nothing.
+      Where to make it: in the same folder, so that moving copies nothing.
     """
     temporary = _temporary(path, shared)
     try:
@@ -99,12 +99,10 @@ def _temporary(path: epath.Path, shared: bool) -> epath.Path:
 
 
 def probe(path: epath.Path, *, shared: bool = False) -> None:
-    """Tries whether a file can be made, before the work that makes it.
-
-    Nothing is left behind, and what is at the path stays.
+    """Checks, before the work, that a file can be made; leaves everything as it is.
 
     Args:
-      path: of the file; `shared` as of `replacing`.
+      path, shared: as of `replacing`.
 
     Raises:
       OSError: it cannot.
@@ -140,7 +138,7 @@ def write_json(path: epath.Path, content: Any, *, allow_nan: bool = True) -> Non
     """As `replace_bytes`.
 
     Raises:
-      ValueError: a number is not finite and `allow_nan` is off.
+      ValueError: a number is not finite and `allow_nan` is False.
     """
     replace_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
 
@@ -186,17 +184,16 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
     """A file or folder that appears when it is complete, or not at all.
 
     Args:
-      to: local, with `~` for the home; folders above it are made. A file in its place
-        or an empty folder gives way, nothing else: a device stays what it is. A link
-        stays too, and what it leads to is made.
-      flag: that gave it, for messages.
+      to: local, with `~` for the home; folders above it are made. A file or an empty
+        folder there is replaced, a link is followed, a device is refused.
+      flag: the flag that gave it, for messages.
 
     Yields:
       The path to make it at; it is moved from there.
 
     Raises:
-      UserError: it cannot be written, by whatever library that is said. Nothing is left
-        behind then, nor after any other error.
+      UserError: it cannot be written, whatever library says so. After this and any
+        other error nothing remains.
     """
     place = real(local(flag, to))
     if is_device(place):
@@ -208,8 +205,7 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with replacing(place, shared=True) as temporary:
-            # Of a killed process that had the same number.
-            _remove(temporary)
+            _remove(temporary)  # of a killed process that had the same number
             yield os.fspath(temporary)
     except UserError:
         raise
@@ -224,8 +220,7 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
             "room or give another place, and give the same command again."
         ) from error
     finally:
-        # From the innermost one up, those that stayed empty.
-        for folder in made:
+        for folder in made:  # from the innermost one up; only empty ones go
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
@@ -235,10 +230,10 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing(what: str | os.PathLike, remedy: str = "") -> Iterator[None]:
-    """Tells in one sentence that a file or folder cannot be written.
+    """Says in one sentence that a file or folder cannot be written.
 
     Args:
-      what: it is, with its name.
+      what: the kind of file or folder, and its name.
       remedy: another sentence.
 
     Raises:
@@ -252,13 +247,12 @@ def writing(what: str | os.PathLike, remedy: str = "") -> Iterator[None]:
         raise UserError(f"{sentence} {remedy}".rstrip()) from error
 
 
-# What an error that comes from a file system without room, or read only, can say.
+# What the error of a file system that is full or read-only can say.
 _UNWRITABLE = {
     errno.ENOSPC: "No space left on device",
     errno.EDQUOT: "Disk quota exceeded",
     errno.EFBIG: "File too large",
-    # What Linux makes of a disk that fails.
-    errno.EROFS: "Read-only file system",
+    errno.EROFS: "Read-only file system",  # also a disk that fails, under Linux
 }
 
 
@@ -268,15 +262,15 @@ def told_plainly(
     what: str = "workdir",
     then: str = "from the last checkpoint",
 ) -> Iterator[None]:
-    """Tells in one sentence that a folder cannot be written any more.
+    """Says in one sentence that a folder cannot be written any more.
 
     Args:
-      folder: a job's workdir, or what else is gone on with by the same command.
-      what: it is.
+      folder: a job's workdir, or another one that the same command goes on with.
+      what: the kind of folder.
       then: where the same command goes on.
 
     Raises:
-      UserError: in place of an error that says so, by whatever library it came.
+      UserError: in place of an error that says so, from whatever library.
     """
     try:
         yield
@@ -293,7 +287,7 @@ def told_plainly(
 
 
 def why_unwritable(error: BaseException | None) -> str | None:
-    """The reason if an error, or one that it came from, is of a full disk."""
+    """The reason if an error, or a cause of it, is of a full or read-only disk."""
     while error is not None:
         for number, text in _UNWRITABLE.items():
             if getattr(error, "errno", None) == number or text in str(error):

@@ -1,11 +1,11 @@
-"""One job at a time on a workdir, one command on any folder that is written to.
+"""One job at a time on a workdir, one command at a time on any output folder.
 
-Where the file system locks files, the kernel holds the lock and frees it with the
-process, however that ends; the file that a killed one leaves keeps nobody out.
-Elsewhere (buckets, some network mounts) each job writes a file of its own and then
-looks for those of others: of two that start at once at least one sees the other,
-however slow either is. The holder renews its file, and one that stays as it is for a
-minute is void; no clocks are compared.
+Where the file system can lock files, the kernel holds the lock and releases it when the
+process ends, in whatever way; a file that a killed process leaves locks nothing.
+Elsewhere (buckets, some network mounts) each job first writes a file of its own, a
+claim, and then looks for the claims of others. If two jobs start at once, at least one
+sees the other, however slow either is. The holder renews its claim. A claim that does
+not change for a minute is void; no clocks are compared.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 FILE = ".lock"
 
-# Seconds between two signs of life, and without one until the holder counts as dead.
+# Seconds between two renewals of a claim; without one until it is void; between looks.
 _BEAT = 20.0
 _PATIENCE = 65.0
 _LOOK_EVERY = 1.0
@@ -50,10 +50,10 @@ class Lock:
 
     Args:
       workdir: the folder.
-      what: it is, for messages.
-      flag: that gave it, for messages.
-      alone: this process is the whole job, and asks JAX for no others (which would take
-        hold of the devices).
+      what: the kind of folder, for messages.
+      flag: the flag that gave it, for messages.
+      alone: this process is the whole job. It does not ask JAX for others, as that
+        would take hold of the devices.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Lock:
         self._taken_by: _Owner | None = None
 
     def acquire(self) -> None:
-        """Takes the lock if the workdir is there; again, it does nothing.
+        """Takes the lock if the workdir exists and the lock is not held already.
 
         Every process must call it equally often.
 
@@ -95,7 +95,7 @@ class Lock:
         self._refuse(refusal)
 
     def check(self) -> None:
-        """Refuses to go on where another job has taken a lock for void.
+        """Refuses to go on if another job has removed this job's claim as void.
 
         Every process must call it equally often.
 
@@ -105,7 +105,7 @@ class Lock:
         self._refuse("" if self._taken_by is None else self._in_use(self._taken_by))
 
     def release(self) -> None:
-        """Gives the lock back, and leaves no file of it."""
+        """Releases the lock and removes its file."""
         if self._file is not None:
             self._unlink(self._file)
             os.close(self._file)
@@ -184,13 +184,13 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    # --- Held by a sign of life ---
+    # --- Held by a claim ---
 
     def _claim_workdir(self) -> None:
         """Claims the workdir and renews the claim from a thread.
 
-        A job may hold it once it has written its claim and then seen no other one. Of
-        two claims that see each other the one later by name is withdrawn.
+        A job holds the workdir once it has written its claim and then seen no other. Of
+        two claims that see each other, the one later by name is withdrawn.
 
         Raises:
           _InUse: another job holds the workdir and lives.
@@ -206,7 +206,7 @@ class Lock:
                     self._claim.unlink(missing_ok=True)
                     claimed = False
                 if claimed or not others:
-                    # While it waits, so that nobody takes it for void.
+                    # Also while it waits, so that its claim does not become void.
                     self._renew(holds=False)
                     claimed = True
                 if others:
@@ -223,10 +223,10 @@ class Lock:
     def _watch(
         self, others: dict[str, _Owner], known: dict[str, tuple[_Owner, float]]
     ) -> None:
-        """Removes the claims that are void; `known` is when each was last renewed.
+        """Removes void claims; `known` has each claim and the time when it changed.
 
         Raises:
-          _InUse: a holder has given a sign of life.
+          _InUse: a holder has renewed its claim.
         """
         now = time.monotonic()
         for name, owner in others.items():
@@ -249,8 +249,8 @@ class Lock:
         while not self._ended.wait(_BEAT):
             try:
                 others = self._others()
-                # Was cut off for so long that it was taken for void: its claim has
-                # gone, or it came back just as it renewed it and one must yield.
+                # This job was cut off for so long that its claim became void: the
+                # claim has gone, or came back just now, and one of two must yield.
                 if not self._claim.exists():
                     self._taken_by = next(iter(others.values()), {})
                     return
@@ -260,13 +260,12 @@ class Lock:
                         return
                 self._renew(holds=True)
             except OSError:
-                # Out of reach for a moment; the next one may come through.
-                continue
+                continue  # out of reach for a moment
 
     def _renew(self, holds: bool) -> None:
         self._signs_of_life += 1
         owner = {"holds": holds, "signs_of_life": self._signs_of_life}
-        # Whole at every moment: half a line would pass for nobody's.
+        # Whole at every moment: half of one would name nobody.
         storage.write_json(self._claim, self._owner | owner)
 
     def _others(self) -> dict[str, _Owner]:
@@ -280,12 +279,11 @@ class Lock:
 
 @contextlib.contextmanager
 def held(folder: str | os.PathLike, flag: str, *, alone: bool = True) -> Iterator[None]:
-    """Makes a folder and holds it while one command writes into it.
+    """Makes a folder and locks it while one command writes into it.
 
     Args:
       folder: local, unless all processes of a job call this.
-      flag: that gave it, for messages.
-      alone: as of `Lock`.
+      flag, alone: as of `Lock`.
 
     Raises:
       UserError: another command writes there, or it cannot be written.
@@ -302,7 +300,7 @@ def held(folder: str | os.PathLike, flag: str, *, alone: bool = True) -> Iterato
 
 
 def _read(path: epath.Path) -> _Owner:
-    """Whom the file names; empty without one that can be read."""
+    """The job that a file names; empty if it cannot be read."""
     try:
         owner = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

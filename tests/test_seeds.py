@@ -77,14 +77,19 @@ def test_classes_too_many_or_too_small_are_refused():
         seeds.check("gaussian_per_class", 1000, (256, 256, 3))
 
 
+def run(folder, kind, **settings):
+    """A job of two steps a stage with these seeds: (workdir, config)."""
+    steps = {"stage1.num_steps": 2, "stage2.num_steps": 2}
+    config = tiny.config(**{"data.seeds": kind}, **steps, **settings)
+    tiny.run(config, folder / "digits")
+    return folder / "digits", config
+
+
 @pytest.fixture(scope="module", params=seeds.FITTED)
 def trained(request, tmp_path_factory):
-    """A job whose seeds are Gaussian: (workdir, config)."""
-    config = tiny.config()
-    config.data.seeds = request.param
-    workdir = tmp_path_factory.mktemp("gaussian") / "digits"
-    tiny.run(config, workdir)
-    return workdir, config
+    """A job whose seeds are Gaussian; of one a class it has both stages."""
+    stages = "auto" if request.param == seeds.GAUSSIAN_PER_CLASS else "stage1"
+    return run(tmp_path_factory.mktemp("gaussian"), request.param, stages=stages)
 
 
 def test_a_checkpoint_keeps_them_and_samples_need_no_data(

@@ -3,7 +3,9 @@
 from atebm_jax.data import classes, content, relabel
 from atebm_jax.data.augment import Augmentation, parse
 from atebm_jax.data.decoding import decode
-from atebm_jax.data.examples import read, read_or_next
+from atebm_jax.data.examples import Images
+from atebm_jax.data.folder import FolderSource
+from atebm_jax.data.opening import KINDS, open_source
 from atebm_jax.data.pipeline import (
     Batches,
     Stream,
@@ -11,15 +13,8 @@ from atebm_jax.data.pipeline import (
     materialise,
     train_batches,
 )
-from atebm_jax.data.sources import (
-    KINDS,
-    UNLABELLED,
-    ArraySource,
-    FolderSource,
-    Source,
-    TfdsSource,
-    open_source,
-)
+from atebm_jax.data.sources import UNLABELLED, ArraySource, Source
+from atebm_jax.data.tfds import TfdsSource
 
 __all__ = [
     "KINDS",
@@ -28,6 +23,7 @@ __all__ = [
     "Augmentation",
     "Batches",
     "FolderSource",
+    "Images",
     "Source",
     "Stream",
     "TfdsSource",
@@ -38,8 +34,6 @@ __all__ = [
     "materialise",
     "open_source",
     "parse",
-    "read",
-    "read_or_next",
     "relabel",
     "train_batches",
 ]

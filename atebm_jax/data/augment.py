@@ -19,7 +19,7 @@ from PIL import Image
 from atebm_jax import calls
 from atebm_jax.data.autoaugment import autoaugment_cifar10
 from atebm_jax.data.decoding import BadImage, from_pillow, to_pillow
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -92,7 +92,7 @@ def _resized_shape(image: np.ndarray, size: int) -> tuple[int, int]:
 
 
 def _room(size: int) -> int:
-    """The most pixels of a resized image: it is bounded by what shall become of it."""
+    """The most pixels of a resized image, from the size that is asked for."""
     return max(4 * size**2, 2**24)
 
 
@@ -115,8 +115,8 @@ def resize_and_center_crop(
 ) -> np.ndarray:
     """`resize(size)`, then `center_crop(crop)`; of thin images nothing but the middle.
 
-    A line of pixels, scaled to a shorter side of 256, is an image of gigabytes, of
-    which the crop keeps the middle. Pillow makes that alone, to rounding the same.
+    A line of pixels, scaled to a shorter side of 256, is an image of gigabytes. The
+    crop keeps its middle. So Pillow makes only that, which is the same to rounding.
     """
     height, width = _resized_shape(image, size)
     if height * width <= _room(size):
@@ -157,12 +157,8 @@ def _random_box(
     aspect = min(max(width / height, 3 / 4), 4 / 3)
     crop_width = min(width, max(round(height * aspect), 1))
     crop_height = min(height, max(round(width / aspect), 1))
-    return (
-        (height - crop_height) // 2,
-        (width - crop_width) // 2,
-        crop_height,
-        crop_width,
-    )
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return top, left, crop_height, crop_width
 
 
 def _scale(
@@ -203,7 +199,7 @@ OPS: dict[str, Op] = {
     "center_crop": Op(center_crop, "center_crop(256)", "size"),
 }
 
-# Pixels; what asks for more is a slip, and would take gigabytes an image.
+# Pixels; more is a slip, and would take gigabytes an image.
 _LARGEST = 8192
 _SIZE = re.compile(r"[1-9][0-9]{0,4}")
 
@@ -216,14 +212,13 @@ def parse(spec: str) -> Augmentation:
     Raises:
       UserError: an unknown operation or a wrong argument.
     """
-    operations = (
-        [_parse_call(call, spec) for call in spec.split("|")] if spec.strip() else []
-    )
+    texts = spec.split("|") if spec.strip() else []
+    operations = [_parse_call(call, spec) for call in texts]
     return functools.partial(_apply, tuple(_joined(operations)))
 
 
 def _joined(operations: list[functools.partial]) -> list[functools.partial]:
-    """The same operations, a crop that follows a resize together with it."""
+    """The same operations; a resize and the crop that follows it become one."""
     joined: list[functools.partial] = []
     for call in operations:
         if call.func is center_crop and joined and joined[-1].func is resize:
@@ -246,13 +241,16 @@ def _parse_call(call: str, spec: str) -> functools.partial:
     if name not in OPS:
         near = difflib.get_close_matches(name, OPS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f"unknown augmentation {call.strip()!r} in {spec!r}{hint}; the operations "
-            f"are {', '.join(op.example for op in OPS.values())}, joined by |"
-        )
+        known = [op.example for op in OPS.values()]
+        of = f" in {spec!r}, operations joined by |{hint}"
+        check_choice("augmentation", call.strip(), known, of)
     op = OPS[name]
-    keywords = _keywords(op, words)
-    if keywords is None:
+    keywords: dict[str, int | str] = {}
+    if op.size_name and words and _is_size(words[0]):
+        keywords[op.size_name] = int(words.pop(0))
+    if keywords and words and words[0] in op.interpolations:
+        keywords["interpolation"] = words.pop(0)
+    if words or bool(keywords) != bool(op.size_name):
         raise UserError(
             f"wrong arguments of the augmentation {call.strip()!r} in {spec!r}: write "
             f"{op.example}"
@@ -261,13 +259,5 @@ def _parse_call(call: str, spec: str) -> functools.partial:
     return functools.partial(op.function, **keywords)
 
 
-def _keywords(op: Op, words: list[str]) -> dict[str, int | str] | None:
-    """The parameters that `words` set, or None if they are wrong."""
-    keywords: dict[str, int | str] = {}
-    if op.size_name:
-        if not words or not _SIZE.fullmatch(words[0]) or int(words[0]) > _LARGEST:
-            return None
-        keywords[op.size_name] = int(words.pop(0))
-    if words and words[0] in op.interpolations:
-        keywords["interpolation"] = words.pop(0)
-    return None if words else keywords
+def _is_size(word: str) -> bool:
+    return _SIZE.fullmatch(word) is not None and int(word) <= _LARGEST

@@ -109,8 +109,7 @@ def _translate_y(image: Image.Image, amount: float, fill: int) -> Image.Image:
 
 
 def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
-    # Always grey around, and never the other way (no sign): so was the published
-    # classifier trained.
+    # Grey corners and one direction only: the published classifier was trained so.
     return image.rotate(degrees, fillcolor=_grey(image, 128))
 
 

@@ -11,27 +11,26 @@ from atebm_jax.data.sources import ArraySource
 from atebm_jax.errors import UserError
 
 _PIXELS = 3 * 32 * 32
-_SPLITS = ("train", "test")
-# What the archives of CIFAR-10 and CIFAR-100 call a split's files, and their classes.
+# How the files of a split begin in the archives of CIFAR-10 and CIFAR-100.
 _FILES = {"train": ("data_batch_", "train.bin"), "test": ("test_batch", "test.bin")}
 _NAMES = ("batches.meta.txt", "fine_label_names.txt")
 
 
-def open_cifar(rest: str, spec: str) -> ArraySource:
+def open_cifar(rest: str) -> ArraySource:
     """Reads `cifar-10-binary.tar.gz` or `cifar-100-binary.tar.gz` into memory.
 
-    The binary version holds plain bytes: nothing in it can be run, as the pickles of
-    the Python version could.
+    The binary version holds plain bytes. The Python version is not read: it holds
+    pickles, which can run code.
 
     Args:
       rest: PATH:SPLIT, SPLIT being train or test.
-      spec: the whole, for messages.
 
     Raises:
       UserError: no such file or split, or the file is not such an archive.
     """
+    spec = f"cifar:{rest}"
     path, _, split = rest.rpartition(":")
-    if split not in _SPLITS or not path:
+    if split not in _FILES or not path:
         raise UserError(
             f"{spec}: write cifar:PATH:train or cifar:PATH:test, PATH being "
             "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz."

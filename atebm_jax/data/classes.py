@@ -10,7 +10,7 @@ _LONGEST_PLACE = 9
 
 
 def names_of(class_names: Sequence[str] | None, number: int) -> list[str]:
-    """K names: a data set's own where it has K of them, else their places."""
+    """K names: the data set's own if it has K of them, else the numbers from 0."""
     if class_names is not None and len(class_names) == number:
         return list(class_names)
     return [str(place) for place in range(number)]
@@ -21,14 +21,14 @@ def find(
 ) -> int:
     """The place of the class that a word means.
 
-    A name goes before a place ("10" may be the name of any class), and one with the
-    same letters before one with others. `name:10` and `place:10` say which is meant.
+    A name is preferred to a place ("10" may be the name of any class), and an exact
+    name to one that differs in case. `name:10` and `place:10` say which is meant.
 
     Args:
       flag: where the word was given, for messages.
       word: a name, a place, or either after "name:" or "place:".
       names: of all classes.
-      also: what the flag takes beside one class, for messages.
+      also: what else the flag takes, for messages.
 
     Raises:
       UserError: no such class, or more than one.
@@ -63,7 +63,7 @@ def _meant(flag: str, word: str, names: Sequence[str]) -> list[int]:
 
 
 def check_keyword(flag: str, word: str, names: Sequence[str]) -> None:
-    """Refuses a word with a meaning of its own where a class is called so.
+    """Refuses a keyword of a flag if it is also the name of a class.
 
     Raises:
       UserError: names both.

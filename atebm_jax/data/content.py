@@ -1,9 +1,8 @@
-"""What tells a set of images from another one of the same name, read only in part.
+"""A description of a set of images that shows whether it has changed.
 
-A command that goes on where it was stopped must go on with the same images. Compared
-are their number, the names of the classes and a digest of what a source tells of all
-images without reading them (of a folder: classes, paths and sizes) and of the bytes of
-a few. Images are not decoded.
+A stopped command must go on with the same images. Compared are the number of images,
+the names of the classes, and a digest. The digest is of a listing of all images (for a
+folder: classes, paths and sizes) and of the bytes of a few. Images are not decoded.
 """
 
 import hashlib
@@ -24,8 +23,8 @@ _NUM_READ = 256
 def describe(source: Source) -> dict[str, Any]:
     """Number of images, names of classes and the digest, as plain JSON.
 
-    The same wherever the images lie. A file of another content is noticed if its path,
-    class or size has changed, or if it is among the 256 that are read.
+    The same wherever the images lie. A changed file is noticed if its path, class or
+    size has changed, or if it is among the 256 that are read.
     """
     digest = hashlib.sha256()
     for line in listing(source):
@@ -49,22 +48,22 @@ def check(
     remedy: str,
     by_place: bool = False,
 ) -> None:
-    """Refuses images that are not those that a command began with.
+    """Refuses images that differ from those that a command began with.
 
     Args:
       what: which images, for messages: "config.data.train=folder:PATH".
       before: as of `describe`; None where an earlier version kept nothing.
       now: the same of what there is now.
-      since: when they were others, for messages: "workdir W was begun".
-      remedy: beside bringing the images back: "give another --workdir".
+      since: when `before` was made, for messages: "workdir W was begun".
+      remedy: other than bringing the images back: "give another --workdir".
       by_place: the names of the classes may be others.
 
     Raises:
       UserError: says what has changed.
     """
-    known = isinstance(before, Mapping)
-    changed = _difference(before, now, by_place) if known else ""
-    if changed:
+    if not isinstance(before, Mapping):
+        return
+    if changed := _difference(before, now, by_place):
         raise UserError(
             f"{what} has changed since {since}: {changed}. Bring the images back, or "
             f"{remedy}."
@@ -103,7 +102,7 @@ def _bytes_of_some(source: Source) -> Iterator[bytes]:
     for position in range(number):
         try:
             example = source[position * len(source) // number]
-        except UNREADABLE:  # told by who needs the image
+        except UNREADABLE:  # an error only where the image is needed
             yield b"cannot be read"
             continue
         yield str(example["label"]).encode()

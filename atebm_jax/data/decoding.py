@@ -9,20 +9,21 @@ from PIL import Image
 
 from atebm_jax.errors import UserError
 
-# No others: Pillow would hand some, such as PostScript, to programs of the system, and
-# takes others by little more than their length.
+# Pillow hands some other formats, such as PostScript, to programs of the system, and
+# recognises some by little more than their length.
 FORMATS = (
     *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
 )
-# Begins as a JPEG and is read as one: telephones put a preview behind it.
+# A JPEG with a preview behind it, from telephones; Pillow reads it as a JPEG.
 _LIKE_JPEG = "MPO"
 
+# A header of a few bytes may claim gigabytes.
 _MOST_PIXELS = 2**26
 
 
 @functools.cache
 def extensions() -> frozenset[str]:
-    """Endings of the names of image files, as ".jpg", that Pillow has for `FORMATS`."""
+    """Extensions of image files of `FORMATS`, such as ".jpg"."""
     known = Image.registered_extensions().items()
     return frozenset(end for end, form in known if form in (*FORMATS, _LIKE_JPEG))
 
@@ -42,7 +43,7 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
 
     Raises:
       ValueError: the image is truncated, broken, not an image, larger than 2**26
-        pixels, or of 32-bit numbers, of which nobody knows what is white.
+        pixels, or of 32-bit numbers, whose black and white are not known.
     """
     if channels not in (1, 3):
         raise UserError(f"images have 1 or 3 channels, got {channels}")
@@ -80,7 +81,8 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def _load(encoded: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    check_size(image)
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"it claims {image.width} x {image.height} pixels")
     if image.format == "JPEG2000" and not _ends_as_jpeg2000(encoded):
         raise ValueError("it is truncated")
     image.load()
@@ -88,7 +90,7 @@ def _load(encoded: bytes) -> Image.Image:
 
 
 def _ends_as_jpeg2000(encoded: bytes) -> bool:
-    """Whether the mark of the end comes after the data: Pillow does not ask for it."""
+    """Whether the end marker comes after the data; Pillow does not check that."""
     data, end = b"\xff\x93", b"\xff\xd9"
     return encoded.rfind(end) > encoded.find(data) >= 0
 
@@ -106,7 +108,7 @@ def _pixels_alone(png: bytes) -> bytes:
         chunk = png[place : place + 12 + length]
         name, check = chunk[4:8], int.from_bytes(chunk[-4:], "big")
         intact = name == b"eXIf" and zlib.crc32(chunk[4:-4]) == check
-        # A small letter in front: a reader may leave it out.
+        # A chunk whose name begins with a small letter is optional.
         if not name[:1].islower() or name in _NEEDED or intact:
             parts.append(chunk)
         place += 12 + length
@@ -114,17 +116,7 @@ def _pixels_alone(png: bytes) -> bytes:
 
 
 class BadImage(ValueError):
-    """An image that nothing can be made of; counted like one that is broken."""
-
-
-def check_size(image: Image.Image) -> None:
-    """Refuses an opened image by its header: a few bytes may ask for gigabytes.
-
-    Raises:
-      ValueError: it claims more than 2**26 pixels.
-    """
-    if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"it claims {image.width} x {image.height} pixels")
+    """An image that cannot be augmented; counted like one that is broken."""
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -143,7 +135,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def has_16_bits(image: Image.Image) -> bool:
-    """Whether an opened image holds numbers of 16 bits; a copy of it may not tell."""
+    """Whether an opened image has 16 bits a pixel; a copy has lost its format."""
     return image.mode.startswith("I;16") or (
         image.mode == "I" and image.format == "PPM"
     )

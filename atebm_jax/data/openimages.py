@@ -1,4 +1,4 @@
-"""Which Open Images show nothing that ImageNet has a class for (method: section 4)."""
+"""Chooses Open Images that show no class of ImageNet (method: section 4)."""
 
 import contextlib
 import csv
@@ -8,9 +8,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from atebm_jax.errors import UserError
 from atebm_jax.storage import replace_text
@@ -29,15 +29,16 @@ def normalise(name: str) -> str:
 def names_of_classes(path: str) -> set[str]:
     """Normalised names of a class file: one class a line, synonyms between commas.
 
-    A WordNet identifier (n01440764) in front of the names is passed over.
+    A WordNet identifier (n01440764) in front of the names is ignored.
 
     Raises:
       UserError: the file cannot be read or holds no name.
     """
     names = set()
-    for line in _lines(path, "--imagenet_classes"):
-        line = re.sub(r"^n\d{8}\s*[:,]?\s*", "", line.strip())
-        names |= {normalise(part) for part in line.split(",")} - {""}
+    with _opened("--imagenet_classes", path) as file:
+        for line in file:
+            line = re.sub(r"^n\d{8}\s*[:,]?\s*", "", line.strip())
+            names |= {normalise(part) for part in line.split(",")} - {""}
     if not names:
         raise UserError(
             f"--imagenet_classes={path} holds no names: expected one class a line, "
@@ -103,9 +104,8 @@ def select(
       UserError: a file cannot be read or has other columns.
       OSError: `decisions` cannot be written.
     """
-    lines = _lines(descriptions_file, "--class_descriptions")
-    with _told(f"--class_descriptions={descriptions_file}", "table (CSV)"):
-        rows = [row[:2] for row in csv.reader(lines) if len(row) > 1]
+    with _opened("--class_descriptions", descriptions_file, "table (CSV)") as file:
+        rows = [row[:2] for row in csv.reader(file) if len(row) > 1]
     display = {label: name for label, name in rows if label != "LabelName"}
     if not display:
         raise UserError(
@@ -123,9 +123,8 @@ def select(
 
 
 def _hierarchy(path: str) -> Mapping[str, Any]:
-    text = "".join(_lines(path, "--hierarchy"))
-    with _told(f"--hierarchy={path}", "JSON"):
-        hierarchy = json.loads(text)
+    with _opened("--hierarchy", path, "JSON") as file:
+        hierarchy = json.load(file)
     try:
         for line in _paths(hierarchy):
             hash(line)
@@ -142,10 +141,10 @@ def _without(
 ) -> set[str]:
     """Images with a verified label, of which none overlaps or is without a name."""
     nameless: set[str] = set()
-    reader = csv.DictReader(_lines(labels_file, "--labels"))
     wanted = {"ImageID", "LabelName", "Confidence"}
     seen, refused = set(), set()
-    with _told(f"--labels={labels_file}", "table (CSV)"):
+    with _opened("--labels", labels_file, "table (CSV)") as file:
+        reader = csv.DictReader(file)
         if not wanted <= set(reader.fieldnames or ()):
             raise UserError(
                 f"--labels={labels_file} has the columns {reader.fieldnames}: expected "
@@ -181,8 +180,8 @@ def _confidence(text: str | None, labels_file: str, line: int) -> float:
     return confidence
 
 
-def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ...]]:
-    """Every line from below the root to a leaf; the root is above everything."""
+def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterator[tuple[str, ...]]:
+    """Every path from below the root to a leaf; the root is above every label."""
     for child in node.get("Subcategory", ()):
         line = (*above, child["LabelName"])
         if child.get("Subcategory"):
@@ -191,22 +190,21 @@ def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterable[tuple[str, ..
             yield line
 
 
-def _lines(path: str, flag: str) -> Iterable[str]:
-    try:
-        local = os.path.expanduser(path)
-        # Some programs put a byte-order mark in front, which is no part of a name.
-        with open(local, encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}={path} cannot be read: {error}.") from error
-
-
 @contextlib.contextmanager
-def _told(what: str, wanted: str) -> Iterator[None]:
-    """Says in one sentence that a file is not of its kind."""
+def _opened(flag: str, path: str, kind: str = "text") -> Iterator[TextIO]:
+    """Opens the file of a flag.
+
+    Raises:
+      UserError: in place of an error while it is read: another kind of file, say.
+    """
     try:
-        yield
+        # utf-8-sig: a byte-order mark in front is no part of a name.
+        local = os.path.expanduser(path)
+        with open(local, encoding="utf-8-sig", newline="") as file:
+            yield file
     except UserError:
         raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag}={path} cannot be read: {error}.") from error
     except (csv.Error, ValueError, RecursionError) as error:
-        raise UserError(f"{what} is no {wanted}: {error}.") from error
+        raise UserError(f"{flag}={path} is no {kind}: {error}.") from error

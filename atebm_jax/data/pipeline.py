@@ -24,6 +24,7 @@ from absl import flags
 from atebm_jax.data.augment import parse
 from atebm_jax.data.examples import (
     NOT_BAD,
+    Images,
     ImageShape,
     bad_field,
     eval_example,
@@ -121,7 +122,7 @@ class Batches(Iterator[Batch]):
 
 def _failure(error: Exception) -> str:
     if "terminated unexpectedly" in str(error):
-        # Grain's words for a worker process that is gone, with its exit code.
+        # Grain says so when a worker process has gone, with its exit code.
         code = "".join(re.findall(r"exit code (-?\d+)", str(error))[:1])
         return (
             f"a worker process that makes batches has ended (exit code {code or '?'}), "
@@ -160,9 +161,9 @@ def train_batches(
         hold the same images at each step whatever their number.
       num_workers: worker processes; 0 for threads in this process. A source in
         memory is copied to each of them.
-      num_threads: threads that make batches, in each worker. Small images gain from
-        workers, not from more threads: Python runs one thread at a time.
-      prefetch: batches made ahead, in each worker; at most so many threads are busy.
+      num_threads: threads that make batches, in each worker. For small images use more
+        workers rather than more threads: Python runs one thread at a time.
+      prefetch: batches made ahead, in each worker; no more threads than that are busy.
       max_bad_images: distinct undecodable images of a stream that are passed over.
       draw_seeds: fills `x_ood` from the image's position in the whole run and from
         its label in the stream `gen`; None where seeds are a stream, or noise.
@@ -224,16 +225,16 @@ def eval_batches(
       preprocess: operations without randomness, as `augment.parse` reads them.
       batch_size: images of a batch over all processes.
       image_shape: (H, W, C) after preprocessing.
-      limit: only so many images, evenly spread over the source (folders come class
-        by class); None for all.
+      limit: number of images, evenly spread over the source (folders come class by
+        class); None for all.
       start: number of the first batch; those before it are not decoded.
       process_index, process_count, num_threads, prefetch, max_bad_images: as for
         `train_batches`.
 
     Returns:
       An iterator over {"images": uint8 [b, H, W, C], "labels": int32 [b],
-      "mask": bool [b]}. Where the mask is False image and label are 0 and mean
-      nothing; unlabelled images have the label -1.
+      "mask": bool [b]}. Where the mask is False, ignore image and label: they are 0
+      unless `next_if_bad`. Unlabelled images have the label -1.
 
     Raises:
       UserError: as `train_batches`. `bad_images` of the iterator has the key "images".
@@ -253,9 +254,7 @@ def eval_batches(
     num_batches = -(-num_images // batch_size)
     example = functools.partial(
         eval_example,
-        source=source,
-        preprocess=parse(preprocess),
-        image_shape=image_shape,
+        images=Images(source, parse(preprocess), image_shape),
         num_images=num_images,
         local_size=local_size,
         process_index=process_index,
@@ -317,9 +316,7 @@ def _endless(
     example = functools.partial(
         train_example,
         name=name,
-        source=source,
-        augment=parse(stream.augment),
-        image_shape=image_shape,
+        images=Images(source, parse(stream.augment), image_shape),
         labels=stream.labels,
         max_bad_images=max_bad_images,
     )
@@ -346,7 +343,7 @@ def _iterate(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     dataset = batches.to_iter_dataset(options)
     if num_workers:
-        # Grain's workers read absl flags, which nobody has parsed in a notebook.
+        # Grain's workers read absl flags, which a notebook has not parsed.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers)
@@ -355,18 +352,23 @@ def _iterate(
 
 
 def _become_worker(worker_index: int, worker_count: int) -> None:
-    """Leaves signals to the main process and ends with it, however it ends."""
+    """Leaves signals to the main process, and ends when it ends."""
     del worker_index, worker_count
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    end_with_main_process()
 
 
-def _end_with_main_process() -> None:
+def end_with_main_process() -> None:
+    """Ends this process, a worker, as soon as the one that started it has ended."""
     main_process = multiprocessing.parent_process()
-    if main_process is not None:
-        main_process.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if main_process is not None:
+            main_process.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- Checks ---------------------------------------------------------------------------

@@ -4,9 +4,11 @@
 
 Images are decoded once, their shorter side scaled down to `--size`, and stored as JPEG
 in shards of ArrayRecord. A stopped run goes on with its finished shards, from the same
-images. Exit codes: 0 finished; 2 a mistake, said in one sentence.
+images. Exit codes: 0 finished; 2 a mistake, said in one sentence; 130 or 143 stopped by
+a signal.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -16,21 +18,23 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from array_record.python import array_record_module
 from PIL import Image
 from rich.console import Console
 
 from atebm_jax import storage
-from atebm_jax.command_line import fail, quiet_libraries
+from atebm_jax.command_line import Parser, quiet_libraries, run
 from atebm_jax.data import content, decoding, openimages, prepared
-from atebm_jax.data.sources import FolderSource, Source, open_source
+from atebm_jax.data.examples import too_many_bad
+from atebm_jax.data.folder import FolderSource
+from atebm_jax.data.opening import open_source
+from atebm_jax.data.pipeline import end_with_main_process
+from atebm_jax.data.sources import Source
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
 from atebm_jax.names import check_utf8
@@ -38,84 +42,24 @@ from atebm_jax.progress import track
 from atebm_jax.workdir_lock import FILE as LOCK
 from atebm_jax.workdir_lock import held
 
-# Of this command alone: several may be imported side by side.
-_FLAGS = flags.FlagValues()
-_FROM = flags.DEFINE_string(
-    "from",
-    None,
-    "folder:PATH, tfds:NAME:SPLIT, or openimages:FOLDER of images.",
-    flag_values=_FLAGS,
-)
-_TO = flags.DEFINE_string(
-    "to", None, "Folder for the prepared set.", flag_values=_FLAGS
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where TFDS data sets lie.", flag_values=_FLAGS
-)
-_SIZE = flags.DEFINE_integer(
-    "size", 292, "Shorter side; smaller images stay.", flag_values=_FLAGS
-)
-_QUALITY = flags.DEFINE_integer(
-    "quality", 95, "Of the JPEGs, 1 to 100.", flag_values=_FLAGS
-)
-_SHARD_SIZE = flags.DEFINE_integer(
-    "shard_size", 2048, "Images of a shard.", flag_values=_FLAGS
-)
-_WORKERS = flags.DEFINE_integer(
-    "num_workers",
-    0,
-    "Processes; 0 for one a core.",
-    lower_bound=0,
-    flag_values=_FLAGS,
-)
-_MAX_BAD = flags.DEFINE_integer(
-    "max_bad_images",
-    100,
-    "Unreadable images that are passed over.",
-    lower_bound=0,
-    flag_values=_FLAGS,
-)
-_COUNT = flags.DEFINE_integer(
-    "count",
-    0,
-    "Only so many, drawn at random; 0 for all.",
-    lower_bound=0,
-    flag_values=_FLAGS,
-)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of that draw.", lower_bound=0, flag_values=_FLAGS
-)
-_CHECK = flags.DEFINE_bool(
-    "check", False, "Only verify the set in --to.", flag_values=_FLAGS
-)
-_LABELS = flags.DEFINE_string(
-    "labels", None, "Open Images: CSV of image labels.", flag_values=_FLAGS
-)
-_DESCRIPTIONS = flags.DEFINE_string(
-    "class_descriptions", None, "Open Images: CSV of label names.", flag_values=_FLAGS
-)
-_CLASSES = flags.DEFINE_string(
-    "imagenet_classes",
-    None,
-    "Open Images: ImageNet's class names, a class a line.",
-    flag_values=_FLAGS,
-)
-_HIERARCHY = flags.DEFINE_string(
-    "hierarchy", None, "Open Images: label hierarchy.", flag_values=_FLAGS
-)
+SIZE, QUALITY, SHARD_SIZE, MAX_BAD_IMAGES = 292, 95, 2048, 100
+
+# What a command that ended before its first shard may leave in a folder.
+_OWN = (LOCK, ".settings.json.")
+
+_JPEG = b"\xff\xd8\xff"
 
 
 def prepare(
     source: Source,
     to: str | Path,
     *,
-    size: int = 292,
-    quality: int = 95,
-    shard_size: int = 2048,
+    size: int = SIZE,
+    quality: int = QUALITY,
+    shard_size: int = SHARD_SIZE,
     num_workers: int = 1,
-    max_bad_images: int = 100,
+    max_bad_images: int = MAX_BAD_IMAGES,
     indices: np.ndarray | None = None,
-    console: Console | None = None,
 ) -> dict[str, Any]:
     """Writes a prepared set, or goes on with one that was begun with these settings.
 
@@ -125,10 +69,9 @@ def prepare(
       size: pixels of the shorter side; images are never enlarged.
       quality: of the JPEGs.
       shard_size: images of a shard.
-      num_workers: processes.
+      num_workers: processes; 0 for one a core.
       max_bad_images: unreadable images that are passed over and listed.
       indices: only these images of the source, in this order.
-      console: for the progress bar.
 
     Returns:
       The index, as in `index.json`.
@@ -138,10 +81,11 @@ def prepare(
         cannot be written; settings do not fit, the images are not those that the set
         was begun from, or too many cannot be read.
     """
-    if size < 1 or shard_size < 1 or not 1 <= quality <= 100:
+    if size < 1 or shard_size < 1 or not 1 <= quality <= 100 or num_workers < 0:
         raise UserError(
-            f"size is {size}, shard_size {shard_size} and quality {quality}: the first "
-            "two must be positive, the third 1 to 100."
+            f"size is {size}, shard_size {shard_size}, quality {quality} and "
+            f"num_workers {num_workers}: the first two must be positive, the third 1 "
+            "to 100, the last 0 or more."
         )
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
     if not len(chosen):
@@ -157,36 +101,33 @@ def prepare(
         "shard_size": shard_size,
         "data": content.describe(source),
     }
-    root = Path(local("--to", to))
-    check_utf8("--to", root)
+    root = _local(to)
     then = "with its finished shards"
     with held(root, "--to"), storage.told_plainly(root, "prepared set", then):
         _claim(root, settings)
         for leftover in root.glob(".*.tmp"):  # of a command that was killed
             leftover.unlink(missing_ok=True)
         jobs = _jobs(source, chosen, root, settings)
-        shown = console or Console(stderr=True)
-        shards = _run(jobs, num_workers, max_bad_images, shown)
-        return _finish(root, settings, shards)
+        return _finish(root, settings, _run(jobs, num_workers, max_bad_images))
+
+
+def _local(to: str | Path) -> Path:
+    """The folder of `--to`, which the library of the records must be able to open."""
+    root = Path(local("--to", to))
+    check_utf8("--to", root)
+    return root
 
 
 def _jobs(
     source: Source, chosen: np.ndarray, root: Path, settings: dict[str, Any]
 ) -> list[Callable[[], dict[str, Any]]]:
     """One for each shard; they travel to other processes."""
-    length = settings["shard_size"]
+    length, size, quality = (settings[k] for k in ("shard_size", "size", "quality"))
     parts = [chosen[i : i + length] for i in range(0, len(chosen), length)]
+    paths = [root / prepared.shard_name(i, len(parts)) for i in range(len(parts))]
     return [
-        functools.partial(
-            _shard,
-            source,
-            part,
-            root,
-            prepared.shard_name(i, len(parts)),
-            settings["size"],
-            settings["quality"],
-        )
-        for i, part in enumerate(parts)
+        functools.partial(_shard, source, part, path, size, quality)
+        for part, path in zip(parts, paths, strict=True)
     ]
 
 
@@ -206,16 +147,16 @@ def _finish(
     return index
 
 
-def check(root: str | Path) -> int:
-    """Compares every shard with the index: number of records and SHA-256.
+def check(to: str | Path) -> int:
+    """Compares every shard of a prepared set with the index.
 
     Returns:
       The number of images.
 
     Raises:
-      UserError: names the shard that differs.
+      UserError: names the shard whose number of records or SHA-256 differs.
     """
-    root = Path(local("--to", root))
+    root = _local(to)
     index = prepared.read_index(root)
     for number, shard in enumerate(index["shards"]):
         path = root / prepared.shard_name(number, len(index["shards"]))
@@ -250,25 +191,15 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{root} cannot be written: {error}.") from error
 
 
-# Seconds between two looks of a worker at its command.
-_LOOK_EVERY = 0.2
-# What a command that ended before its first file, or its lock, leaves in a folder.
-_OWN = (LOCK, ".settings.json.")
-
-
-# What a setting is called for people, where it is not as the flag.
-_SHOWN = {"selection": "which of the images (a digest)"}
-
-
 def _check_same(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to mix shards of two sets of images, or of two settings."""
     spec = now["source"]
     if before.get("source") == spec:
         since, remedy = f"{root} was begun", "give another --to"
         content.check(spec, before.get("data"), now["data"], since=since, remedy=remedy)
+    shown = {"selection": "which of the images (a digest)"}
     changed = [
-        f"{_SHOWN.get(name, name)}: {_short(before.get(name))} then, "
-        f"{_short(value)} now"
+        f"{shown.get(name, name)}: {_short(before.get(name))} then, {_short(value)} now"
         for name, value in now.items()
         if name != "data" and before.get(name) != value
     ]
@@ -285,21 +216,17 @@ def _short(value: Any) -> str:
 
 
 def _run(
-    jobs: Sequence[Callable[[], dict[str, Any]]],
-    num_workers: int,
-    max_bad_images: int,
-    console: Console,
+    jobs: Sequence[Callable[[], dict[str, Any]]], num_workers: int, max_bad_images: int
 ) -> list[dict[str, Any]]:
+    """Writes the shards, with a progress bar; their descriptions in order."""
     results: dict[int, dict[str, Any]] = {}
+    console = Console(stderr=True)
     with contextlib.closing(_finished(jobs, num_workers)) as finished:
         for number, result in track(finished, "shards", console, len(jobs)):
             results[number] = result
             bad = [name for r in results.values() for name in r["bad"]]
             if len(bad) > max_bad_images:
-                raise UserError(
-                    f"{len(bad)} images cannot be read, {bad[0]} for one, and "
-                    f"--max_bad_images is {max_bad_images}: mend them, or allow more."
-                )
+                raise too_many_bad(bad, max_bad_images)
     return [results[i] for i in range(len(jobs))]
 
 
@@ -310,14 +237,11 @@ def _finished(
     if num_workers == 1:
         yield from enumerate(job() for job in jobs)
         return
-    # Not forked: what a thread of the writer or reader of records holds locked in that
-    # moment stays locked in the child, which then waits for ever.
+    # Not forked: a lock that a thread of the record library holds at that moment would
+    # stay locked in the child for ever.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers or os.cpu_count(),
-        mp_context=spawn,
-        initializer=_begin_worker,
-        initargs=(os.getpid(),),
+        num_workers or os.cpu_count(), mp_context=spawn, initializer=_begin_worker
     ) as pool:
         waiting = {pool.submit(job): i for i, job in enumerate(jobs)}
         try:
@@ -328,33 +252,24 @@ def _finished(
             raise
 
 
-def _begin_worker(command: int) -> None:
-    """Leaves Ctrl-C to the command, a process number; ends once that has been killed.
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the command, and ends once the command has been killed.
 
-    Then another command may write the same shard already, which does no harm: each
-    writes into a file of its own, and the shard that takes its place is the same.
+    Another command may write the same shard by then. That does no harm: each writes a
+    file of its own, and both files are the same.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "setitimer"):  # Windows
-        return
-
-    # The number is given, as the command may be gone before its worker has begun.
-    def look(number: int, frame: Any) -> None:
-        if os.getppid() != command:
-            os._exit(1)
-
-    signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY, _LOOK_EVERY)
+    end_with_main_process()
 
 
 def _shard(
-    source: Source, indices: np.ndarray, root: Path, name: str, size: int, quality: int
+    source: Source, indices: np.ndarray, path: Path, size: int, quality: int
 ) -> dict[str, Any]:
-    """Writes one shard, unless it is there already; its description."""
-    description = root / f"{name}.json"
+    """Writes one shard, unless it is there already; returns its description."""
+    description = path.with_name(f"{path.name}.json")
     if description.exists():
         return json.loads(description.read_text())
-    with storage.replacing(root / name, shared=True) as temporary:
+    with storage.replacing(path, shared=True) as temporary:
         result = _written(source, indices, temporary, size, quality)
     # Last, because it says that the shard is whole.
     storage.write_json(description, result)
@@ -364,19 +279,17 @@ def _shard(
 def _written(
     source: Source, indices: np.ndarray, path: Path, size: int, quality: int
 ) -> dict[str, Any]:
-    """Writes the records of a shard; its description."""
+    """Writes the records of a shard; returns its description."""
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     written, bad = 0, []
     for index in indices.tolist():
         try:
             example = source[index]
-            record = prepared.pack(
-                resized(example["image"], size, quality), example["label"]
-            )
+            image = resized(example["image"], size, quality)
         except content.UNREADABLE as error:
             bad.append(f"{source.describe(index)}: {error}")
             continue
-        writer.write(record)
+        writer.write(prepared.pack(image, example["label"]))
         written += 1
     writer.close()
     return {"num_images": written, "sha256": _sha256(path), "bad": bad}
@@ -393,8 +306,7 @@ def resized(image: bytes | np.ndarray, size: int, quality: int) -> bytes:
     pixels = decoding.decode(image, 3)
     height, width = pixels.shape[:2]
     shorter = min(height, width)
-    is_jpeg = isinstance(image, bytes) and image[:3] == b"\xff\xd8\xff"
-    if shorter <= size and is_jpeg and isinstance(image, bytes):
+    if shorter <= size and isinstance(image, bytes) and image.startswith(_JPEG):
         return image
     picture = Image.fromarray(pixels)
     if shorter > size:
@@ -410,99 +322,115 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(to: str) -> tuple[Source, np.ndarray | None]:
+# --- The command ----------------------------------------------------------------------
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m atebm_jax.data.prepare",
+        description="Resizes images once and writes them in shards for fast reading. A "
+        "stopped command goes on with its finished shards.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--from", dest="source", help="folder:PATH, tfds:NAME:SPLIT, openimages:FOLDER")
+    add("--to", required=True, help="folder for the prepared set")
+    add("--data_dir", default="", help="where TFDS data sets lie")
+    add("--size", type=int, default=SIZE, help="shorter side, default %(default)s")
+    add("--quality", type=int, default=QUALITY, help="of JPEGs, default %(default)s")
+    add(
+        "--shard_size", type=int, default=SHARD_SIZE, help="images, default %(default)s"
+    )
+    add("--num_workers", type=int, default=0, help="processes; default one a core")
+    bad_help = "unreadable images that are passed over, default %(default)s"
+    add("--max_bad_images", type=int, default=MAX_BAD_IMAGES, help=bad_help)
+    add("--count", type=int, default=0, help="only so many, drawn at random")
+    add("--seed", type=int, default=0, help="of that draw")
+    add("--check", action="store_true", help="only verify the set in --to")
+    add("--labels", help="Open Images: CSV of image labels")
+    add("--class_descriptions", help="Open Images: CSV of label names")
+    add(
+        "--imagenet_classes", help="Open Images: ImageNet's class names, a class a line"
+    )
+    add("--hierarchy", help="Open Images: label hierarchy")
+    return parser
+
+
+def _selected(flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
     """The source of the flags, and which of its images."""
-    kind, _, folder = str(_FROM.value).partition(":")
-    source: Source
-    if kind != "openimages":
-        source = open_source(str(_FROM.value), _DATA_DIR.value)
-        candidates = np.arange(len(source))
+    kind, _, folder = flags.source.partition(":")
+    if kind == "openimages":
+        source, candidates = _open_images(folder, flags)
     else:
-        needed = {
-            "labels": _LABELS.value,
-            "class_descriptions": _DESCRIPTIONS.value,
-            "imagenet_classes": _CLASSES.value,
-        }
-        missing = [f"--{name}" for name, value in needed.items() if not value]
-        if missing:
-            raise UserError(f"openimages needs {' and '.join(missing)} too.")
-        images = FolderSource(folder)
-        decisions = Path(local("--to", to).rstrip(os.sep) + ".labels.csv")
-        with storage.writing(decisions, "Make room or give another --to."):
-            decisions.parent.mkdir(parents=True, exist_ok=True)
-            allowed = openimages.select(
-                str(_LABELS.value),
-                str(_DESCRIPTIONS.value),
-                str(_CLASSES.value),
-                _HIERARCHY.value,
-                decisions,
-            )
-        names = [Path(images.path(i)).stem for i in range(len(images))]
-        source = images
-        candidates = np.flatnonzero([name in allowed for name in names])
-        print(
-            f"{len(candidates)} of {len(source)} images overlap no class; the decision "
-            f"on every label is in {decisions}."
-        )
-    if not _COUNT.value:
-        return source, candidates
-    if _COUNT.value > len(candidates):
+        source = open_source(flags.source, flags.data_dir)
+        candidates = np.arange(len(source))
+    if not 0 <= flags.count <= len(candidates) or flags.seed < 0:
         raise UserError(
-            f"--count is {_COUNT.value} and there are {len(candidates)} images: give "
-            "less."
+            f"--count is {flags.count} and --seed {flags.seed}, and there are "
+            f"{len(candidates)} images: give a count of 0 (all) to that, and a seed of "
+            "0 or more."
         )
-    rng = np.random.default_rng(_SEED.value)
-    return source, rng.choice(candidates, _COUNT.value, replace=False)
+    if flags.count:
+        rng = np.random.default_rng(flags.seed)
+        candidates = rng.choice(candidates, flags.count, replace=False)
+    return source, candidates
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prepares or checks the set that the flags describe."""
-    del argv
-    to = str(_TO.value)
-    quiet_libraries()
-    try:
-        check_utf8("--to", to)
-        if _CHECK.value:
-            print(f"{check(to)} images, every shard as it was written.")
-            return
-        source, indices = _open(to)
-        index = prepare(
-            source,
-            to,
-            size=_SIZE.value,
-            quality=_QUALITY.value,
-            shard_size=_SHARD_SIZE.value,
-            num_workers=_WORKERS.value,
-            max_bad_images=_MAX_BAD.value,
-            indices=indices,
+def _open_images(folder: str, flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
+    """Open Images in a folder, and which of them overlap no class of ImageNet."""
+    needed = ("labels", "class_descriptions", "imagenet_classes")
+    missing = [f"--{name}" for name in needed if not getattr(flags, name)]
+    if missing:
+        raise UserError(f"openimages needs {' and '.join(missing)} too.")
+    source = FolderSource(folder)
+    decisions = Path(f"{_local(flags.to)}.labels.csv")
+    with storage.writing(decisions, "Make room or give another --to."):
+        decisions.parent.mkdir(parents=True, exist_ok=True)
+        allowed = openimages.select(
+            flags.labels,
+            flags.class_descriptions,
+            flags.imagenet_classes,
+            flags.hierarchy,
+            decisions,
         )
-    except UserError as error:
-        fail(error)
+    names = [Path(source.path(i)).stem for i in range(len(source))]
+    candidates = np.flatnonzero([name in allowed for name in names])
+    print(
+        f"{len(candidates)} of {len(source)} images overlap no class; the decision on "
+        f"every label is in {decisions}."
+    )
+    return source, candidates
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prepares or checks the set that the flags describe.
+
+    Raises:
+      UserError: a flag, the images or the folder cannot be used.
+    """
+    flags = _parser().parse_args(arguments)
+    if flags.check:
+        return print(f"{check(flags.to)} images, every shard as it was written.")
+    if not flags.source:
+        raise UserError("--from is missing: give folder:PATH, say.")
+    source, indices = _selected(flags)
+    index = prepare(
+        source,
+        flags.to,
+        size=flags.size,
+        quality=flags.quality,
+        shard_size=flags.shard_size,
+        num_workers=flags.num_workers,
+        max_bad_images=flags.max_bad_images,
+        indices=indices,
+    )
     bad = index["num_bad_images"]
     print(
         f"{index['num_images']} images in {len(index['shards'])} shards, {bad} "
-        f"unreadable{' (bad_images.txt)' if bad else ''}; use it as prepared:{to}"
+        f"unreadable{' (bad_images.txt)' if bad else ''}; use it as prepared:{flags.to}"
     )
 
 
-def _parse(argv: list[str]) -> list[str]:
-    if any(argument.startswith("--help") for argument in argv):
-        print(__doc__, _FLAGS.get_help(), sep="\n")
-        sys.exit(0)
-    try:
-        rest = _FLAGS(argv)
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
-        if not _TO.value:
-            raise UserError("--to is missing: give a folder for the prepared set.")
-        if not _FROM.value and not _CHECK.value:
-            raise UserError("--from is missing: give folder:PATH, say.")
-        return rest
-    except (UserError, flags.Error) as error:
-        fail(error)
-
-
 if __name__ == "__main__":
-    # Libraries ask absl's own flags, which have nothing to parse here.
-    flags.FLAGS(sys.argv[:1])
-    main(_parse(sys.argv))
+    quiet_libraries()
+    run(main, stopped="the same command goes on")

@@ -5,12 +5,11 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from array_record.python import array_record_data_source
 
-from atebm_jax.data.sources import UNLABELLED, Example
+from atebm_jax.data.sources import Example
 from atebm_jax.errors import UserError
 from atebm_jax.names import check_utf8, of_class
 
@@ -34,6 +33,15 @@ def shard_name(index: int, count: int) -> str:
     return f"images-{index:05d}-of-{count:05d}.array_record"
 
 
+class _Shard(NamedTuple):
+    """A whole shard for the library, which then need not open it to count records."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
 class PreparedSource:
     """What `python -m atebm_jax.data.prepare` has written.
 
@@ -46,38 +54,33 @@ class PreparedSource:
 
     def __init__(self, path: str):
         self.spec = f"prepared:{path}"
-        self._root = Path(os.path.expanduser(path))
-        check_utf8("the prepared set", self._root)
-        index = read_index(self._root)
+        root = Path(os.path.expanduser(path))
+        check_utf8("the prepared set", root)
+        index = read_index(root)
         self.class_names = tuple(map(of_class, index["class_names"] or ())) or None
         self.num_classes = len(self.class_names) if self.class_names else None
-        counts = [shard["num_images"] for shard in index["shards"]]
-        self._paths = [
-            str(self._root / shard_name(i, len(counts)))
-            for i, count in enumerate(counts)
+        shards = index["shards"]
+        files = [
+            _Shard(str(root / shard_name(i, len(shards))), 0, count, count)
+            for i, count in enumerate(shard["num_images"] for shard in shards)
             if count
         ]
-        missing = [p for p in self._paths if not os.path.exists(p)]
+        missing = [f.filename for f in files if not os.path.exists(f.filename)]
         if missing:
             raise UserError(
                 f"{self.spec}: {len(missing)} shards are missing, {missing[0]} for "
                 "one; prepare the set again into the same folder."
             )
-        self._length = sum(counts)
-        self._digests = [str(shard["sha256"]) for shard in index["shards"]]
-        self._records: Any = None
+        self._digests = [str(shard["sha256"]) for shard in shards]
+        self._records: Any = []
+        if files:
+            self._records = array_record_data_source.ArrayRecordDataSource(files)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        if self._records is None:
-            self._records = array_record_data_source.ArrayRecordDataSource(self._paths)
         return unpack(self._records[int(index)])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files stay behind: every worker opens its own.
-        return self.__dict__ | {"_records": None}
 
     def describe(self, index: int) -> str:
         return f"{self.spec}[{index}]"
@@ -85,11 +88,6 @@ class PreparedSource:
     def listing(self) -> Iterator[bytes]:
         """SHA-256 of every shard, as the index has it."""
         return (digest.encode() for digest in self._digests)
-
-    def labels(self) -> np.ndarray:
-        """All labels [N] int32, read from the records; for checks, not for training."""
-        rows = [self[i]["label"] for i in range(len(self))]
-        return np.array(rows or [UNLABELLED], np.int32)[: len(self)]
 
 
 def read_index(root: Path) -> dict[str, Any]:

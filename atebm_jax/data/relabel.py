@@ -63,21 +63,20 @@ def follow(
       UserError: it names other classes, and `by_place` was not given.
     """
     own = source.class_names
-    if by_place or names is None or own is None or own == tuple(names):
+    if by_place or names is None or own is None:
         return source
-    if sorted(own) == sorted(names) and len(set(own)) == len(own):
-        moved = next(k for k, pair in enumerate(zip(own, names)) if len(set(pair)) > 1)
-        note(
-            f"{what} has the classes of the network in another order (class {moved} is "
-            f"{own[moved]!r} there and {names[moved]!r} here): its labels follow the "
-            "names."
-        )
-        return Relabelled(source, names)
-    raise UserError(f"{what} {_difference(own, names)}")
+    if same_order(own, names, what) is None:
+        return source
+    moved = next(k for k, name in enumerate(own) if name != names[k])
+    note(
+        f"{what} has the classes of the network in another order (class {moved} is "
+        f"{own[moved]!r} there and {names[moved]!r} here): its labels follow the names."
+    )
+    return Relabelled(source, names)
 
 
 def same_order(own: Sequence[str], names: Sequence[str], what: str) -> list[int] | None:
-    """Where the classes of a network stand in another one: names[k] == own[order[k]].
+    """Where the classes of a network stand in another list: names[k] == own[order[k]].
 
     Returns:
       None where the order is the same.
@@ -87,13 +86,8 @@ def same_order(own: Sequence[str], names: Sequence[str], what: str) -> list[int]
     """
     if tuple(own) == tuple(names):
         return None
-    if sorted(own) != sorted(names) or len(set(own)) < len(own):
-        raise UserError(f"{what} {_difference(own, names)}")
-    return [list(own).index(name) for name in names]
-
-
-def _difference(own: Sequence[str], names: Sequence[str]) -> str:
-    """How two lists of classes differ, by their first other name."""
+    if sorted(own) == sorted(names) and len(set(own)) == len(own):
+        return [list(own).index(name) for name in names]
     foreign = [name for name in own if name not in names]
     absent = [name for name in names if name not in own]
     if foreign and absent:
@@ -102,8 +96,8 @@ def _difference(own: Sequence[str], names: Sequence[str]) -> str:
         first = f"only one of them has {(foreign + absent)[0]!r}"
     else:
         first = "one name stands for two classes"
-    return (
-        f"and the network name their classes differently, {first}: labels must mean "
-        "the same in both. Rename the classes, or give --classes_by_place if class 0 "
-        "of the one is class 0 of the other, and so on."
+    raise UserError(
+        f"{what} and the network name their classes differently, {first}: labels must "
+        "mean the same in both. Rename the classes, or give --classes_by_place if "
+        "class 0 of the one is class 0 of the other, and so on."
     )

@@ -244,12 +244,13 @@ def _of_source(source: data.Source, index: str | None, config: Any) -> list[Pict
         )
     labelled = source.num_classes == config.model.num_classes
     operations = data.parse(settings.preprocess)
+    images = data.Images(source, operations, tuple(settings.image_shape))
     prefix = names.for_files(re.sub(r"[^\w.-]+", "_", spec))
 
     def picture(place: int) -> Picture:
         def read(shape: tuple[int, ...]) -> np.ndarray:
             origin = source.describe(place)
-            made = data.read(source, place, operations, tuple(settings.image_shape))
+            made = images.make(place, np.random.default_rng(place))
             if made is None:
                 raise UserError(f"{origin} cannot be decoded: leave it out.")
             image = made[0]

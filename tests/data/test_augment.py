@@ -218,8 +218,8 @@ def test_center_crop_takes_the_middle_and_leaves_short_sides():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("flipp", "did you mean 'flip'"),
-        ("flip|", "unknown augmentation ''"),
+        ("flipp", r"'flipp' in .*did you mean 'flip'.*: choose one of pad_crop\(4\), "),
+        ("flip|", "unknown augmentation '' in 'flip|', operations joined by |"),
         ("cutout", "cutout\\(16\\)"),
         ("cutout(-3)", "cutout\\(16\\)"),
         ("cutout(0)", "1 to 8192"),

@@ -177,10 +177,11 @@ def test_labels_that_follow_names_belong_to_the_images(folder):
 
 
 def test_prepared_set_is_known_by_its_shards(folder, tmp_path):
-    for name in ("one", "two"):
+    for name, num_workers in (("one", 1), ("two", 2)):
         source = data.open_source(f"folder:{folder}")
         # The second time records have been read here, by threads of the library.
-        prepare.prepare(source, tmp_path / name, size=2, shard_size=3, num_workers=2)
+        settings = {"size": 2, "shard_size": 3, "num_workers": num_workers}
+        prepare.prepare(source, tmp_path / name, **settings)
         other_pixels(folder)
     one, two = (data.open_source(f"prepared:{tmp_path / n}") for n in ("one", "two"))
     lines = [list(source.listing()) for source in (one, two)]

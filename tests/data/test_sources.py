@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atebm_jax.data import ArraySource, decode, open_source
-from atebm_jax.data.sources import parse_tfds_spec
+from atebm_jax.data.tfds import parse_tfds_spec
 from atebm_jax.errors import UserError
 
 
@@ -36,8 +36,8 @@ def test_digits_are_split_alike_each_time():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("cifar10", "must begin with"),
-        ("", "must begin with"),
+        ("cifar10", "unknown data source 'cifar10': choose one of digits:train, "),
+        ("", "unknown data source '': choose one of digits:train, "),
         ("digits:validation", "digits:train or digits:test"),
         ("folder:", "no such folder"),
         ("folder:/nowhere", "no such folder"),

@@ -1,0 +1,235 @@
+"""Image files below a folder, one sub-folder for each class."""
+
+import collections
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from atebm_jax.data import decoding
+from atebm_jax.data.sources import UNLABELLED, Example
+from atebm_jax.errors import UserError
+from atebm_jax.names import of_class, printable
+
+_log = logging.getLogger(__name__)
+
+# Images whose sizes are compared, and threads that ask for them.
+_MOST_SIZES = 2**16
+_THREADS = 16
+
+# Folders that network disks, archives and systems put beside images.
+_NOT_CLASSES = frozenset(
+    {
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+        *("__macosx", "temporary items", "network trash folder", "lost+found"),
+        *("$recycle.bin", "system volume information", "__pycache__"),
+    }
+)
+
+# Of a folder, whatever path leads to it: device and number.
+_Identity = tuple[int, int]
+
+
+class FolderSource:
+    """Image files below a folder.
+
+    With sub-folders, each of them is a class: labels go by sorted name, and images may
+    lie at any depth. Without, the images are unlabelled. The extension of a file tells
+    whether it is an image. Other files are counted in a warning, as are folders that
+    systems put among images (`@eaDir`, `__MACOSX`) and links to a folder above them.
+    Names that begin with a dot are ignored.
+
+    Raises:
+      UserError: a folder is missing or cannot be read, it holds no image, has a class
+        without images, or mixes images with class folders.
+    """
+
+    def __init__(self, path: str):
+        self.spec = f"folder:{printable(path)}"
+        self._root = os.path.expanduser(path)
+        if not path or not os.path.isdir(self._root):
+            raise UserError(
+                f"{self.spec}: there is no such folder; give the folder that holds "
+                "the images, or one sub-folder for each class"
+            )
+        passed_over: collections.Counter[str] = collections.Counter()
+        tree = _walk(self._root, passed_over)
+        _, folders, flat = next(tree)
+        if folders and flat:
+            raise UserError(
+                f"{self.spec}: both images ({printable(flat[0])}, ...) and class "
+                f"folders ({printable(folders[0])}, ...) found; move the images into "
+                "class folders, or away"
+            )
+        # Paths below the root: a million of them travel to each worker.
+        self._paths = flat
+        labels = [UNLABELLED] * len(flat)
+        label_of = {name: label for label, name in enumerate(folders)}
+        for folder, _, images in tree:
+            self._paths += [os.path.join(folder, name) for name in images]
+            labels += [label_of[folder.partition(os.sep)[0]]] * len(images)
+        self._labels = np.array(labels, np.int32)
+        self.class_names = tuple(map(of_class, folders)) or None
+        self.num_classes = len(folders) or None
+        _warn_of_passed_over(self.spec, passed_over)
+        self._check_not_empty(self.class_names or ())
+        _warn_of_numbers(self.spec, self.class_names or ())
+
+    def _check_not_empty(self, folders: Sequence[str]) -> None:
+        if not self._paths:
+            raise UserError(
+                f"{self.spec}: no images found (looked for "
+                f"{', '.join(sorted(decoding.extensions()))}, in class folders too)"
+            )
+        present = set(self._labels.tolist())
+        empty = [name for label, name in enumerate(folders) if label not in present]
+        if empty:
+            raise UserError(
+                f"{self.spec}: {len(empty)} of {len(folders)} class folders hold no "
+                f"image ({', '.join(empty[:5])}); remove them, for they would count "
+                "as classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Example:
+        image = Path(self.path(index)).read_bytes()
+        return {"image": image, "label": int(self._labels[index])}
+
+    def path(self, index: int) -> str:
+        """The path of image `index`, to be opened; `describe` is for people."""
+        return os.path.join(self._root, self._paths[index])
+
+    def describe(self, index: int) -> str:
+        return printable(self.path(index))
+
+    def listing(self) -> Iterator[bytes]:
+        """Class and path below its folder of every image, and sizes of many.
+
+        Sizes of `_MOST_SIZES` images, evenly spread: on the disks of a cluster each
+        takes milliseconds.
+        """
+        for path, label in zip(self._paths, self._labels.tolist(), strict=True):
+            # Without the class folder, whose name is compared as the class's.
+            below = path if label == UNLABELLED else path.partition(os.sep)[2]
+            yield b"%d %s" % (label, os.fsencode(below))
+        number = min(_MOST_SIZES, len(self))
+        places = [k * len(self) // number for k in range(number)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for size in threads.map(self._size, places):
+                yield b"%d" % size
+
+    def _size(self, index: int) -> int:
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError:
+            return -1
+
+
+def _walk(
+    root: str, passed_over: collections.Counter[str]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Every folder from the root down: its path below the root, sub-folders, images.
+
+    The order is fixed: a folder before its sub-folders, names sorted.
+
+    Args:
+      root: the folder to begin with; its own path below the root is "".
+      passed_over: counts what is neither an image nor a folder with images, by kind.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+    pending: list[tuple[str, frozenset[_Identity]]] = [("", frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        path = os.path.join(root, folder)
+        try:
+            above |= {_identity(os.stat(path))}
+            folders, images = _scan(path, above, passed_over)
+        except OSError as error:
+            raise UserError(
+                f"folder:{printable(root)}: {printable(path)} cannot be read "
+                f"({error.strerror}): make it readable, or move it away"
+            ) from error
+        yield folder, folders, images
+        pending += [(os.path.join(folder, name), above) for name in reversed(folders)]
+
+
+def _scan(
+    path: str, above: frozenset[_Identity], passed_over: collections.Counter[str]
+) -> tuple[list[str], list[str]]:
+    """Sorted names of the sub-folders and of the image files in a folder."""
+    folders, images = [], []
+    endings = decoding.extensions()
+    with os.scandir(path) as entries:
+        for entry in entries:
+            ending = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                reason = _why_passed_over(entry, above)
+                if reason:
+                    passed_over[reason] += 1
+                else:
+                    folders.append(entry.name)
+            # A pipe would block its reader; a broken link counts as a broken image.
+            elif ending in endings and (entry.is_symlink() or entry.is_file()):
+                images.append(entry.name)
+            else:
+                passed_over[printable(ending) or "no ending"] += 1
+    return sorted(folders), sorted(images)
+
+
+def _why_passed_over(entry: os.DirEntry, above: frozenset[_Identity]) -> str:
+    """Why a folder is not searched; empty if it is."""
+    if entry.name.lower() in _NOT_CLASSES:
+        return f"folder {entry.name}"
+    if entry.is_symlink() and _identity(entry.stat()) in above:  # an endless loop
+        return f"link {printable(entry.name)} to above it"
+    return ""
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _warn_of_passed_over(spec: str, passed_over: collections.Counter[str]) -> None:
+    if passed_over:
+        kinds = [f"{kind}: {count}" for kind, count in passed_over.most_common(5)]
+        more = f" and {len(passed_over) - 5} more kinds" * (len(passed_over) > 5)
+        _log.warning(
+            "%s: %d files and folders that are no images are passed over (%s%s)",
+            spec,
+            passed_over.total(),
+            ", ".join(kinds),
+            more,
+        )
+
+
+def _warn_of_numbers(spec: str, names: Sequence[str]) -> None:
+    """Says that folders "1", "10", "2" are classes 0, 1 and 2."""
+    if not all(name.isdecimal() for name in names):
+        return
+    wrong = [k for k, name in enumerate(sorted(names, key=int)) if name != names[k]]
+    if wrong:
+        _log.warning(
+            "%s: the class folders are numbers sorted as text (%s, ...): class %d is "
+            "the folder %s. Leading zeros (%s) keep them in order",
+            spec,
+            ", ".join(names[:4]),
+            wrong[0],
+            names[wrong[0]],
+            str(wrong[0]).zfill(len(str(len(names)))),
+        )
