@@ -233,8 +233,8 @@ def eval_batches(
 
     Returns:
       An iterator over {"images": uint8 [b, H, W, C], "labels": int32 [b],
-      "mask": bool [b]}. Where the mask is False, ignore image and label: they are 0
-      unless `next_if_bad`. Unlabelled images have the label -1.
+      "mask": bool [b]}. Where the mask is False, image and label are 0 and mean
+      nothing. Unlabelled images have the label -1.
 
     Raises:
       UserError: as `train_batches`. `bad_images` of the iterator has the key "images".

@@ -22,13 +22,13 @@ def config(**overrides):
 
 def test_passes_of_an_evaluation_are_worked_by_hand():
     # Two forward passes and 20 gradients an image, 30 gradients a sample.
-    assert cost.passes_of_evaluation(config(), 80, 40) == 80 * 42 + 40 * 60
+    assert cost.passes_of_evaluation(config(), 80, 32) == 80 * 42 + 32 * 60
     keeping = config(**{"evaluate.attack.keep_best": True})
-    assert cost.passes_of_evaluation(keeping, 80, 40) == 80 * 43 + 40 * 60
+    assert cost.passes_of_evaluation(keeping, 80, 32) == 80 * 43 + 32 * 60
 
 
-def test_batches_are_filled_up():
-    assert cost.passes_of_evaluation(config(), 81, 1) == 120 * 42 + 40 * 60
+def test_batches_and_chunks_are_filled_up():
+    assert cost.passes_of_evaluation(config(), 81, 33) == 120 * 42 + 64 * 60
 
 
 def test_passes_of_a_training_step_are_worked_by_hand():
@@ -55,7 +55,7 @@ def test_speed_is_that_of_the_last_records_of_training():
 def test_final_evaluation_is_told_with_all_its_stages_and_a_time_once_one_is_known():
     settings = config(**{"evaluate.num_test_examples": 0})
     said = cost.of_final(settings, ["stage1", "stage2"], 80, [])
-    passes = 2 * (80 * 42 + 80 * 60)
+    passes = 2 * (80 * 42 + 64 * 60)
     assert "stage1 and stage2" in said and "80 images under 20 steps" in said
     assert f"50 samples of 30 steps each, {passes:,} passes" in said
     # 16 images a step, 20 + 10 x 2 passes each.
@@ -63,14 +63,14 @@ def test_final_evaluation_is_told_with_all_its_stages_and_a_time_once_one_is_kno
     assert "estimated" not in said
     record = {"stage": "stage1", "step": 2, "images_per_second": 10.0}
     said = cost.of_final(settings, ["stage1"], 80, [record])
-    assert "about 0:01:03 (estimated from training's speed)" in said
+    assert "about 0:00:55 (estimated from training's speed)" in said
 
 
 def test_periodic_evaluations_are_told_where_they_cost_over_half_of_training():
     often = config(**{"stage1.num_steps": 100, "stage1.eval_every_steps": 40})
     said = cost.of_periodic(often, "stage1", 100, 1000)
-    # Three times 40 images and 20 samples, both of them batches of 40.
-    share = 3 * 40 * (42 + 60) / (100 * 16 * 13)
+    # Three times 40 images, and 20 samples, which are a chunk of 32.
+    share = 3 * (40 * 42 + 32 * 60) / (100 * 16 * 13)
     assert f"3 evaluations on the way take {share:.2g} times" in said
     assert "config.stage1.eval_every_steps" in said
     rarely = config(**{"stage1.eval_every_steps": 0})
