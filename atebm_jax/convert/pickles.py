@@ -147,8 +147,8 @@ class _Machine:
         elif isinstance(target, np.ndarray):
             _fill_array(target, state)
         elif isinstance(target, NumpyType):
-            order = ">" if state[1] == ">" else "<"
-            target.dtype = target.dtype.newbyteorder(order)
+            big = state[1] == ">"
+            target.dtype = target.dtype.newbyteorder(">" if big else "<")
         elif isinstance(target, Named) or callable(target):
             raise Refused(f"a new state for {describe(target)}")
         # Attributes of a dictionary or tensor (`_metadata`, hooks) are not weights.
@@ -314,8 +314,10 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
 }
 # How dill writes the functions and classes in some training states (a schedule's
 # lambda). They remain descriptions: no code and no class is made of them.
-_DILL = ("_create_cell", "_create_code", "_create_function", "_create_type")
-_DILL += ("_get_attr", "_import_module", "_load_type")
+_DILL = (
+    *("_create_cell", "_create_code", "_create_function", "_create_type"),
+    *("_get_attr", "_import_module", "_load_type"),
+)
 # Classes of plain data: their arguments are kept.
 _DATA = (
     *(f"datetime.{x}" for x in ("date", "datetime", "time", "timedelta", "timezone")),
