@@ -314,13 +314,10 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
 }
 # How dill writes the functions and classes in some training states (a schedule's
 # lambda). They remain descriptions: no code and no class is made of them.
-_DILL: tuple[str, ...] = (
-    "_create_cell",
-    "_create_code",
-    "_create_function",
-    "_create_type",
+_DILL = (
+    *("_create_cell", "_create_code", "_create_function", "_create_type"),
+    *("_get_attr", "_import_module", "_load_type"),
 )
-_DILL += ("_get_attr", "_import_module", "_load_type")
 # Classes of plain data: their arguments are kept.
 _DATA = (
     *(f"datetime.{x}" for x in ("date", "datetime", "time", "timedelta", "timezone")),
