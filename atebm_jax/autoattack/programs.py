@@ -8,7 +8,7 @@ in each of them.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,11 @@ class Batch(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Two passes and a gradient at some images."""
+    """Two passes and a gradient at some images, on a device or as NumPy arrays."""
 
-    logits: jax.Array  #: [B, K] of one pass
-    again: jax.Array  #: [B, K] of another, with another key
-    flat: jax.Array  #: [B] bool, the gradient of the cross-entropy is zero everywhere
+    logits: Any  #: [B, K] of one pass
+    again: Any  #: [B, K] of another, with another key
+    flat: Any  #: [B] bool, the gradient of the cross-entropy is zero everywhere
 
 
 @partial(jax.jit, static_argnames="program")
