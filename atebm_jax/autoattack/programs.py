@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Two passes and a gradient at some images."""
+    """Two passes and a gradient at some images, on a device or as NumPy arrays."""
 
     logits: Any  #: [B, K] of one pass
     again: Any  #: [B, K] of another, with another key
