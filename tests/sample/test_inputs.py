@@ -189,7 +189,7 @@ def test_labels_of_data_sets_follow_the_names_of_the_network():
 def test_link_to_nowhere_in_a_data_set_is_named(tmp_path):
     for label in range(10):
         (tmp_path / str(label)).mkdir()
-        saved(tmp_path / str(label), GREY)
+        saved(tmp_path / str(label), Image.fromarray(GREY))
     (tmp_path / "3" / "y.png").symlink_to("nowhere")
     with pytest.raises(UserError, match="3/y.png cannot be read.*leave it out"):
         inputs.pictures([f"folder:{tmp_path}"], "all", CONFIG)
