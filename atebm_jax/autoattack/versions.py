@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from atebm_jax import attacks
 from atebm_jax.autoattack import balls, fab, objectives, square
 from atebm_jax.errors import UserError, check_choice
@@ -196,7 +198,7 @@ def _choose(version: str, names: Sequence[str] | None) -> tuple[str, ...]:
 def _replace(default: Settings, changes: dict[str, Any]) -> Settings:
     for name, value in changes.items():
         check_choice("setting", name, Settings._fields, of=" of AutoAttack")
-        counts = isinstance(value, Integral) and int(value) >= 1
+        counts = isinstance(value, int | np.integer) and value >= 1
         if name != "wide_ball" and not counts:
             raise UserError(
                 f"AutoAttack's setting {name} is {value!r}: it must be a whole number "
