@@ -41,8 +41,8 @@ NUM_FITTED = 10_000
 
 # Larger images are described at this resolution and drawn enlarged.
 _LARGEST_SIDE = 32
-# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold more than 99 % of
-# the variance, in 6 MB instead of 38.
+# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold 99.0 % of the
+# variance, in 6 MB instead of 38.
 _MOST_DIRECTIONS = 512
 # Of all classes together, 16 MiB, and too few to resemble images.
 _MOST_NUMBERS = 4 * 2**20
