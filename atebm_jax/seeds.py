@@ -41,8 +41,8 @@ NUM_FITTED = 10_000
 
 # Larger images are modelled at this resolution, and the draws are enlarged.
 _LARGEST_SIDE = 32
-# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold more than 99 % of
-# the variance, in 6 MB instead of 38.
+# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold 99.0 % of the
+# variance, in 6 MB instead of 38.
 _MOST_DIRECTIONS = 512
 # Numbers of all classes together, 16 MiB; fewer directions do not resemble images.
 _MOST_NUMBERS = 4 * 2**20
