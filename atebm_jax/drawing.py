@@ -8,13 +8,15 @@ draws exactly `CHUNK` images on one device, however many are asked for. Several 
 draw different chunks side by side.
 """
 
+from __future__ import annotations
+
 import collections
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,9 +25,12 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from atebm_jax import ascent, data, energy, models
+from atebm_jax import ascent, energy, models
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.seeds import NOISE, Gaussian
+
+if TYPE_CHECKING:
+    from atebm_jax import data
 
 CHUNK = 32
 # The blur is written out, a sum of 6 sigma + 1 images along each axis.
@@ -200,6 +205,8 @@ class ReadSeeds:
     """
 
     def __init__(self, source: data.Source, settings: ml_collections.ConfigDict):
+        from atebm_jax import data  # its pipeline is slow to import
+
         self.stand_ins: set[int] = set()
         self._length, self._threads = len(source), max(settings.num_threads, 1)
         self._images = data.Images(

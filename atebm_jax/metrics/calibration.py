@@ -7,8 +7,6 @@ Shapes, labels or values that do not fit are a ValueError.
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 from atebm_jax.metrics import reals
 
@@ -78,6 +76,8 @@ def reliability(
       adaptive: bins of equal count instead of equal width. Quantiles of the confidences
         bound them. Equal confidences stay together, so there may be fewer bins.
     """
+    import scipy.special  # slow to import
+
     logits, labels = _checked(logits, labels)
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}: it must be at least 1.")
@@ -102,6 +102,8 @@ def reliability(
 
 def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over images of sum_k (p_k - [k = y])^2 (Brier, 1950), in [0, 2]."""
+    import scipy.special  # slow to import
+
     logits, labels = _checked(logits, labels)
     difference = scipy.special.softmax(logits.astype(np.float64), axis=1)
     difference[np.arange(len(labels)), labels] -= 1
@@ -110,6 +112,8 @@ def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean cross-entropy in nats."""
+    import scipy.special  # slow to import
+
     logits, labels = _checked(logits, labels)
     logs = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
     return float(-logs[np.arange(len(labels)), labels].mean())
@@ -125,6 +129,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
       T in [e^-5, e^5]. It is a bound where the data would move it without end, as when
       every prediction is right.
     """
+    import scipy.optimize  # slow to import
+
     logits, labels = _checked(logits, labels)
     result = scipy.optimize.minimize_scalar(
         lambda log_t: negative_log_likelihood(logits / np.exp(log_t), labels),
@@ -152,6 +158,8 @@ def temperature_error(
     Returns:
       The error in the unit of T; infinite where the data do not determine T.
     """
+    import scipy.special  # slow to import
+
     logits, labels = _checked(logits, labels)
     logits, temperature = logits.astype(np.float64), float(temperature)
     share = scipy.special.softmax(logits / temperature, axis=1)

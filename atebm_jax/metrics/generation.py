@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
-from scipy.spatial.distance import cdist
 
 from atebm_jax.metrics import reals
 
@@ -101,6 +99,8 @@ def frechet_distance(
     Raises:
       ValueError: shapes that do not fit, NaN or infinite values.
     """
+    import scipy.linalg  # slow to import
+
     arrays = [reals.floats(x) for x in (mean_a, cov_a, mean_b, cov_b)]
     mean_a, cov_a, mean_b, cov_b = arrays
     shapes = [array.shape for array in arrays]
@@ -182,6 +182,8 @@ def precision_recall(
 def neighbour_radii(features: np.ndarray, num_neighbours: int) -> np.ndarray:
     """Distance of each point to its k-th nearest other point: [N, D] -> [N]."""
 
+    from scipy.spatial.distance import cdist  # slow to import
+
     def radii(block: np.ndarray) -> np.ndarray:
         # The nearest of all is the point itself.
         nearest = np.partition(cdist(block, features), num_neighbours, axis=1)
@@ -191,6 +193,8 @@ def neighbour_radii(features: np.ndarray, num_neighbours: int) -> np.ndarray:
 
 
 def _inside(centres: np.ndarray, radii: np.ndarray, points: np.ndarray) -> np.ndarray:
+    from scipy.spatial.distance import cdist  # slow to import
+
     found = [(cdist(b, centres) <= radii[None]).any(axis=1) for b in _blocks(points)]
     return np.concatenate(found)
 

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import scipy.special
 
 from atebm_jax.errors import check_choice
 from atebm_jax.metrics import reals
@@ -30,6 +29,8 @@ class SplitSums(NamedTuple):
         Raises:
           ValueError: logits that are NaN or infinite.
         """
+        import scipy.special  # slow to import
+
         logits = reals.floats(logits)
         if not np.isfinite(logits).all():
             raise ValueError("some logits are NaN or infinite: they have no score.")
@@ -44,6 +45,8 @@ class SplitSums(NamedTuple):
 
     def scores(self) -> np.ndarray:
         """exp(mean_x KL(p(y|x) || p(y))) of every split: [S]."""
+        import scipy.special  # slow to import
+
         marginal = self.probabilities / self.counts[:, None]
         information = scipy.special.entr(marginal).sum(axis=1)
         return np.exp(information - self.entropies / self.counts)

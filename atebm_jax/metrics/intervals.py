@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 from atebm_jax.metrics import reals
 
@@ -77,6 +75,8 @@ def auroc_interval(
 def _root(excess: Callable[[float], float], end: float, area: float) -> float:
     """Where `excess` changes its sign between an end of [0, 1] and the area."""
     # Beside the area: the variance of a perfect one is zero.
+    import scipy.optimize  # slow to import
+
     beside = area + 1e-9 * (end - area)
     return float(scipy.optimize.brentq(excess, end, beside))
 
@@ -165,6 +165,8 @@ def _normal(value: Any, error: Any, confidence: float) -> tuple[Any, Any]:
 
 def _quantile(confidence: float) -> float:
     """How many standard errors a normal interval reaches to either side."""
+    import scipy.special  # slow to import
+
     return float(scipy.special.ndtri((1 + float(confidence)) / 2))
 
 

@@ -248,7 +248,9 @@ def test_architecture_against_the_file_is_refused(network, arch, message, tmp_pa
 
 @functools.cache
 def random_variables(channels=3, num_classes=3):
-    return reference.random_variables(WideResNet(10, 1, num_classes), (8, 8, channels))
+    return reference.random_variables(
+        WideResNet(10, 1, num_classes=num_classes), (8, 8, channels)
+    )
 
 
 @pytest.fixture
