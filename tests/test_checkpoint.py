@@ -21,6 +21,7 @@ from atebm_jax import (
     curriculum,
     data,
     fitting,
+    local_path,
     models,
     optim,
     sharding,
@@ -190,7 +191,7 @@ def test_imported_weights_lie_below_such_a_path_too(state, tmp_path):
 
 def test_step_that_could_not_be_read_does_not_count(state, tmp_path, monkeypatch):
     """Whatever keeps Orbax from listing the arrays, it goes on as if all were well."""
-    monkeypatch.setattr(checkpoint.LocalPath, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(local_path.LocalPath, "glob", lambda self, pattern: iter(()))
     with pytest.raises(UserError, match="written without the list of its arrays"):
         write(tmp_path, state, {1: None})
     assert checkpoint.steps_in(checkpoint.stage_folder(tmp_path, "stage1")) == []
