@@ -245,7 +245,8 @@ def _open_source(config: ml_collections.ConfigDict, role: str) -> data.Source:
     try:
         return data.open_source(config.data[role], config.data.data_dir)
     except UserError as error:
-        raise UserError(f"config.data.{role}: {error}") from error
+        drawn = f" Or {', '.join(seeds.DRAWN)}." if role == "seeds" else ""
+        raise UserError(f"config.data.{role}: {error}{drawn}") from error
 
 
 def _check_rooms(

@@ -102,7 +102,10 @@ class Gaussian:
 
 
 def fit(
-    images: np.ndarray, labels: np.ndarray | None = None, num_classes: int = 1
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    num_classes: int = 1,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Gaussian:
     """Fits one Gaussian to all images, or one to each class.
 
@@ -110,12 +113,13 @@ def fit(
       images: uint8 [N, H, W, C].
       labels: [N] int in 0..K-1 for one Gaussian per class; None for a single one.
       num_classes: K.
+      image_shape: (H, W, C) of what is drawn, where `images` are reduced already.
 
     Raises:
       UserError: a class has fewer than two images, or there are so many classes that
         their covariances would not fit in a file.
     """
-    image_shape = images.shape[1:]
+    image_shape = image_shape or images.shape[1:]
     per_class = labels is not None
     groups = num_classes if per_class else 1
     small_shape, rank = _described(image_shape, groups)
@@ -281,20 +285,25 @@ def fit_if_absent(
 def keep(new: Fit, path: epath.Path, image_shape: tuple[int, int, int]) -> Gaussian:
     """Writes what was fitted, and reads it; every process of a job calls this.
 
+    The first process writes and reads; the others need no common disk.
+
     Raises:
       UserError: the file cannot be written, or not be read.
     """
-    refusal = ""
-    if new.gaussian is not None:
-        arrays = new.gaussian.arrays()
-        arrays["fingerprint"] = np.asarray(new.fingerprint)
+    refusal, arrays = "", None
+    if jax.process_index() == 0:
         try:
-            with storage.writing(path):
-                storage.write_npz(path, arrays)
+            if new.gaussian is not None:
+                fingerprint = {"fingerprint": np.asarray(new.fingerprint)}
+                with storage.writing(path):
+                    storage.write_npz(path, new.gaussian.arrays() | fingerprint)
+            arrays = _read(path)
         except UserError as error:
             refusal = str(error)
     _refuse_in_all(refusal)
-    return from_arrays(_read(path), image_shape)
+    arrays = sharding.from_first_process(arrays)
+    assert arrays is not None
+    return from_arrays(arrays, image_shape)
 
 
 def _refuse_in_all(refusal: str) -> None:
@@ -324,10 +333,27 @@ def _holds(
 def _fitted(
     kind: str, source: data.Source, config: ml_collections.ConfigDict
 ) -> Gaussian:
-    num_classes = source.num_classes or 1
-    check(kind, num_classes, config.image_shape)
-    images, labels = _images(source, config, NUM_FITTED)
-    return fit(images, labels if kind == GAUSSIAN_PER_CLASS else None, num_classes)
+    from atebm_jax import data  # its pipeline is slow to import
+
+    num_classes, shape = source.num_classes or 1, tuple(config.image_shape)
+    check(kind, num_classes, shape)
+    small_shape, _ = _described(shape, 1)
+    images, labels = [], []
+    # Batch by batch: 10,000 photographs need gigabytes, what is kept of them does not.
+    with data.eval_batches(
+        source,
+        preprocess=config.preprocess,
+        batch_size=_FINGERPRINT_IMAGES,
+        image_shape=shape,
+        limit=NUM_FITTED,
+        max_bad_images=config.max_bad_images,
+    ) as batches:
+        for batch in batches:
+            good = batch["images"][batch["mask"]]
+            images += [_resized(image, small_shape, "BOX") for image in good]
+            labels += batch["labels"][batch["mask"]].tolist()
+    per_class = np.asarray(labels) if kind == GAUSSIAN_PER_CLASS else None
+    return fit(np.asarray(images), per_class, num_classes, shape)
 
 
 def _images(

@@ -12,6 +12,7 @@ layer inside would send T times as much.
 
 import collections
 import contextlib
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -124,6 +125,30 @@ def first_said(text: str) -> str:
     everyones = np.asarray(multihost_utils.process_allgather(said))
     texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyones)
     return next(filter(None, texts), "")
+
+
+def from_first_process(
+    arrays: Mapping[str, np.ndarray] | None,
+) -> dict[str, np.ndarray] | None:
+    """What the first process has, in every process; called by all together.
+
+    Args:
+      arrays: by name, or None; heeded in the first process alone.
+    """
+    if jax.process_count() == 1:
+        return None if arrays is None else dict(arrays)
+    file = io.BytesIO()
+    if arrays is not None:
+        np.savez(file, allow_pickle=False, **arrays)
+    content = np.frombuffer(file.getvalue(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    if not size:
+        return None
+    if jax.process_index() != 0:
+        content = np.zeros(size, np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    with np.load(io.BytesIO(told.tobytes())) as stored:
+        return {key: stored[key] for key in stored.files}
 
 
 def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:

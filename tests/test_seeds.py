@@ -8,7 +8,7 @@ import tiny
 from etils import epath
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, data, seeds
+from atebm_jax import UserError, checkpoint, data, job, seeds
 from atebm_jax.evaluate import suite
 from atebm_jax.evaluate.options import Options
 from atebm_jax.sample.__main__ import main as sample
@@ -186,6 +186,25 @@ def test_gaussians_of_another_number_of_classes_are_others(tmp_path):
     assert seeds.of_source(
         per_class, data.ArraySource(images, labels), config, path
     ).means.shape == (3, 8, 8, 1)
+
+
+def test_large_images_are_reduced_as_they_are_read(tmp_path):
+    images, labels = blobs(70, (64, 64, 1))
+    config = tiny.config().data
+    config.image_shape = (64, 64, 1)
+    source = data.ArraySource(images, labels, num_classes=2)
+    for kind, per_class in (("gaussian", None), ("gaussian_per_class", labels)):
+        path = epath.Path(tmp_path) / f"{kind}.npz"
+        read = seeds.of_source(kind, source, config, path)
+        whole = seeds.fit(images, per_class, 2)
+        np.testing.assert_array_equal(read.means, whole.means)
+        np.testing.assert_array_equal(read.factors, whole.factors)
+        assert read.image_shape == (64, 64, 1)
+
+
+def test_misspelt_seeds_are_told_what_else_there_is():
+    with pytest.raises(UserError, match="config.data.seeds: unknown.*gaussian_per"):
+        job._open_source(tiny.config(**{"data.seeds": "Gaussian"}), "seeds")
 
 
 @pytest.mark.parametrize("content", [b"", b"no file", b"PK\x03\x04"])

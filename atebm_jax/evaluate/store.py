@@ -7,7 +7,6 @@ their content (weights, data, settings); another protocol never meets them.
 
 import contextlib
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from atebm_jax import sharding, storage
 from atebm_jax.errors import UserError
@@ -63,7 +61,7 @@ class Store:
             return None
         path = self._folder / f"{name}.npz"
         arrays = _read(path) if jax.process_index() == 0 else None
-        return arrays if jax.process_count() == 1 else _from_first_process(arrays)
+        return sharding.from_first_process(arrays)
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes a unit, whole or not at all; only the first process does.
@@ -107,19 +105,3 @@ def _read(path: epath.Path) -> Arrays | None:
         return storage.read_npz(path) if path.exists() else None
     except OSError:
         return None
-
-
-def _from_first_process(arrays: Arrays | None) -> Arrays | None:
-    """What the first process has, in every process; called by all together."""
-    file = io.BytesIO()
-    if arrays is not None:
-        np.savez(file, allow_pickle=False, **arrays)
-    content = np.frombuffer(file.getvalue(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    if not size:
-        return None
-    if jax.process_index() != 0:
-        content = np.zeros(size, np.uint8)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(content))
-    with np.load(io.BytesIO(told.tobytes())) as stored:
-        return {key: stored[key] for key in stored.files}
