@@ -19,6 +19,7 @@ from atebm_jax import (
     editing,
     energy,
     models,
+    recipes,
     trained,
 )
 from atebm_jax.command_line import check_platform
@@ -131,7 +132,7 @@ class Model:
         """
         settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
-        recipe = drawing.recipe(
+        recipe = recipes.of_config(
             settings,
             sampler=sampler,
             schedule=schedule,
@@ -337,7 +338,7 @@ class Model:
         )
         size = settings.step_size if step_size is None else step_size
         steps = settings.num_steps if num_steps is None else num_steps
-        drawing.check(drawing.Recipe(step_size=size, num_steps=steps))
+        recipes.check(recipes.Recipe(step_size=size, num_steps=steps))
         return self._run(
             attack,
             x,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -20,30 +19,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from atebm_jax import ascent, energy, models
-from atebm_jax.errors import UserError, check_choice
+from atebm_jax import ascent, energy, models, recipes
+from atebm_jax.recipes import Recipe
 from atebm_jax.seeds import NOISE, Gaussian
 
 if TYPE_CHECKING:
     from atebm_jax import data
 
 CHUNK = 32
-# The blur is written out, a sum of 6 sigma + 1 images along each axis.
-_WIDEST_BLUR = 64
-_LARGEST = float(np.finfo(np.float32).max)
 # Beyond every image's index: the steps' noise is not that of a seed.
 _STEPS = 2**31
-
-#: How floats become bytes: as the published scores were made, or without their bias.
-QUANTISE: dict[str, Callable[[Any], jax.Array]] = {
-    "reference": lambda x: jnp.floor(x * 255.0).astype(jnp.uint8),
-    "nearest": lambda x: jnp.round(x * 255.0).astype(jnp.uint8),
-}
 
 #: Indices [CHUNK] int32 -> classes [CHUNK] int32.
 LabelsFn = Callable[[np.ndarray], np.ndarray]
@@ -55,102 +44,6 @@ ReadFn = Callable[[Any, jax.Array], Any]
 #: (indices [CHUNK], a tree of numpy arrays, weights on the device that made them) ->
 #: a tree of numpy arrays, of the same shapes every time.
 FinishFn = Callable[[np.ndarray, Any, Any], Any]
-
-
-class Recipe(NamedTuple):
-    """How samples are drawn: everything that decides them beside model and seeds.
-
-    Attributes:
-      sampler: as of `ascent.rule`; with all settings in a protocol.
-      schedule: a key of `ascent.SCHEDULES`.
-      step_size: > 0, as of the sampler; L2 pixels per step but for "sgld".
-      num_steps: >= 0.
-      target_energy: an image stops where its energy is this or lower; None for never.
-      smooth: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64.
-      seed: of noise, 0 <= seed < 2**32.
-      conditional: draw given classes, by E(x, y), or any, by E(x).
-    """
-
-    sampler: str = "pgd"
-    schedule: str = "constant"
-    step_size: float = 0.2
-    num_steps: int = 35
-    target_energy: float | None = None
-    smooth: float = 0.0
-    seed: int = 0
-    conditional: bool = True
-
-
-def recipe(settings: ml_collections.ConfigDict, **given: Any) -> Recipe:
-    """A recipe that has been checked.
-
-    Args:
-      settings: `config.evaluate.samples`, for what is not given.
-      given: fields of `Recipe`; None is not given.
-
-    Raises:
-      UserError: as of `check`.
-    """
-    of_config = {k: settings[k] for k in ("sampler", "step_size", "num_steps")}
-    wanted = of_config | {k: value for k, value in given.items() if value is not None}
-    wanted["sampler"] = ascent.resolved(wanted["sampler"])
-    made = Recipe(**wanted)
-    check(made)
-    return made
-
-
-def check(recipe: Recipe) -> None:
-    """Refuses values that nothing can be drawn with.
-
-    Raises:
-      UserError: names the value, what is allowed and the remedy.
-    """
-    ascent.rule(recipe.sampler)
-    check_choice("schedule", recipe.schedule, ascent.SCHEDULES)
-    number, whole = (int, float, np.number), (int, np.integer)
-    size, steps = recipe.step_size, recipe.num_steps
-    if not isinstance(size, number) or not isinstance(steps, whole):
-        raise UserError(
-            f"num_steps is {steps!r} and step_size {size!r}: expected a whole "
-            "number and a number."
-        )
-    if steps < 0 or not 0 < size <= _LARGEST:
-        raise UserError(
-            f"num_steps is {steps} and step_size {size}: the steps must not "
-            "be negative, their size is positive and finite in float32."
-        )
-    if steps >= 2**31:
-        raise UserError(f"num_steps is {steps}: it must be below 2**31.")
-    check_seed(recipe.seed)
-    smooth, target = recipe.smooth, recipe.target_energy
-    if not isinstance(smooth, number) or not 0 <= smooth <= _WIDEST_BLUR:
-        raise UserError(f"smooth is {smooth!r}: expected 0 to {_WIDEST_BLUR} pixels.")
-    if target is not None and not (isinstance(target, number) and np.isfinite(target)):
-        raise UserError(f"target_energy is {target!r}: expected a finite number.")
-
-
-def check_seed(seed: int) -> None:
-    """Refuses a seed that no random key can be made of.
-
-    Raises:
-      UserError: names the allowed ones.
-    """
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise UserError(
-            f"seed is {seed!r}: expected a whole number from 0 to 2**32 - 1."
-        )
-
-
-def check_sampler(text: str) -> None:
-    """Refuses what is no sampler, or not with these settings.
-
-    Raises:
-      UserError: names the field of the config, and what there is.
-    """
-    try:
-        ascent.rule(text)
-    except UserError as error:
-        raise UserError(f"config.evaluate.samples.sampler: {error}") from error
 
 
 # Labels and seeds by the index of an image.
@@ -263,31 +156,6 @@ def seeds_fn(
     return partial(gaussian.batch, seed)
 
 
-def smooth(images: jax.Array, sigma: float) -> jax.Array:
-    """Blurs seeds by a Gaussian; edges are continued by their last pixel.
-
-    Args:
-      images: [B, H, W, C] float32.
-      sigma: standard deviation > 0, pixels.
-
-    Returns:
-      [B, H, W, C], as bright as before.
-    """
-    reach = max(math.ceil(3 * sigma), 1)
-    weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / sigma))
-    weights = (weights / weights.sum()).astype(np.float32)
-    for axis in (1, 2):
-        width = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
-        padded = jnp.pad(images, width, mode="edge")
-        size = images.shape[axis]
-        shifted = [
-            weight * jax.lax.slice_in_dim(padded, k, k + size, axis=axis)
-            for k, weight in enumerate(weights)
-        ]
-        images = sum(shifted[1:], start=shifted[0])
-    return images
-
-
 # Chunks.
 
 
@@ -353,7 +221,7 @@ def draw(
     Args:
       model: images to logits.
       variables: its weights.
-      recipe: as of `check`.
+      recipe: one that has been checked.
       numbers: of the chunks to draw; chunk n holds images n * CHUNK and on.
       labels_of: of images by their indices; ignored where the recipe is not
         conditional.
@@ -497,7 +365,7 @@ def _program(
     ) -> Any:
         variables, read_weights = weights
         keys = step_keys(jax.random.key(traced.seed), indices)
-        start = smooth(seeds, recipe.smooth) if recipe.smooth else seeds
+        start = recipes.smooth(seeds, recipe.smooth) if recipe.smooth else seeds
         logits_fn = models.logits_fn(model, variables)
 
         def objective(x: jax.Array) -> jax.Array:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from atebm_jax import ascent, constraints, drawing, energy, models
+from atebm_jax import ascent, constraints, drawing, energy, models, recipes
 from atebm_jax.constraints import Constraint
-from atebm_jax.drawing import Recipe
 from atebm_jax.errors import UserError
 from atebm_jax.models import LogitsFn
+from atebm_jax.recipes import Recipe
 
 # A label for `descend`: the class that the model predicts at the start.
 GUESS = -1
@@ -215,7 +215,7 @@ def prepare(
         # The config's step size is its own sampler's, whose unit may be another.
         if step_size is None:
             longest = ascent.step_length(settings.sampler, chosen)
-    recipe = drawing.recipe(
+    recipe = recipes.of_config(
         settings,
         sampler=sampler,
         schedule=schedule,

@@ -20,11 +20,11 @@ from atebm_jax import (
     attacks,
     checkpoint,
     data,
-    drawing,
     fitting,
     intact,
     models,
     reachability,
+    recipes,
     seeds,
     sharding,
     storage,
@@ -263,7 +263,7 @@ def _check_rooms(
         sharding.check_batch_size(size, mesh.size, f"config.{field}", parts)
     attacks.adversary(**config.evaluate.attack)
     pixel_scores.check_judge(config.evaluate.samples.judge)
-    drawing.check_sampler(config.evaluate.samples.sampler)
+    recipes.check_sampler(config.evaluate.samples.sampler)
 
 
 # Which operations meet the images of which role.

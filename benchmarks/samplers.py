@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from atebm_jax import ascent, constraints, data, drawing, metrics, trained
+from atebm_jax import ascent, constraints, data, drawing, metrics, recipes, trained
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import pixel_scores
 from atebm_jax.evaluate.extractors import from_model
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     counts = _whole_numbers("--evaluations", flags.evaluations)
     seeds = _whole_numbers("--seeds", flags.seeds)
     recipes = {
-        (setting, count, seed): drawing.Recipe(
+        (setting, count, seed): recipes.Recipe(
             setting.sampler, setting.schedule, setting.step_size, count, seed=seed
         )
         for setting in settings
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
         for seed in seeds
     }
     for recipe in recipes.values():
-        drawing.check(recipe)
+        recipes.check(recipe)
     judges, real = _judges(loaded, flags.num)
     scores: dict[str, dict[int, list[dict[str, float]]]] = {}
     for (setting, count, seed), recipe in track(
@@ -218,7 +218,7 @@ def _images(config: Any, spec: str, limit: int) -> tuple[np.ndarray, np.ndarray]
     )
 
 
-def _draw(loaded: Trained, recipe: drawing.Recipe, num: int) -> np.ndarray:
+def _draw(loaded: Trained, recipe: recipes.Recipe, num: int) -> np.ndarray:
     settings = loaded.config.data
     return drawing.images(
         loaded.model,

@@ -20,6 +20,7 @@ from atebm_jax import (
     editing,
     energy,
     models,
+    recipes,
 )
 
 SHAPE = (4, 4, 3)
@@ -236,7 +237,7 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("sampler", ["pgd", "sgld(noise=0.01)"])
 def test_image_i_does_not_depend_on_what_is_drawn_beside_it(sampler):
-    recipe = drawing.Recipe(sampler, num_steps=3, seed=5)
+    recipe = recipes.Recipe(sampler, num_steps=3, seed=5)
     settings = tiny.config().data
     settings.image_shape = SHAPE
     labels_of = drawing.cyclic_labels(3)

@@ -45,6 +45,7 @@ ORDER = (
     "archs",
     "convert",
     "presets",
+    "recipes",
     "drawing",
     "editing",
     "trained",

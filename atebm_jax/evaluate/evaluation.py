@@ -21,6 +21,7 @@ from atebm_jax import (
     drawing,
     pictures,
     reachability,
+    recipes,
     sharding,
 )
 from atebm_jax import config as configuration
@@ -61,7 +62,7 @@ class Evaluation:
         )
         attacked = classification.under_attack(config.evaluate.attack)
         self._attacked = self._context.compiled(attacked)
-        self._recipe = drawing.recipe(config.evaluate.samples, seed=config.seed)
+        self._recipe = recipes.of_config(config.evaluate.samples, seed=config.seed)
         self._seeds_of = drawing.seeds_fn(
             config.data.seeds,
             config.seed,

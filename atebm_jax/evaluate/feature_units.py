@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import drawing
+from atebm_jax import drawing, recipes
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.extractors import Extractor, score_inputs
 from atebm_jax.evaluate.store import Arrays, Store
@@ -61,7 +61,7 @@ def _cut(unit: Arrays, left: int) -> Arrays:
 
 
 def _store(context: Context, extractor: Extractor, plan: Plan) -> Store:
-    recipe = drawing.recipe(context.config.evaluate.samples)
+    recipe = recipes.of_config(context.config.evaluate.samples)
     return context.store.within(
         part="samples",
         seeds=context.config.data.seeds,
@@ -82,7 +82,7 @@ def _drawn(
 ) -> Iterator[tuple[int, Arrays]]:
     """(number, unit) of one chunk after the other, drawn by all processes together."""
     settings, options = context.config.data, context.options
-    quantise = drawing.QUANTISE[options.quantise]
+    quantise = recipes.QUANTISE[options.quantise]
     seeds_of = drawing.seeds_fn(
         settings.seeds,
         options.seed,
@@ -123,7 +123,7 @@ def _drawn(
         yield from drawing.draw(
             context.model,
             context.variables,
-            drawing.recipe(context.config.evaluate.samples, seed=options.seed),
+            recipes.of_config(context.config.evaluate.samples, seed=options.seed),
             part,
             drawing.cyclic_labels(context.config.model.num_classes),
             seeds_of,

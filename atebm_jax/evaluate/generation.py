@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import ascent, drawing, metrics, pictures
+from atebm_jax import ascent, metrics, pictures, recipes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors, feature_units, references
 from atebm_jax.evaluate.context import Context, check_finite, figure
@@ -88,7 +88,7 @@ def check(context: Context) -> None:
         there, or a cache that cannot be written.
     """
     options = context.options
-    drawing.check_sampler(context.config.evaluate.samples.sampler)
+    recipes.check_sampler(context.config.evaluate.samples.sampler)
     if not _SMALLEST <= options.num_samples <= _MOST_SAMPLES:
         raise UserError(
             f"--num_samples is {options.num_samples}: the scores of samples need "
@@ -109,7 +109,7 @@ def check(context: Context) -> None:
             f"--num_pairs is {options.num_pairs}: give {2 * _GROUPS} or more."
         )
     choices = {
-        "quantise": (options.quantise, tuple(drawing.QUANTISE)),
+        "quantise": (options.quantise, tuple(recipes.QUANTISE)),
         "score_protocol": (options.score_protocol, metrics.SCORE_PROTOCOLS),
     }
     for name, (value, allowed) in choices.items():

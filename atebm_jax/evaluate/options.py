@@ -29,7 +29,7 @@ class Options:
       num_pairs: images of each side where pairs are compared.
       sweep: numbers of sampling steps to try below and above the config's; 0 for none.
       sweep_samples: images for that.
-      quantise: a key of `drawing.QUANTISE`.
+      quantise: a key of `recipes.QUANTISE`.
       score_protocol: one of `metrics.SCORE_PROTOCOLS`.
       cache_dir: of statistics of data sets; None for the user's cache.
     """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import data, drawing, seeds, storage, trained
+from atebm_jax import data, drawing, recipes, seeds, storage, trained
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
 from atebm_jax.progress import say, track
@@ -51,7 +51,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
       UserError: a flag, the checkpoint, the seeds or the folder cannot be used.
     """
     loaded = trained.load(flags.workdir, best_by=flags.best_by)
-    recipe = drawing.recipe(
+    recipe = recipes.of_config(
         loaded.config.evaluate.samples,
         sampler=flags.sampler,
         schedule=flags.schedule,
@@ -68,8 +68,8 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             f"--count is {flags.count}: expected 1 to {_MOST_IMAGES} images in one "
             "folder; for more give another --seed and --out."
         )
-    check_choice("--quantise", flags.quantise, drawing.QUANTISE)
-    to_bytes = drawing.QUANTISE[flags.quantise]
+    check_choice("--quantise", flags.quantise, recipes.QUANTISE)
+    to_bytes = recipes.QUANTISE[flags.quantise]
 
     def labels_of(indices: np.ndarray) -> np.ndarray:
         return classes[indices % len(classes)]
@@ -93,7 +93,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
 
 def _draw(
     loaded: Trained,
-    recipe: drawing.Recipe,
+    recipe: recipes.Recipe,
     start: Start,
     labels_of: drawing.LabelsFn,
     protocol: dict[str, Any],

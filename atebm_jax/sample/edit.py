@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import constraints, drawing, editing, metrics, pictures, trained
+from atebm_jax import constraints, editing, metrics, pictures, recipes, trained
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
@@ -141,7 +141,7 @@ def _prepare(
     problem: Problem,
     images: np.ndarray,
     variants: np.ndarray,
-) -> tuple[editing.Rows, drawing.Recipe]:
+) -> tuple[editing.Rows, recipes.Recipe]:
     """Images [B, H, W, C] uint8 in variants [B] as rows to edit, and how."""
     labels = problem.labels
     return editing.prepare(
@@ -313,7 +313,7 @@ def _checked(given: argparse.Namespace) -> argparse.Namespace:
             "with --degrade the images are the truth: leave out --reference."
         )
     # What is made of the images first takes these as they are.
-    drawing.check_seed(given.seed)
+    recipes.check_seed(given.seed)
     if given.task == "denoise":
         constraints.check_noise(given.sigma)
     missing = {k: v for k, v in _DEFAULTS.items() if getattr(given, k) is None}

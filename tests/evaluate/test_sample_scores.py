@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, drawing, load, metrics, workdir_lock
+from atebm_jax import UserError, load, metrics, recipes, workdir_lock
 from atebm_jax.evaluate import extractors, generation, references, suite
 from atebm_jax.evaluate.context import Options
 from atebm_jax.sample import __main__ as sample
@@ -304,9 +304,9 @@ def test_statistics_of_other_features_are_refused(tmp_path):
 @pytest.mark.golden
 def test_reference_bytes_are_rounded_down(golden):
     stored = golden("png_quantise")
-    levels = drawing.QUANTISE["reference"](jnp.asarray(stored["float_image"]))
+    levels = recipes.QUANTISE["reference"](jnp.asarray(stored["float_image"]))
     np.testing.assert_array_equal(levels, stored["saved_u8"])
-    nearest = drawing.QUANTISE["nearest"](jnp.asarray([0.0, 0.5, 1.0]))
+    nearest = recipes.QUANTISE["nearest"](jnp.asarray([0.0, 0.5, 1.0]))
     np.testing.assert_array_equal(nearest, [0, 128, 255])
 
 
