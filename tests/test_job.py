@@ -74,8 +74,9 @@ def test_report_gives_figures_after_both_stages_and_says_what_they_mean(finished
 
 def test_job_says_ahead_what_its_evaluation_costs_and_shows_its_progress(finished):
     ahead, _, rest = finished[2].partition("stage1 step")
-    # 60 images in two batches of 40, two steps each; 50 samples of three steps.
-    passes = 2 * 80 * ((2 + 2 * 2) + 3 * 2)
+    # 60 images in two batches of 40, two steps each; 50 samples in two chunks of 32,
+    # three steps each.
+    passes = 2 * (80 * (2 + 2 * 2) + 64 * 3 * 2)
     assert "60 images under 2 steps of attack and 50 samples of 3 steps" in ahead
     assert f"{passes:,} passes of an image" in ahead
     assert "warning: 2 evaluations on the way take" in ahead

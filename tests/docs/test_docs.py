@@ -208,3 +208,19 @@ def test_the_network_of_the_docs_can_be_built(
     )
     assert logits.shape == (2, 10)
     assert archs.describe(config.model) == "convnet-32"
+
+
+@pytest.mark.parametrize(
+    ("section", "most_files", "most_lines"),
+    [("One step of training", 11, 1800), ("One sample", 8, 1000)],
+)
+def test_map_of_the_code_counts_its_lines(section, most_files, most_lines):
+    page = (ROOT / "docs" / "code.md").read_text()
+    part = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", part, re.MULTILINE)
+    for name, lines in rows:
+        text = (ROOT / "atebm_jax" / name).read_text()
+        assert text.count("\n") == int(lines), name
+    total = sum(int(lines) for _, lines in rows)
+    assert f"| {len(rows)} files | {total} | |" in part
+    assert len(rows) <= most_files and total <= most_lines
