@@ -112,7 +112,7 @@ def cifar_cpu(name: str, num_classes: int) -> ConfigDict:
 
 
 def _small_stage2(config: ConfigDict) -> None:
-    """Stage 2 of small networks: docs/curriculum.md has the trials behind it."""
+    """Stage 2 of small networks: docs/results.md has the runs behind it."""
     config.stage2.learning_rate = 1e-3
     config.stage2.contrastive_step_size = 0.2
     config.stage2.t_max = 25
