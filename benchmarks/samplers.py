@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     settings = [_setting(text) for text in flags.setting] or _defaults(loaded.config)
     counts = _whole_numbers("--evaluations", flags.evaluations)
     seeds = _whole_numbers("--seeds", flags.seeds)
-    recipes = {
+    wanted = {
         (setting, count, seed): recipes.Recipe(
             setting.sampler, setting.schedule, setting.step_size, count, seed=seed
         )
@@ -99,12 +99,12 @@ def main(argv: Sequence[str]) -> None:
         for count in counts
         for seed in seeds
     }
-    for recipe in recipes.values():
+    for recipe in wanted.values():
         recipes.check(recipe)
     judges, real = _judges(loaded, flags.num)
     scores: dict[str, dict[int, list[dict[str, float]]]] = {}
     for (setting, count, seed), recipe in track(
-        recipes.items(),
+        wanted.items(),
         "samplers",
         console=console,
         transient=True,
