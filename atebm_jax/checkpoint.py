@@ -41,8 +41,6 @@ FORMAT = 1
 #: Metrics by which a best checkpoint is kept, and whether more is better.
 BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
-STAGE_ORDER = tuple(STAGES)
-
 # What an earlier version called the stage's own state.
 _EXTRA_BEFORE = "curriculum"
 
@@ -327,7 +325,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
                 "the stage's folder, where there are steps to choose from."
             )
         return folder
-    order = (*reversed(STAGE_ORDER), IMPORTED)
+    order = (*reversed(STAGES), IMPORTED)
     stages = [folder / "checkpoints" / stage for stage in order]
     for candidate in [*stages, folder]:
         steps = steps_in(candidate)

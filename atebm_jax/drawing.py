@@ -130,6 +130,11 @@ class ReadSeeds:
         return image, bad != place
 
 
+def stand_ins(seeds_of: SeedsFn) -> set[int]:
+    """Indices of images that began at the seed of another one, so far."""
+    return seeds_of.stand_ins if isinstance(seeds_of, ReadSeeds) else set()
+
+
 def seeds_fn(
     spec: str,
     seed: int,

@@ -488,8 +488,7 @@ def _due(step: int, every: int, total: int) -> bool:
 def _batches(job: Job, name: str, start: int) -> data.Batches:
     """The training batches of a stage from a position on."""
     config = job.config.data
-    stage_index = checkpoint.STAGE_ORDER.index(name)
-    seed = job.config.seed * len(checkpoint.STAGE_ORDER) + stage_index
+    seed = job.config.seed * len(STAGES) + list(STAGES).index(name)
     train = job.sources["train"]
     streams = {"cls": data.Stream(train, config.augment_cls, seed=seed)}
     draw_seeds = None

@@ -108,8 +108,8 @@ def _drawn(
         if classify is not None:
             inputs = score_inputs(made["bytes"])
             made["logits"] = np.asarray(classify(weights[1], inputs))
-        stand_ins = getattr(seeds_of, "stand_ins", ())
-        return made | {"stand_in": np.isin(indices, list(stand_ins))}
+        stand_ins = list(drawing.stand_ins(seeds_of))
+        return made | {"stand_in": np.isin(indices, stand_ins)}
 
     def without_bytes(indices: np.ndarray, made: Arrays, weights: Any) -> Arrays:
         unit = finish(indices, made, weights)

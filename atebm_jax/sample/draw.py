@@ -41,7 +41,7 @@ class Start(NamedTuple):
     @property
     def stand_ins(self) -> set[int]:
         """Numbers of samples whose seed could not be decoded; grows."""
-        return getattr(self.seeds_of, "stand_ins", set())
+        return drawing.stand_ins(self.seeds_of)
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
