@@ -13,7 +13,8 @@ from budget import budget
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from atebm_jax import UserError, config, data, job, models, sharding, stages, train
+from atebm_jax import UserError, config, data, job, models, sharding, train
+from atebm_jax.stages import joint
 
 _IMAGES = 40
 
@@ -45,7 +46,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adamw", "adam"),
     "schedule": ("constant", "cosine", "step"),
     "stages": ("auto", "stage1", "stage2", "stage1,stage2", "stage2,stage1"),
-    "contrastive_objective": (*stages.CONTRASTIVE_OBJECTIVES, "joint"),
+    "contrastive_objective": (*joint.CONTRASTIVE_OBJECTIVES, "joint"),
     "judge": ("svc", "mlp"),
     "mesh": ("data:-1", "data:-1,fsdp:2", "fsdp:-1", "data:3", "fsdp:0", "data:99"),
     "init_from": ("nowhere", "/", "~", "gs://nowhere/x", "file://x"),
