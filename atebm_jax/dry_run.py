@@ -41,7 +41,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.local_path import is_device, local, real
 from atebm_jax.models import cpu
 from atebm_jax.progress import say
-from atebm_jax.train import build_step
+from atebm_jax.train import plan_stage
 
 GIB = 2**30
 # Share of a device's memory left for what is not counted: the compiler's workspace,
@@ -155,13 +155,12 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
 
 def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     model = models.build(config.model)
-    stage = stages.STAGES[name].build(model, config[name])
     # Its length needs the data; a warm-up must fit.
-    total = max(config[name].warmup_steps, 1)
-    _, new_state = build_step(config, name, model, total)
+    plan = plan_stage(config, name, model, max(config[name].warmup_steps, 1))
+    stage = plan.stage
     shape = tuple(config.data.image_shape)
     variables = models.variable_shapes(model, shape)
-    state = jax.eval_shape(new_state, variables)
+    state = jax.eval_shape(plan.new_state, variables)
     batch = _batch(stage, shape, 1)
     gradient = _bytes(variables["params"])
     return Cost(
@@ -176,7 +175,7 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
         flops=_flops(stage, model, variables, batch),
         turns=_turns(config, name),
         gathered_bytes=0 if fsdp == 1 else gradient,
-        whole_batch=stages.STAGES[name].whole_batch and "batch_stats" in variables,
+        whole_batch=plan.method.whole_batch and "batch_stats" in variables,
     )
 
 

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from atebm_jax import (
     seeds,
     sharding,
     storage,
+    train,
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
@@ -38,7 +39,7 @@ from atebm_jax.names import check_utf8
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import say
 from atebm_jax.stages import STAGES
-from atebm_jax.train import Job, build_step, train_stage
+from atebm_jax.train import Job, Plan
 from atebm_jax.workdir_lock import Lock
 
 
@@ -109,7 +110,7 @@ def _run(
     note = partial(say, console)
     names = _follow_names(config, workdir, sources, classes_by_place, note)
     # Everything that can be refused is refused before anything is written.
-    _check_rooms(config, mesh, model, len(sources["train"]))
+    plans = _plan(config, mesh, model, len(sources["train"]))
     _check_images(config, sources)
     origins = _origins(config, workdir, model, len(sources["train"]))
     if not allow_config_change:
@@ -140,9 +141,9 @@ def _run(
             class_names=names,
         )
         _greet(console, job)
-        _tell_ahead(job, evaluation)
-        for name in configuration.stages_to_run(config):
-            train_stage(job, name, origins[name])
+        _tell_ahead(job, plans, evaluation)
+        for plan in plans:
+            train.train_stage(job, plan, origins[plan.name])
         return evaluation.final(console)
     finally:
         writer.close()
@@ -249,21 +250,23 @@ def _open_source(config: ml_collections.ConfigDict, role: str) -> data.Source:
         raise UserError(f"config.data.{role}: {error}{drawn}") from error
 
 
-def _check_rooms(
+def _plan(
     config: ml_collections.ConfigDict, mesh: Mesh, model: nn.Module, num_train: int
-) -> None:
-    """Has every room check its part of the config."""
+) -> list[Plan]:
+    """The stages to run; has every room check its part of the config."""
+    plans = []
     sizes = {"evaluate.batch_size": (config.evaluate.batch_size, 1)}
     for name in configuration.stages_to_run(config):
-        total = configuration.num_steps(config[name], num_train)
-        build_step(config, name, model, total)
-        stage = config[name]
-        sizes[f"{name}.batch_size"] = (stage.batch_size, stage.num_micro_batches)
+        block = config[name]
+        total = configuration.num_steps(block, num_train)
+        plans.append(train.plan_stage(config, name, model, total, mesh))
+        sizes[f"{name}.batch_size"] = (block.batch_size, block.num_micro_batches)
     for field, (size, parts) in sizes.items():
         sharding.check_batch_size(size, mesh.size, f"config.{field}", parts)
     attacks.adversary(**config.evaluate.attack)
     pixel_scores.check_judge(config.evaluate.samples.judge)
     recipes.check_sampler(config.evaluate.samples.sampler)
+    return plans
 
 
 # Which operations meet the images of which role.
@@ -432,24 +435,20 @@ def _greet(console: Console, job: Job) -> None:
     )
 
 
-def _tell_ahead(job: Job, evaluation: Evaluation) -> None:
+def _tell_ahead(job: Job, plans: Sequence[Plan], evaluation: Evaluation) -> None:
     """Says before the first step what evaluations cost and how far seeds can go."""
-    config = job.config
-    totals = {
-        name: configuration.num_steps(config[name], len(job.sources["train"]))
-        for name in configuration.stages_to_run(config)
-    }
     folders = {s: checkpoint.stage_folder(job.workdir, s) for s in STAGES}
     reached = {s: max(checkpoint.steps_in(f), default=0) for s, f in folders.items()}
-    to_train = [name for name, total in totals.items() if reached[name] < total]
+    to_train = [plan for plan in plans if reached[plan.name] < plan.num_steps]
     if not to_train:
         return
-    for name in to_train:
-        if sentence := evaluation.cost_of_periodic(name, totals[name]):
+    for plan in to_train:
+        if sentence := evaluation.cost_of_periodic(plan.name, plan.num_steps):
             say(job.console, f"warning: {sentence}")
-    evaluated = [s for s in reached if reached[s] or s in totals]
+    to_run = {plan.name for plan in plans}
+    evaluated = [s for s in reached if reached[s] or s in to_run]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
-    if any("ood" in STAGES[s].streams and not reached[s] for s in to_train):
+    if any("ood" in p.method.streams and not reached[p.name] for p in to_train):
         for line in reachability.lines(evaluation.measured_reachability()):
             say(job.console, line)
 

@@ -28,13 +28,12 @@ from atebm_jax import (
     train_state,
     train_step,
 )
-from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.preemption import Interrupted, StopSignal
 from atebm_jax.progress import ProgressLine, say
 from atebm_jax.seeds import Gaussian
-from atebm_jax.stages import STAGES, Stage
+from atebm_jax.stages import STAGES, Method, Stage
 from atebm_jax.train_state import TrainState
 from atebm_jax.workdir_lock import Lock
 
@@ -58,6 +57,19 @@ class Job(NamedTuple):
     stop: StopSignal
     lock: Lock
     class_names: tuple[str, ...] | None = None  # what the network's outputs mean
+
+
+class Plan(NamedTuple):
+    """One stage of a job, resolved from its config once."""
+
+    name: str  # a key of `STAGES`
+    block: ml_collections.ConfigDict  # its block of the config
+    method: Method
+    stage: Stage  # the method for the job's network
+    num_steps: int
+    step: train_step.StepFn  # the update, not yet compiled
+    new_state: Callable[[Any], TrainState]  # variables -> fresh state
+    setting: health.Setting
 
 
 # Keeps the seeds of training apart from those of samples, whose numbers are below.
@@ -85,7 +97,15 @@ class Diverged(Exception):
         return {f"sign_{name}": self.step for name in names}
 
 
-def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
+class _Run(NamedTuple):
+    """A stage that is being trained."""
+
+    job: Job
+    plan: Plan
+    checkpoints: ocp.CheckpointManager
+
+
+def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
     """Trains one stage to its end; goes on from its last checkpoint if there is one.
 
     Killing the process at any moment and calling this again ends with the same
@@ -93,34 +113,37 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
 
     Args:
       job: config, data, network and where to write.
-      name: of the stage, a key of `STAGES`.
+      plan: the stage, as of `plan_stage`.
       initial: makes the variables to start from; called only for a fresh start and
         after a rollback to the beginning.
 
     Raises:
-      UserError: the config does not fit, or training keeps diverging.
+      UserError: training keeps diverging.
       Interrupted: asked to stop; it says what is saved.
     """
-    config = job.config[name]
-    total = configuration.num_steps(config, len(job.sources["train"]))
-    step, new_state = build_step(job.config, name, job.model, total, job.mesh)
-    like = _placed_shapes(job, new_state)
+    name = plan.name
+    shapes = models.variable_shapes(job.model, job.config.data.image_shape)
+    like = sharding.placed_shapes(jax.eval_shape(plan.new_state, shapes), job.mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
-    step_fn = jit_step(step, placement, job.mesh)
+    step_fn = jit_step(plan.step, placement, job.mesh)
+    checkpoints = checkpoint.manager(job.workdir, name)
+    run = _Run(job, plan, checkpoints)
 
-    def fresh() -> TrainState:
+    def latest() -> TrainState:
+        """The newest intact state; a fresh one where there is none yet."""
+        restored = intact.restore_newest(checkpoints, like, partial(say, job.console))
+        if restored is not None:
+            return restored
         # Split from the start: only the variables themselves are ever whole.
         variables = sharding.put_state(jax.device_get(initial()), job.mesh)
-        return jax.jit(new_state, out_shardings=placement)(variables)
+        return jax.jit(plan.new_state, out_shardings=placement)(variables)
 
-    checkpoints = checkpoint.manager(job.workdir, name)
     try:
-        latest = partial(_latest, job, checkpoints, fresh, like)
         state = latest()
-        watch = _watch(job, name, checkpoints, state)
-        _finish_evaluation(job, name, state, watch, total, checkpoints)
+        watch = _watch(run, state)
+        _finish_evaluation(run, state, watch)
         marks: dict[str, int] = {}
-        while int(state.step) < total:
+        while int(state.step) < plan.num_steps:
             # Read now: the step takes the state's buffers for its own.
             first, rollbacks = int(state.step), int(state.rollbacks)
             offset = int(state.data_offset)
@@ -128,19 +151,13 @@ def train_stage(job: Job, name: str, initial: Callable[[], Any]) -> None:
             if marks:
                 job.writer.write(name, first, {**marks, "rollbacks": rollbacks})
             try:
-                state = _advance(job, name, state, watch, total, step_fn, checkpoints)
+                state = _advance(run, state, watch, step_fn)
             except Diverged as error:
-                state = _roll_back(
-                    job,
-                    name,
-                    checkpoints,
-                    latest,
-                    error,
-                    position=error.step + offset,
-                    rollbacks=rollbacks + 1,
+                _prepare_rollback(run, error, rollbacks + 1)
+                state = _rolled_back(
+                    run, latest(), error.step + offset, rollbacks=rollbacks + 1
                 )
-                watch = _watch(job, name, checkpoints, state)
-                watch = replace(watch, count=error.watch.count)
+                watch = replace(_watch(run, state), count=error.watch.count)
                 marks = error.marks()
     finally:
         # Waits for a save that is under way, also when interrupted.
@@ -151,7 +168,7 @@ def jit_step(step: train_step.StepFn, placement: Any, mesh: Mesh) -> train_step.
     """Compiles an update that takes the state's buffers for its own.
 
     Args:
-      step: as of `build_step`.
+      step: as of `plan_stage`.
       placement: shardings of the state (`sharding.state_shardings`).
       mesh: the device mesh.
     """
@@ -163,61 +180,69 @@ def jit_step(step: train_step.StepFn, placement: Any, mesh: Mesh) -> train_step.
     )
 
 
-def build_step(
+def plan_stage(
     config: ml_collections.ConfigDict,
     name: str,
     model: nn.Module,
-    total: int,
+    num_steps: int,
     mesh: Mesh | None = None,
-) -> tuple[train_step.StepFn, Callable[[Any], TrainState]]:
-    """The update of a stage as its config describes it, and its fresh state.
+) -> Plan:
+    """A stage as its config describes it: its method, length and update.
 
     Args:
       config: the whole config.
       name: of the stage, a key of `STAGES`.
       model: images to logits.
-      total: steps of the stage.
+      num_steps: of the stage.
       mesh: where state and batch live; None for a step that is only traced.
-
-    Returns:
-      (the step as of `train_step.make`, variables -> train state).
 
     Raises:
       UserError: a value of the stage's config is refused.
     """
-    stage = config[name]
+    block, method = config[name], STAGES[name]
     _check_micro_batches(config, name, model)
-    optimizer = optim.optimizer(stage.optimizer, weight_decay=stage.weight_decay)
+    optimizer = optim.optimizer(block.optimizer, weight_decay=block.weight_decay)
     learning_rate = optim.schedule(
-        stage.schedule,
-        peak=stage.learning_rate,
-        num_steps=total,
-        warmup_steps=stage.warmup_steps,
-        decay_at=tuple(stage.decay_at),
-        decay_factor=stage.decay_factor,
+        block.schedule,
+        peak=block.learning_rate,
+        num_steps=num_steps,
+        warmup_steps=block.warmup_steps,
+        decay_at=tuple(block.decay_at),
+        decay_factor=block.decay_factor,
     )
-    built = STAGES[name].build(model, stage)
+    stage = method.build(model, block)
     options: dict[str, Any] = {}
     if mesh is not None:
         options["gather"] = partial(sharding.gather, mesh=mesh)
         options["scatter"] = partial(sharding.scatter, mesh=mesh)
     step = train_step.make(
-        built,
+        stage,
         optimizer,
         learning_rate,
         seed=config.seed,
-        max_decay=stage.average_decay,
-        num_micro_batches=stage.num_micro_batches,
+        max_decay=block.average_decay,
+        num_micro_batches=block.num_micro_batches,
         rollback_factor=config.rollback_learning_rate_factor,
         **options,
     )
-    return step, lambda variables: train_state.create(
-        variables, optimizer, extra=built.init()
+    return Plan(
+        name,
+        block,
+        method,
+        stage,
+        num_steps,
+        step,
+        lambda variables: train_state.create(variables, optimizer, extra=stage.init()),
+        health.Setting(
+            stage=name,
+            num_classes=config.model.num_classes,
+            batch_size=block.batch_size,
+            classifies=method.classifies(block),
+            t_max=method.contrastive_steps(block),
+            auc_window=method.window(block),
+            trained=bool(method.starts_from),
+        ),
     )
-
-
-def _built(job: Job, name: str) -> Stage:
-    return STAGES[name].build(job.model, job.config[name])
 
 
 def _check_micro_batches(
@@ -235,74 +260,39 @@ def _check_micro_batches(
         )
 
 
-def _placed_shapes(job: Job, new_state: Callable[[Any], TrainState]) -> Any:
-    """The shapes of a state and where it lives, without what it starts from."""
-    variables = models.variable_shapes(job.model, job.config.data.image_shape)
-    return sharding.placed_shapes(jax.eval_shape(new_state, variables), job.mesh)
-
-
-def _latest(
-    job: Job,
-    checkpoints: ocp.CheckpointManager,
-    fresh: Callable[[], TrainState],
-    like: Any,
-) -> TrainState:
-    """The newest intact state of a stage; where there is none yet, a fresh one."""
-    note = partial(say, job.console)
-    restored = intact.restore_newest(checkpoints, like, note)
-    return fresh() if restored is None else restored
-
-
-def _watch(
-    job: Job, name: str, checkpoints: ocp.CheckpointManager, state: TrainState
-) -> health.Watch:
+def _watch(run: _Run, state: TrainState) -> health.Watch:
     """What was remembered of the stage's health at the step of a state."""
-    stored = checkpoint.saved_watch(checkpoints, int(state.step))
-    return health.restore(stored, _health_setting(job.config, name))
+    stored = checkpoint.saved_watch(run.checkpoints, int(state.step))
+    return health.restore(stored, run.plan.setting)
 
 
-def _finish_evaluation(
-    job: Job,
-    name: str,
-    state: TrainState,
-    watch: health.Watch,
-    total: int,
-    checkpoints: ocp.CheckpointManager,
-) -> None:
+def _finish_evaluation(run: _Run, state: TrainState, watch: health.Watch) -> None:
     """Evaluates the step at which a job was stopped in the middle of that."""
-    config, step = job.config[name], int(state.step)
-    if step == 0 or not _due(step, config.eval_every_steps, total):
+    step = int(state.step)
+    if step == 0 or not _due(step, run.plan.block.eval_every_steps, run.plan):
         return
-    if checkpoint.was_evaluated(checkpoints, step):
+    if checkpoint.was_evaluated(run.checkpoints, step):
         return
-    job.writer.rewind(name, step, int(state.rollbacks))
-    line = ProgressLine(job.console, name, step, total)
-    held_out = _evaluate(job, name, state)
-    log = _Log(job, name, line, watch, step, total)
+    run.job.writer.rewind(run.plan.name, step, int(state.rollbacks))
+    log = _Log(run.job, run.plan, watch, step)
+    held_out = _evaluate(run.job, run.plan.name, state)
     log.evaluated(step, held_out)
-    line.close()
-    _save(job, name, checkpoints, log, state, held_out)
+    log.close()
+    _save(run, log, state, held_out)
 
 
 def _advance(
-    job: Job,
-    name: str,
-    state: TrainState,
-    watch: health.Watch,
-    total: int,
-    step_fn: train_step.StepFn,
-    checkpoints: ocp.CheckpointManager,
+    run: _Run, state: TrainState, watch: health.Watch, step_fn: train_step.StepFn
 ) -> TrainState:
     """Steps until the end of the stage, logging, evaluating and saving on the way."""
-    config = job.config[name]
+    job, plan = run.job, run.plan
     first = int(state.step)
-    line = ProgressLine(job.console, name, first, total)
-    log = _Log(job, name, line, watch, first, total)
-    save = partial(_save, job, name, checkpoints, log)
+    log = _Log(job, plan, watch, first)
+    save = partial(_save, run, log)
     try:
-        with _batches(job, name, first + int(state.data_offset)) as batches:
+        with _batches(job, plan, first + int(state.data_offset)) as batches:
             # None beyond the last step: a broken image there is no one's concern.
-            wanted = itertools.islice(batches, total - first)
+            wanted = itertools.islice(batches, plan.num_steps - first)
             placed = sharding.prefetch(wanted, job.mesh)
             for step, batch in enumerate(placed, start=first + 1):
                 state, metrics = step_fn(state, batch)
@@ -311,13 +301,15 @@ def _advance(
                 # other for ever.
                 log.flush()
                 log.add(step, metrics, batches.bad_images)
-                evaluate = _due(step, config.eval_every_steps, total)
-                if evaluate or _due(step, config.checkpoint_every_steps, total):
+                evaluate = _due(step, plan.block.eval_every_steps, plan)
+                if evaluate or _due(step, plan.block.checkpoint_every_steps, plan):
                     log.flush()
                     # Do not checkpoint while steps are being skipped.
-                    if log.healthy or step == total:
+                    if log.healthy or step == plan.num_steps:
                         try:
-                            held_out = _evaluate(job, name, state) if evaluate else None
+                            held_out = (
+                                _evaluate(job, plan.name, state) if evaluate else None
+                            )
                         except Interrupted:
                             save(state, None)
                             raise
@@ -332,7 +324,7 @@ def _advance(
                     raise Interrupted(number)
             log.flush()
     finally:
-        line.close()
+        log.close()
     return state
 
 
@@ -340,20 +332,6 @@ def _advance(
 _NOT_KEPT = (
     "the latest steps were broken and are not saved; checkpoints before them are"
 )
-
-
-def _health_setting(config: ml_collections.ConfigDict, name: str) -> health.Setting:
-    """What of a stage's config the signs of its health depend on."""
-    stage, method = config[name], STAGES[name]
-    return health.Setting(
-        stage=name,
-        num_classes=config.model.num_classes,
-        batch_size=stage.batch_size,
-        classifies=method.classifies(stage),
-        t_max=method.contrastive_steps(stage),
-        auc_window=method.window(stage),
-        trained=bool(method.starts_from),
-    )
 
 
 class _Log:
@@ -364,22 +342,16 @@ class _Log:
       healthy: whether the state after that step is one to go on from.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        name: str,
-        line: ProgressLine,
-        watch: health.Watch,
-        step: int,
-        total: int,
-    ):
-        self._job, self._name, self._line = job, name, line
-        self._total = total
+    def __init__(self, job: Job, plan: Plan, watch: health.Watch, step: int):
+        self._job, self._plan = job, plan
+        self._line = ProgressLine(job.console, plan.name, step, plan.num_steps)
         self.watch, self.healthy = watch, True
-        self._setting = _health_setting(job.config, name)
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._since, self._time = step, time.monotonic()
-        self._t_max = STAGES[name].contrastive_steps(job.config[name])
+        self._t_max = plan.setting.t_max
+
+    def close(self) -> None:
+        self._line.close()
 
     def add(
         self,
@@ -402,8 +374,8 @@ class _Log:
         self._pending = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         # Looked at in every step: a rollback must not depend on what is logged.
-        self.watch, signs = health.look(self.watch, values, self._setting, step)
-        if _due(step, self._job.config.log_every_steps, self._total):
+        self.watch, signs = health.look(self.watch, values, self._plan.setting, step)
+        if _due(step, self._job.config.log_every_steps, self._plan):
             self._write(step, values | {"bad_images": bad_images})
         self._judge(step, int(values["skipped_in_row"]), signs)
 
@@ -413,54 +385,50 @@ class _Log:
         heeded = config.on_dying != "note"
         self.healthy = skipped == 0 and not (heeded and self.watch.suspicious())
         for sign in signs:
-            self._line.note(f"{self._name} step {step}: {sign.text}")
+            self._line.note(f"{self._plan.name} step {step}: {sign.text}")
         if signs:
             # Also where the job ends now; a rollback writes them again, further up.
             marks = {f"sign_{sign.name}": step for sign in signs}
-            self._job.writer.write(self._name, step, marks)
+            self._job.writer.write(self._plan.name, step, marks)
         if skipped >= config.max_skipped_in_row or (dying and heeded):
             raise Diverged(step, self.watch, dying if heeded else ())
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         values["health_signs"] = self.watch.count
         now = time.monotonic()
-        images = self._job.config[self._name].batch_size * (step - self._since)
+        images = self._plan.block.batch_size * (step - self._since)
         values["images_per_second"] = images / max(now - self._time, 1e-9)
         self._since, self._time = step, now
-        self._job.writer.write(self._name, step, values)
+        self._job.writer.write(self._plan.name, step, values)
         self._line.show(step, values)
         if values.get("T", 0) >= self._t_max > 0:
-            self._line.note(f"{self._name} step {step}: T has reached its maximum")
+            self._line.note(f"{self._plan.name} step {step}: T has reached its maximum")
             self._t_max = 0  # said once
 
     def evaluated(self, step: int, held_out: Mapping[str, float] | None) -> None:
         """Writes a held-out evaluation, and leaves its time out of the speed."""
         if held_out is not None:
             record = {f"eval_{key}": value for key, value in held_out.items()}
-            self._job.writer.write(self._name, step, record)
+            self._job.writer.write(self._plan.name, step, record)
             shown = "  ".join(f"{key} {value:.3f}" for key, value in held_out.items())
-            self._line.note(f"{self._name} step {step} held out: {shown}")
+            self._line.note(f"{self._plan.name} step {step} held out: {shown}")
             self._since, self._time = step, time.monotonic()
 
 
 def _save(
-    job: Job,
-    name: str,
-    checkpoints: ocp.CheckpointManager,
-    log: _Log,
-    state: TrainState,
-    metrics: Mapping[str, float] | None,
+    run: _Run, log: _Log, state: TrainState, metrics: Mapping[str, float] | None
 ) -> None:
+    job = run.job
     job.lock.check()
     # A job that goes on from here will not write again what came before.
     job.writer.flush()
     checkpoint.save(
-        checkpoints,
+        run.checkpoints,
         state,
-        stage=name,
+        stage=run.plan.name,
         config=job.config,
         metrics=metrics,
-        contrastive_steps=int(_built(job, name).shown(state.extra).get("T", 0)),
+        contrastive_steps=int(run.plan.stage.shown(state.extra).get("T", 0)),
         gaussian=job.gaussian,
         watch=health.as_json(log.watch),
         class_names=job.class_names,
@@ -481,18 +449,18 @@ def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:
     }
 
 
-def _due(step: int, every: int, total: int) -> bool:
-    return step == total or (every > 0 and step % every == 0)
+def _due(step: int, every: int, plan: Plan) -> bool:
+    return step == plan.num_steps or (every > 0 and step % every == 0)
 
 
-def _batches(job: Job, name: str, start: int) -> data.Batches:
+def _batches(job: Job, plan: Plan, start: int) -> data.Batches:
     """The training batches of a stage from a position on."""
     config = job.config.data
-    seed = job.config.seed * len(STAGES) + list(STAGES).index(name)
+    seed = job.config.seed * len(STAGES) + list(STAGES).index(plan.name)
     train = job.sources["train"]
     streams = {"cls": data.Stream(train, config.augment_cls, seed=seed)}
     draw_seeds = None
-    wanted = STAGES[name].streams
+    wanted = plan.method.streams
     if "gen" in wanted:
         streams["gen"] = data.Stream(train, config.augment_gen, seed=seed)
     if "ood" in wanted and job.gaussian is not None:
@@ -503,7 +471,7 @@ def _batches(job: Job, name: str, start: int) -> data.Batches:
         )
     return data.train_batches(
         streams,
-        batch_size=job.config[name].batch_size,
+        batch_size=plan.block.batch_size,
         image_shape=tuple(config.image_shape),
         start=start,
         process_index=jax.process_index(),
@@ -515,28 +483,17 @@ def _batches(job: Job, name: str, start: int) -> data.Batches:
     )
 
 
-def _roll_back(
-    job: Job,
-    name: str,
-    checkpoints: ocp.CheckpointManager,
-    latest: Callable[[], TrainState],
-    error: Diverged,
-    *,
-    position: int,
-    rollbacks: int,
+def _rolled_back(
+    run: _Run, state: TrainState, position: int, *, rollbacks: int
 ) -> TrainState:
-    """The last good state, with data from `position` on instead of the same again."""
-    checkpoints.wait_until_finished()
-    _drop_dying(job, name, checkpoints, error)
-    _check_rollbacks(job.config, name, error, rollbacks)
-    state = latest()
-    step = int(state.step)
+    """A good state, with data from `position` on instead of the same again."""
+    job, step = run.job, int(state.step)
     factor = job.config.rollback_learning_rate_factor
     say(
         job.console,
-        f"{name} diverged at data position {position}: rolled back to step {step}, "
-        f"going on with the data after it and {factor:g} times the learning rate "
-        f"({rollbacks} of at most {job.config.max_rollbacks} rollbacks)",
+        f"{run.plan.name} diverged at data position {position}: rolled back to step "
+        f"{step}, going on with the data after it and {factor:g} times the learning "
+        f"rate ({rollbacks} of at most {job.config.max_rollbacks} rollbacks)",
     )
     counters = {
         "data_offset": jnp.asarray(position - step, jnp.int32),
@@ -545,24 +502,25 @@ def _roll_back(
     return replace(state, **sharding.put_replicated(counters, job.mesh))
 
 
-def _drop_dying(
-    job: Job, name: str, checkpoints: ocp.CheckpointManager, error: Diverged
-) -> None:
+def _prepare_rollback(run: _Run, error: Diverged, rollbacks: int) -> None:
     """Deletes what was saved while the network was dying, signs still unseen.
 
     The first metrics that show a sign are of the state before them, and what led there
     went on for a while: a state is good once it was followed by steps without a sign.
+
+    Raises:
+      UserError: the config allows no rollback, or no further one.
     """
-    if not error.signs:
-        return
-    since = min(sign.since for sign in error.signs)
-    for step in checkpoints.all_steps():
+    run.checkpoints.wait_until_finished()
+    since = min((sign.since for sign in error.signs), default=math.inf)
+    for step in run.checkpoints.all_steps():
         if step >= since - health.PATIENCE:
-            checkpoint.delete(checkpoints, step)
+            checkpoint.delete(run.checkpoints, step)
             say(
-                job.console,
-                f"{name}: checkpoint {step}, of the dying network, is deleted",
+                run.job.console,
+                f"{run.plan.name}: checkpoint {step}, of the dying network, is deleted",
             )
+    _check_rollbacks(run.job.config, run.plan.name, error, rollbacks)
 
 
 def _check_rollbacks(

@@ -20,7 +20,7 @@ ROUNDINGS = 10.0
 
 
 class JaxSide:
-    """Our code: `ascent.climb` and the step of `train.build_step`, state donated."""
+    """Our code: `ascent.climb` and the step of `train.plan_stage`, state donated."""
 
     def __init__(self, settings: Settings):
         if settings.device == "cpu":
@@ -88,11 +88,11 @@ class JaxSide:
 
     def _compile_step(self, variables: Any, mesh: Any) -> None:
         total = configuration.num_steps(self.config.stage2, 50_000)
-        step, new_state = train.build_step(self.config, "stage2", self.model, total)
+        plan = train.plan_stage(self.config, "stage2", self.model, total)
 
         def fresh(variables: Any) -> Any:
             # Copies, as the step takes over its buffers.
-            state = new_state(jax.tree.map(jnp.array, variables))
+            state = plan.new_state(jax.tree.map(jnp.array, variables))
             # T starts at T_max, so that it stays where it is.
             num_steps = jnp.int32(self.config.stage2.t_max)
             curriculum = dataclasses.replace(state.extra, num_steps=num_steps)
@@ -101,7 +101,9 @@ class JaxSide:
 
         self._fresh, self._state = fresh, fresh(variables)
         everywhere = sharding.replicated(mesh)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+        jitted = jax.jit(
+            plan.step, donate_argnums=0, out_shardings=(everywhere, everywhere)
+        )
         self._step = jitted.lower(self._state, self.batch).compile()
 
     def _advance(self) -> dict[str, Any]:

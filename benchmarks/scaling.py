@@ -87,18 +87,18 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
         sizes = sharding.parse_mesh(spec, count)
         devices = np.array(jax.devices()[:count]).reshape(tuple(sizes.values()))
         mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-        step, new_state = train.build_step(config, "stage2", model, 10, mesh)
+        plan = train.plan_stage(config, "stage2", model, 10, mesh)
         shape = tuple(config.data.image_shape)
         variables = jax.eval_shape(
             partial(model.init, jax.random.key(0)),
             jax.ShapeDtypeStruct((1, *shape), np.float32),
         )
-        state = sharding.placed_shapes(jax.eval_shape(new_state, variables), mesh)
+        state = sharding.placed_shapes(jax.eval_shape(plan.new_state, variables), mesh)
         batch = _batch(per_device * count, shape, sharding.batched(mesh))
         placement = jax.tree.map(lambda x: x.sharding, state)
         # The form of GPUs and TPUs: CPU's has loops, whose bodies would count once.
         with cpu.forms("xla"):
-            lowered = train.jit_step(step, placement, mesh).lower(state, batch)
+            lowered = train.jit_step(plan.step, placement, mesh).lower(state, batch)
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         yield {

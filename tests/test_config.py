@@ -20,7 +20,7 @@ from atebm_jax import (
     main,
     models,
 )
-from atebm_jax.train import build_step
+from atebm_jax.train import plan_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -57,7 +57,7 @@ def test_every_row_is_accepted_by_every_room(row):
     config.check(settings)
     model = models.build(settings.model)
     for name in ("stage1", "stage2"):
-        build_step(settings, name, model, config.num_steps(settings[name], 50_000))
+        plan_stage(settings, name, model, config.num_steps(settings[name], 50_000))
     for field, value in settings.data.items():
         if field.startswith(("augment_", "preprocess")):
             data.parse(value)

@@ -145,9 +145,9 @@ def test_stage1_refuses_parts_where_statistics_are_of_the_batch():
     settings = tiny.config(**{"stage1.num_micro_batches": 2})
     model = models.build(settings.model)
     with pytest.raises(UserError, match="stage1.num_micro_batches is 2.*BatchNorm"):
-        train.build_step(settings, "stage1", model, 6)
+        train.plan_stage(settings, "stage1", model, 6)
     settings.stage2.num_micro_batches = 2
-    train.build_step(settings, "stage2", model, 6)
+    train.plan_stage(settings, "stage2", model, 6)
 
 
 def test_parts_of_hand_worked_numbers():

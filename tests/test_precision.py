@@ -57,16 +57,16 @@ def trace_of(name):
     settings.model.update(name=name, dtype="bfloat16", **fields)
     model = models.build(settings.model)
     total = config.num_steps(settings.stage2, 100)
-    step, new_state = train.build_step(settings, "stage2", model, total)
+    plan = train.plan_stage(settings, "stage2", model, total)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    state = jax.eval_shape(new_state, variables)
+    state = jax.eval_shape(plan.new_state, variables)
     labels = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32)
     pixels = jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.uint8)
     batch = {"x_gen": pixels, "x_cls": pixels, "x_ood": pixels}
     batch |= {"y_gen": labels, "y_cls": labels}
-    trace = jax.make_jaxpr(step, return_shape=True)
+    trace = jax.make_jaxpr(plan.step, return_shape=True)
     # Flax and JAX themselves mix dtypes and ranks here.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         program, (after, metrics) = trace(state, batch)

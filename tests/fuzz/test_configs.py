@@ -131,14 +131,17 @@ def accept(settings: Any, sources: Any, workdir: Any) -> None:
             job.run(settings, workdir, sources=sources)
 
 
-def steps(settings: Any, num_train: int, mesh: Any) -> list[tuple[Any, Any, Any]]:
-    """(name, step, what makes its state of variables) of each stage."""
+def plans(settings: Any, num_train: int, mesh: Any) -> dict[str, train.Plan]:
+    """Of each stage to run."""
     model = models.build(settings.model)
-    made = []
-    for name in config.stages_to_run(settings):
-        total = config.num_steps(settings[name], num_train)
-        made.append((name, *train.build_step(settings, name, model, total, mesh)))
-    return made
+    totals = {
+        name: config.num_steps(settings[name], num_train)
+        for name in config.stages_to_run(settings)
+    }
+    return {
+        name: train.plan_stage(settings, name, model, total, mesh)
+        for name, total in totals.items()
+    }
 
 
 def batch_of(settings: Any, name: str) -> dict[str, Any]:
@@ -185,9 +188,9 @@ def test_config_is_traced_or_refused_by_the_name_of_a_field(tmp_path_factory, ch
     mesh = sharding.make_mesh(settings.mesh)
     model = models.build(settings.model)
     variables = jax.eval_shape(lambda: job._random_variables(model, settings))
-    for name, step, new_state in steps(settings, _IMAGES, mesh):
-        state = jax.eval_shape(new_state, variables)
-        after, metrics = jax.eval_shape(step, state, batch_of(settings, name))
+    for name, plan in plans(settings, _IMAGES, mesh).items():
+        state = jax.eval_shape(plan.new_state, variables)
+        after, metrics = jax.eval_shape(plan.step, state, batch_of(settings, name))
         like = jax.tree.map(lambda x: (x.shape, x.dtype), (state, after))
         assert like[0] == like[1]
         assert all(x.shape == () for x in metrics.values())
@@ -232,10 +235,9 @@ def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turn
     event("ran")
     mesh = sharding.make_mesh(settings.mesh)
     model = models.build(settings.model)
-    made = {name: rest for name, *rest in steps(settings, _IMAGES, mesh)}
-    step, new_state = made[stage]
+    plan = plans(settings, _IMAGES, mesh)[stage]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        state = new_state(job._random_variables(model, settings))
+        state = plan.new_state(job._random_variables(model, settings))
         if stage == "stage2":
             num_steps = jnp.asarray(min(turns, settings.stage2.t_max), jnp.int32)
             grown = dataclasses.replace(state.extra, num_steps=num_steps)
@@ -250,7 +252,7 @@ def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turn
             if name.startswith("y_"):
                 batch[name] %= settings.model.num_classes
         placement = sharding.state_shardings(placed, mesh)
-        compiled = train.jit_step(step, placement, mesh)
+        compiled = train.jit_step(plan.step, placement, mesh)
         after, metrics = compiled(placed, sharding.put_batch(batch, mesh))
     assert int(after.step) == 1
     # Applied, or counted as broken: never half of it.
