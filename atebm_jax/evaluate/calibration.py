@@ -18,26 +18,21 @@ _SMALLEST = 20
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """ECE, adaptive ECE, MCE, Brier score and likelihood, each before and after.
 
-    The temperature is fitted on the images of `data.eval` that are no test images;
-    where too few are left, on every second test image, and everything is reported for
-    the others.
+    The temperature is fitted on the images of `data.eval` that are no test images. If
+    too few are left, it is fitted on every second test image, and all figures are those
+    of the others.
     """
     split = _split(context)
     temperature = metrics.fit_temperature(*split.fitting)
     error = 1.96 * metrics.temperature_error(*split.fitting, temperature)
     ends = (max(temperature - error, 0.0), temperature + error)
-    values: dict[str, Any] = {
-        "temperature": figure(
-            temperature, ends if error < np.inf else None, len(split.fitting[1])
-        )
-    }
+    interval = ends if error < np.inf else None
+    values = {"temperature": figure(temperature, interval, len(split.fitting[1]))}
     diagrams = {}
     scores, labels = split.reporting
     for moment, scaled in {"before": scores, "after": scores / temperature}.items():
-        values |= {
-            f"{name}_{moment}": number
-            for name, number in _scores(context, scaled, labels).items()
-        }
+        figures = _figures(context, scaled, labels)
+        values |= {f"{name}_{moment}": found for name, found in figures.items()}
         diagrams[f"{moment} scaling"] = metrics.reliability(scaled, labels, NUM_BINS)
     pictures.reliability(out / "reliability.png", diagrams)
     protocol = {
@@ -72,7 +67,6 @@ def _split(context: Context) -> Split:
             }
             held_out = fitting[fresh], fitting_labels[fresh]
             return Split(held_out, (scores, labels), description)
-    even = np.arange(len(labels)) % 2 == 0
     if len(labels) < 2:
         asked = context.options.num_examples == 1
         raise UserError(
@@ -80,14 +74,13 @@ def _split(context: Context) -> Split:
             f"{len(labels)}: calibration needs two test images or more, one to fit the "
             "temperature on, one to report."
         )
-    return Split(
-        (scores[even], labels[even]),
-        (scores[~even], labels[~even]),
-        {
-            "fitted_on": "every second test image",
-            "reported_for": "the other test images",
-        },
-    )
+    description = {
+        "fitted_on": "every second test image",
+        "reported_for": "the other test images",
+    }
+    even = np.arange(len(labels)) % 2 == 0
+    halves = [(scores[half], labels[half]) for half in (even, ~even)]
+    return Split(halves[0], halves[1], description)
 
 
 def _among(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> np.ndarray:
@@ -96,18 +89,16 @@ def _among(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> np.nda
     return np.array([digest.tobytes() in known for digest in some["digests"]], bool)
 
 
-def _scores(
+def _figures(
     context: Context, scores: np.ndarray, labels: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     values = metrics.calibration(scores, labels, NUM_BINS)
-    # All of them errors, none below zero.
     low, high = metrics.bootstrap_interval(
         lambda z, y: np.array(metrics.calibration(z, y, NUM_BINS)),
         [scores, labels],
         paired=True,
-        num_resamples=context.options.num_resamples,
-        seed=context.options.seed,
-        bounds=(0.0, np.inf),
+        bounds=(0.0, np.inf),  # all of them are errors
+        **context.options.resampling,
     )
     return {
         name: figure(value, (low[i], high[i]), len(labels))

@@ -1,7 +1,7 @@
 """Telling images of other distributions apart, clean and attacked (section 6).
 
-Every score is higher for images that look in distribution. An attack raises the score
-in use on the out-of-distribution images, inside an L2 ball.
+All scores are higher for images that look in distribution. The attack raises the score
+in use on out-of-distribution images, inside an L2 ball.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from etils import epath
 
 from atebm_jax import attacks, energy, metrics, models, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Network, check_finite, figure
+from atebm_jax.evaluate.context import Context, RowsFn, check_finite, figure
 from atebm_jax.names import for_files, printable
 
 ScoreFn = Callable[[models.LogitsFn, jax.Array], jax.Array]
@@ -95,11 +95,7 @@ def attack(
 
 
 def check(context: Context) -> None:
-    """Refuses to detect nothing.
-
-    Raises:
-      UserError: no set is named.
-    """
+    """Refuses to detect nothing with a `UserError`."""
     if not context.options.ood:
         raise UserError(
             "--ood is empty: give noise or a source, or leave out the metric ood."
@@ -109,25 +105,24 @@ def check(context: Context) -> None:
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """AUROC, AUPR and FPR at 95 % TPR of every score against every set."""
     limits = budget(context.image_shape)
-    inside = context.map_images("scores of test", "test", _clean_scores)
+    inside = context.map_images("scores of test", "test", _scores(None))
     check_finite("scores of test", *inside.values())
     values: dict[str, Any] = {}
     plots: list[str] = []
     for role in context.options.ood:
-        clean = context.map_images(f"scores of {role}", role, _clean_scores)
-        attacked = context.map_images(
-            f"attacked scores of {role}",
-            role,
-            _attacked_scores(limits),
-            **limits._asdict(),
-        )
-        sets = {"clean": clean, "attacked": attacked}
+        sets = {
+            "clean": context.map_images(f"scores of {role}", role, _scores(None)),
+            "attacked": context.map_images(
+                f"attacked scores of {role}", role, _scores(limits), **limits._asdict()
+            ),
+        }
         for moment, outside in sets.items():
             for name in DETECTORS:
                 prefix = f"{role}/{name}/{moment}"
                 values |= _figures(context, prefix, inside[name], outside[name])
-        name = f"ood_{_file_name(role)}.png"
-        plots.append(name if name not in plots else f"{len(plots)}_{name}")
+        name = for_files("".join(c if c.isalnum() else "_" for c in role))
+        plot = f"ood_{name}.png"
+        plots.append(plot if plot not in plots else f"{len(plots)}_{plot}")
         pictures.detection(
             out / plots[-1], printable(role), tuple(DETECTORS), inside, sets
         )
@@ -145,18 +140,18 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     return {"protocol": protocol, "figures": values, "plots": plots}
 
 
-def _clean_scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-    del y
-    return {name: d.score(network.logits, x) for name, d in DETECTORS.items()}
+def _scores(limits: Budget | None) -> RowsFn:
+    """Every score of images, attacked within limits or as they are."""
 
-
-def _attacked_scores(limits: Budget) -> Callable[..., dict[str, jax.Array]]:
-    def scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    def scores(
+        logits_fn: models.LogitsFn, x: jax.Array, y: jax.Array
+    ) -> dict[str, jax.Array]:
         del y
-        return {
-            name: d.score(network.logits, attack(network.logits, x, d, limits))
-            for name, d in DETECTORS.items()
-        }
+        rows = {}
+        for name, detector in DETECTORS.items():
+            images = x if limits is None else attack(logits_fn, x, detector, limits)
+            rows[name] = detector.score(logits_fn, images)
+        return rows
 
     return scores
 
@@ -180,16 +175,11 @@ def _figures(
             measure,
             [inside, outside],
             paired=False,
-            num_resamples=context.options.num_resamples,
-            seed=context.options.seed,
             bounds=(0.0, 1.0),
+            **context.options.resampling,
         )
         # Resampling cannot see beyond a perfect separation; Wilson's interval can.
         share = metrics.wilson_interval(round(value * number), number)
         widest = min(ends[0], share[0]), max(ends[1], share[1])
         result[f"{prefix}/{name}"] = figure(value, widest, sum(numbers))
     return result
-
-
-def _file_name(role: str) -> str:
-    return for_files("".join(c if c.isalnum() else "_" for c in role))
