@@ -14,15 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from atebm_jax.command_line import (
-    check_overrides,
-    check_platform,
-    fail,
-    flag_values,
-    quiet_libraries,
-    run,
-    with_home,
-)
+from atebm_jax import command_line
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 
@@ -85,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     out = _FLAGS.out or f"{_FLAGS.workdir}/evaluation"
     kept = f"what is finished is kept in {out}; the same command goes on"
-    run(lambda _: _evaluate(out), stopped=kept)
+    command_line.run(lambda _: _evaluate(out), stopped=kept)
 
 
 def _evaluate(out: str) -> None:
@@ -96,10 +88,10 @@ def _evaluate(out: str) -> None:
     from atebm_jax.progress import parts, say
     from atebm_jax.sharding import initialize_processes
 
-    quiet_libraries()
+    command_line.quiet_libraries()
     options = _options()
     initialize_processes(_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id)
-    check_platform()
+    command_line.check_platform()
     # One report from all processes.
     console = Console(quiet=jax.process_index() != 0)
     metrics = _FLAGS.metrics
@@ -150,11 +142,11 @@ def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
         print(__doc__, _FLAGS.get_help(), sep="\n")
         sys.exit(0)
-    argv = with_home(argv)
+    argv = command_line.with_home(argv)
     try:
-        names = dict(flag_values(argv[1:]))
+        names = dict(command_line.flag_values(argv[1:]))
         if any(name.startswith(("config", "noconfig.")) for name in names):
-            check_overrides(argv[1:])
+            command_line.check_overrides(argv[1:])
         rest = _FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
@@ -166,7 +158,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError("--checkpoint needs --out, a folder for the report.")
         return rest
     except (UserError, flags.Error) as error:
-        fail(error)
+        command_line.fail(error)
 
 
 def cli() -> None:

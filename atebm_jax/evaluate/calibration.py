@@ -54,7 +54,7 @@ class Split(NamedTuple):
 
 
 def _split(context: Context) -> Split:
-    """Images to fit on that are none of those to report."""
+    """Splits images into those to fit on and those to report."""
     scores, labels = logits(context, "test")
     if context.sources["eval"].spec != context.sources["test"].spec:
         fitting, fitting_labels = logits(context, "eval")

@@ -9,17 +9,14 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, metrics, models, pictures
+from atebm_jax import attacks, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, RowsFn, check_finite, share
+from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, share
+from atebm_jax.models import LogitsFn
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, K] and labels [N] of a data set.
-
-    Raises:
-      UserError: some logits are no numbers.
-    """
+    """Logits [N, K], all finite or a `UserError`, and labels [N] of a data set."""
     rows = context.map_images(
         f"logits of {role}", role, lambda logits_fn, x, y: {"logits": logits_fn(x)}
     )
@@ -120,14 +117,11 @@ def _radius(settings: ml_collections.ConfigDict) -> float:
 def under_attack(attack: Mapping[str, Any]) -> RowsFn:
     """Which images are classified correctly: "clean", and both clean and attacked.
 
-    Args:
-      attack: as `config.evaluate.attack`.
+    `attack` is one as `config.evaluate.attack`.
     """
     adversary = attacks.adversary(**attack)
 
-    def rows(
-        logits_fn: models.LogitsFn, x: jax.Array, y: jax.Array
-    ) -> dict[str, jax.Array]:
+    def rows(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
         clean = metrics.accuracy(logits_fn(x), y)
         attacked = metrics.accuracy(logits_fn(adversary(logits_fn, x, y)), y)
         return {"clean": clean, "robust": clean & attacked}

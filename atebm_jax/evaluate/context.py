@@ -34,7 +34,8 @@ class Judge(NamedTuple):
 
 # (logits_fn, images [B, H, W, C] float32 in [0, 1], labels [B] or -1, more) -> arrays
 # [B, ...]; or what is compiled of it.
-RowsFn = Callable[..., dict[str, jax.Array]]
+Rows = dict[str, jax.Array]
+RowsFn = Callable[..., Rows]
 # Images that tell one data set from another at every start.
 _FINGERPRINT_IMAGES = 256
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -120,13 +121,14 @@ class Context:
         return digest.hexdigest()
 
     def digests(self, role: str) -> Arrays:
-        """ "digests" [N, 32] uint8: SHA-256 of every image, as the model sees it."""
-        gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))
+        """SHA-256 of every image as the model sees it: "digests" [N, 32] uint8."""
+        everywhere = sharding.replicated(self.mesh)
+        gather = jax.jit(lambda variables, rows: rows, out_shardings=everywhere)
 
         def digest(batch: Mapping[str, np.ndarray]) -> Arrays:
             mine = {key: batch[key] for key in ("labels", "mask")}
             mine["digests"] = _digests(batch["images"], batch["labels"])
-            return _decoded(gather(sharding.put_batch(mine, self.mesh)))
+            return self.rows(gather, mine)
 
         name = f"fingerprint of {role}"
         return self.over_batches(name, role, self._store_of(name, role), digest)
@@ -218,9 +220,7 @@ class Context:
     def compiled(self, function: RowsFn) -> RowsFn:
         """Compiles a `RowsFn`; what it takes beside the images comes after them."""
 
-        def apply(
-            variables: Any, batch: Mapping[str, jax.Array], *rest: Any
-        ) -> dict[str, jax.Array]:
+        def apply(variables: Any, batch: Rows, *rest: Any) -> Rows:
             images = batch["images"].astype(jnp.float32) / 255.0
             logits_fn = models.logits_fn(self.model, variables)
             rows = function(logits_fn, images, batch["labels"], *rest)
@@ -230,8 +230,10 @@ class Context:
 
     def rows(self, compiled: RowsFn, batch: Mapping[str, Any], *rest: Any) -> Arrays:
         """What a compiled function makes of a batch's decoded images."""
-        placed = sharding.put_batch(batch, self.mesh)
-        return _decoded(compiled(self.variables, placed, *rest))
+        rows = compiled(self.variables, sharding.put_batch(batch, self.mesh), *rest)
+        host = {key: np.asarray(value) for key, value in rows.items()}
+        mask = host.pop("mask")
+        return {key: value[mask] for key, value in host.items()}
 
     # Samples.
 
@@ -256,13 +258,6 @@ class Context:
             num_rows=self.config.evaluate.samples.grid_rows,
             class_names=self.sources["test"].class_names,
         )
-
-
-def _decoded(rows: Mapping[str, jax.Array]) -> Arrays:
-    """The rows of the images that could be decoded, on the host."""
-    host = {key: np.asarray(value) for key, value in rows.items()}
-    mask = host.pop("mask")
-    return {key: value[mask] for key, value in host.items()}
 
 
 def _digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

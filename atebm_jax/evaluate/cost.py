@@ -56,11 +56,7 @@ def of_final(
 ) -> str:
     """Says what the evaluation of stages for the report costs.
 
-    Args:
-      config: a complete config.
-      stages: whose weights are evaluated.
-      num_test: images of the test set.
-      records: lines of `metrics.jsonl`, for the speed; may be empty.
+    The speed is that of `records`, lines of `metrics.jsonl`; there may be none.
     """
     settings = config.evaluate
     images = min(settings.num_test_examples or num_test, num_test)

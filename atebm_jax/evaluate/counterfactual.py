@@ -8,13 +8,14 @@ import numpy as np
 import scipy
 from etils import epath
 
-from atebm_jax import ascent, attacks, editing, energy, metrics, models, pictures
+from atebm_jax import ascent, attacks, editing, energy, metrics, pictures
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
 from atebm_jax.evaluate.context import Context, RowsFn, check_finite, figure, share
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.store import Arrays
+from atebm_jax.models import LogitsFn
 
 # Classes with fewer counterfactuals or real images have no Frechet distance.
 _SMALLEST_CLASS = 10
@@ -85,7 +86,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     )
     values: dict[str, Any] = {}
     per_class: dict[str, dict[str, Any]] = {}
-    found = {}
+    found: dict[float, Arrays] = {}
     for radius in context.options.radii:
         step_size = float(editing.counterfactual_step_size(longest, radius))
         rows = found[radius] = context.map_images(
@@ -149,14 +150,10 @@ def _draw(context: Context, out: epath.Path, found: dict[float, Arrays]) -> None
 def _explain(
     context: Context, extractor: Extractor, target: str, radius: float, step_size: float
 ) -> RowsFn:
-    config, judge = context.config, context.judge
+    config = context.config
 
     def explain(
-        logits_fn: models.LogitsFn,
-        x: jax.Array,
-        y: jax.Array,
-        variables: Any,
-        judge_variables: Any,
+        logits_fn: LogitsFn, x: jax.Array, y: jax.Array, variables: Any, judge: Any
     ) -> dict[str, jax.Array]:
         targets = targets_of(logits_fn(x), y, target, config.model.num_classes)
         result = attacks.attack(
@@ -176,8 +173,8 @@ def _explain(
             "features": extractor.apply(variables, result)[0],
         }
         said = {"": logits_fn(result)}
-        if judge is not None:
-            said["judge_"] = judge.apply(judge_variables, result)
+        if context.judge is not None:
+            said["judge_"] = context.judge.apply(judge, result)
         for prefix, logits in said.items():
             probabilities = energy.class_probabilities(logits)
             confidence = jnp.take_along_axis(probabilities, targets[:, None], axis=-1)

@@ -12,17 +12,9 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import (
-    ascent,
-    checkpoint,
-    data,
-    drawing,
-    pictures,
-    reachability,
-    recipes,
-    sharding,
-)
+from atebm_jax import checkpoint, drawing, pictures, reachability, recipes, sharding
 from atebm_jax import config as configuration
+from atebm_jax.data import Source
 from atebm_jax.evaluate import classification, cost, pixel_scores, report
 from atebm_jax.evaluate.context import Context, Options
 from atebm_jax.metric_writer import read_metrics
@@ -41,7 +33,7 @@ class Evaluation:
         workdir: epath.Path,
         mesh: Mesh,
         model: nn.Module,
-        sources: dict[str, data.Source],
+        sources: dict[str, Source],
         stop: StopSignal,
         gaussian: Gaussian | None = None,
     ):
@@ -56,14 +48,14 @@ class Evaluation:
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
         """Figures on `data.eval` and a grid of samples, with averaged weights."""
-        settings = self._config.evaluate
+        limit, num = (
+            self._config.evaluate.num_examples,
+            self._config.evaluate.samples.num,
+        )
         tell = self._told(lambda part, done, total: None, stage)
-        figures = self._accuracy("eval", variables, settings.num_examples, tell)
-        drawn = self._draw(variables, settings.samples.num, tell)
-        if jax.process_index() == 0:
-            path = self._workdir / "samples" / f"{stage}_{step:08d}.png"
-            self._context.sample_grid(path, {f"{stage}, step {step}": drawn})
-        figures |= pixel_scores.score(self._reference, *drawn)
+        figures, drawn = self._evaluate("eval", variables, limit, num, tell)
+        path = self._workdir / "samples" / f"{stage}_{step:08d}.png"
+        self._context.sample_grid(path, {f"{stage}, step {step}": drawn})
         del figures["num_examples"]
         return figures
 
@@ -90,8 +82,7 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         config = checkpoint.as_json(self._config)
-        drawn = config["evaluate"]["samples"]
-        drawn["sampler"] = ascent.resolved(drawn["sampler"])
+        config["evaluate"]["samples"]["sampler"] = self._recipe.sampler
         return {
             "seed": config["seed"],
             "data": {k: config["data"][k] for k in ("train", "eval", "test", "seeds")},
@@ -119,15 +110,14 @@ class Evaluation:
 
     def _measure(self, folders: dict[str, epath.Path], show: ShowFn) -> dict[str, Any]:
         settings = self._config.evaluate
+        limit, num = settings.num_test_examples, settings.samples.num_test
         stages: dict[str, dict[str, Any]] = {}
         grids = {}
         for stage, folder in folders.items():
             weights, meta = checkpoint.load_weights(folder, together=True)
             variables = sharding.put_replicated(weights, self._context.mesh)
-            tell, limit = self._told(show, stage), settings.num_test_examples
-            figures = self._accuracy("test", variables, limit, tell)
-            drawn = self._draw(variables, settings.samples.num_test, tell)
-            figures |= pixel_scores.score(self._reference, *drawn)
+            tell = self._told(show, stage)
+            figures, drawn = self._evaluate("test", variables, limit, num, tell)
             reached = {"T": meta["T"]} if "ood" in STAGES[stage].streams else {}
             stages[stage] = {"step": meta["step"], **reached, **figures}
             grids[f"samples after {stage}"] = drawn
@@ -176,7 +166,7 @@ class Evaluation:
         )
         drawn = (
             f"samples: {sample.num_test}, {sample.num_steps} steps of "
-            f"{sample.step_size:g} by {ascent.resolved(sample.sampler)} from "
+            f"{sample.step_size:g} by {self._recipe.sampler} from "
             f"{'uniform noise' if seeds == 'noise' else seeds}; distance: Frechet on "
             f"{self._reference.pca.n_components_} principal components of the training "
             "pixels (not FID)."
@@ -193,28 +183,23 @@ class Evaluation:
             )
         return notes
 
-    def _accuracy(
-        self, role: str, variables: Any, limit: int, show: ShowFn
-    ) -> dict[str, float]:
+    def _evaluate(
+        self, role: str, variables: Any, limit: int, num: int, show: ShowFn
+    ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+        """Figures of averaged weights, and the samples that they are of.
+
+        Returns:
+          (figures, (images [num, H, W, C] float32 in [0, 1], labels [num] int32)).
+        """
         options = Options(num_examples=limit)
         context = replace(
             self._context, variables=variables, options=options, show=show
         )
         make = functools.partial(context.rows, self._attacked)
         rows = context.over_batches("accuracy", role, context.store, make)
-        return {
-            "num_examples": len(rows["labels"]),
-            "clean_accuracy": float(rows["clean"].mean()),
-            "robust_accuracy": float(rows["robust"].mean()),
-        }
-
-    def _draw(
-        self, variables: Any, num: int, show: ShowFn
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [num, H, W, C] float32 in [0, 1] and their labels [num] int32."""
         labels_of = drawing.cyclic_labels(self._config.model.num_classes)
         images = drawing.images(
-            self._context.model,
+            context.model,
             variables,
             self._recipe,
             num,
@@ -223,7 +208,14 @@ class Evaluation:
             together=True,
             show=functools.partial(show, "samples"),
         )
-        return images, labels_of(np.arange(num))
+        drawn = images, labels_of(np.arange(num))
+        figures = {
+            "num_examples": len(rows["labels"]),
+            "clean_accuracy": float(rows["clean"].mean()),
+            "robust_accuracy": float(rows["robust"].mean()),
+            **pixel_scores.score(self._reference, *drawn),
+        }
+        return figures, drawn
 
     @functools.cached_property
     def _reference(self) -> pixel_scores.Reference:

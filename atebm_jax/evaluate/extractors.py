@@ -11,34 +11,26 @@ from PIL import Image
 from atebm_jax import sharding, trained
 from atebm_jax.convert import inception as weights_file
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context
+from atebm_jax.evaluate.context import Context, Rows
 from atebm_jax.models import inception
 
 
 class Extractor(NamedTuple):
-    """A network that scores images.
+    """A network that scores images."""
 
-    Attributes:
-      name: "inception", "model" (the one that is evaluated) or "network" (another).
-      fingerprint: SHA-256 of its weights.
-      variables: its weights; an argument of `apply`, not a constant in it.
-      apply: (variables, images [B, H, W, C] float32 in [0, 1]) -> (features [B, D],
-        logits [B, K]).
-      apply_inputs: (variables, inputs as of `score_inputs`) -> logits [B, 1008]; None
-        where the network is not Inception.
-      description: for the report.
-    """
-
-    name: str
-    fingerprint: str
-    variables: Any
+    name: str  #: "inception", "model" (the evaluated one) or "network" (another)
+    fingerprint: str  #: SHA-256 of its weights
+    variables: Any  #: its weights, an argument of `apply`
+    #: (variables, images [B, H, W, C] float32 in [0, 1]) -> features [B, D], logits
+    #: [B, K]
     apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
     apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
-    description: dict[str, Any]
+    description: dict[str, Any]  #: for the report
 
     def features(
-        self, logits_fn: Any, images: jax.Array, labels: jax.Array, variables: Any
-    ) -> dict[str, jax.Array]:
+        self, logits_fn: Any, images: Any, labels: Any, variables: Any
+    ) -> Rows:
         """A `RowsFn` of the features alone."""
         del logits_fn, labels
         return {"features": self.apply(variables, images)[0]}

@@ -16,21 +16,13 @@ from atebm_jax.evaluate.store import Arrays
 
 
 class Plan(NamedTuple):
-    """What to draw.
+    """What to draw."""
 
-    Attributes:
-      name: of the part, for progress.
-      number: images.
-      ends: numbers of sampling steps at which features are taken, ascending.
-      score_protocol: of the Inception Score; "" where no logits are needed.
-      num_shown: images whose bytes are kept.
-    """
-
-    name: str
-    number: int
-    ends: range
-    score_protocol: str = ""
-    num_shown: int = 0
+    name: str  #: of the part, for progress
+    number: int  #: images
+    ends: range  #: numbers of sampling steps at which features are taken
+    score_protocol: str = ""  #: of the Inception Score; "" if no logits are needed
+    num_shown: int = 0  #: images whose bytes are kept
 
 
 def draw(context: Context, extractor: Extractor, plan: Plan) -> Iterator[Arrays]:
@@ -82,7 +74,7 @@ def _drawn(
     seed = context.options.seed
     seeds_of = context.seeds_fn(seed)
     quantise = recipes.QUANTISE[context.options.quantise]
-    apply = extractor.apply  # not the extractor: programs are kept, weights are not
+    apply = extractor.apply  # cached programs would keep the extractor's weights
     again = extractor.apply_inputs if plan.score_protocol == "reference" else None
     classify = None if again is None else jax.jit(again)
 
@@ -105,7 +97,7 @@ def _drawn(
         stand_ins = list(drawing.stand_ins(seeds_of))
         return made | {"stand_in": np.isin(indices, stand_ins)}
 
-    # Processes exchange arrays of one shape, and no bytes that nobody looks at.
+    # Processes exchange arrays of one shape: leave out bytes that are not shown.
     end = min(max(drawing.num_chunks(plan.num_shown), done), total)
     for shown, part in {True: range(done, end), False: range(end, total)}.items():
         yield from drawing.draw(

@@ -20,7 +20,7 @@ from atebm_jax.metrics import Moments, SplitSums
 _SPLITS = 10
 _GROUPS = 10
 _SMALLEST = 2 * _SPLITS
-# Of each sample some numbers stay in memory, of each number of steps a covariance.
+# Memory holds a few numbers for each sample, a covariance for each number of steps.
 _MOST_SAMPLES, _WIDEST_SWEEP = 10**7, 100
 _KERNEL_BLOCK = 1000
 

@@ -12,30 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, models, pictures
+from atebm_jax import attacks, energy, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, RowsFn, check_finite, figure
+from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, figure
+from atebm_jax.models import LogitsFn
 from atebm_jax.names import for_files, printable
 
-ScoreFn = Callable[[models.LogitsFn, jax.Array], jax.Array]
+ScoreFn = Callable[[LogitsFn, jax.Array], jax.Array]
 
 
-def max_softmax(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def max_softmax(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """Largest class probability (Hendrycks and Gimpel, 2017)."""
     return energy.class_probabilities(logits_fn(images)).max(axis=-1)
 
 
-def max_logit(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def max_logit(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """Largest logit (Hendrycks et al., 2022)."""
     return logits_fn(images).max(axis=-1)
 
 
-def log_density(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def log_density(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """-E(x), the unnormalised log-density (Liu et al., 2020)."""
     return energy.score(logits_fn(images))
 
 
-def negative_gradient_norm(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def negative_gradient_norm(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """-||grad_x log p(x)||_2: small gradients mean typical (Grathwohl et al., 2020)."""
     gradients = jax.grad(lambda x: energy.score(logits_fn(x)).sum())(images)
     # The offset keeps the attack's own gradient finite where this one is zero.
@@ -43,7 +44,7 @@ def negative_gradient_norm(logits_fn: models.LogitsFn, images: jax.Array) -> jax
     return -jnp.sqrt(squares + 1e-12)
 
 
-def away_from_uniform(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def away_from_uniform(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """KL(uniform || softmax f(x)), less a constant: what raises the max-softmax.
 
     Unlike the maximum itself it has a useful gradient everywhere.
@@ -82,7 +83,7 @@ def budget(image_shape: tuple[int, int, int]) -> Budget:
 
 
 def attack(
-    logits_fn: models.LogitsFn, images: jax.Array, detector: Detector, limits: Budget
+    logits_fn: LogitsFn, images: jax.Array, detector: Detector, limits: Budget
 ) -> jax.Array:
     """Raises a detector's score inside the ball: [B, H, W, C] -> [B, H, W, C]."""
     return attacks.attack(
@@ -143,9 +144,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
 def _scores(limits: Budget | None) -> RowsFn:
     """Every score of images, attacked within limits or as they are."""
 
-    def scores(
-        logits_fn: models.LogitsFn, x: jax.Array, y: jax.Array
-    ) -> dict[str, jax.Array]:
+    def scores(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
         del y
         rows = {}
         for name, detector in DETECTORS.items():

@@ -21,18 +21,12 @@ JUDGES: dict[str, Callable[[], Any]] = {"svc": lambda: SVC(gamma="scale")}
 
 
 class Reference(NamedTuple):
-    """What samples are compared with.
+    """What samples are compared with."""
 
-    Attributes:
-      pca: fitted on real training images, pixels in [0, 1].
-      mean, covariance: of the real images' components.
-      judge: fitted classifier of flattened pixels, or None.
-    """
-
-    pca: PCA
-    mean: np.ndarray
-    covariance: np.ndarray
-    judge: Any
+    pca: PCA  #: fitted to real training images, pixels in [0, 1]
+    mean: np.ndarray  #: of the real images' components
+    covariance: np.ndarray  #: of the same
+    judge: Any  #: fitted classifier of flattened pixels, or None
 
 
 def check_judge(judge: str) -> None:

@@ -21,20 +21,13 @@ _FEWEST = 20
 
 
 class Reference(NamedTuple):
-    """What real images look like to an extractor.
+    """What real images look like to an extractor."""
 
-    Attributes:
-      mean: [D] float64.
-      covariance: [D, D] float64.
-      features: [M, D] of images spread over the data set, or None where only
-        statistics were given.
-      description: for the report.
-    """
-
-    mean: np.ndarray
-    covariance: np.ndarray
+    mean: np.ndarray  #: [D] float64
+    covariance: np.ndarray  #: [D, D] float64
+    #: [M, D] of images spread over the data set; None if only statistics were given
     features: np.ndarray | None
-    description: dict[str, Any]
+    description: dict[str, Any]  #: for the report
 
 
 def load(context: Context, extractor: Extractor) -> Reference:
@@ -55,11 +48,7 @@ def load(context: Context, extractor: Extractor) -> Reference:
 
 
 def check(context: Context, extractor: Extractor) -> None:
-    """Refuses statistics that cannot be had or kept, before an image is looked at.
-
-    Raises:
-      UserError: as of `read`; too few images; the cache cannot be written.
-    """
+    """Refuses with a `UserError` statistics that cannot be had or kept."""
     options, train = context.options, context.sources["train"]
     if options.reference_statistics:
         load(context, extractor)
@@ -93,21 +82,18 @@ def read(path: str, num_features: int) -> Reference:
             f"--reference_statistics={path} cannot be read ({error}): expected an .npz "
             "with the arrays mu [D] and sigma [D, D]."
         ) from error
+    problem = ""
     if mean.shape != (num_features,) or covariance.shape != (num_features,) * 2:
-        raise UserError(
-            f"--reference_statistics={path} has shapes {mean.shape} and "
-            f"{covariance.shape} and the features have {num_features} dimensions: give "
-            "statistics of the same network."
+        problem = (
+            f" has shapes {mean.shape} and {covariance.shape} and the features have "
+            f"{num_features} dimensions: give statistics of the same network."
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(
-            f"--reference_statistics={path} holds NaN or Inf: make it anew."
-        )
-    if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
-        raise UserError(
-            f"--reference_statistics={path}: sigma is not symmetric, so that it is no "
-            "covariance; make it anew."
-        )
+    elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        problem = " holds NaN or Inf: make it anew."
+    elif not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
+        problem = ": sigma is not symmetric, so that it is no covariance; make it anew."
+    if problem:
+        raise UserError(f"--reference_statistics={path}{problem}")
     sha256 = hashlib.sha256(mean.tobytes() + covariance.tobytes()).hexdigest()
     described = {"file": str(path), "sha256": sha256}
     return Reference(mean, covariance, None, described)
@@ -162,7 +148,7 @@ def _compute(
         context.show("statistics of real images", index + 1, -(-limit // size))
         check_finite("features of real images", features)
         moments = moments.merge(Moments.of(features))
-        # Evenly over the set: the rows at which a share of what to keep fills up.
+        # Keep rows evenly spread over the set: those at which the rounded share grows.
         rows = index * size + np.arange(len(features) + 1)
         share = rows * min(context.options.num_pairs, limit) // limit
         kept.append(features[np.diff(share) > 0])

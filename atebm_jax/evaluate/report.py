@@ -29,16 +29,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 def made_with(*packages: str) -> dict[str, Any]:
     """The versions of Python, this package and others, and the devices."""
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    ours = importlib.metadata.version("atebm_jax")
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "atebm_jax": ours,
-            **versions,
-        },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
+    versions = {"python": platform.python_version()}
+    for name in ("atebm_jax", *packages):
+        versions[name] = importlib.metadata.version(name)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"versions": versions, "device": device}
 
 
 def write_stages(workdir: epath.Path, report: Mapping[str, Any]) -> None:
@@ -47,7 +42,7 @@ def write_stages(workdir: epath.Path, report: Mapping[str, Any]) -> None:
 
 
 def read_stages(workdir: epath.Path) -> dict[str, Any] | None:
-    """The report of an earlier run of the same workdir; None if there is none whole."""
+    """The report of an earlier run in a workdir; None if it is absent or damaged."""
     try:
         report = json.loads((workdir / "report.json").read_text())
     except (OSError, ValueError):
@@ -79,11 +74,7 @@ def show_stages(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def write_figures(folder: epath.Path, report: Mapping[str, Any]) -> None:
-    """Writes both files, each whole or not at all.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+    """Writes `report.json` and `report.md`, or says why not with a `UserError`."""
     with storage.writing(folder):
         storage.write_json(folder / "report.json", _finite(report), allow_nan=False)
         storage.replace_text(folder / "report.md", markdown(report))

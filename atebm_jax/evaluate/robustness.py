@@ -11,7 +11,6 @@ from etils import epath
 from atebm_jax import autoattack, sharding, storage
 from atebm_jax.autoattack import versions
 from atebm_jax.evaluate.context import Context, share
-from atebm_jax.evaluate.store import Arrays
 
 
 def plan(context: Context) -> versions.Plan:
@@ -109,6 +108,6 @@ def _shower(context: Context) -> Callable[[autoattack.Progress], None]:
     return show
 
 
-def _unit(arrays: Arrays) -> autoattack.Unit:
-    names = {"attack": str(arrays["attack"]), "number": int(arrays["number"])}
-    return autoattack.Unit(**(arrays | names))
+def _unit(stored: dict[str, Any]) -> autoattack.Unit:
+    words = {"attack": str(stored["attack"]), "number": int(stored["number"])}
+    return autoattack.Unit(**(stored | words))

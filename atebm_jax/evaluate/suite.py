@@ -43,7 +43,7 @@ METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
     "counterfactual": counterfactual.run,
 }
 
-# What must hold before any of them begins: a mistake is told before hours of work.
+# Run before any metric begins, so that a mistake is told before hours of work.
 CHECKS: dict[str, Callable[[Context], object]] = {
     "pgd": classification.check_pgd,
     "autoattack": robustness.plan,
@@ -127,7 +127,7 @@ def evaluate(
 
 
 def _check_out(folder: epath.Path, evaluated: epath.Path, step: epath.Path) -> None:
-    """Refuses to write over a job's own report, or into a step, which will go."""
+    """Refuses to write over a job's report, or into a step, which the job deletes."""
     if folder == evaluated or folder.is_relative_to(step):
         raise UserError(
             f"the report would be written to {folder}, among the files of what is "
@@ -142,7 +142,7 @@ def _measure(
     wanted: Sequence[str],
     path: str | epath.Path,
 ) -> dict[str, Any]:
-    """Runs the protocols that are wanted; the report."""
+    """Runs the metrics that are wanted and makes the report of them."""
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
@@ -238,7 +238,7 @@ def _context(
         "batch_size": settings.evaluate.batch_size,
         "num_examples": options.num_examples,
         "seed": options.seed,
-        # Units that other versions have made are not said to come from these.
+        # Do not take units that other versions have made.
         "programs": [
             importlib.metadata.version(name) for name in ("atebm_jax", "jax", "jaxlib")
         ],

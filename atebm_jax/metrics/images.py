@@ -78,6 +78,6 @@ def _rings(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     down = np.fft.fftfreq(height)[:, None]
     across = np.fft.rfftfreq(width)[None, :]
     ring = np.rint(np.hypot(down, across) * max(height, width)).astype(int)
-    # All but the first column, and the last of an even width, stand for two.
+    # Each column stands for two, except the first and the last of an even width.
     alone = (across == 0) | (across == 0.5)
     return ring, np.broadcast_to(np.where(alone, 1.0, 2.0), ring.shape)
