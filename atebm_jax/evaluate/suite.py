@@ -107,11 +107,9 @@ def evaluate(
     _check_out(
         folder, checkpoint.absolute(path), checkpoint.find(path, best_by=best_by)
     )
-    # Classes by place are those of a network that does not name its classes.
+    # By place, as for a network that does not name its classes.
     names = None if classes_by_place else loaded.class_names
-    sources = _sources(settings, options, wanted)
-    notes = _follow_names(sources, names, classes_by_place)
-    context = _context(loaded, settings, folder, options, show, sources, notes)
+    context = _context(loaded, settings, folder, options, show, wanted, names)
     if judge is not None:
         context = _with_judge(context, judge, names)
     for name in wanted:
@@ -224,53 +222,16 @@ def _context(
     out: epath.Path,
     options: Options,
     show: ShowFn,
-    sources: dict[str, data.Source],
-    notes: tuple[str, ...],
+    wanted: Sequence[str],
+    names: tuple[str, ...] | None,
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
         settings.evaluate.batch_size, mesh.size, "config.evaluate.batch_size"
     )
-    decides = {
-        "weights": loaded.fingerprint,
-        "network": checkpoint.as_json(settings.model),
-        "image_shape": list(settings.data.image_shape),
-        "batch_size": settings.evaluate.batch_size,
-        "num_examples": options.num_examples,
-        "seed": options.seed,
-        # Do not take units that other versions have made.
-        "programs": [
-            importlib.metadata.version(name) for name in ("atebm_jax", "jax", "jaxlib")
-        ],
-        "platform": jax.default_backend(),
-    }
-    context = Context(
-        config=settings,
-        model=loaded.model,
-        variables=sharding.put_replicated(loaded.variables, mesh),
-        mesh=mesh,
-        sources=sources,
-        store=Store(out / "units", decides),
-        options=options,
-        show=show,
-        notes=notes,
-    )
-    fingerprints = {role: context.fingerprint(role) for role in sources}
-    return replace(context, fingerprints=fingerprints)
-
-
-def _follow_names(
-    sources: dict[str, data.Source], names: tuple[str, ...] | None, by_place: bool
-) -> tuple[str, ...]:
-    """Makes labels mean what the network's outputs mean; returns notes on it."""
     notes: list[str] = []
-    for role in ("test", "eval"):
-        if role in sources:
-            what = f"config.data.{role}={sources[role].spec}"
-            sources[role] = data.relabel.follow(
-                sources[role], names, what, note=notes.append
-            )
-    if by_place:
+    sources = _sources(settings, options, wanted, names, notes.append)
+    if names is not loaded.class_names:
         notes.append("Classes were compared by place, not by name.")
     elif names is None and sources["test"].class_names:
         notes.append(
@@ -280,28 +241,69 @@ def _follow_names(
     if jax.process_index() == 0:
         for text in notes:
             _log.warning(text)
-    return tuple(notes)
+    context = Context(
+        config=settings,
+        model=loaded.model,
+        variables=sharding.put_replicated(loaded.variables, mesh),
+        mesh=mesh,
+        sources=sources,
+        store=_store(loaded, settings, options, out / "units"),
+        options=options,
+        show=show,
+        notes=tuple(notes),
+    )
+    fingerprints = {role: context.fingerprint(role) for role in sources}
+    return replace(context, fingerprints=fingerprints)
+
+
+def _store(
+    loaded: Trained,
+    settings: ml_collections.ConfigDict,
+    options: Options,
+    folder: epath.Path,
+) -> Store:
+    """Finished units, apart from those of anything that would give other numbers."""
+    # Units of other versions are not taken.
+    programs = ("atebm_jax", "jax", "jaxlib")
+    decides = {
+        "weights": loaded.fingerprint,
+        "network": checkpoint.as_json(settings.model),
+        "image_shape": list(settings.data.image_shape),
+        "batch_size": settings.evaluate.batch_size,
+        "num_examples": options.num_examples,
+        "seed": options.seed,
+        "programs": [importlib.metadata.version(name) for name in programs],
+        "platform": jax.default_backend(),
+    }
+    return Store(folder, decides)
 
 
 def _sources(
-    settings: ml_collections.ConfigDict, options: Options, wanted: Sequence[str]
+    settings: ml_collections.ConfigDict,
+    options: Options,
+    wanted: Sequence[str],
+    names: tuple[str, ...] | None,
+    note: Callable[[str], None],
 ) -> dict[str, data.Source]:
-    """The test images, and what the metrics need beside."""
+    """The test images and what the metrics need beside, labelled as the network is."""
     sources: dict[str, data.Source] = {}
+    data_dir = settings.data.data_dir
     for role in ("test", *(role for name in wanted for role in _NEEDS.get(name, ()))):
         spec = settings.data[role]
         if role == "seeds" and spec in seeds.DRAWN:
             continue
-        sources[role] = data.open_source(spec, settings.data.data_dir)
-        classes = sources[role].num_classes
-        if role in ("test", "eval") and classes != settings.model.num_classes:
-            raise UserError(
-                f"config.data.{role}={spec} has {classes or 'no'} classes and the "
-                f"network {settings.model.num_classes}: they must be the same."
-            )
+        source, what = data.open_source(spec, data_dir), f"config.data.{role}={spec}"
+        if role in ("test", "eval"):
+            if source.num_classes != settings.model.num_classes:
+                raise UserError(
+                    f"{what} has {source.num_classes or 'no'} classes and the network "
+                    f"{settings.model.num_classes}: they must be the same."
+                )
+            source = data.relabel.follow(source, names, what, note=note)
+        sources[role] = source
     for spec in options.ood if "ood" in wanted else ():
         if spec != "noise":
-            sources[spec] = data.open_source(spec, settings.data.data_dir)
+            sources[spec] = data.open_source(spec, data_dir)
             continue
         # The network's sizes, so that no resizing smooths the noise.
         shape = tuple(settings.data.image_shape)
