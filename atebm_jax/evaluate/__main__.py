@@ -115,7 +115,7 @@ def _evaluate(out: str) -> None:
 def _options() -> Options:
     values: dict[str, Any] = {}
     for name, field in _OPTIONS.items():
-        value = _FLAGS[name].value
+        value: Any = _FLAGS[name].value
         if field.type is int and value < 0:
             raise UserError(f"--{name} is {value}: it must not be negative.")
         if field.type == Sequence[float]:
