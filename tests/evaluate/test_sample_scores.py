@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, load, metrics, recipes, workdir_lock
+from atebm_jax import UserError, checkpoint, load, metrics, recipes, workdir_lock
 from atebm_jax.evaluate import extractors, generation, references, suite
 from atebm_jax.evaluate.context import Options
+from atebm_jax.evaluate.store import Store
 from atebm_jax.sample import __main__ as sample
 
 
@@ -139,6 +141,48 @@ def test_statistics_of_a_data_set_are_computed_once(
     monkeypatch.setattr(references, "_compute", compute)
     report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=options)
     assert report["metrics"]["generation"]["figures"] == scored[0]["figures"]
+
+
+def test_statistics_go_on_after_a_batch_of_which_no_image_was_decoded(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(references, "_SAVE_EVERY", 1)
+    parts = np.split(np.random.default_rng(0).normal(size=(40, 3)), [10, 10, 20, 30])
+    extractor = SimpleNamespace(
+        sizes=lambda shape: (3, 2), features=None, variables=None
+    )
+    seen = []
+
+    def compute(folder, stop):
+        def show(name, done, total):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        def rows(compiled, batch, variables):
+            seen.append(batch)
+            return {"features": parts[batch]}
+
+        context = SimpleNamespace(
+            image_shape=(8, 8, 1),
+            options=Options(num_pairs=20),
+            config=tiny.config(**{"evaluate.batch_size": 10}),
+            compiled=lambda function: function,
+            batches=lambda role, limit, start: range(start, len(parts)),
+            rows=rows,
+            show=show,
+        )
+        store = Store(checkpoint.absolute(folder), {})
+        return references._compute(context, extractor, 50, store)
+
+    whole = compute(tmp_path / "whole", None)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "stopped", 3)
+    again = compute(tmp_path / "stopped", None)
+    assert seen == [0, 1, 2, 2, 3, 4]
+    for key, values in whole.items():
+        np.testing.assert_array_equal(again[key], values)
+    assert whole["number"] == 40 and len(whole["features"]) == 16
 
 
 def test_statistics_do_not_depend_on_the_size_of_batches(
@@ -273,8 +317,8 @@ def test_another_network_names_its_scores(workdir, options, tmp_path):
         ({"num_samples": 10**12}, "num_samples is 1000000000000: .*are the most"),
         ({"sweep": 10**9}, "sweep is 1000000000: at most 100"),
         ({"sweep_samples": 1}, "sweep_samples is 1: .*or give --sweep=0"),
-        ({"quantise": "up"}, "quantise is 'up': choose"),
-        ({"score_protocol": "mine"}, "score_protocol is 'mine': choose"),
+        ({"quantise": "up"}, "unknown --quantise 'up': choose"),
+        ({"score_protocol": "mine"}, "unknown --score_protocol 'mine': choose"),
         ({"feature_extractor": "inception"}, "needs --inception_weights"),
         ({"inception_weights": "nowhere.pth"}, "no Inception weights at"),
         ({"reference_statistics": "nowhere.npz"}, "cannot be read"),

@@ -212,7 +212,7 @@ def test_targets_are_other_classes(target, expected):
     ("arguments", "message"),
     [
         ({"metrics": ("fid",)}, "unknown metric 'fid': choose"),
-        ({"metrics": ()}, "an empty one"),
+        ({"metrics": ()}, "unknown metric '': choose"),
         (
             {"metrics": ("ood",), "options": Options(ood=("folder:/nowhere",))},
             "nowhere",
