@@ -76,9 +76,8 @@ def overlapping_labels(
     direct = set(found)
     for path in _paths(hierarchy or {}):
         hits = [label for label in path if label in direct]
-        if hits:
-            for label in path:
-                found.setdefault(label, f"on a line with {display_names[hits[0]]}")
+        for label in path if hits else ():
+            found.setdefault(label, f"on a line with {display_names[hits[0]]}")
     return found
 
 
@@ -140,9 +139,8 @@ def _without(
     labels_file: str, display: Mapping[str, str], overlap: Mapping[str, str]
 ) -> set[str]:
     """Images with a verified label, of which none overlaps or is without a name."""
-    nameless: set[str] = set()
     wanted = {"ImageID", "LabelName", "Confidence"}
-    seen, refused = set(), set()
+    seen, refused, nameless = set(), set(), set()
     with _opened("--labels", labels_file, "table (CSV)") as file:
         reader = csv.DictReader(file)
         if not wanted <= set(reader.fieldnames or ()):
@@ -156,7 +154,7 @@ def _without(
                 seen.add(image)
                 if label not in display:
                     nameless.add(label)
-                if label in overlap or label not in display:
+                if label in overlap or label in nameless:
                     refused.add(image)
     if nameless:
         _log.warning(

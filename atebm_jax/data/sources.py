@@ -1,7 +1,7 @@
 """Random access to labelled images: what a source is, and images in memory.
 
-A source gives *encoded* images where it can, so that the threads or processes of the
-pipeline decode them. Every source can be pickled: each worker process gets a copy.
+A source gives *encoded* images where it can: the threads or processes of the pipeline
+decode them. Every source can be pickled: each worker process gets a copy.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from atebm_jax.names import of_class
 
 UNLABELLED = -1
 
-# Bytes of images in memory that are hashed in a second or two.
+# Bytes; hashing so many takes a second or two.
 _MOST_HASHED = 2**30
 
 
@@ -43,12 +43,12 @@ class Source(Protocol):
 
     def describe(self, index: int, /) -> str:
         """The name of image `index` in messages: a path, or `spec[index]`."""
-        ...
+        return f"{self.spec}[{index}]"
 
 
 @runtime_checkable
 class Listed(Protocol):
-    """A source that can describe all its images without reading them."""
+    """A source that describes all its images without reading them."""
 
     def listing(self) -> Iterator[bytes]:
         """Lines that differ for other images, and are the same in every place."""
@@ -60,7 +60,7 @@ def listing(source: Source) -> Iterator[bytes]:
     return source.listing() if isinstance(source, Listed) else iter(())
 
 
-class ArraySource:
+class ArraySource(Source):
     """Images in memory.
 
     Args:
@@ -83,21 +83,16 @@ class ArraySource:
         num_classes: int | None = None,
         spec: str = "arrays",
     ):
-        images = np.asarray(images)
-        _check_images(images, spec)
-        self.spec = spec
-        self.class_names: tuple[str, ...] | None = None
+        self.spec, self.num_classes, self.class_names = spec, None, None
         if class_names is not None:
             self.class_names = tuple(of_class(str(name)) for name in class_names)
             num_classes = len(self.class_names)
-        self.num_classes: int | None = None
-        self._images = images
-        self._labels = np.full(len(images), UNLABELLED)
+        self._images = np.asarray(images)
+        self._check_images()
+        self._labels = np.full(len(self), UNLABELLED)
         if labels is not None:
             self._labels = np.asarray(labels)
-            self.num_classes = _check_labels(
-                self._labels, len(images), num_classes, spec
-            )
+            self.num_classes = self._checked_classes(num_classes)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -105,39 +100,35 @@ class ArraySource:
     def __getitem__(self, index: int) -> Example:
         return {"image": self._images[index], "label": int(self._labels[index])}
 
-    def describe(self, index: int) -> str:
-        return f"{self.spec}[{index}]"
-
     def listing(self) -> Iterator[bytes]:
         """SHA-256 of the labels and, up to a GiB, of the images."""
         yield hashlib.sha256(self._labels.astype("<i8").tobytes()).digest()
         if self._images.nbytes <= _MOST_HASHED:
             yield hashlib.sha256(np.ascontiguousarray(self._images).data).digest()
 
+    def _check_images(self) -> None:
+        shape, dtype = self._images.shape, self._images.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+            raise UserError(
+                f"{self.spec}: images must be uint8 [N, H, W, C] with C = 1 or 3, got "
+                f"{dtype} {list(shape)}"
+            )
+        if not len(self):
+            raise UserError(f"{self.spec}: there are no images")
 
-def _check_images(images: np.ndarray, spec: str) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(
-            f"{spec}: images must be uint8 [N, H, W, C] with C = 1 or 3, got "
-            f"{images.dtype} {list(images.shape)}"
-        )
-    if len(images) == 0:
-        raise UserError(f"{spec}: there are no images")
-
-
-def _check_labels(
-    labels: np.ndarray, num_images: int, num_classes: int | None, spec: str
-) -> int:
-    """Checks labels and returns the number of classes."""
-    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"{spec}: labels must be integers of shape [{num_images}], got "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    num_classes = high + 1 if num_classes is None else num_classes
-    if low < 0 or high >= num_classes:
-        raise UserError(
-            f"{spec}: labels must lie in 0..{num_classes - 1}, got {low}..{high}"
-        )
-    return num_classes
+    def _checked_classes(self, num_classes: int | None) -> int:
+        """Checks the labels and returns the number of classes."""
+        shape, dtype = self._labels.shape, self._labels.dtype
+        if shape != (len(self),) or not np.issubdtype(dtype, np.integer):
+            raise UserError(
+                f"{self.spec}: labels must be integers of shape [{len(self)}], got "
+                f"{dtype} {list(shape)}"
+            )
+        low, high = int(self._labels.min()), int(self._labels.max())
+        num_classes = high + 1 if num_classes is None else num_classes
+        if low < 0 or high >= num_classes:
+            raise UserError(
+                f"{self.spec}: labels must lie in 0..{num_classes - 1}, got "
+                f"{low}..{high}"
+            )
+        return num_classes
