@@ -212,8 +212,8 @@ def test_missing_packages_are_named(workdir, monkeypatch):
     with pytest.raises(UserError, match="google-cloud-storage is not .*jax.gcs"):
         tiny.run(tiny.config(), workdir)
     monkeypatch.setattr(storage, "_found", lambda module: True)
-    storage.check_bucket(workdir)
-    storage.check_bucket(epath.Path("/a/b"))
+    assert storage.reached(workdir) == workdir
+    assert storage.reached("/a/b") == epath.Path("/a/b")
 
 
 @pytest.mark.parametrize(

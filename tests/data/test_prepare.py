@@ -122,9 +122,10 @@ def test_folder_of_other_settings_is_refused(folder, tmp_path):
 def stop_before(folder, to, shard, **options):
     """As if the command had been stopped before it wrote that shard."""
     make(folder, to, **options)
-    path = prepared.shard_paths(to, 4)[shard]
-    for path in (path, path.with_name(f"{path.name}.json"), to / prepared.INDEX):
-        path.unlink()
+    records = prepared.shard_paths(to, 4)[shard]
+    records.unlink()
+    records.with_name(f"{records.name}.json").unlink()
+    (to / prepared.INDEX).unlink()
 
 
 def swap_classes(folder):
