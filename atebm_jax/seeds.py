@@ -2,7 +2,7 @@
 
 Contrastive images and samples start from seeds. Steps that lead from one photograph to
 another are too short to lead there from noise. Gaussians fitted to the training images
-are near enough and need no other data set; Santurkar et al. (NeurIPS 2019, arXiv
+are near enough and need no other data set. Santurkar et al. (NeurIPS 2019, arXiv
 1906.09453) draw the seeds of their samples in this way.
 """
 
@@ -120,22 +120,19 @@ def fit(
         their covariances would not fit in a file.
     """
     image_shape = image_shape or images.shape[1:]
-    per_class = labels is not None
-    groups = num_classes if per_class else 1
+    groups = 1 if labels is None else num_classes
     small_shape, rank = _described(image_shape, groups)
-    if labels is None:
-        labels = np.zeros(len(images), int)
-    members = [labels == k for k in range(groups)]
-    _check_members([int(chosen.sum()) for chosen in members], per_class)
+    members = np.zeros(len(images), int) if labels is None else labels
+    chosen = [members == k for k in range(groups)]
+    _check_members([int(own.sum()) for own in chosen], labels is not None)
     small = np.stack([_resized(image, small_shape, "BOX") for image in images])
-    fitted = [_principal(small[chosen], rank) for chosen in members]
+    fitted = [_principal(small[own], rank) for own in chosen]
     # With fewer images than directions, the remaining directions have no variance.
     rank = max(len(factors) for _, factors in fitted)
-    means = np.stack([mean for mean, _ in fitted])
     factors = np.zeros((groups, rank, *small.shape[1:]), np.float32)
     for k, (_, found) in enumerate(fitted):
         factors[k, : len(found)] = found
-    return Gaussian(means, factors, image_shape)
+    return Gaussian(np.stack([mean for mean, _ in fitted]), factors, image_shape)
 
 
 def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
@@ -253,7 +250,7 @@ def fit_if_absent(
 ) -> Fit:
     """Fits the Gaussians of a training set, unless a file holds them; writes nothing.
 
-    Every process of a job calls this; the first one fits. All refuse if it does.
+    Every process of a job calls this; the first one fits.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -267,18 +264,11 @@ def fit_if_absent(
       UserError: as `fit`; the images cannot be read; or the file is damaged or, unless
         `anew`, holds the Gaussians of other images.
     """
-    wanted = _fingerprint(kind, source, config)
-    gaussian, refusal = None, ""
-    if jax.process_index() == 0:
-        try:
-            if not _holds(path, wanted, kind, source, anew):
-                note(
-                    f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}"
-                )
-                gaussian = _fitted(kind, source, config)
-        except UserError as error:
-            refusal = str(error)
-    _refuse_in_all(refusal)
+    wanted, gaussian = _fingerprint(kind, source, config), None
+    with sharding.refused_by_all():
+        if jax.process_index() == 0 and not _holds(path, wanted, kind, source, anew):
+            note(f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}")
+            gaussian = _fitted(kind, source, config)
     return Fit(gaussian, wanted)
 
 
@@ -290,27 +280,17 @@ def keep(new: Fit, path: epath.Path, image_shape: tuple[int, int, int]) -> Gauss
     Raises:
       UserError: the file cannot be written, or not be read.
     """
-    refusal, arrays = "", None
-    if jax.process_index() == 0:
-        try:
+    arrays = None
+    with sharding.refused_by_all():
+        if jax.process_index() == 0:
             if new.gaussian is not None:
                 fingerprint = {"fingerprint": np.asarray(new.fingerprint)}
                 with storage.writing(path):
                     storage.write_npz(path, new.gaussian.arrays() | fingerprint)
             arrays = _read(path)
-        except UserError as error:
-            refusal = str(error)
-    _refuse_in_all(refusal)
     arrays = sharding.from_first_process(arrays)
     assert arrays is not None
     return from_arrays(arrays, image_shape)
-
-
-def _refuse_in_all(refusal: str) -> None:
-    """Refuses in every process what the first one refuses, and waits for it."""
-    refusal = sharding.first_said(refusal)
-    if refusal:
-        raise UserError(refusal)
 
 
 def _holds(
@@ -319,15 +299,14 @@ def _holds(
     """Whether the file is there with the right Gaussians."""
     if not path.exists():
         return False
-    if str(_read(path)["fingerprint"]) == wanted:
-        return True
-    if not anew:
+    same = str(_read(path)["fingerprint"]) == wanted
+    if not same and not anew:
         raise UserError(
             f"{path} holds the seeds of another config.data.seeds than {kind!r} or of "
             f"other images than {source.spec} has now: give what it was made of, "
             "another folder, or delete the file to fit it anew."
         )
-    return False
+    return same
 
 
 def _fitted(
@@ -356,25 +335,19 @@ def _fitted(
     return fit(np.asarray(images), per_class, num_classes, shape)
 
 
-def _images(
-    source: data.Source, config: ml_collections.ConfigDict, number: int
-) -> tuple[np.ndarray, np.ndarray]:
-    from atebm_jax import data  # its pipeline is slow to import
-
-    return data.materialise(
-        source,
-        config.preprocess,
-        tuple(config.image_shape),
-        min(number, len(source)),
-        config.max_bad_images,
-    )
-
-
 def _fingerprint(
     kind: str, source: data.Source, config: ml_collections.ConfigDict
 ) -> str:
     """Differs for Gaussians of other images or of another kind; fits nothing."""
-    images, labels = _images(source, config, _FINGERPRINT_IMAGES)
+    from atebm_jax import data  # its pipeline is slow to import
+
+    images, labels = data.materialise(
+        source,
+        config.preprocess,
+        tuple(config.image_shape),
+        min(_FINGERPRINT_IMAGES, len(source)),
+        config.max_bad_images,
+    )
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     settings = (kind, len(source), NUM_FITTED, _MOST_DIRECTIONS, _LARGEST_SIDE)
     digest.update(repr((settings, images.shape)).encode())
@@ -387,9 +360,8 @@ def from_arrays(
     arrays: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
 ) -> Gaussian:
     """Undoes `Gaussian.arrays`."""
-    return Gaussian(
-        np.asarray(arrays["means"]), np.asarray(arrays["factors"]), image_shape
-    )
+    means, factors = (np.asarray(arrays[name]) for name in ("means", "factors"))
+    return Gaussian(means, factors, image_shape)
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:

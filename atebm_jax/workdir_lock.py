@@ -1,7 +1,7 @@
 """One job at a time on a workdir, one command at a time on any output folder.
 
 Where the file system can lock files, the kernel holds the lock and releases it when the
-process ends, in whatever way; a file that a killed process leaves locks nothing.
+process ends, in whatever way: a file that a killed process leaves locks nothing.
 Elsewhere (buckets, some network mounts) each job first writes a file of its own, a
 claim, and then looks for the claims of others. If two jobs start at once, at least one
 sees the other, however slow either is. The holder renews its claim. A claim that does
@@ -35,13 +35,12 @@ _log = logging.getLogger(__name__)
 
 FILE = ".lock"
 
-# Seconds between two renewals of a claim; without one until it is void; between looks.
-_BEAT = 20.0
-_PATIENCE = 65.0
-_LOOK_EVERY = 1.0
+# Seconds: between two renewals of a claim, until one without is void, between looks.
+_BEAT, _PATIENCE, _LOOK_EVERY = 20.0, 65.0, 1.0
 
 _Owner = dict[str, Any]
 
+# Errors of file systems that cannot lock files.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -65,17 +64,13 @@ class Lock:
         alone: bool = False,
     ):
         self._what, self._flag, self._alone = what, flag, alone
-        self._workdir = workdir
-        self._path = workdir / FILE
+        self._workdir, self._path = workdir, workdir / FILE
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        self._file: int | None = None
         # Without locks of the file system.
         self._claim = workdir / f"{FILE}.{uuid.uuid4().hex}"
         self._signs_of_life = 0
-        self._owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        }
-        self._file: int | None = None
         self._beat: threading.Thread | None = None
         self._ended = threading.Event()
         self._taken_by: _Owner | None = None
@@ -88,14 +83,14 @@ class Lock:
         Raises:
           UserError: another job holds it, or the workdir cannot be written.
         """
-        refusal = ""
+        refusal, held = "", self._file is not None or self._beat is not None
         first = self._alone or jax.process_index() == 0
-        if first and not self._held() and self._workdir.is_dir():
+        if first and not held and self._workdir.is_dir():
             refusal = self._take()
         self._refuse(refusal)
 
     def check(self) -> None:
-        """Refuses to go on if another job has removed this job's claim as void.
+        """Refuses to go on if another job took this job's claim for void.
 
         Every process must call it equally often.
 
@@ -116,9 +111,6 @@ class Lock:
             self._beat = None
             self._claim.unlink(missing_ok=True)
 
-    def _held(self) -> bool:
-        return self._file is not None or self._beat is not None
-
     def _refuse(self, refusal: str) -> None:
         if not self._alone:
             refusal = sharding.first_said(refusal)
@@ -133,7 +125,7 @@ class Lock:
         except BlockingIOError:
             return self._in_use(_read(self._path))
         except _InUse as error:
-            return self._in_use(error.owner)
+            return self._in_use(error.args[0])
         except OSError as error:
             return f"{self._what} {self._workdir} cannot be written: {error}."
         return ""
@@ -249,15 +241,17 @@ class Lock:
         while not self._ended.wait(_BEAT):
             try:
                 others = self._others()
-                # This job was cut off for so long that its claim became void: the
-                # claim has gone, or came back just now, and one of two must yield.
-                if not self._claim.exists():
-                    self._taken_by = next(iter(others.values()), {})
+                # The claim of a job that was cut off for long became void: it has gone,
+                # or came back just now. Of two holders the one later by name yields.
+                gone = not self._claim.exists()
+                holders = [
+                    owner
+                    for name, owner in others.items()
+                    if gone or (owner.get("holds") and name < self._claim.name)
+                ]
+                if gone or holders:
+                    self._taken_by = holders[0] if holders else {}
                     return
-                for name, owner in others.items():
-                    if owner.get("holds") and name < self._claim.name:
-                        self._taken_by = owner
-                        return
                 self._renew(holds=True)
             except OSError:
                 continue  # out of reach for a moment
@@ -309,6 +303,4 @@ def _read(path: epath.Path) -> _Owner:
 
 
 class _InUse(Exception):
-    def __init__(self, owner: _Owner):
-        super().__init__(owner)
-        self.owner = owner
+    """Another job holds the workdir; its argument is the `_Owner`."""
