@@ -5,6 +5,7 @@ from atebm_jax.data.augment import parse
 from atebm_jax.data.decoding import decode
 from atebm_jax.data.examples import Images
 from atebm_jax.data.folder import FolderSource
+from atebm_jax.data.in_memory import ArraySource
 from atebm_jax.data.opening import KINDS, open_source
 from atebm_jax.data.pipeline import (
     Batches,
@@ -13,7 +14,7 @@ from atebm_jax.data.pipeline import (
     materialise,
     train_batches,
 )
-from atebm_jax.data.sources import ArraySource, Source
+from atebm_jax.data.sources import Source
 
 __all__ = [
     "KINDS",

@@ -56,8 +56,8 @@ class Images:
         """The first image from `index` on, round and round, that can be decoded.
 
         Returns:
-          ((image, label), the first bad index or NOT_BAD). The first bad one is enough:
-          the order of the images brings up the others in their turn.
+          ((image, label), the first bad index or NOT_BAD). The other bad ones are met
+          in their own turn.
         """
         bad: list[int] = []
         while (made := self.make(index, make_rng(index))) is None:
@@ -71,11 +71,9 @@ class Images:
     def _check_shape(self, index: int, image: np.ndarray) -> None:
         if image.shape != tuple(self.shape):
             height, width = self.shape[:2]
-            remedy = (
-                f'"resize({height})|center_crop({height})"'
-                if height == width
-                else "resizing and cropping"
-            )
+            remedy = "resizing and cropping"
+            if height == width:
+                remedy = f'"resize({height})|center_crop({height})"'
             raise UserError(
                 f"the image {self.source.describe(index)} has the shape "
                 f"{list(image.shape)} after preprocessing, wanted {list(self.shape)} "
@@ -84,8 +82,8 @@ class Images:
             )
 
     def _told_plainly(self, index: int, error: Exception) -> UserError:
-        # A worker's exception reaches the main process only if it can be pickled, which
-        # holds for one made of a single string.
+        # Made of a single string, it can be pickled: so a worker's error reaches the
+        # main process.
         what = str(error) if isinstance(error, UserError) else repr(error)
         name = self.source.describe(index)
         return UserError(f"cannot prepare the image {name}: {what}")
