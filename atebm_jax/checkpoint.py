@@ -41,6 +41,9 @@ FORMAT = 1
 #: Metrics by which a best checkpoint is kept, and whether more is better.
 BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
+# Of a step, as Orbax names it: the metrics that were given to `save`.
+_METRICS = "metrics/metrics"
+
 # What an earlier version called the stage's own state.
 _EXTRA_BEFORE = "curriculum"
 
@@ -172,7 +175,7 @@ def saved_watch(checkpoints: ocp.CheckpointManager, step: int) -> Any:
 
 def was_evaluated(checkpoints: ocp.CheckpointManager, step: int) -> bool:
     """Whether a saved step has its metrics beside it."""
-    return _metrics_file(epath.Path(checkpoints.directory) / str(step)).exists()
+    return (epath.Path(checkpoints.directory) / str(step) / _METRICS).exists()
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainState:
@@ -192,21 +195,15 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainSt
     )
     folder = epath.Path(checkpoints.directory) / str(step)
     fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
-    # Without what the stage has none of: an earlier version had it in every stage.
+    # Leave out what this stage has not: an earlier version stored it in every stage.
     fields = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
     try:
         with _checkpointer() as checkpointer:
             stored = checkpointer.metadata(folder / "state").item_metadata.tree
             if "extra" in fields and "extra" not in stored:
                 fields[_EXTRA_BEFORE] = fields.pop("extra")
-            restored = checkpointer.restore(
-                folder / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=fields,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(fields),
-                    partial_restore=True,
-                ),
-            )
+            as_in_like = ocp.checkpoint_utils.construct_restore_args(fields)
+            restored = _restored(checkpointer, folder / "state", fields, as_in_like)
     except Exception as error:
         raise UserError(
             f"checkpoint {folder} cannot be restored ({_first_line(error)}): it is "
@@ -325,10 +322,8 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
             )
         return folder
     order = (*reversed(STAGES), IMPORTED)
-    stages = [folder / "checkpoints" / stage for stage in order]
-    for candidate in [*stages, folder]:
-        steps = steps_in(candidate)
-        if steps:
+    for candidate in (*(folder / "checkpoints" / stage for stage in order), folder):
+        if steps := steps_in(candidate):
             step = steps[-1] if best_by is None else _best(candidate, steps, best_by)
             return candidate / str(step)
     raise UserError(
@@ -412,10 +407,6 @@ def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
     return json.loads((step_folder / "meta" / "metadata").read_text())
 
 
-def _metrics_file(step_folder: epath.Path) -> epath.Path:
-    return step_folder / "metrics" / "metrics"
-
-
 def _rank_by(name: str) -> Any:
     """Metrics -> a number that is greater for better ones."""
     sign = 1.0 if BEST_BY[name] else -1.0
@@ -425,7 +416,7 @@ def _rank_by(name: str) -> Any:
 def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
     rank, ranked = _rank_by(best_by), {}
     for step in steps:
-        file = _metrics_file(folder / str(step))
+        file = folder / str(step) / _METRICS
         if file.exists():
             ranked[step] = rank(json.loads(file.read_text()))
     if not ranked:
@@ -463,15 +454,17 @@ def _read_arrays(
             raise ValueError("the list of its arrays is missing")
         item = {name: metadata.tree[name] for name in names or metadata.tree}
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        restored = checkpointer.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=jax.tree.map(lambda _: as_numpy, item),
-                partial_restore=True,
-            ),
-        )
+        args = jax.tree.map(lambda _: as_numpy, item)
+        restored = _restored(checkpointer, folder, item, args)
     return {(names or {}).get(name, name): tree for name, tree in restored.items()}
+
+
+def _restored(
+    checkpointer: ocp.PyTreeCheckpointer, folder: epath.Path, item: Any, args: Any
+) -> dict[str, Any]:
+    """Those arrays of a folder that `item` has, as `args` say."""
+    wanted = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+    return checkpointer.restore(folder, args=wanted)
 
 
 def _first_line(error: Exception) -> str:

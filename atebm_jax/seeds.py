@@ -28,8 +28,8 @@ NOISE = "noise"
 GAUSSIAN = "gaussian"
 GAUSSIAN_PER_CLASS = "gaussian_per_class"
 
-#: Values of config.data.seeds that are fitted to the training images; those that need
-#: no data set of their own.
+#: Values of config.data.seeds: those that are fitted to the training images, and all
+#: that need no data set of their own.
 FITTED = (GAUSSIAN, GAUSSIAN_PER_CLASS)
 DRAWN = (NOISE, *FITTED)
 
@@ -41,12 +41,12 @@ NUM_FITTED = 10_000
 
 # Larger images are modelled at this resolution, and the draws are enlarged.
 _LARGEST_SIDE = 32
-# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold 99.0 % of the
-# variance, in 6 MB instead of 38.
-_MOST_DIRECTIONS = 512
-# Numbers of all classes together, 16 MiB; fewer directions do not resemble images.
+# Directions of a covariance: of CIFAR-10's 3,072 the first 512 hold 99.0 % of the
+# variance, in 6 MB instead of 38. Draws with fewer than 32 do not resemble images.
+_MOST_DIRECTIONS, _FEWEST_DIRECTIONS = 512, 32
+# Of the factors of all classes together: 16 MiB.
 _MOST_NUMBERS = 4 * 2**20
-_FEWEST_DIRECTIONS = 32
+# Images that tell a data set from another one.
 _FINGERPRINT_IMAGES = 64
 
 
@@ -136,7 +136,7 @@ def fit(
 
 
 def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
-    """Refuses Gaussians that are too many to be kept, before images are read.
+    """Refuses too many Gaussians to be kept, before images are read.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -144,7 +144,7 @@ def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
       image_shape: (H, W, C).
 
     Raises:
-      UserError: says what else would do.
+      UserError: says what to choose instead.
     """
     _described(image_shape, num_classes if kind == GAUSSIAN_PER_CLASS else 1)
 
@@ -318,7 +318,7 @@ def _fitted(
     check(kind, num_classes, shape)
     small_shape, _ = _described(shape, 1)
     images, labels = [], []
-    # Batch by batch: 10,000 photographs need gigabytes, what is kept of them does not.
+    # Batch by batch: 10,000 photographs take gigabytes, but reduced they do not.
     with data.eval_batches(
         source,
         preprocess=config.preprocess,

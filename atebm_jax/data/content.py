@@ -1,7 +1,7 @@
 """A description of a set of images that shows whether it has changed.
 
-A stopped command must go on with the same images. Compared are the number of images,
-the names of the classes, and a digest: of a listing of all images (for a folder:
+A stopped command must go on with the same images. A description has the number of
+images, the names of the classes, and a digest of a listing of all images (for a folder:
 classes, paths and sizes) and of the bytes of a few. Images are not decoded.
 """
 
@@ -23,8 +23,8 @@ _NUM_READ = 256
 def describe(source: Source) -> dict[str, Any]:
     """Number of images, names of classes and the digest, as plain JSON.
 
-    The same wherever the images lie. A changed file is noticed if its path, class or
-    size has changed, or if it is among the 256 that are read.
+    It does not depend on where the images lie. A changed file is noticed if its path,
+    class or size has changed, or if it is among the 256 that are read.
     """
     digest = hashlib.sha256()
     for line in listing(source):
@@ -99,7 +99,7 @@ def _bytes_of_some(source: Source) -> Iterator[bytes]:
     for position in range(number):
         try:
             example = source[position * len(source) // number]
-        except UNREADABLE:  # an error only where the image is needed
+        except UNREADABLE:  # it is an error only where the image is needed
             yield b"cannot be read"
             continue
         yield str(example["label"]).encode()

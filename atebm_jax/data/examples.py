@@ -117,7 +117,7 @@ def eval_example(
     batch, row = divmod(local_index, local_size)
     position = (batch * process_count + process_index) * local_size + row
     index = position * len(images.source) // num_images
-    # Evaluation is a function of the image: nothing random may be asked for.
+    # A random operation does the same to an image in every evaluation.
     in_range, rng = position < num_images, np.random.default_rng(index)
     made = images.make(index, rng) if in_range else None
     bad = index if in_range and made is None else NOT_BAD
