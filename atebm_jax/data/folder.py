@@ -17,8 +17,10 @@ from atebm_jax.names import of_class, printable
 _log = logging.getLogger(__name__)
 
 # Images whose sizes are compared, and threads that ask for them.
-_MOST_SIZES = 2**16
-_THREADS = 16
+_MOST_SIZES, _THREADS = 2**16, 16
+
+# Entries of a folder that are of use.
+_FOLDER, _IMAGE = "folder", "image"
 
 # Folders that network disks, archives and systems put beside images.
 _NOT_CLASSES = frozenset(
@@ -28,9 +30,6 @@ _NOT_CLASSES = frozenset(
         *("$recycle.bin", "system volume information", "__pycache__"),
     }
 )
-
-# Of a folder, whatever path leads to it: device and number.
-_Identity = tuple[int, int]
 
 
 class FolderSource(Source):
@@ -168,13 +167,14 @@ def _walk(
     Raises:
       UserError: a folder cannot be read.
     """
-    pending: list[tuple[str, frozenset[_Identity]]] = [("", frozenset())]
+    # Each with the real paths of the folders above it.
+    pending: list[tuple[str, frozenset[str]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
         path = os.path.join(root, folder)
+        above |= {os.path.realpath(path)}
         names: dict[str, list[str]] = {_FOLDER: [], _IMAGE: []}
         try:
-            above |= {_identity(os.stat(path))}
             with os.scandir(path) as entries:
                 for entry in entries:
                     kind = _kind(entry, above)
@@ -192,10 +192,7 @@ def _walk(
         pending += [(os.path.join(folder, name), above) for name in reversed(folders)]
 
 
-_FOLDER, _IMAGE = "to be searched", "image"
-
-
-def _kind(entry: os.DirEntry, above: frozenset[_Identity]) -> str:
+def _kind(entry: os.DirEntry, above: frozenset[str]) -> str:
     """_FOLDER, _IMAGE, "" if hidden, or what is said of an entry passed over."""
     ending = os.path.splitext(entry.name)[1].lower()
     if entry.name.startswith("."):
@@ -203,17 +200,13 @@ def _kind(entry: os.DirEntry, above: frozenset[_Identity]) -> str:
     if _is_folder(entry):
         if entry.name.lower() in _NOT_CLASSES:
             return f"folder {entry.name}"
-        if entry.is_symlink() and _identity(entry.stat()) in above:  # an endless loop
+        if entry.is_symlink() and os.path.realpath(entry.path) in above:  # a loop
             return f"link {printable(entry.name)} to above it"
         return _FOLDER
     # A pipe would block its reader; a broken link counts as a broken image.
     if ending in decoding.extensions() and (entry.is_symlink() or entry.is_file()):
         return _IMAGE
     return printable(ending) or "no ending"
-
-
-def _identity(status: os.stat_result) -> _Identity:
-    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

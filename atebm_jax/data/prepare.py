@@ -26,31 +26,26 @@ from array_record.python import array_record_module
 from PIL import Image
 from rich.console import Console
 
-from atebm_jax import storage
+from atebm_jax import data, storage, workdir_lock
 from atebm_jax.command_line import Parser, quiet_libraries, run
 from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.examples import too_many_bad
-from atebm_jax.data.folder import FolderSource
-from atebm_jax.data.opening import open_source
 from atebm_jax.data.pipeline import end_with_main_process
-from atebm_jax.data.sources import Source
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
 from atebm_jax.names import check_utf8
 from atebm_jax.progress import track
-from atebm_jax.workdir_lock import FILE as LOCK
-from atebm_jax.workdir_lock import held
 
 SIZE, QUALITY, SHARD_SIZE, MAX_BAD_IMAGES = 292, 95, 2048, 100
 
 # What a command that ended before its first shard may leave in a folder.
-_OWN = (LOCK, ".settings.json.")
+_OWN = (workdir_lock.FILE, ".settings.json.")
 
 _JPEG = b"\xff\xd8\xff"
 
 
 def prepare(
-    source: Source,
+    source: data.Source,
     to: str | Path,
     *,
     size: int = SIZE,
@@ -107,8 +102,8 @@ def prepare(
         functools.partial(_shard, source, part, path, size, quality)
         for part, path in zip(parts, paths, strict=True)
     ]
-    then = "with its finished shards"
-    with held(root, "--to"), storage.told_plainly(root, "prepared set", then):
+    told = storage.told_plainly(root, "prepared set", "with its finished shards")
+    with workdir_lock.held(root, "--to"), told:
         _claim(root, settings)
         for leftover in root.glob(".*.tmp"):  # of a command that was killed
             leftover.unlink(missing_ok=True)
@@ -249,7 +244,7 @@ def _begin_worker() -> None:
 
 
 def _shard(
-    source: Source, indices: np.ndarray, path: Path, size: int, quality: int
+    source: data.Source, indices: np.ndarray, path: Path, size: int, quality: int
 ) -> dict[str, Any]:
     """Writes one shard, unless it is there already; returns its description."""
     description = path.with_name(f"{path.name}.json")
@@ -332,13 +327,13 @@ def _parser() -> Parser:
     return parser
 
 
-def _selected(flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
+def _selected(flags: argparse.Namespace) -> tuple[data.Source, np.ndarray]:
     """The source of the flags, and which of its images."""
     kind, _, folder = flags.source.partition(":")
     if kind == "openimages":
         source, candidates = _open_images(folder, flags)
     else:
-        source = open_source(flags.source, flags.data_dir)
+        source = data.open_source(flags.source, flags.data_dir)
         candidates = np.arange(len(source))
     if not 0 <= flags.count <= len(candidates) or flags.seed < 0:
         raise UserError(
@@ -352,13 +347,15 @@ def _selected(flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
     return source, candidates
 
 
-def _open_images(folder: str, flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
+def _open_images(
+    folder: str, flags: argparse.Namespace
+) -> tuple[data.Source, np.ndarray]:
     """Open Images in a folder, and which of them overlap no class of ImageNet."""
     needed = ("labels", "class_descriptions", "imagenet_classes")
     missing = [f"--{name}" for name in needed if not getattr(flags, name)]
     if missing:
         raise UserError(f"openimages needs {' and '.join(missing)} too.")
-    source = FolderSource(folder)
+    source = data.FolderSource(folder)
     decisions = Path(f"{_local(flags.to)}.labels.csv")
     with storage.writing(decisions, "Make room or give another --to."):
         decisions.parent.mkdir(parents=True, exist_ok=True)
