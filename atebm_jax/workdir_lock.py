@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -64,6 +64,8 @@ class Lock:
         alone: bool = False,
     ):
         self._what, self._flag, self._alone = what, flag, alone
+        self._together: Callable[[], contextlib.AbstractContextManager[None]]
+        self._together = contextlib.nullcontext if alone else sharding.refused_by_all
         self._workdir, self._path = workdir, workdir / FILE
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
@@ -83,11 +85,21 @@ class Lock:
         Raises:
           UserError: another job holds it, or the workdir cannot be written.
         """
-        refusal, held = "", self._file is not None or self._beat is not None
-        first = self._alone or jax.process_index() == 0
-        if first and not held and self._workdir.is_dir():
-            refusal = self._take()
-        self._refuse(refusal)
+        with self._together():
+            held = self._file is not None or self._beat is not None
+            first = self._alone or jax.process_index() == 0
+            if held or not first or not self._workdir.is_dir():
+                return
+            try:
+                in_bucket = storage.in_bucket(self._path)
+                if in_bucket or fcntl is None or not self._lock_file():
+                    self._claim_workdir()
+            except BlockingIOError as error:
+                raise self._in_use(_read(self._path)) from error
+            except OSError as error:
+                raise UserError(
+                    f"{self._what} {self._workdir} cannot be written: {error}."
+                ) from error
 
     def check(self) -> None:
         """Refuses to go on if another job took this job's claim for void.
@@ -97,7 +109,9 @@ class Lock:
         Raises:
           UserError: names the other job.
         """
-        self._refuse("" if self._taken_by is None else self._in_use(self._taken_by))
+        with self._together():
+            if self._taken_by is not None:
+                raise self._in_use(self._taken_by)
 
     def release(self) -> None:
         """Releases the lock and removes its file."""
@@ -111,27 +125,8 @@ class Lock:
             self._beat = None
             self._claim.unlink(missing_ok=True)
 
-    def _refuse(self, refusal: str) -> None:
-        if not self._alone:
-            refusal = sharding.first_said(refusal)
-        if refusal:
-            raise UserError(refusal)
-
-    def _take(self) -> str:
-        """Takes the lock; returns why it cannot, "" if it could."""
-        try:
-            if storage.in_bucket(self._path) or fcntl is None or not self._lock_file():
-                self._claim_workdir()
-        except BlockingIOError:
-            return self._in_use(_read(self._path))
-        except _InUse as error:
-            return self._in_use(error.args[0])
-        except OSError as error:
-            return f"{self._what} {self._workdir} cannot be written: {error}."
-        return ""
-
-    def _in_use(self, owner: _Owner) -> str:
-        return (
+    def _in_use(self, owner: _Owner) -> UserError:
+        return UserError(
             f"{self._what} {self._workdir} is in use by another job (process "
             f"{owner.get('pid', '?')} on {owner.get('host', '?')}, since "
             f"{owner.get('since', '?')}): wait for its end, stop it, or give another "
@@ -185,7 +180,7 @@ class Lock:
         two claims that see each other, the one later by name is withdrawn.
 
         Raises:
-          _InUse: another job holds the workdir and lives.
+          UserError: another job holds the workdir and lives.
         """
         known: dict[str, tuple[_Owner, float]] = {}
         claimed = False
@@ -218,7 +213,7 @@ class Lock:
         """Removes void claims; `known` has each claim and the time when it changed.
 
         Raises:
-          _InUse: a holder has renewed its claim.
+          UserError: a holder has renewed its claim.
         """
         now = time.monotonic()
         for name, owner in others.items():
@@ -232,7 +227,7 @@ class Lock:
             before, since = known[name]
             if owner != before:
                 if owner.get("holds"):
-                    raise _InUse(owner)
+                    raise self._in_use(owner)
                 known[name] = owner, now
             elif now - since > _PATIENCE:
                 (self._workdir / name).unlink(missing_ok=True)
@@ -300,7 +295,3 @@ def _read(path: epath.Path) -> _Owner:
     except (FileNotFoundError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
-
-
-class _InUse(Exception):
-    """Another job holds the workdir; its argument is the `_Owner`."""

@@ -104,10 +104,6 @@ def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
     return image.rotate(degrees, fillcolor=_grey(image, 128))
 
 
-def _posterize(image: Image.Image, bits: float, fill: int) -> Image.Image:
-    return ImageOps.posterize(image, int(bits))
-
-
 def _solarize(image: Image.Image, level: float, fill: int) -> Image.Image:
     # A grey level, not a count: Pillow's stubs ask for a whole number.
     return ImageOps.solarize(image, level)  # type: ignore[arg-type]
@@ -125,11 +121,11 @@ AUTOAUGMENT_OPS: dict[str, Operation] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "sharpness": _enhance(ImageEnhance.Sharpness),
     "brightness": _enhance(ImageEnhance.Brightness),
-    "posterize": _posterize,
+    "posterize": lambda image, bits, fill: ImageOps.posterize(image, int(bits)),
     "solarize": _solarize,
-    "autocontrast": lambda image, unused, fill: ImageOps.autocontrast(image),
-    "equalize": lambda image, unused, fill: ImageOps.equalize(image),
-    "invert": lambda image, unused, fill: ImageOps.invert(image),
+    "autocontrast": lambda image, amount, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, amount, fill: ImageOps.equalize(image),
+    "invert": lambda image, amount, fill: ImageOps.invert(image),
 }
 
 # The others have no direction: rotation by the authors' slip, the rest by nature.

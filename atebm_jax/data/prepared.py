@@ -23,11 +23,6 @@ def pack(image: bytes, label: int) -> bytes:
     return _LABEL.pack(label) + image
 
 
-def unpack(record: bytes) -> Example:
-    """Undoes `pack`."""
-    return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
-
-
 def shard_paths(root: Path, count: int) -> list[Path]:
     """The files of the `count` shards of a set."""
     names = (f"images-{k:05d}-of-{count:05d}.array_record" for k in range(count))
@@ -81,7 +76,8 @@ class PreparedSource(Source):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return unpack(self._records[int(index)])
+        record = self._records[int(index)]
+        return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
 
     def listing(self) -> Iterator[bytes]:
         """SHA-256 of every shard, as the index has it."""
