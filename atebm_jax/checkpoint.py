@@ -41,7 +41,7 @@ FORMAT = 1
 #: Metrics by which a best checkpoint is kept, and whether more is better.
 BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
-# Of a step, as Orbax names it: the metrics that were given to `save`.
+# Where Orbax keeps the metrics of a step.
 _METRICS = "metrics/metrics"
 
 # What an earlier version called the stage's own state.
@@ -50,7 +50,7 @@ _EXTRA_BEFORE = "curriculum"
 # The stage of weights that came from elsewhere.
 IMPORTED = "imported"
 
-#: A path as Orbax wants it.
+#: A path in the form that Orbax needs.
 absolute = local_path.absolute
 
 
@@ -162,7 +162,7 @@ def delete(checkpoints: ocp.CheckpointManager, step: int) -> None:
     """Deletes a saved step; every process of the job must call it."""
     checkpoints.delete(step)
     if jax.process_index() == 0:
-        # Its place in the trash will be needed if the step is saved and goes again.
+        # If the step is saved and deleted again, it needs the same place in the trash.
         _remove_leftovers(epath.Path(checkpoints.directory))
 
 
@@ -195,7 +195,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainSt
     )
     folder = epath.Path(checkpoints.directory) / str(step)
     fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
-    # Leave out what this stage has not: an earlier version stored it in every stage.
+    # Skip what this stage does not have; an earlier version stored it in every stage.
     fields = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
     try:
         with _checkpointer() as checkpointer:
@@ -264,7 +264,7 @@ def load_weights(
 
 
 def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What a network's outputs mean, by number; None where its `meta` does not say."""
+    """The names of a network's classes, by number; None where its `meta` has none."""
     names = meta.get("class_names")
     return tuple(of_class(str(name)) for name in names) if names else None
 
@@ -332,7 +332,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     )
 
 
-# A step's folder, as Orbax names it: others may have put folders beside.
+# Name of a step's folder. Users may put other folders beside them.
 _NUMBER = re.compile("0|[1-9][0-9]*")
 
 
@@ -360,7 +360,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _remove_leftovers(folder: epath.Path) -> None:
-    """Removes what a killed process was about to save or to delete."""
+    """Removes what a killed process was saving or deleting."""
     for path in folder.iterdir():
         if path.name == "trash" or _is_partial(path):
             path.rmtree()
@@ -390,7 +390,7 @@ _LIST_OF_ARRAYS = "manifest.ocdbt"
 
 
 def check_complete(step_folder: epath.Path) -> None:
-    """Refuses a step that has been written and could not be read.
+    """Refuses a step that was written in a way that nothing could read.
 
     Raises:
       UserError: the list of its arrays is missing.
@@ -426,7 +426,7 @@ def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
-    """Orbax's reader, without its hints about metadata that nobody wrote."""
+    """Orbax's reader, without its warnings about metadata that were never written."""
     log = logging.getLogger("absl")
 
     def unasked(record: logging.LogRecord) -> bool:
@@ -462,7 +462,7 @@ def _read_arrays(
 def _restored(
     checkpointer: ocp.PyTreeCheckpointer, folder: epath.Path, item: Any, args: Any
 ) -> dict[str, Any]:
-    """Those arrays of a folder that `item` has, as `args` say."""
+    """The arrays of a folder that `item` names, restored by `args`."""
     wanted = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
     return checkpointer.restore(folder, args=wanted)
 

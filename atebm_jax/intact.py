@@ -1,4 +1,4 @@
-"""Restores the newest checkpoint whose files are as they were saved."""
+"""Restores the newest checkpoint whose files have not changed since it was saved."""
 
 from collections.abc import Callable
 from typing import Any

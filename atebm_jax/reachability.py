@@ -20,7 +20,7 @@ import numpy as np
 
 from atebm_jax import ascent, data, drawing, metrics, seeds
 
-# Of each set; fewer if images are large, so that it takes seconds and 64 MB.
+# Images compared of each set: fewer large ones, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
 # Steps are too short if they cover less than this share of the least distance: at 0.4
 # noise taught digits nothing (docs/curriculum.md). Contrastive images need not become
@@ -109,7 +109,7 @@ def of_config(
     else:
         if settings.seeds in seeds.FITTED and gaussian is None:
             seeds.check(settings.seeds, config.model.num_classes, shape)
-            # One stands for one a class: distances need be right to a pixel only.
+            # One for all classes: distances need not be exact here.
             gaussian = seeds.fit(images)
         draw = drawing.seeds_fn(
             settings.seeds, config.seed, settings, gaussian=gaussian

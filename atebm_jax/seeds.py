@@ -33,7 +33,7 @@ GAUSSIAN_PER_CLASS = "gaussian_per_class"
 FITTED = (GAUSSIAN, GAUSSIAN_PER_CLASS)
 DRAWN = (NOISE, *FITTED)
 
-#: Where a workdir keeps what was fitted.
+#: The file of a workdir that holds the fitted Gaussians.
 FILE = "seeds.npz"
 
 #: Training images that Gaussians are fitted to.
@@ -136,7 +136,7 @@ def fit(
 
 
 def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
-    """Refuses too many Gaussians to be kept, before images are read.
+    """Refuses Gaussians that are too large to store, before images are read.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -150,7 +150,7 @@ def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
 
 
 def _described(image_shape: Sequence[int], groups: int) -> tuple[tuple[int, int], int]:
-    """(h, w) at which images are described, and the number of directions."""
+    """(h, w) at which images are modelled, and the number of directions."""
     shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
     height, width = (max(side // shrink, 1) for side in image_shape[:2])
     size = height * width * image_shape[2]
@@ -273,7 +273,7 @@ def fit_if_absent(
 
 
 def keep(new: Fit, path: epath.Path, image_shape: tuple[int, int, int]) -> Gaussian:
-    """Writes what was fitted, and reads it; every process of a job calls this.
+    """Writes the Gaussians of a `Fit` and reads them; every process calls this.
 
     The first process writes and reads; the others need no common disk.
 
@@ -338,7 +338,7 @@ def _fitted(
 def _fingerprint(
     kind: str, source: data.Source, config: ml_collections.ConfigDict
 ) -> str:
-    """Differs for Gaussians of other images or of another kind; fits nothing."""
+    """A digest of kind and images, made without fitting."""
     from atebm_jax import data  # its pipeline is slow to import
 
     images, labels = data.materialise(

@@ -16,7 +16,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.local_path import absolute, in_bucket, is_device, local, real
 from atebm_jax.names import writable
 
-# What each kind of bucket is reached with: module -> package.
+# What each kind of bucket needs: module -> package.
 _FOR_BUCKETS = {
     "gs://": {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"},
     "s3://": {"s3fs": "s3fs"},
@@ -26,7 +26,7 @@ _EXTRAS = {"gs://": "'atebm_jax[gcs]'"}
 
 
 def reached(path: str | os.PathLike) -> epath.Path:
-    """As `local_path.absolute`, and of a bucket only what can be reached from here.
+    """As `local_path.absolute`; also refuses a bucket that cannot be reached from here.
 
     Raises:
       UserError: a cloud that is not known, or packages that are not installed.
@@ -106,7 +106,7 @@ def _remove(path: epath.Path) -> None:
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:
     """Writes a file, whole or not at all, on a disk or in a bucket."""
-    # An object appears when it is complete, and renaming would copy it.
+    # In a bucket a file appears when it is complete; renaming would copy it.
     if in_bucket(path) or is_device(path):
         path.write_bytes(content)
         return
@@ -159,8 +159,7 @@ def read_npz(
             return {name: stored[name] for name in names or stored.files}
     except OSError:
         raise
-    # A damaged file fails in as many ways as it has bytes.
-    except Exception as error:
+    except Exception as error:  # a damaged file may raise anything
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -262,7 +261,7 @@ def told_plainly(
         ) from error
 
 
-# What the error of a file system that is full or read-only can say.
+# Errors of a file system that is full or read-only.
 _UNWRITABLE = {
     errno.ENOSPC: "No space left on device",
     errno.EDQUOT: "Disk quota exceeded",
@@ -272,7 +271,7 @@ _UNWRITABLE = {
 
 
 def _why_unwritable(error: BaseException | None) -> str | None:
-    """The reason if an error, or a cause of it, is of a full or read-only disk."""
+    """The reason, if an error or one of its causes is of a full or read-only disk."""
     while error is not None:
         for number, text in _UNWRITABLE.items():
             if getattr(error, "errno", None) == number or text in str(error):

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 FILE = ".lock"
 
-# Seconds: between two renewals of a claim, until one without is void, between looks.
+# Seconds: between renewals of a claim, until one without is void, between looks.
 _BEAT, _PATIENCE, _LOOK_EVERY = 20.0, 65.0, 1.0
 
 _Owner = dict[str, Any]
@@ -70,7 +70,7 @@ class Lock:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
         self._file: int | None = None
-        # Without locks of the file system.
+        # For file systems without locks.
         self._claim = workdir / f"{FILE}.{uuid.uuid4().hex}"
         self._signs_of_life = 0
         self._beat: threading.Thread | None = None
@@ -102,7 +102,7 @@ class Lock:
                 ) from error
 
     def check(self) -> None:
-        """Refuses to go on if another job took this job's claim for void.
+        """Refuses to go on if another job has taken this job's claim for void.
 
         Every process must call it equally often.
 
@@ -152,7 +152,7 @@ class Lock:
                 return False
             raise
         if not in_place:
-            # Its holder has just removed it: others would lock a new one.
+            # Its holder has just removed it; other jobs would lock a new file.
             os.close(file)
             return self._lock_file()
         self._file = file
@@ -165,7 +165,7 @@ class Lock:
                 self._path.unlink()
 
     def _is_in_place(self, file: int) -> bool:
-        """Whether the open file is the one that others find."""
+        """Whether the open file is still the one in the workdir."""
         try:
             return os.path.samestat(os.fstat(file), os.stat(self._path))
         except FileNotFoundError:
@@ -193,7 +193,7 @@ class Lock:
                     self._claim.unlink(missing_ok=True)
                     claimed = False
                 if claimed or not others:
-                    # Also while it waits, so that its claim does not become void.
+                    # Renew also while waiting: the claim must not become void.
                     self._renew(holds=False)
                     claimed = True
                 if others:
@@ -254,7 +254,7 @@ class Lock:
     def _renew(self, holds: bool) -> None:
         self._signs_of_life += 1
         owner = {"holds": holds, "signs_of_life": self._signs_of_life}
-        # Whole at every moment: half of one would name nobody.
+        # Written whole: half a file would not name the job.
         storage.write_json(self._claim, self._owner | owner)
 
     def _others(self) -> dict[str, _Owner]:

@@ -32,7 +32,7 @@ _FILTERS = {
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Pads every side with `size` black pixels, crops the old size at random."""
+    """Pads every side with `size` black pixels, then crops the old size at random."""
     height, width, channels = image.shape
     top, left = rng.integers(0, 2 * size + 1, size=2)
     padded = np.zeros((height + 2 * size, width + 2 * size, channels), np.uint8)
@@ -96,7 +96,7 @@ def resize(
 
 
 def _room(size: int) -> int:
-    """The most pixels of a resized image, from the size that is asked for."""
+    """The most pixels that a resized image may have."""
     return max(4 * size**2, 2**24)
 
 
@@ -109,7 +109,7 @@ def center_crop(
 
 
 def _margin(length: int, size: int) -> int:
-    """Pixels before a part of `size` pixels in the middle of `length`."""
+    """Where `size` pixels in the middle of `length` begin."""
     return max(round((length - size) / 2), 0)
 
 
@@ -160,7 +160,7 @@ def _scale(
 
 # --- The string -----------------------------------------------------------------------
 
-# Name -> the operation, and how it is written; those with a `size` have parentheses.
+# Name -> the operation, and an example; the `size`, if any, stands in parentheses.
 OPS: dict[str, tuple[Callable[..., np.ndarray], str]] = {
     "pad_crop": (pad_crop, "pad_crop(4)"),
     "flip": (flip, "flip"),
@@ -171,7 +171,7 @@ OPS: dict[str, tuple[Callable[..., np.ndarray], str]] = {
     "center_crop": (center_crop, "center_crop(256)"),
 }
 
-# Pixels; more is a slip, and would take gigabytes an image.
+# Pixels of a size; more is a slip, and would take gigabytes per image.
 _LARGEST = 8192
 _SIZE = re.compile(r"[1-9][0-9]{0,4}")
 

@@ -77,6 +77,6 @@ def _called(word: str, names: Sequence[str]) -> list[int]:
 
 
 def _at_place(word: str, names: Sequence[str]) -> list[int]:
-    # Nine digits are more than any place has; Python refuses to read thousands.
+    # No place has ten digits, and Python refuses to read numbers of thousands.
     is_place = word.isdecimal() and len(word) < 10 and int(word) < len(names)
     return [int(word)] if is_place else []

@@ -14,7 +14,7 @@ import numpy as np
 from atebm_jax.data.sources import Source, listing
 from atebm_jax.errors import UserError
 
-#: What sources raise of an image that cannot be read, those of records among them.
+#: What sources raise if an image cannot be read.
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError)
 # Images whose bytes are read, evenly spread over the source.
 _NUM_READ = 256

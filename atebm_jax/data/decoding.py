@@ -14,10 +14,10 @@ from atebm_jax.errors import UserError
 FORMATS = (
     *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
 )
-# A JPEG with a preview behind it, from telephones; Pillow reads it as a JPEG.
+# JPEGs of telephones, with a preview behind the image; Pillow reads them as JPEGs.
 _LIKE_JPEG = "MPO"
 
-# A header of a few bytes may claim gigabytes.
+# A header of a few bytes may claim an image of gigabytes.
 _MOST_PIXELS = 2**26
 
 
@@ -66,7 +66,7 @@ def open_image(encoded: bytes) -> Image.Image:
     profiles and camera data may be damaged, or larger than Pillow takes.
 
     Raises:
-      Exception: of many kinds, where it is broken or not of `FORMATS`.
+      Exception: of any kind, if it is broken or not of `FORMATS`.
     """
     try:
         return _load(encoded)
@@ -112,7 +112,7 @@ def _pixels_alone(png: bytes) -> bytes:
 
 
 class BadImage(ValueError):
-    """An image that cannot be augmented; counted like one that is broken."""
+    """An image that cannot be augmented; it counts as a broken one."""
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:

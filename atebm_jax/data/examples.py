@@ -1,4 +1,4 @@
-"""One example: read, decoded, augmented; broken images told from broken settings."""
+"""One example: read, decoded, augmented. Tells broken images from broken settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from atebm_jax.errors import UserError
 
 ImageShape = tuple[int, int, int]
 
-# In the field `bad_field(NAME)` of an example: every image of it could be decoded.
+# Value of the field `bad_field(NAME)` of an example whose image could be decoded.
 NOT_BAD = -1
 
 
@@ -82,8 +82,7 @@ class Images:
             )
 
     def _told_plainly(self, index: int, error: Exception) -> UserError:
-        # Made of a single string, it can be pickled: so a worker's error reaches the
-        # main process.
+        # An error of a single string can be pickled, and so leaves a worker process.
         what = str(error) if isinstance(error, UserError) else repr(error)
         name = self.source.describe(index)
         return UserError(f"cannot prepare the image {name}: {what}")
@@ -98,7 +97,7 @@ def train_example(
     labels: bool,
     max_bad_images: int,
 ) -> dict[str, Any]:
-    """One example of a stream, or of the next image that can be decoded."""
+    """One example of a stream: an image, or the next one that can be decoded."""
     made, first_bad = images.first_good(index, lambda place: rng, max_bad_images)
     example = {f"x_{name}": made[0], bad_field(name): np.int64(first_bad)}
     return {**example, f"y_{name}": np.int32(made[1])} if labels else example
@@ -113,7 +112,7 @@ def eval_example(
     process_index: int,
     process_count: int,
 ) -> dict[str, Any]:
-    """One example of this process's part; blank beyond the end and if undecodable."""
+    """One example of this process's part: blank beyond the end, or if undecodable."""
     batch, row = divmod(local_index, local_size)
     position = (batch * process_count + process_index) * local_size + row
     index = position * len(images.source) // num_images

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 # Images whose sizes are compared, and threads that ask for them.
 _MOST_SIZES, _THREADS = 2**16, 16
 
-# Entries of a folder that are of use.
+# Kinds of entries that are used.
 _FOLDER, _IMAGE = "folder", "image"
 
 # Folders that network disks, archives and systems put beside images.
@@ -63,7 +63,7 @@ class FolderSource(Source):
                 f"folders ({printable(folders[0])}, ...) found; move the images into "
                 "class folders, or away"
             )
-        # Paths below the root: a million of them travel to each worker.
+        # Paths below the root are short: a million of them are sent to each worker.
         self._paths = flat
         labels = [UNLABELLED] * len(flat)
         label_of = {name: label for label, name in enumerate(folders)}
@@ -85,7 +85,7 @@ class FolderSource(Source):
         return {"image": image, "label": int(self._labels[index])}
 
     def path(self, index: int) -> str:
-        """The path of image `index`, to be opened; `describe` is for people."""
+        """The path of image `index`, for opening it; `describe` is for messages."""
         return os.path.join(self._root, self._paths[index])
 
     def describe(self, index: int) -> str:
@@ -98,7 +98,7 @@ class FolderSource(Source):
         takes milliseconds.
         """
         for path, label in zip(self._paths, self._labels.tolist(), strict=True):
-            # Without the class folder, whose name is compared as the class's.
+            # Without the class folder: its name is compared with those of the classes.
             below = path if label == UNLABELLED else path.partition(os.sep)[2]
             yield b"%d %s" % (label, os.fsencode(below))
         number = min(_MOST_SIZES, len(self))
@@ -138,7 +138,7 @@ class FolderSource(Source):
             )
 
     def _warn_of_numbers(self) -> None:
-        """Says that folders "1", "10", "2" are classes 0, 1 and 2."""
+        """Warns if folders "1", "10", "2" become classes 0, 1 and 2."""
         names = self.class_names or ()
         if not all(name.isdecimal() for name in names):
             return
@@ -193,7 +193,7 @@ def _walk(
 
 
 def _kind(entry: os.DirEntry, above: frozenset[str]) -> str:
-    """_FOLDER, _IMAGE, "" if hidden, or what is said of an entry passed over."""
+    """_FOLDER, _IMAGE, "" if hidden, or a name for an entry that is passed over."""
     ending = os.path.splitext(entry.name)[1].lower()
     if entry.name.startswith("."):
         return ""

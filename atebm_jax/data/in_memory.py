@@ -28,7 +28,7 @@ class ArraySource(Source):
       spec: the name of the whole in messages.
 
     Raises:
-      UserError: another type or shape, or a label that is not a class.
+      UserError: a wrong type or shape, or a label that is not a class.
     """
 
     def __init__(

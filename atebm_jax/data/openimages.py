@@ -179,7 +179,7 @@ def _confidence(text: str | None, labels_file: str, line: int) -> float:
 
 
 def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterator[tuple[str, ...]]:
-    """Every path from below the root to a leaf; the root is above every label."""
+    """Every path of labels down to a leaf, without the root, which is above all."""
     for child in node.get("Subcategory", ()):
         line = (*above, child["LabelName"])
         if child.get("Subcategory"):
@@ -193,10 +193,10 @@ def _opened(flag: str, path: str, kind: str = "text") -> Iterator[TextIO]:
     """Opens the file of a flag.
 
     Raises:
-      UserError: in place of an error while it is read: another kind of file, say.
+      UserError: in place of any error while the file is opened or read.
     """
     try:
-        # utf-8-sig: a byte-order mark in front is no part of a name.
+        # utf-8-sig: skips a byte-order mark.
         local = os.path.expanduser(path)
         with open(local, encoding="utf-8-sig", newline="") as file:
             yield file

@@ -122,7 +122,7 @@ class Batches(Iterator[Batch]):
 
 def _failure(error: Exception) -> str:
     if "terminated unexpectedly" in str(error):
-        # Grain says so when a worker process has gone, with its exit code.
+        # Grain's words for a worker process that has died; they have its exit code.
         code = "".join(re.findall(r"exit code (-?\d+)", str(error))[:1])
         return (
             f"a worker process that makes batches has ended (exit code {code or '?'}), "
@@ -343,7 +343,7 @@ def _iterate(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     dataset = batches.to_iter_dataset(options)
     if num_workers:
-        # Grain's workers read absl flags, which a notebook has not parsed.
+        # Grain's workers read absl flags; a notebook does not parse any.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers)
@@ -352,7 +352,7 @@ def _iterate(
 
 
 def _become_worker(worker_index: int, worker_count: int) -> None:
-    """Leaves signals to the main process, and ends when it ends."""
+    """Ignores signals, which the main process handles, and ends with that process."""
     del worker_index, worker_count
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -360,7 +360,7 @@ def _become_worker(worker_index: int, worker_count: int) -> None:
 
 
 def end_with_main_process() -> None:
-    """Ends this process, a worker, as soon as the one that started it has ended."""
+    """Ends this worker process as soon as the one that started it has ended."""
     main_process = multiprocessing.parent_process()
 
     def wait() -> None:

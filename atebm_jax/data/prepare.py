@@ -38,7 +38,7 @@ from atebm_jax.progress import track
 
 SIZE, QUALITY, SHARD_SIZE, MAX_BAD_IMAGES = 292, 95, 2048, 100
 
-# What a command that ended before its first shard may leave in a folder.
+# Names of what a command may leave that ended before its first shard.
 _OWN = (workdir_lock.FILE, ".settings.json.")
 
 _JPEG = b"\xff\xd8\xff"
@@ -111,7 +111,7 @@ def prepare(
 
 
 def _local(to: str | Path) -> Path:
-    """The folder of `--to`; the library of the records must be able to open it."""
+    """The folder of `--to`, checked: the record library opens UTF-8 paths only."""
     root = Path(local("--to", to))
     check_utf8("--to", root)
     return root
@@ -204,7 +204,7 @@ def _short(value: Any) -> str:
 def _run(
     jobs: Sequence[Callable[[], dict[str, Any]]], num_workers: int, max_bad_images: int
 ) -> list[dict[str, Any]]:
-    """Writes the shards, with a progress bar; their descriptions in order."""
+    """Writes the shards, with a progress bar; returns their descriptions in order."""
     bad: list[str] = []
     with _workers(num_workers) as pool:
         futures = [pool.submit(job) for job in jobs]
@@ -221,11 +221,11 @@ def _run(
 
 
 def _workers(number: int) -> concurrent.futures.Executor:
-    """One thread of this process, or so many processes; 0 for one a core."""
+    """One thread of this process, or `number` processes; 0 for one per core."""
     if number == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
-    # Not forked: a lock that a thread of the record library holds at that moment would
-    # stay locked in the child for ever.
+    # Not forked: if a thread of the record library holds a lock at that moment, the
+    # lock stays locked in the child for ever.
     return concurrent.futures.ProcessPoolExecutor(
         number or os.cpu_count(),
         mp_context=multiprocessing.get_context("spawn"),
@@ -328,7 +328,7 @@ def _parser() -> Parser:
 
 
 def _selected(flags: argparse.Namespace) -> tuple[data.Source, np.ndarray]:
-    """The source of the flags, and which of its images."""
+    """The source that the flags name, and the indices of the chosen images."""
     kind, _, folder = flags.source.partition(":")
     if kind == "openimages":
         source, candidates = _open_images(folder, flags)
@@ -350,7 +350,7 @@ def _selected(flags: argparse.Namespace) -> tuple[data.Source, np.ndarray]:
 def _open_images(
     folder: str, flags: argparse.Namespace
 ) -> tuple[data.Source, np.ndarray]:
-    """Open Images in a folder, and which of them overlap no class of ImageNet."""
+    """Open Images in a folder, and the indices of those that overlap no class."""
     needed = ("labels", "class_descriptions", "imagenet_classes")
     missing = [f"--{name}" for name in needed if not getattr(flags, name)]
     if missing:

@@ -30,7 +30,7 @@ def shard_paths(root: Path, count: int) -> list[Path]:
 
 
 class _Shard(NamedTuple):
-    """A whole shard for the library, which then need not open it to count records."""
+    """A shard with its number of records, so that the library need not count them."""
 
     filename: str
     skip: int
@@ -109,7 +109,7 @@ def read_index(root: Path) -> dict[str, Any]:
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether all that is read of an index is there, and of its type."""
+    """Whether an index has all entries that are read, each of its type."""
     names, shards = index.get("class_names", ""), index.get("shards")
     if not isinstance(names, list | None) or not isinstance(shards, list):
         return False

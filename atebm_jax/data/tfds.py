@@ -79,8 +79,7 @@ def _opened(spec: str, folder: str) -> Any:
 
     try:
         builder = tfds.builder_from_directory(folder)
-    # A damaged description fails in as many ways as there are fields in it.
-    except Exception as error:
+    except Exception as error:  # a damaged description may raise anything
         raise UserError(
             f"{spec}: the data set in {folder} cannot be read "
             f"({type(error).__name__}: {error}): {_REMEDY}"
