@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import ml_collections
@@ -210,19 +210,6 @@ def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarr
     )
 
 
-class Fit(NamedTuple):
-    """What `keep` writes.
-
-    Attributes:
-      gaussian: what the first process fitted; None in the others, and where the file
-        holds it already.
-      fingerprint: of kind and images.
-    """
-
-    gaussian: Gaussian | None
-    fingerprint: str
-
-
 def of_source(
     kind: str,
     source: data.Source,
@@ -233,10 +220,9 @@ def of_source(
 ) -> Gaussian:
     """The Gaussians of a training set: fitted once, then read from a file.
 
-    Arguments and errors as of `fit_if_absent` and `keep`.
+    Arguments and errors as of `fit_if_absent`.
     """
-    new = fit_if_absent(kind, source, config, path, anew=anew)
-    return keep(new, path, tuple(config.image_shape))
+    return fit_if_absent(kind, source, config, path, anew=anew)()
 
 
 def fit_if_absent(
@@ -247,10 +233,11 @@ def fit_if_absent(
     note: Callable[[str], None] = lambda text: None,
     *,
     anew: bool = False,
-) -> Fit:
+) -> Callable[[], Gaussian]:
     """Fits the Gaussians of a training set, unless a file holds them; writes nothing.
 
-    Every process of a job calls this; the first one fits.
+    Every process of a job calls this, and calls what it returns. The first one fits,
+    writes and reads; the others need no common disk.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -260,37 +247,35 @@ def fit_if_absent(
       note: takes a line for the user when a fit begins.
       anew: fit again where the file holds the Gaussians of other images.
 
+    Returns:
+      A function that writes the file, if it is new, and returns what it holds.
+
     Raises:
       UserError: as `fit`; the images cannot be read; or the file is damaged or, unless
-        `anew`, holds the Gaussians of other images.
+        `anew`, holds the Gaussians of other images. From the function: the file cannot
+        be written, or not be read.
     """
-    wanted, gaussian = _fingerprint(kind, source, config), None
+    wanted = _fingerprint(kind, source, config)
+    new: Gaussian | None = None
     with sharding.refused_by_all():
         if jax.process_index() == 0 and not _holds(path, wanted, kind, source, anew):
             note(f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}")
-            gaussian = _fitted(kind, source, config)
-    return Fit(gaussian, wanted)
+            new = _fitted(kind, source, config)
 
-
-def keep(new: Fit, path: epath.Path, image_shape: tuple[int, int, int]) -> Gaussian:
-    """Writes the Gaussians of a `Fit` and reads them; every process calls this.
-
-    The first process writes and reads; the others need no common disk.
-
-    Raises:
-      UserError: the file cannot be written, or not be read.
-    """
-    arrays = None
-    with sharding.refused_by_all():
-        if jax.process_index() == 0:
-            if new.gaussian is not None:
-                fingerprint = {"fingerprint": np.asarray(new.fingerprint)}
+    def keep() -> Gaussian:
+        arrays = None
+        with sharding.refused_by_all():
+            if new is not None:
+                fingerprint = {"fingerprint": np.asarray(wanted)}
                 with storage.writing(path):
-                    storage.write_npz(path, new.gaussian.arrays() | fingerprint)
-            arrays = _read(path)
-    arrays = sharding.from_first_process(arrays)
-    assert arrays is not None
-    return from_arrays(arrays, image_shape)
+                    storage.write_npz(path, new.arrays() | fingerprint)
+            if jax.process_index() == 0:
+                arrays = _read(path)
+        arrays = sharding.from_first_process(arrays)
+        assert arrays is not None
+        return from_arrays(arrays, tuple(config.image_shape))
+
+    return keep
 
 
 def _holds(
