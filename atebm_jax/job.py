@@ -390,7 +390,7 @@ def _fit_seeds(
     note: Callable[[str], None],
     anew: bool,
 ) -> Callable[[], seeds.Gaussian] | None:
-    """Fits what seeds are drawn from, and returns what keeps it; None for other seeds."""
+    """Fits Gaussian seeds and returns the function that keeps them; None for others."""
     if config.data.seeds not in seeds.FITTED or "seeds" in sources:
         return None
     return seeds.fit_if_absent(
