@@ -86,6 +86,7 @@ class TorchNames:
       usual: the input normalisation that all public weights of a network expect; None
         where they differ.
       who: where they differ, the flags to give for whose weights.
+      published: whose public weights have these names, for the list of families.
       aliases: whole names in other sources, and our source's names for them; {leaf} is
         "weight" or "bias".
       bare: parameters that are no layer's weight or bias and keep their layout: the
@@ -104,6 +105,7 @@ class TorchNames:
     side: Callable[[ModelFields], int]
     usual: Callable[[ModelFields], Mapping[str, tuple[float, ...]] | None]
     who: str = ""
+    published: str = ""
     aliases: Rules = ()
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")
