@@ -94,18 +94,17 @@ def _list(console: Console) -> None:
     from atebm_jax import models
     from atebm_jax.convert import names, normalization
 
-    titles = ("family", "--arch", "recognised by", "input normalisation", "published")
-    rows = (
-        (
-            family,
-            " ".join(models.FAMILIES[family].archs),
-            "\n".join(sorted(marks)),
-            normalization.expected(family),
-            torch.published,
-        )
-        for family, torch, marks in names.families()
-    )
-    console.print(_table(titles, rows, show_lines=True))
+    rows = []
+    for family, torch, marks in names.families():
+        known = {
+            "--arch": " ".join(models.FAMILIES[family].archs),
+            "recognised by": " or ".join(sorted(marks)),
+            "input normalisation": normalization.expected(family),
+            "published": torch.published,
+        }
+        lines = (f"{what}: {text}" for what, text in known.items() if text)
+        rows.append((family, "\n".join(lines)))
+    console.print(_table(("family", "what is known of it"), rows, show_lines=True))
     say(
         console,
         "Mean and std that a file holds are used, whatever the family; where it holds "

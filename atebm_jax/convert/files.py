@@ -258,7 +258,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
 
     def persistent(name: Any) -> Any:
         if isinstance(name, tuple) and name and name[0] in ("module", b"module"):
-            return name[1]  # a class with its source, which nobody needs
+            return name[1]  # a class with its source code, which is not needed
         storage = _storage_of(name)
         storages.setdefault(storage.key, storage)
         return storage

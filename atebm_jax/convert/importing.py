@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -73,12 +74,7 @@ def read(
     arrays, unused = names.without_unused(family, arrays)
     weights.steps.extend(unused)
     found = _compare(arrays, config)
-    if found.differences:
-        flags = " or ".join(f"--entry={other}" for other in weights.others[:4])
-        part = f"; one part of the file alone is taken with {flags}" if flags else ""
-        raise refusal(
-            f"{source.path} does not fit {called}: {found.differences}{part}."
-        )
+    _check_fit(source.path, found, called, weights.others)
     # After the match: that a file does not fit is the more important message.
     declared = normalization.declared(source.tree, source.read, weights.constants)
     chosen = normalization.decide(asked, declared, model, shape[-1], source.path)
@@ -114,6 +110,16 @@ def read(
     }
     classes = _exported_names(source, model)
     return Imported(found.variables, config, found.matches, record, classes)
+
+
+def _check_fit(
+    path: str, found: names.Comparison, called: str, others: Sequence[str]
+) -> None:
+    """Refuses differences, and says how to take one of the file's other networks."""
+    if found.differences:
+        flags = " or ".join(f"--entry={other}" for other in others[:4])
+        part = f"; one part of the file alone is taken with {flags}" if flags else ""
+        raise refusal(f"{path} does not fit {called}: {found.differences}{part}.")
 
 
 def _compare(

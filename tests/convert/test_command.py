@@ -250,16 +250,16 @@ def test_many_differences_are_counted_and_the_first_is_named(network, tmp_path):
 def test_list_says_of_every_family_how_it_is_told_and_normalised():
     printed = io.StringIO()
     main(["--list"], Console(file=printed, width=1000))
-    lines = printed.getvalue().splitlines()
-    for family, torch, marks in names.families():
-        row = next(line for line in lines if line.startswith(f"│ {family} "))
-        for arch in models.FAMILIES[family].archs:
-            assert f" {arch} " in row
-        assert torch.published in row
-        assert min(marks) in row
-    assert "give --normalization=none (TRADES" in printed.getvalue()
-    assert "vit_s_cvst: imagenet is assumed" in printed.getvalue()
-    assert "Mean and std that a file holds are used" in lines[-1]
+    rows = printed.getvalue().split("├")
+    for row, (family, torch, marks) in zip(rows, names.families(), strict=True):
+        assert f"│ {family} " in row
+        assert f"--arch: {' '.join(models.FAMILIES[family].archs)} " in row
+        assert f"recognised by: {' or '.join(sorted(marks))} " in row
+        assert torch.published and f"published: {torch.published} " in row
+    assert "input normalisation: give --normalization=none (TRADES" in rows[0]
+    assert "\n" in rows[0] and "vit_s_cvst: imagenet is assumed" in rows[-1]
+    said = printed.getvalue().splitlines()[-1]
+    assert said.startswith("Mean and std that a file holds are used")
 
 
 @pytest.mark.parametrize(
