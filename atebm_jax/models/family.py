@@ -86,7 +86,6 @@ class TorchNames:
       usual: the input normalisation that all public weights of a network expect; None
         where they differ.
       who: where they differ, the flags to give for whose weights.
-      published: whose public weights have these names, for the list of families.
       aliases: whole names in other sources, and our source's names for them; {leaf} is
         "weight" or "bias".
       bare: parameters that are no layer's weight or bias and keep their layout: the
@@ -96,6 +95,7 @@ class TorchNames:
       look_alikes: other networks with this family's names, or that users take for it: a
         description, and a pattern of a name that only they have, or a test of the
         shapes.
+      published: whose public weights have these names, for the list of families.
     """
 
     rules: Rules
@@ -105,13 +105,13 @@ class TorchNames:
     side: Callable[[ModelFields], int]
     usual: Callable[[ModelFields], Mapping[str, tuple[float, ...]] | None]
     who: str = ""
-    published: str = ""
     aliases: Rules = ()
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")
     look_alikes: Mapping[str, str | Callable[[Shapes], bool]] = field(
         default_factory=dict
     )
+    published: str = ""
 
 
 @dataclass(frozen=True)
