@@ -101,11 +101,15 @@ def unusable_averages(source: Source, networks: Collection[str]) -> list[str]:
         if id(value) in seen or len(parts) > _DEEPEST_AVERAGE:
             return
         seen.add(id(value))
-        name = ".".join(parts)
+        name, key = ".".join(parts), parts[-1] if parts else ""
         usable = any(f"{network}.".startswith(f"{name}.") for network in networks)
-        if average is None and parts and not usable and _is_average(parts[-1]):
+        # Averages of gradients and of losses are no weights.
+        other = key.startswith("exp_avg") or "grad" in key or "loss" in key
+        if average is None and is_averaged(key) and not usable and not other:
             average = name
-        children = _children(value)
+        held = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        items = held.items() if isinstance(held, dict) else ()
+        children = {str(k): x for k, x in items if isinstance(k, str | int)}
         what = None
         if isinstance(value, Inert):
             what = f"a whole object of class {value.kind}"
@@ -122,21 +126,6 @@ def unusable_averages(source: Source, networks: Collection[str]) -> list[str]:
 
     search(source.tree, (), None)
     return list(found.values())
-
-
-def _is_average(key: str) -> bool:
-    # Averages of gradients and of losses are no weights.
-    other = key.startswith("exp_avg") or "grad" in key or "loss" in key
-    return is_averaged(key) and not other
-
-
-def _children(tree: Any) -> dict[str, Any]:
-    """The values of a mapping or list, by name or position."""
-    if isinstance(tree, list | tuple):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, dict):
-        return {}
-    return {str(k): value for k, value in tree.items() if isinstance(k, str | int)}
 
 
 def split(entry: str | None, networks: Collection[str]) -> tuple[str | None, str]:

@@ -270,10 +270,11 @@ def _outside(arrays: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any
 def _take_off_wrapper(source: Source, weights: Weights) -> None:
     """Removes the wrapper that all names share, or one of the usual wrappers."""
     groups = _groups(weights.arrays)
-    first, inside = next(iter(groups.items()), ("", {}))
-    if first and len(weights.arrays) == len(inside) > 1 and not begins_network(first):
+    first = next(iter(groups), "")
+    shared = first and len(groups) == 1 and len(weights.arrays) > 1
+    if shared and not begins_network(first):
         weights.steps.append(f"took off the prefix {first + '.'!r}")
-        _enter(weights, first, inside)
+        _enter(weights, first, groups[first])
         return
     wrapped = {g: names for g, names in groups.items() if _is_wrapper(g, names)}
     if wrapped and not weights.is_given:
