@@ -131,11 +131,6 @@ def _compare(
     return names.compare(config.model.name, arrays, expected)
 
 
-_ELSEWHERE = (
-    "--list prints the networks that are, and docs/convert.md says under 'Another "
-    "network' how to read its arrays"
-)
-
 # The names of PyTorch and of this project for one function.
 _ACTIVATIONS = {"silu": "swish"} | {name: name for name in ACTIVATIONS}
 
@@ -174,6 +169,13 @@ def _exported_names(
     return tuple(of_class(str(name)) for name in names) if whole else None
 
 
+# Ends a sentence about a network that is not built here.
+_ELSEWHERE = (
+    "--list prints the networks that are, and docs/convert.md says under 'Another "
+    "network' how to read its arrays"
+)
+
+
 def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
     """Family and fields of `config.model`: what was asked for, else what fits."""
     family, other = names.recognise(shapes)
@@ -208,7 +210,10 @@ def _nearest(path: str, family: str | None, shapes: Shapes) -> str:
     """Which network of a family has most of these arrays, and what differs."""
     if family is None:
         some = ", ".join(sorted(shapes)[:4])
-        return f"its names ({some}, ...) are like those of none"
+        return (
+            f"its names ({some}, ...) are like those of none: --entry=PREFIX takes a "
+            "wrapper off"
+        )
     arrays, compared = names.like(shapes), {}
     for name, values in models.FAMILIES[family].archs.items():
         fields = _with_own({"name": family, **values}, shapes)
