@@ -206,6 +206,8 @@ FAMILY = family.Family(
         usual=lambda model: family.AS_THEY_ARE if model["stem"] == "conv" else None,
         who="--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
         "--normalization=none (DAT and others trained on pixels as they are)",
+        published="the authors, timm, torchvision; Liu2023 and Singh2023 (ConvStem) of "
+        "RobustBench; DAT for ImageNet",
         aliases=tuple(_aliases()),
         bare={"gamma": 1},
         look_alikes={"a ConvNeXt V2": r".*\.grn\.(weight|bias|gamma|beta)"},

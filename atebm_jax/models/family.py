@@ -95,6 +95,7 @@ class TorchNames:
       look_alikes: other networks with this family's names, or that users take for it: a
         description, and a pattern of a name that only they have, or a test of the
         shapes.
+      published: whose public weights have these names, for the list of families.
     """
 
     rules: Rules
@@ -110,6 +111,7 @@ class TorchNames:
     look_alikes: Mapping[str, str | Callable[[Shapes], bool]] = field(
         default_factory=dict
     )
+    published: str = ""
 
 
 @dataclass(frozen=True)

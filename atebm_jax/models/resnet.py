@@ -186,6 +186,8 @@ FAMILY = family.Family(
         fields=_fields,
         side=lambda model: 256,
         usual=lambda model: family.IMAGENET,
+        published="torchvision, timm; Engstrom2019, Salman2020 and Wong2020 of "
+        "RobustBench for ImageNet; DAT for ImageNet",
         look_alikes={
             "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)": (
                 r"layer\d\.\d+\.conv\d\.bias"

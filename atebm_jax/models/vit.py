@@ -202,6 +202,8 @@ FAMILY = family.Family(
         who="--normalization=imagenet (DeiT, torchvision), --mean=0.5 --std=0.5 "
         "(Google's and timm's augreg weights) or --normalization=none (pixels as they "
         "are)",
+        published="DeiT, Google's augreg weights, timm, torchvision; Singh2023 "
+        "(ConvStem) of RobustBench",
         aliases=tuple(_aliases()),
         bare={"cls_token": 3, "pos_embed": 3},
         look_alikes={

@@ -149,6 +149,8 @@ FAMILY = family.Family(
         who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
         "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
         "(Hendrycks2019)",
+        published="TRADES, MART, AWP, Carmon2019, Hendrycks2019 and others of "
+        "RobustBench; DAT for CIFAR",
         unused=_unused,
         look_alikes={
             "DeepMind's WideResNet (Gowal2020, Rebuffi2021, Wang2023)": (
