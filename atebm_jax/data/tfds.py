@@ -40,8 +40,10 @@ class TfdsSource(Source):
         self._data = _read(spec, folder, builder, split)
         label = dict(builder.info.features).get("label")
         self._labelled = label is not None
-        self.num_classes = label.num_classes if self._labelled else None
-        self.class_names = tuple(map(of_class, label.names)) if self._labelled else None
+        self.num_classes, self.class_names = None, None
+        if label is not None:
+            self.num_classes = label.num_classes
+            self.class_names = tuple(map(of_class, label.names))
 
     def __len__(self) -> int:
         return len(self._data)
