@@ -26,7 +26,8 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
     """Writes averaged weights with PyTorch's names and layouts.
 
     The file loads with `strict=True` into timm's ResNets, ConvNeXts and ViTs, and into
-    the classes of RobustBench and JEM for small images. Normalisation is no weight: mean and std are in the metadata.
+    the classes of RobustBench and JEM for small images. Normalisation is no weight:
+    mean and std are in the metadata.
 
     Args:
       checkpoint_path: a workdir, a stage's folder or one step's.
