@@ -134,8 +134,8 @@ def _model() -> ml_collections.ConfigDict:
     model.widen_factor = 10
     # Channels inside a ResNet's first bottlenecks: 64; wide ResNets have 128 or 256.
     model.base_width = 64
-    # Blocks of a RaWideResNet's three groups, and channels of its first convolution and
-    # of the groups.
+    # Of RaWideResNets and their like: blocks of each group, and channels of the first
+    # convolution and of each group.
     model.blocks = "30-31-10"
     model.widths = "96-216-432-864"
     # Whether a PreActResNet has a norm before its pooling, and what shortcuts with a

@@ -13,8 +13,8 @@ import torch_networks
 import torch_small
 
 from atebm_jax import UserError, archs, ascent, convert, models
-from atebm_jax.convert import files, importing, names, normalization
-from atebm_jax.models import preact_resnet, resnet, wide_resnet
+from atebm_jax.convert import exporting, files, importing, names, normalization
+from atebm_jax.models import preact_resnet, ra_resnet, resnet, wide_resnet
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, DEEPMIND
 
 ONE = (1, 1, 1, 1)
@@ -38,6 +38,25 @@ KINDS = {
         "ra_wrn70_16",
         RA,
         lambda: torch_small.deepmind((1, 2, 1), (8, 12, 16, 24), "swish", 0.25),
+    ),
+    "huang 2021": (
+        "wrn34_r",
+        RA,
+        lambda: torch_small.huang(
+            (1, 2, 1), (8, 12, 16, 24), "relu", "convShortcut", "bn1"
+        ),
+    ),
+    "huang 2022": (
+        "wrn_a4",
+        RA,
+        lambda: torch_small.huang(
+            (1, 2, 1), (8, 12, 16, 24), "swish", "shortcut.0", "norm1"
+        ),
+    ),
+    "ra for imagenet": (
+        "ra_wrn101_2",
+        {"blocks": "1-2-1-1", "widths": "8-16-24-32-48", "num_classes": 10},
+        lambda: torch_small.ra_imagenet((1, 2, 1, 1), (8, 16, 24, 32, 48)),
     ),
     "preact": ("preact_resnet18", {}, lambda: torch_small.preact(ONE, "relu")),
     "preact without norm": (
@@ -87,6 +106,8 @@ SMOOTH = [
     name
     for name, (arch, fields, _) in KINDS.items()
     if (archs.arch(arch) | fields).get("activation") in ("swish", "gelu")
+    # Its stem has ReLU.
+    and arch != "ra_wrn101_2"
 ]
 
 
@@ -123,7 +144,7 @@ def assert_relative(actual, expected, tolerance):
 
 
 def double_norms(monkeypatch):
-    for family in (wide_resnet, resnet, preact_resnet):
+    for family in (wide_resnet, resnet, preact_resnet, ra_resnet):
         reference.double_norms(monkeypatch, family)
 
 
@@ -294,6 +315,17 @@ def test_what_shortcuts_see_is_assumed_by_the_final_norm_unless_said(monkeypatch
         read(ones("preact without norm"), monkeypatch, arch="preact_resnet18", **flags)
 
 
+def test_export_says_what_shortcuts_see(monkeypatch, tmp_path):
+    pytest.importorskip("safetensors")
+    flags = {"asked": normalization.parse("none", None, None)}
+    arch = "preact_resnet18_nonorm"
+    made = read(ones("preact without norm"), monkeypatch, arch=arch, **flags)
+    importing.write(made, tmp_path / "imported")
+    written = exporting.export(str(tmp_path / "imported"), str(tmp_path / "w.st"))
+    assert written.metadata["atebm_jax.shortcut"] == "active"
+    assert written.metadata["atebm_jax.arch"] == arch
+
+
 def test_jems_classifier_is_read_from_its_training_state(monkeypatch):
     """Its network is under `f`, whose last layer and the energy's nothing uses."""
     arrays = ones("jem")
@@ -331,10 +363,12 @@ def test_networks_of_other_sizes_are_refused(monkeypatch):
         ("deepmind", "depth", 12, "6n \\+ 4"),
         ("jem", "depth", 4, "6n \\+ 4"),
         ("jem", "widen_factor", 0, "widen_factor is 0"),
-        ("ra", "blocks", "1-2", "blocks is '1-2': expected 3 positive.*30-31-10"),
+        ("ra", "blocks", "1-2", "blocks is '1-2': expected 3 positive.*16-16-16"),
         ("ra", "widths", "8-x-1-1", "widths is '8-x-1-1': expected 4 positive"),
         ("ra", "widths", "8-0-1-1", "expected 4 positive"),
         ("ra", "blocks", "900-1-1", "at most 500 blocks"),
+        ("ra for imagenet", "widths", "8-4-8-8-8", "widths is .*multiples of 8"),
+        ("ra for imagenet", "blocks", "1-1-1", "expected 4 positive"),
         ("ra", "activation", "tanh", "'tanh'.*relu, swish, gelu"),
         ("preact", "depth", 50, "depth is 50.*18 or 34"),
         ("preact", "shortcut", "", "model.shortcut.*active, raw"),

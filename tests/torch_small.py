@@ -275,3 +275,85 @@ def deepmind_preact(stages: tuple[int, ...], act: str, classes: int = 10) -> Any
         return get("logits")(f(get("batchnorm")(x)).mean((2, 3)))
 
     return assembled(layers, forward)
+
+
+def huang(
+    blocks: tuple[int, ...],
+    widths: tuple[int, ...],
+    act: str,
+    shortcut: str,
+    last: str,
+    classes: int = 10,
+) -> Any:
+    """WideResNet with groups of any depths and widths, and either paper's names."""
+    layers: Layers = {"stem_conv": conv(3, widths[0], 3)}
+    plan = []
+    inputs = widths[0]
+    for group, (number, width) in enumerate(zip(blocks, widths[1:], strict=True)):
+        for index in range(number):
+            stride = 2 if group and not index else 1
+            name = f"blocks.{group}.layer.{index}"
+            layers[f"{name}.bn1"] = norm(inputs)
+            layers[f"{name}.conv1"] = conv(inputs, width, 3, stride)
+            layers[f"{name}.bn2"] = norm(width)
+            layers[f"{name}.conv2"] = conv(width, width, 3)
+            if inputs != width:
+                layers[f"{name}.{shortcut}"] = conv(inputs, width, 1, stride)
+            plan.append((name, inputs != width))
+            inputs = width
+    layers |= {last: norm(inputs), "fc": linear(inputs, classes)}
+    f = activation(act)
+
+    def forward(get: Get, x: Any) -> Any:
+        x = get("stem_conv")(x)
+        for name, widens in plan:
+            inner = f(get(f"{name}.bn1")(x))
+            y = get(f"{name}.conv2")(f(get(f"{name}.bn2")(get(f"{name}.conv1")(inner))))
+            x = y + (get(f"{name}.{shortcut}")(inner) if widens else x)
+        return get("fc")(f(get(last)(x)).mean((2, 3)))
+
+    return assembled(layers, forward)
+
+
+def ra_imagenet(
+    blocks: tuple[int, ...], widths: tuple[int, ...], classes: int = 10
+) -> Any:
+    """RaWRN for ImageNet."""
+    stem = "stem.stem.stem"
+    layers: Layers = {f"{stem}.0": conv(3, widths[0], 7, 2)}
+    layers[f"{stem}.1"] = norm(widths[0])
+    plan = []
+    inputs = widths[0]
+    for stage, (number, width) in enumerate(zip(blocks, widths[1:], strict=True)):
+        for index in range(number):
+            stride, inner = 1 if index else 2, width // 4
+            gates = round(inputs / 4)
+            name = f"stages.stage{stage + 1}.stage{stage + 1}-block{index}"
+            layers[f"{name}.F.a.0"] = conv(inputs, inner, 1)
+            layers[f"{name}.F.b.0"] = conv(inner, inner, 3, stride, groups=2)
+            layers[f"{name}.F.b.1"] = norm(inner)
+            layers[f"{name}.F.se.fc1"] = conv(inner, gates, 1, bias=True)
+            layers[f"{name}.F.se.fc2"] = conv(gates, inner, 1, bias=True)
+            layers[f"{name}.F.c.0"] = conv(inner, width, 1)
+            layers[f"{name}.F.c.1"] = norm(width)
+            if not index:
+                layers[f"{name}.proj.0"] = conv(inputs, width, 1, stride)
+                layers[f"{name}.proj.1"] = norm(width)
+            plan.append((name, not index))
+            inputs = width
+    layers["fc"] = linear(inputs, classes)
+    f, relu = activation("swish"), activation("relu")
+
+    def forward(get: Get, x: Any) -> Any:
+        x = relu(get(f"{stem}.1")(get(f"{stem}.0")(x)))
+        for name, first in plan:
+            y = f(get(f"{name}.F.a.0")(x))
+            y = f(get(f"{name}.F.b.1")(get(f"{name}.F.b.0")(y)))
+            gate = relu(get(f"{name}.F.se.fc1")(y.mean((2, 3), True)))
+            y = y * get(f"{name}.F.se.fc2")(gate).sigmoid()
+            y = get(f"{name}.F.c.1")(get(f"{name}.F.c.0")(y))
+            x = get(f"{name}.proj.1")(get(f"{name}.proj.0")(x)) if first else x
+            x = f(x + y)
+        return get("fc")(x.mean((2, 3)))
+
+    return assembled(layers, forward)

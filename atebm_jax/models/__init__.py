@@ -15,11 +15,14 @@ from atebm_jax.models import (
     dm_wide_resnet,
     jem_wide_resnet,
     preact_resnet,
+    ra_resnet,
     ra_wide_resnet,
     resnet,
+    robust_wide_resnet,
     small_resnet,
     vit,
     wide_resnet,
+    wrn_a,
 )
 from atebm_jax.models.family import Family
 
@@ -34,10 +37,13 @@ FAMILIES: dict[str, Family] = {
     "ra_wide_resnet": ra_wide_resnet.FAMILY,
     "dm_wide_resnet": dm_wide_resnet.FAMILY,
     "dm_preact_resnet": dm_preact_resnet.FAMILY,
+    "wrn_a": wrn_a.FAMILY,
+    "robust_wide_resnet": robust_wide_resnet.FAMILY,
     "jem_wide_resnet": jem_wide_resnet.FAMILY,
     "small_resnet": small_resnet.FAMILY,
     "preact_resnet": preact_resnet.FAMILY,
     "resnet": resnet.FAMILY,
+    "ra_resnet": ra_resnet.FAMILY,
     "convnext": convnext.FAMILY,
     "vit": vit.FAMILY,
 }

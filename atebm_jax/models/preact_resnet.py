@@ -57,9 +57,10 @@ class Block(nn.Module):
         y = conv(3, 1, 1, name="conv2")(y)
         if self.stride == 1 and x.shape[-1] == self.features:
             return x + y
-        side, around = (3, around) if self.deepmind else (1, 0)
         seen = x if self.shortcut == "raw" else active
-        return y + conv(side, self.stride, around, name="shortcut")(seen)
+        if self.deepmind:
+            return y + conv(3, self.stride, around, name="shortcut")(seen)
+        return y + conv(1, self.stride, name="shortcut")(seen)
 
 
 class PreActResNet(family.Network):

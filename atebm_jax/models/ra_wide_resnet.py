@@ -15,9 +15,6 @@ from atebm_jax.models import dm_wide_resnet, family
 from atebm_jax.models.layers import ACTIVATIONS
 from atebm_jax.models.wide_resnet import PreActivated
 
-# Squeeze and excitation has this share of a block's channels inside.
-_RATIO = 0.25
-
 # Tracing a deeper network would seem to hang.
 _MOST_BLOCKS = 500
 
@@ -28,10 +25,12 @@ class RaWideResNet(PreActivated):
     Attributes:
       blocks: number of blocks of each group.
       widths: channels of the first convolution, then of each group.
+      ratio: channels inside squeeze and excitation for one of the block; 0 for none.
     """
 
     blocks: Sequence[int]
     widths: Sequence[int]
+    ratio: float = 0.25
 
     def num_blocks(self) -> Sequence[int]:
         return self.blocks
@@ -40,7 +39,7 @@ class RaWideResNet(PreActivated):
         return self.widths
 
     def squeezed(self, width: int) -> int:
-        return max(round(_RATIO * width), 1)
+        return max(round(self.ratio * width), 1) if self.ratio else 0
 
 
 def build(config: ml_collections.ConfigDict) -> RaWideResNet:
@@ -49,35 +48,56 @@ def build(config: ml_collections.ConfigDict) -> RaWideResNet:
     Raises:
       UserError: no depths or widths, too many blocks, unknown activation.
     """
-    blocks = _numbers("blocks", config.blocks, 3, "30-31-10")
-    widths = _numbers("widths", config.widths, 4, "96-216-432-864")
-    if sum(blocks) > _MOST_BLOCKS:
-        raise UserError(
-            f"model.blocks is {config.blocks}: at most {_MOST_BLOCKS} blocks are built."
-        )
+    blocks, widths = sizes(config.blocks, config.widths, 3)
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    fields = family.network_fields(config, "activation")
-    return RaWideResNet(blocks, widths, **fields, same_padding=True)
+    others = family.network_fields(config, "activation")
+    return RaWideResNet(blocks, widths, **others, same_padding=True)
 
 
-def _numbers(field: str, text: str, count: int, example: str) -> tuple[int, ...]:
-    parts = text.split("-")
-    if len(parts) != count or not all(p.isdecimal() and int(p) for p in parts):
+def sizes(
+    blocks: str, widths: str, groups: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of `config.model.blocks` ("30-31-10") and `widths` ("96-216-432-864").
+
+    Raises:
+      UserError: not one positive number a group, and one width more; too many blocks.
+    """
+    found = []
+    for name, text, count in (
+        ("blocks", blocks, groups),
+        ("widths", widths, groups + 1),
+    ):
+        parts = text.split("-")
+        if len(parts) != count or not all(p.isdecimal() and int(p) for p in parts):
+            raise UserError(
+                f"model.{name} is {text!r}: expected {count} positive numbers with "
+                f"'-' between, such as {'-'.join(['16'] * count)}."
+            )
+        found.append(tuple(map(int, parts)))
+    if sum(found[0]) > _MOST_BLOCKS:
         raise UserError(
-            f"model.{field} is {text!r}: expected {count} positive numbers, such as "
-            f"{example}."
+            f"model.blocks is {blocks}: at most {_MOST_BLOCKS} blocks are built."
         )
-    return tuple(map(int, parts))
+    return found[0], found[1]
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
-    blocks = [f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3)]
-    first = ["init_conv.weight", *(template.format(0) for template in blocks)]
-    widths = [family.outputs(shapes, name) for name in first if name in shapes]
+def fields(shapes: family.Shapes, first: str, blocks: Sequence[str]) -> dict[str, Any]:
+    """`blocks` and `widths` that the shapes have.
+
+    Args:
+      first: name of the first convolution.
+      blocks: names of a convolution with a block's outputs, one a group, with "{}" for
+        the block's number.
+    """
+    names = [first, *(template.format(0) for template in blocks)]
+    widths = [family.outputs(shapes, name) for name in names if name in shapes]
     return {
         "blocks": "-".join(str(family.count(shapes, name)) for name in blocks),
         "widths": "-".join(map(str, widths)),
     }
+
+
+_BLOCKS = [f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3)]
 
 
 FAMILY = family.Family(
@@ -105,7 +125,7 @@ FAMILY = family.Family(
         ),
         mark="layer.0.block.0.se.fc1.weight",
         first=("init_conv.weight",),
-        fields=_fields,
+        fields=lambda shapes: fields(shapes, "init_conv.weight", _BLOCKS),
         side=lambda model: 32,
         usual=dm_wide_resnet.usual,
         who=dm_wide_resnet.WHO,

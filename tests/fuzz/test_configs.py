@@ -93,6 +93,11 @@ _FAMILIES: tuple[dict[str, Any], ...] = (
         "model.blocks": "1-1-1",
         "model.widths": "4-4-8-8",
     },
+    {
+        "model.name": "ra_resnet",
+        "model.blocks": "1-1-1-1",
+        "model.widths": "4-8-8-16-16",
+    },
     {"model.name": "preact_resnet", "model.depth": 18},
     {"model.name": "dm_preact_resnet", "model.depth": 18},
     {"model.name": "small_resnet", "model.depth": 18},
