@@ -383,6 +383,22 @@ def test_network_that_cannot_be_built_is_refused(kind, field, value, message):
         models.build(model)
 
 
+@pytest.mark.parametrize(
+    ("kind", "least"), [("deepmind", 4), ("ra", 4), ("deepmind's preact", 8)]
+)
+def test_images_of_which_deepminds_padding_leaves_nothing_are_refused(kind, least):
+    network = models.build(described(kind))
+    with pytest.raises(UserError, match=f"image_shape .*, 9.*at least {least} pixels"):
+        models.variable_shapes(network, (least - 1, 9, 3))
+    images = jax.ShapeDtypeStruct((1, least, 9, 3), jnp.float32)
+    weights = models.variable_shapes(network, (least, 9, 3))
+    _, state = jax.eval_shape(
+        lambda v, x: network.apply(v, x, capture_intermediates=True), weights, images
+    )
+    sides = [x.shape[1:3] for x in jax.tree.leaves(state) if x.ndim == 4]
+    assert all(map(all, sides))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_remat_bfloat16_and_batch_statistics_are_there(kind):
     network = models.build(described(kind))

@@ -141,6 +141,19 @@ def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
     return (0, 1) if same and stride == 2 else 1
 
 
+def check_sides(images: jax.Array, halvings: int) -> None:
+    """Refuses images of which padding as of `padding_3x3(2, same=True)` leaves nothing.
+
+    Raises:
+      UserError: fewer than 2**halvings pixels a side.
+    """
+    if min(images.shape[1:3]) < 2**halvings:
+        raise UserError(
+            f"image_shape begins with {images.shape[1:3]}: a network with this padding "
+            f"needs at least {2**halvings} pixels a side."
+        )
+
+
 class SqueezeExcitation(nn.Module):
     """Scales channels by gates that their means over the image open (Hu et al., 2018).
 

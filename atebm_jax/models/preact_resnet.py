@@ -19,6 +19,7 @@ from atebm_jax.models.layers import (
     Conv,
     at_least_float32,
     batch_norm,
+    check_sides,
     padding_3x3,
 )
 
@@ -87,6 +88,8 @@ class PreActResNet(family.Network):
         """Logits, or the pooled features [B, 512] before them."""
         activation = ACTIVATIONS[self.activation]
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        if self.deepmind:
+            check_sides(images, len(STAGES[self.depth]) - 1)
         x = self.normalised(images)
         x = Conv(64, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
         for stage, num_blocks in enumerate(STAGES[self.depth]):

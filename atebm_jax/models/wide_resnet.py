@@ -19,6 +19,7 @@ from atebm_jax.models.layers import (
     Conv,
     SqueezeExcitation,
     batch_norm,
+    check_sides,
     padding_3x3,
 )
 
@@ -93,6 +94,8 @@ class PreActivated(family.Network, kw_only=True):
         activation = ACTIVATIONS[self.activation]
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         stem, *widths = self.channels()
+        if self.same_padding:
+            check_sides(images, len(widths) - 1)
         x = self.normalised(images)
         x = Conv(stem, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
         for group, number in enumerate(self.num_blocks()):
