@@ -142,15 +142,18 @@ def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
 
 
 def check_sides(images: jax.Array, halvings: int) -> None:
-    """Refuses images of which padding as of `padding_3x3(2, same=True)` leaves nothing.
+    """Refuses images that padding as of `padding_3x3(2, same=True)` does not fit.
+
+    At odd sides a 3x3 convolution makes one pixel less than the 1x1 beside it.
 
     Raises:
-      UserError: fewer than 2**halvings pixels a side.
+      UserError: sides that cannot be halved so often.
     """
-    if min(images.shape[1:3]) < 2**halvings:
+    sides = images.shape[1:3]
+    if any(side % 2**halvings for side in sides):
         raise UserError(
-            f"image_shape begins with {images.shape[1:3]}: a network with this padding "
-            f"needs at least {2**halvings} pixels a side."
+            f"image_shape begins with {sides}: both sides must be multiples of "
+            f"{2**halvings} for a network that pads as DeepMind's do."
         )
 
 
