@@ -9,47 +9,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models import (
-    convnext,
-    dm_preact_resnet,
-    dm_wide_resnet,
-    jem_wide_resnet,
-    preact_resnet,
-    ra_resnet,
-    ra_wide_resnet,
-    resnet,
-    robust_wide_resnet,
-    small_resnet,
-    vit,
-    wide_resnet,
-    wrn_a,
-)
-from atebm_jax.models.family import Family
+from atebm_jax.models.families import BUILT_IN, FAMILIES
+
+__all__ = ["BUILT_IN", "DTYPES", "FAMILIES", "LogitsFn"]
+__all__ += ["build", "logits_fn", "variable_shapes"]
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
-
-#: Families of networks by `config.model.name`. Your own network is one more entry.
-#: A checkpoint is of the first family whose mark it has: where a network has the names
-#: of another and more, its line comes before the other's.
-FAMILIES: dict[str, Family] = {
-    "wide_resnet": wide_resnet.FAMILY,
-    "ra_wide_resnet": ra_wide_resnet.FAMILY,
-    "dm_wide_resnet": dm_wide_resnet.FAMILY,
-    "dm_preact_resnet": dm_preact_resnet.FAMILY,
-    "wrn_a": wrn_a.FAMILY,
-    "robust_wide_resnet": robust_wide_resnet.FAMILY,
-    "jem_wide_resnet": jem_wide_resnet.FAMILY,
-    "small_resnet": small_resnet.FAMILY,
-    "preact_resnet": preact_resnet.FAMILY,
-    "resnet": resnet.FAMILY,
-    "ra_resnet": ra_resnet.FAMILY,
-    "convnext": convnext.FAMILY,
-    "vit": vit.FAMILY,
-}
-
-#: The families of this package.
-BUILT_IN = frozenset(FAMILIES)
 
 DTYPES = ("float32", "bfloat16")
 
