@@ -128,12 +128,20 @@ def _model() -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     # Family: a key of `atebm_jax.models.FAMILIES`.
     model.name = "wide_resnet"
-    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets.
+    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets; 18 or 34 for PreActResNets.
     model.depth = 34
     # Width of WideResNets: 16, 32 and 64 times this many channels.
     model.widen_factor = 10
     # Channels inside a ResNet's first bottlenecks: 64; wide ResNets have 128 or 256.
     model.base_width = 64
+    # Of RaWideResNets and their like: blocks of each group, and channels of the first
+    # convolution and of each group.
+    model.blocks = "30-31-10"
+    model.widths = "96-216-432-864"
+    # Whether a PreActResNet has a norm before its pooling, and what shortcuts with a
+    # convolution see: "active", the input after norm and activation, or "raw".
+    model.final_norm = True
+    model.shortcut = "active"
     # Size of a ConvNeXt ("tiny", "small", "base", "large") or ViT ("small", "base").
     model.size = "base"
     # First layers of a ConvNeXt or ViT: "patch", or "conv" for convolutions (ConvStem).
@@ -146,7 +154,7 @@ def _model() -> ml_collections.ConfigDict:
     model.mean = ()
     model.std = ()
     # "relu", "swish" or "gelu", for WideResNets and ResNets; ConvNeXts and ViTs have
-    # GELU.
+    # GELU, JEM's WideResNet has leaky ReLU.
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"

@@ -13,7 +13,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from atebm_jax import config, convert, optim, stages, train_step
-from atebm_jax.models import convnext, cpu, layers, resnet, vit, wide_resnet
+from atebm_jax.models import (
+    convnext,
+    cpu,
+    layers,
+    preact_resnet,
+    resnet,
+    vit,
+    wide_resnet,
+)
 from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
@@ -75,12 +83,13 @@ def double_norms(monkeypatch: pytest.MonkeyPatch, family: Any) -> None:
 
 
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the ImageNet networks' smallest sizes shallow, so that they compile fast.
+    """Makes the smallest networks of fixed sizes shallow, so that they compile fast.
 
     Every kind of layer is still there.
     """
     channels = convnext.SIZES["tiny"][1]
-    monkeypatch.setitem(resnet.STAGES, 18, (1, 1, 1, 1))
+    for family in (resnet, preact_resnet):
+        monkeypatch.setitem(family.STAGES, 18, (1, 1, 1, 1))
     monkeypatch.setitem(convnext.SIZES, "tiny", ((1, 1, 1, 1), channels))
     monkeypatch.setattr(vit, "DEPTH", 2)
 

@@ -28,6 +28,7 @@ ROWS = [
     "digits.py",
     "cifar10.py:wrn34_10_t40",
     "cifar10.py:wrn34_10_t50",
+    "cifar10.py:dm_wrn28_10",
     "cifar10.py:small",
     "cifar10.py:cpu",
     "cifar10.py:hour",

@@ -1,18 +1,29 @@
 """The ImageNet networks by themselves: shapes, sizes, dtypes, modes and refusals."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 
-from atebm_jax import UserError, archs, convert, energy, models
+from atebm_jax import UserError, archs, energy, models
+from atebm_jax.convert import names
 from atebm_jax.models import resnet
 from atebm_jax.models.family import IMAGENET
 
 # Small networks of each family, and the features they pool.
 NETWORKS = [
     ("wrn16_4", {"depth": 10, "widen_factor": 1}, 64),
+    ("dm_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
+    ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    ("wrn34_r", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    ("wrn_a4", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    ("ra_wrn101_2", {"blocks": "1-1-1-1", "widths": "8-8-16-24-32"}, 32),
+    ("jem_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
+    ("preact_resnet18", {}, 512),
+    ("dm_preact_resnet18", {}, 512),
+    ("small_resnet18", {}, 512),
     ("resnet18", {}, 512),
     ("convnext_tiny", {}, 768),
     ("convnext_tiny_cvst", {}, 768),
@@ -20,9 +31,28 @@ NETWORKS = [
     ("vit_s_cvst", {"position_grid": 2}, 384),
 ]
 
-# Parameters in millions, as timm counts them (ConvStems: as the reference does).
+# Parameters in millions, as timm counts them (ConvStems: as the reference does; those
+# for small images: products of the published sizes, summed by hand).
 MILLIONS = {
     "wrn34_10": 46.160474,
+    "dm_wrn28_10": 36.479194,
+    "dm_wrn34_10": 46.160474,
+    "dm_wrn34_20": 184.531674,
+    "dm_wrn70_16": 266.796506,
+    "dm_wrn82_8": 79.125466,
+    "dm_wrn94_16": 365.915610,
+    "dm_wrn106_16": 415.475162,
+    "ra_wrn70_16": 267.240802,
+    "wrn34_r": 68.116698,
+    "wrn_a4": 147.291738,
+    "ra_wrn101_2": 104.065776,
+    "jem_wrn28_10": 36.471338,
+    "small_resnet18": 11.173962,
+    "small_resnet34": 21.282122,
+    "small_resnet50": 23.520842,
+    "preact_resnet18": 11.172170,
+    "preact_resnet18_nonorm_raw": 11.171146,
+    "dm_preact_resnet18": 12.548426,
     "resnet18": 11.689512,
     "resnet34": 21.797672,
     "resnet50": 25.557032,
@@ -62,9 +92,12 @@ def test_every_architecture_builds_with_its_number_of_parameters(name):
         assert count == round(MILLIONS[name] * 1e6)
     dtypes = {x.dtype for x in jax.tree.leaves(weights)}
     assert dtypes == {jnp.dtype("float32")}
-    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), weights)
-    exported = convert.to_torch(block.name, empty)
-    assert len(exported) == len(jax.tree.leaves(weights))
+    flat = flax.traverse_util.flatten_dict(weights, sep="/")
+    exported = {
+        names.one_to_torch(block.name, path, np.broadcast_to(np.False_, x.shape))[0]
+        for path, x in flat.items()
+    }
+    assert len(exported) == len(flat)
 
 
 @pytest.mark.usefixtures("shallow")
@@ -279,6 +312,8 @@ def test_cifar_networks_have_the_reference_s_normalisation_to_the_last_digit():
         ("wide_resnet50_4", "resnet-50-256"),
         ("convnext_large_cvst", "convnext-large-conv"),
         ("vit_s", "vit-small-patch"),
+        ("dm_wrn70_16", "dm_wide_resnet-70-16"),
+        ("ra_wrn70_16", "ra_wide_resnet-30-31-10-96-216-432-864"),
     ],
 )
 def test_network_is_described_by_what_sizes_it(name, text):

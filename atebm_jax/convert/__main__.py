@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="imagenet, cifar10 or none (or give --mean and --std): needed where no "
         "file says it and networks of the kind differ",
     )
-    add("--activation", help="relu (default), silu (swish) or gelu: no file says it")
+    add("--activation", help="relu, silu (swish) or gelu: no file says it")
     add("--image_size", type=int, help="side of the images in pixels")
     add("--classes_file", help="names of the classes, one a line: no file says them")
     add("--export", help="safetensors: PyTorch's names and layouts")

@@ -54,8 +54,8 @@ def read(
       entry: which of several networks in the file.
       asked: input normalisation, where the file does not say.
       activation: of a family that has several, as no file says it: "relu", "swish" (or
-        "silu", which is the same) or "gelu"; None for "relu" or what an export of this
-        project wrote.
+        "silu", which is the same) or "gelu"; None for the family's usual one, or what
+        an export of this project wrote.
       image_size: side of the images in pixels; None for the architecture's usual one.
 
     Raises:
@@ -69,6 +69,8 @@ def read(
     config = _config(source.path, fields, shapes, image_size)
     model, shape = config.model, config.data.image_shape
     model.activation, assumed = _activation(activation, source, family)
+    if arch == "auto":
+        assumed += _take_unsaid(model, source)
     name = archs.name_of(model) or family
     called = name if arch == "auto" else f"--arch={arch}"
     arrays, unused = names.without_unused(family, arrays)
@@ -138,8 +140,12 @@ _ACTIVATIONS = {"silu": "swish"} | {name: name for name in ACTIVATIONS}
 def _activation(
     asked: str | None, source: Source, family: str
 ) -> tuple[str, list[str]]:
-    """`config.model.activation`, and a sentence where it is assumed."""
-    default = configuration.default().model.activation
+    """`config.model.activation`, and a sentence where it is assumed.
+
+    Raises:
+      UserError: an unknown one, or another than a family's only one.
+    """
+    default = names.known(family).activation
     if asked is not None:
         check_choice("--activation", asked, _ACTIVATIONS)
     only = models.FAMILIES[family].activation
@@ -155,6 +161,22 @@ def _activation(
         return _ACTIVATIONS[asked] if asked else str(written), []
     sentence = f"activation: {default} (no file says it): --activation gives another"
     return default, [sentence]
+
+
+def _take_unsaid(model: ml_collections.ConfigDict, source: Source) -> list[str]:
+    """Sets fields that no state dict says as an export of this project wrote them.
+
+    Returns:
+      A sentence for each of the others: it stays what `fields` assumed.
+    """
+    assumed = []
+    for field, remedy in names.known(model.name).unsaid.items():
+        written = source.metadata.get(f"atebm_jax.{field}")
+        if written is not None:
+            model[field] = written
+        else:
+            assumed.append(f"{field}: {model[field]} (no file says it): {remedy}")
+    return assumed
 
 
 def _exported_names(

@@ -20,6 +20,11 @@ CIFAR10 = {
     "mean": (0.4913997551666284, 0.48215855929893703, 0.4465309133731618),
     "std": (0.24703225141799082, 0.24348516474564, 0.26158783926049628),
 }
+#: Of DeepMind's networks, by the number of classes: CIFAR-10's and CIFAR-100's.
+DEEPMIND: dict[int, dict[str, tuple[float, ...]]] = {
+    10: {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)},
+    100: {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+}
 AS_THEY_ARE: dict[str, tuple[float, ...]] = {"mean": (), "std": ()}
 
 #: Values of `config.model` by field.
@@ -86,6 +91,10 @@ class TorchNames:
       usual: the input normalisation that all public weights of a network expect; None
         where they differ.
       who: where they differ, the flags to give for whose weights.
+      activation: assumed where the family has several and no file says which.
+      unsaid: fields of `config.model` besides, that names and shapes leave open and
+        `fields` assumes by what is usual, and how a user gives another. An export
+        writes them beside the weights.
       aliases: whole names in other sources, and our source's names for them; {leaf} is
         "weight" or "bias".
       bare: parameters that are no layer's weight or bias and keep their layout: the
@@ -105,6 +114,8 @@ class TorchNames:
     side: Callable[[ModelFields], int]
     usual: Callable[[ModelFields], Mapping[str, tuple[float, ...]] | None]
     who: str = ""
+    activation: str = "relu"
+    unsaid: Mapping[str, str] = field(default_factory=dict)
     aliases: Rules = ()
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")

@@ -6,6 +6,7 @@ convolutions run in `dtype` (float32 or bfloat16).
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -83,13 +84,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Conv(nn.Module):
-    """2-D convolution with symmetric zero padding.
+    """2-D convolution with zero padding, the same in both directions.
 
     Attributes:
       features: output channels.
       kernel_size: side of the square window.
       stride: the same in both directions.
-      padding: zeros on every side.
+      padding: zeros on every side, or (zeros above and left, zeros below and right).
       groups: channel groups.
       use_bias: adds a learned vector.
       dtype: compute dtype; the parameters are float32.
@@ -100,7 +101,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: int
     stride: int = 1
-    padding: int = 0
+    padding: int | tuple[int, int] = 0
     groups: int = 1
     use_bias: bool = False
     dtype: Any = jnp.float32
@@ -113,7 +114,9 @@ class Conv(nn.Module):
         window = (self.kernel_size, self.kernel_size)
         shape = (*window, images.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        around = (self.padding, self.padding)
+        around = self.padding
+        if isinstance(around, int):
+            around = (around, around)
         x = conv(
             images.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -125,6 +128,53 @@ class Conv(nn.Module):
             return x
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return x + bias.astype(self.dtype)[None, None, None, :]
+
+
+def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
+    """Zeros around what a 3x3 convolution sees.
+
+    Args:
+      stride: 1 or 2.
+      same: at stride 2, pad below and on the right alone. Networks that were first
+        written for TensorFlow or Haiku do so ("SAME", for even sides).
+    """
+    return (0, 1) if same and stride == 2 else 1
+
+
+def check_sides(images: jax.Array, halvings: int) -> None:
+    """Refuses images that padding as of `padding_3x3(2, same=True)` does not fit.
+
+    At odd sides a 3x3 convolution makes one pixel less than the 1x1 beside it.
+
+    Raises:
+      UserError: sides that cannot be halved so often.
+    """
+    sides = images.shape[1:3]
+    if any(side % 2**halvings for side in sides):
+        raise UserError(
+            f"image_shape begins with {sides}: both sides must be multiples of "
+            f"{2**halvings} for a network that pads as DeepMind's do."
+        )
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales channels by gates that their means over the image open (Hu et al., 2018).
+
+    Attributes:
+      features: channels between the two layers.
+      dtype: compute dtype of the layers.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(Conv, kernel_size=1, use_bias=True, dtype=self.dtype)
+        gates = at_least_float32(x).mean(axis=(1, 2), keepdims=True)
+        gates = nn.relu(dense(self.features, name="fc1")(gates))
+        gates = dense(x.shape[-1], name="fc2")(gates)
+        return x * nn.sigmoid(at_least_float32(gates)).astype(x.dtype)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

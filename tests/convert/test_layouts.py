@@ -398,9 +398,7 @@ def test_second_first_group_is_dropped_where_it_is_that():
         ("vit", "module.dist_token", "a distilled DeiT"),
         ("vit", "layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
         ("convnext", "stages.0.blocks.0.mlp.grn.weight", "a ConvNeXt V2"),
-        ("wide_resnet", "layer.0.block.0.conv_0.weight", "DeepMind's WideResNet"),
-        ("resnet", "layer2.0.shortcut.0.weight", "a ResNet for small images"),
-        ("resnet", "layer1.0.conv1.bias", "JEM's"),
+        ("resnet", "layer1.0.se.fc1.weight", "a ResNet with squeeze"),
         ("resnet", "layer1.0.conv2.weight", "a ResNeXt"),
         ("resnet", "conv1.0.weight", "a ResNet-D"),
         ("vit", "blocks.0.mlp.fc1_g.weight", "an EVA"),
@@ -474,7 +472,7 @@ def test_names_that_no_network_has_are_said_to_be_like_none():
 
 
 class Plain(nn.Module):
-    """JEM's kind: biases, no norm, leaky ReLU, normalisation of its own."""
+    """No norm, leaky ReLU, normalisation of its own."""
 
     width: int
     num_classes: int
@@ -491,10 +489,10 @@ PLAIN_FAMILY = Family(
     sized_by=("plain_width",),
     activation="leaky_relu",
     torch=TorchNames(
-        rules=(("layer1.0.conv1", "conv"), ("energy", "fc")),
-        mark="layer1.0.conv1.bias",
-        first=("layer1.0.conv1.weight",),
-        fields=lambda shapes: {"plain_width": outputs(shapes, "layer1.0.conv1.bias")},
+        rules=(("layer1.0.se", "conv"), ("energy", "fc")),
+        mark="layer1.0.se.bias",
+        first=("layer1.0.se.weight",),
+        fields=lambda shapes: {"plain_width": outputs(shapes, "layer1.0.se.bias")},
         side=lambda model: 8,
         usual=lambda model: AS_THEY_ARE,
     ),
@@ -504,15 +502,15 @@ PLAIN_FAMILY = Family(
 def test_family_is_its_file_and_one_line(monkeypatch):
     """Its names go first where another family takes them for a look-alike's."""
     arrays = {
-        "layer1.0.conv1.weight": np.ones((4, 3, 3, 3), np.float32),
-        "layer1.0.conv1.bias": np.ones(4, np.float32),
+        "layer1.0.se.weight": np.ones((4, 3, 3, 3), np.float32),
+        "layer1.0.se.bias": np.ones(4, np.float32),
         "energy.weight": np.ones((7, 4), np.float32),
         "energy.bias": np.ones(7, np.float32),
     }
     source = AsIs({"model": under("net", arrays) | under("net_ema", arrays)})
     monkeypatch.setattr(importing, "open_source", lambda path: source)
     monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(7))
-    with pytest.raises(UserError, match="JEM's.*not built here"):
+    with pytest.raises(UserError, match="squeeze and excitation.*not built here"):
         importing.read("w.pt")
     monkeypatch.setitem(models.FAMILIES, "plain", PLAIN_FAMILY)
     with pytest.raises(UserError, match="--activation=relu: a plain has leaky_relu"):

@@ -40,6 +40,9 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "name": (*models.FAMILIES, "wide-resnet"),
     "size": ("tiny", "small", "base", "large"),
     "stem": ("patch", "conv"),
+    "blocks": ("1-1-1", "1-2-1", "1-0-1", "1-1"),
+    "widths": ("4-4-8-8", "8-4-4-4", "1-1-1", "0-1-1-1"),
+    "shortcut": ("active", "raw"),
     "activation": ("relu", "swish", "gelu"),
     "dtype": (*models.DTYPES, "float16", "float64", "int8"),
     "norm": ("l2", "linf", "unbounded", "L2"),
@@ -83,6 +86,21 @@ _FIELDS = dict(config.flatten(tiny.config()))
 # Tracing a deep network takes long and says no more.
 _FAMILIES: tuple[dict[str, Any], ...] = (
     {"model.name": "wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "dm_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "jem_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {
+        "model.name": "ra_wide_resnet",
+        "model.blocks": "1-1-1",
+        "model.widths": "4-4-8-8",
+    },
+    {
+        "model.name": "ra_resnet",
+        "model.blocks": "1-1-1-1",
+        "model.widths": "4-8-8-16-16",
+    },
+    {"model.name": "preact_resnet", "model.depth": 18},
+    {"model.name": "dm_preact_resnet", "model.depth": 18},
+    {"model.name": "small_resnet", "model.depth": 18},
     {"model.name": "resnet", "model.depth": 18},
     {"model.name": "resnet", "model.depth": 50, "model.base_width": 4},
     {"model.name": "convnext", "model.size": "tiny"},
