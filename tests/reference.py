@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from atebm_jax import config, convert, optim, stages, train_step
-from atebm_jax.models import convnext, cpu, layers, resnet, vit, wide_resnet
+from atebm_jax.models import convnext, cpu, layers, resnet, swin, vit, wide_resnet
 from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
@@ -83,6 +83,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(resnet.STAGES, 18, (1, 1, 1, 1))
     monkeypatch.setitem(convnext.SIZES, "tiny", ((1, 1, 1, 1), channels))
     monkeypatch.setattr(vit, "DEPTH", 2)
+    monkeypatch.setitem(swin.SIZES, "tiny", ((2, 1, 1, 1), *swin.SIZES["tiny"][1:]))
 
 
 def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

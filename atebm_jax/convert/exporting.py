@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from atebm_jax import archs, checkpoint, storage
-from atebm_jax.convert.names import to_torch
+from atebm_jax.convert.names import known, to_torch
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
 
@@ -25,8 +25,9 @@ class Exported(NamedTuple):
 def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Exported:
     """Writes averaged weights with PyTorch's names and layouts.
 
-    The file loads with `strict=True` into timm's ResNets, ConvNeXts and ViTs and into
-    the usual WideResNet. Normalisation is no weight: mean and std are in the metadata.
+    The file loads with `strict=True` into timm's ResNets, ConvNeXts and transformers,
+    and into the usual WideResNet. Normalisation is no weight: mean and std are in the
+    metadata.
 
     Args:
       checkpoint_path: a workdir, a stage's folder or one step's.
@@ -61,6 +62,8 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
         "std": json.dumps(list(model["std"])),
         "activation": model["activation"],
     }
+    unseen = known(model["name"]).unseen(model)
+    texts |= {field: str(model[field]) for field in unseen}
     if classes is not None:
         texts["class_names"] = json.dumps(classes)
     metadata = {f"atebm_jax.{name}": text for name, text in texts.items()}

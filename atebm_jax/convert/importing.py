@@ -62,9 +62,10 @@ def read(
     """
     source = open_source(path)
     weights = layouts.find(source, entry)
-    arrays = layouts.read_arrays(source, weights)
+    arrays = names.settled(layouts.read_arrays(source, weights))
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
+    fields, guesses = _unseen(source, family, fields, arch)
     config = _config(source, family, fields, names.channels(family, shapes), image_size)
     model, shape = config.model, config.data.image_shape
     model.activation, assumed = _activation(activation, source, family)
@@ -77,6 +78,7 @@ def read(
     model.mean, model.std = chosen.mean, chosen.std
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
+    assumed += guesses
     logits = probe_logits(models.build(model), variables, shape)
     if not np.isfinite(logits).all():
         raise UserError(
@@ -168,6 +170,34 @@ def _activation(
         return _ACTIVATIONS[asked] if asked else str(written), []
     sentence = f"activation: {default} (no file says it): --activation gives another"
     return default, [sentence]
+
+
+def _unseen(
+    source: Source, family: str, fields: dict[str, Any], arch: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields with those that no array shows, and a sentence for each guess.
+
+    They are what an export of this project wrote, unless the user names a network.
+
+    Raises:
+      UserError: what was written is no number.
+    """
+    found, sentences = dict(fields), []
+    unseen = names.known(family).unseen(fields) if arch == "auto" else ()
+    for field in unseen:
+        written = source.metadata.get(f"atebm_jax.{field}")
+        if written is None:
+            guess = f"{field}: {fields[field]} (no array shows it)"
+            sentences.append(f"{guess}: --arch gives another")
+            continue
+        try:
+            found[field] = type(fields[field])(written)
+        except ValueError as error:
+            raise refusal(
+                f"{source.path}: its metadata has the {field} {written!r}: expected a "
+                "number."
+            ) from error
+    return found, sentences
 
 
 def _exported_names(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models import convnext, resnet, vit, wide_resnet
+from atebm_jax.models import convnext, resnet, swin, vit, wide_resnet, xcit
 from atebm_jax.models.family import Family
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
@@ -20,7 +20,10 @@ FAMILIES: dict[str, Family] = {
     "wide_resnet": wide_resnet.FAMILY,
     "resnet": resnet.FAMILY,
     "convnext": convnext.FAMILY,
+    # Before the ViTs: some of its arrays have the names of theirs.
+    "xcit": xcit.FAMILY,
     "vit": vit.FAMILY,
+    "swin": swin.FAMILY,
 }
 
 #: The families of this package.

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atebm_jax.models.layers import normalize
 
@@ -88,6 +89,9 @@ class TorchNames:
       who: where they differ, the flags to give for whose weights.
       aliases: whole names in other sources, and our source's names for them; {leaf} is
         "weight" or "bias".
+      settle: a whole file's arrays to those of a file whose names translate one by one:
+        for sources that number or divide layers otherwise.
+      unseen: fields of `config.model` that no array shows, for which `fields` guesses.
       bare: parameters that are no layer's weight or bias and keep their layout: the
         last part of their name, and their number of axes. PyTorch's may have further
         axes of length one at the end.
@@ -105,6 +109,8 @@ class TorchNames:
     usual: Callable[[ModelFields], Mapping[str, tuple[float, ...]] | None]
     who: str = ""
     aliases: Rules = ()
+    settle: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    unseen: Callable[[ModelFields], tuple[str, ...]] = lambda model: ()
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")
     look_alikes: Mapping[str, str | Callable[[Shapes], bool]] = field(
