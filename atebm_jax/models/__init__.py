@@ -20,8 +20,7 @@ FAMILIES: dict[str, Family] = {
     "wide_resnet": wide_resnet.FAMILY,
     "resnet": resnet.FAMILY,
     "convnext": convnext.FAMILY,
-    # Before the ViTs: some of its arrays have the names of theirs.
-    "xcit": xcit.FAMILY,
+    "xcit": xcit.FAMILY,  # before the ViTs: it has the name of their mark too
     "vit": vit.FAMILY,
     "swin": swin.FAMILY,
 }

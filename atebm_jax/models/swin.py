@@ -210,7 +210,7 @@ class Swin(family.Network):
             )
         block = nn.remat(Block) if self.remat else Block
         blocks, channels, heads = SIZES[self.size]
-        common = {"epsilon": self.norm_epsilon, "dtype": self.dtype}
+        common: dict[str, Any] = {"epsilon": self.norm_epsilon, "dtype": self.dtype}
         x = self.normalised(images)
         x = at_least_float32(
             PatchStem(channels, PATCH, norm=True, name="stem", **common)(x)
