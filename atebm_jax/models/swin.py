@@ -92,15 +92,11 @@ def mask(height: int, width: int, side: int, shift: tuple[int, int]) -> np.ndarr
     are no neighbours in the image do not attend to each other.
     """
 
-    def region(length: int, moved: int) -> np.ndarray:
-        place = np.arange(length)
-        inside = place < length - side
-        return (
-            np.where(inside, 0, 1 + (place >= length - moved)) if moved else 0 * place
-        )
-
-    rows, columns = region(height, shift[0]), region(width, shift[1])
-    regions = 3 * rows[:, None] + columns[None]
+    rows, columns = (
+        np.arange(length) >= length - moved
+        for length, moved in zip((height, width), shift, strict=True)
+    )
+    regions = 2 * rows[:, None] + columns[None]
     regions = windows(regions[None, :, :, None], side)[0, :, :, 0]
     return np.where(regions[:, :, None] == regions[:, None], 0.0, _MASKED)
 
