@@ -19,6 +19,7 @@ from atebm_jax.models import (
     layers,
     preact_resnet,
     resnet,
+    swin,
     vit,
     wide_resnet,
 )
@@ -92,6 +93,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(family.STAGES, 18, (1, 1, 1, 1))
     monkeypatch.setitem(convnext.SIZES, "tiny", ((1, 1, 1, 1), channels))
     monkeypatch.setattr(vit, "DEPTH", 2)
+    monkeypatch.setitem(swin.SIZES, "tiny", ((2, 1, 1, 1), *swin.SIZES["tiny"][1:]))
 
 
 def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -44,6 +44,8 @@ ROWS = [
     "imagenet256.py:convnext_base",
     "imagenet256.py:convnext_small",
     "imagenet256.py:convnext_tiny",
+    "imagenet256.py:xcit_s12",
+    "imagenet256.py:swin_b",
     "imagenet256.py:smoke",
 ]
 

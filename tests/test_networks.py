@@ -29,7 +29,16 @@ NETWORKS = [
     ("convnext_tiny_cvst", {}, 768),
     ("vit_s", {}, 384),
     ("vit_s_cvst", {"position_grid": 2}, 384),
+    ("xcit_s12", {"depth": 1}, 384),
+    ("swin_t", {"window": 1, "position_grid": 8}, 768),
 ]
+
+# An XCiT is shallow by a field, and windows of 2 fit small images.
+SMALL = {
+    "xcit_s12": {"depth": 1},
+    "xcit_s12_p4": {"depth": 1},
+    "swin_t": {"window": 2, "position_grid": 8},
+}
 
 # Parameters in millions, as timm counts them (ConvStems: as the reference does; those
 # for small images: products of the published sizes, summed by hand).
@@ -69,6 +78,11 @@ MILLIONS = {
     "convnext_large_cvst": 198.134680,
     "vit_s": 22.050664,
     "vit_b": 86.567656,
+    "xcit_s12": 26.253304,
+    "swin_t": 28.288354,
+    "swin_s": 49.606258,
+    "swin_b": 87.768224,
+    "swin_l": 196.532476,
 }
 
 
@@ -85,7 +99,8 @@ def shapes_of(network, size=(64, 64)):
 @pytest.mark.parametrize("name", archs.ARCHS)
 def test_every_architecture_builds_with_its_number_of_parameters(name):
     block = archs.model_config(name)
-    _, weights = shapes_of(models.build(block))
+    size = (224, 224) if block.name == "swin" else (64, 64)
+    _, weights = shapes_of(models.build(block), size)
     assert archs.name_of(block) == name
     count = sum(x.size for x in jax.tree.leaves(weights["params"]))
     if name in MILLIONS:
@@ -133,10 +148,13 @@ def test_sizes_that_do_not_fit_are_refused():
         pytest.param("convnext_tiny", marks=pytest.mark.slow),
         "convnext_tiny_cvst",
         "vit_s",
+        "xcit_s12_p4",
+        "swin_t",
     ],
 )
 def test_bfloat16_computes_nearly_the_same(name):
-    network = models.build(archs.model_config(name, num_classes=7))
+    overrides = SMALL.get(name, {})
+    network = models.build(archs.model_config(name, num_classes=7, **overrides))
     weights = reference.random_variables(network, (32, 32, 3))
     images = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
     exact = jax.jit(network.apply)(weights, images)
@@ -167,6 +185,8 @@ def score_gradients(network, weights, images):
         ("resnet18", {}),
         pytest.param("vit_s", {}, marks=pytest.mark.slow),
         pytest.param("convnext_tiny", {}, marks=pytest.mark.slow),
+        ("xcit_s12_p4", SMALL["xcit_s12_p4"]),
+        ("swin_t", SMALL["swin_t"]),
     ],
 )
 def test_rematerialisation_changes_no_gradient(name, overrides):
@@ -183,14 +203,17 @@ def test_rematerialisation_changes_no_gradient(name, overrides):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_s"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "convnext_tiny", "vit_s", "xcit_s12", "swin_t"]
+)
 def test_rematerialised_blocks_keep_their_parameters(name):
     plain, again = (
-        models.build(archs.model_config(name, remat=remat)) for remat in (False, True)
+        models.build(archs.model_config(name, remat=remat, **SMALL.get(name, {})))
+        for remat in (False, True)
     )
     assert shapes_of(plain)[1] == shapes_of(again)[1]
     images, weights = shapes_of(plain)
-    if name == "resnet18":
+    if "batch_stats" in weights:
         jax.eval_shape(
             lambda v, x: again.apply(v, x, train=True, mutable=["batch_stats"]),
             weights,
@@ -314,6 +337,8 @@ def test_cifar_networks_have_the_reference_s_normalisation_to_the_last_digit():
         ("vit_s", "vit-small-patch"),
         ("dm_wrn70_16", "dm_wide_resnet-70-16"),
         ("ra_wrn70_16", "ra_wide_resnet-30-31-10-96-216-432-864"),
+        ("xcit_m12_p4", "xcit-medium-12-4"),
+        ("swin_b", "swin-base-7-1e-05"),
     ],
 )
 def test_network_is_described_by_what_sizes_it(name, text):

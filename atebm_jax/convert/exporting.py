@@ -15,9 +15,9 @@ from atebm_jax.local_path import local
 def export(checkpoint_path: str, to: str) -> list[str]:
     """Writes averaged weights with PyTorch's names and layouts.
 
-    The file loads with `strict=True` into timm's ResNets, ConvNeXts and ViTs, and into
-    the classes of RobustBench and JEM for small images. Normalisation is no weight:
-    mean and std are in the metadata.
+    The file loads with `strict=True` into timm's ResNets, ConvNeXts and transformers,
+    and into the classes of RobustBench and JEM for small images. Normalisation is no
+    weight: mean and std are in the metadata.
 
     Args:
       checkpoint_path: a workdir, a stage's folder or one step's.
@@ -52,7 +52,7 @@ def export(checkpoint_path: str, to: str) -> list[str]:
         "mean": json.dumps(list(model["mean"])),
         "std": json.dumps(list(model["std"])),
         "activation": model["activation"],
-        **{field: str(model[field]) for field in known(model["name"]).unsaid},
+        **{field: str(model[field]) for field in known(model["name"]).unsaid(model)},
     }
     if classes is not None:
         texts["class_names"] = json.dumps(classes)

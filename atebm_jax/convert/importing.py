@@ -63,14 +63,13 @@ def read(
     """
     source = open_source(path)
     weights = layouts.find(source, entry)
-    arrays = layouts.read_arrays(source, weights)
+    arrays = names.settled(layouts.read_arrays(source, weights))
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
+    fields, guesses = _unsaid(source, family, fields, arch)
     config = _config(source.path, fields, shapes, image_size)
     model, shape = config.model, config.data.image_shape
     model.activation, assumed = _activation(activation, source, family)
-    if arch == "auto":
-        assumed += _take_unsaid(model, source)
     name = archs.name_of(model) or family
     called = name if arch == "auto" else f"--arch={arch}"
     arrays, unused = names.without_unused(family, arrays)
@@ -83,6 +82,7 @@ def read(
     model.mean, model.std = chosen.mean, chosen.std
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
+    assumed += guesses
     logits = probe_logits(models.build(model), found.variables, shape)
     if not np.isfinite(logits).all():
         raise UserError(
@@ -163,20 +163,31 @@ def _activation(
     return default, [sentence]
 
 
-def _take_unsaid(model: ml_collections.ConfigDict, source: Source) -> list[str]:
-    """Sets fields that no state dict says as an export of this project wrote them.
+def _unsaid(
+    source: Source, family: str, fields: dict[str, Any], arch: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields with those that no array shows, and a sentence for each guess.
 
-    Returns:
-      A sentence for each of the others: it stays what `fields` assumed.
+    They are what an export of this project wrote, unless the user names a network.
+
+    Raises:
+      UserError: what was written is of another type.
     """
-    assumed = []
-    for field, remedy in names.known(model.name).unsaid.items():
+    found, sentences = dict(fields), []
+    unsaid = names.known(family).unsaid(fields) if arch == "auto" else {}
+    for field, remedy in unsaid.items():
         written = source.metadata.get(f"atebm_jax.{field}")
-        if written is not None:
-            model[field] = written
-        else:
-            assumed.append(f"{field}: {model[field]} (no file says it): {remedy}")
-    return assumed
+        if written is None:
+            sentences.append(f"{field}: {fields[field]} (no file says it): {remedy}")
+            continue
+        try:
+            found[field] = type(fields[field])(written)
+        except ValueError as error:
+            raise refusal(
+                f"{source.path}: its metadata has the {field} {written!r}: expected a "
+                "number."
+            ) from error
+    return found, sentences
 
 
 def _exported_names(

@@ -67,6 +67,12 @@ def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
     return None, next(filter(None, others.values()), None)
 
 
+def settled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a file under names that translate one by one (`settle`)."""
+    family = family_of(arrays)
+    return known(family).settle(arrays) if family else dict(arrays)
+
+
 def family_of(names: Iterable[str]) -> str | None:
     """The first family whose mark is among the names, which may be a look-alike's."""
     listed = set(names)
@@ -156,7 +162,7 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     """
     flat: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
-    for name, array in state_dict.items():
+    for name, array in known(family).settle(state_dict).items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
         array = np.asarray(array)

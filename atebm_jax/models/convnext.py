@@ -6,7 +6,6 @@ residual branches is float32 also where the branches compute in bfloat16.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +15,8 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import at_least_float32, gelu, layer_norm
+from atebm_jax.models.layers import INIT, at_least_float32, layer_norm, mlp
 from atebm_jax.models.stem import (
-    INIT,
     STEMS,
     ConvStem,
     PatchStem,
@@ -54,16 +52,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=INIT)
         y = biased_conv(
             channels, 7, padding=3, groups=channels, dtype=self.dtype, name="depthwise"
         )(x)
-        y = layer_norm(y, "norm")
-        y = gelu(dense(4 * channels, name="fc1")(y))
-        y = dense(channels, name="fc2")(y)
+        y = mlp(layer_norm(y, "norm"), self.dtype)
         init = nn.initializers.constant(1e-6)
         gamma = self.param("gamma", init, (channels,), jnp.float32)
-        return x + at_least_float32(y) * gamma[None, None, None, :]
+        return x + y * gamma[None, None, None, :]
 
 
 class Downsample(nn.Module):

@@ -11,9 +11,11 @@ from atebm_jax.models import (
     resnet,
     robust_wide_resnet,
     small_resnet,
+    swin,
     vit,
     wide_resnet,
     wrn_a,
+    xcit,
 )
 from atebm_jax.models.family import Family
 
@@ -33,7 +35,9 @@ FAMILIES: dict[str, Family] = {
     "resnet": resnet.FAMILY,
     "ra_resnet": ra_resnet.FAMILY,
     "convnext": convnext.FAMILY,
+    "xcit": xcit.FAMILY,
     "vit": vit.FAMILY,
+    "swin": swin.FAMILY,
 }
 
 #: The families of this package.

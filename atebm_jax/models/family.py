@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atebm_jax.models.layers import normalize
 
@@ -92,11 +93,13 @@ class TorchNames:
         where they differ.
       who: where they differ, the flags to give for whose weights.
       activation: assumed where the family has several and no file says which.
-      unsaid: fields of `config.model` besides, that names and shapes leave open and
-        `fields` assumes by what is usual, and how a user gives another. An export
-        writes them beside the weights.
+      unsaid: `fields` to those of them that names and shapes leave open, so that they
+        are what is usual, and to how a user gives others. An export writes them beside
+        the weights.
       aliases: whole names in other sources, and our source's names for them; {leaf} is
         "weight" or "bias".
+      settle: a whole file's arrays to those of a file whose names translate one by one:
+        for sources that number or divide layers otherwise.
       bare: parameters that are no layer's weight or bias and keep their layout: the
         last part of their name, and their number of axes. PyTorch's may have further
         axes of length one at the end.
@@ -115,8 +118,9 @@ class TorchNames:
     usual: Callable[[ModelFields], Mapping[str, tuple[float, ...]] | None]
     who: str = ""
     activation: str = "relu"
-    unsaid: Mapping[str, str] = field(default_factory=dict)
+    unsaid: Callable[[ModelFields], Mapping[str, str]] = lambda fields: {}
     aliases: Rules = ()
+    settle: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")
     look_alikes: Mapping[str, str | Callable[[Shapes], bool]] = field(

@@ -200,13 +200,60 @@ def batch_norm(name: str, train: bool) -> nn.BatchNorm:
     )
 
 
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer normalisation over the last axis, eps 1e-6, in float32 at least.
+def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
+    """Layer normalisation over the last axis, in float32 at least.
 
     Call it inside a module's compact method, under a name of its own.
     """
     x = at_least_float32(x)
-    return nn.LayerNorm(1e-6, dtype=x.dtype, use_fast_variance=False, name=name)(x)
+    return nn.LayerNorm(epsilon, dtype=x.dtype, use_fast_variance=False, name=name)(x)
+
+
+#: Of every convolution and dense layer of ConvNeXts and transformers.
+INIT = nn.initializers.truncated_normal(0.02)
+
+#: Query, key and value [..., tokens, heads, channels a head] -> the same shape.
+AttendFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def self_attention(
+    x: jax.Array,
+    heads: int,
+    dtype: Any,
+    attend: AttendFn = jax.nn.dot_product_attention,
+) -> jax.Array:
+    """Dense layers "qkv" and "proj" around attention [..., tokens, channels].
+
+    Call it once inside a module's compact method.
+
+    Args:
+      x: [..., tokens, channels].
+      heads: their number, which divides the channels.
+      dtype: compute dtype.
+      attend: makes the values of each token from those of others.
+
+    Returns:
+      [..., tokens, channels], in float32 at least.
+    """
+    channels = x.shape[-1]
+    dense = partial(nn.Dense, dtype=dtype, kernel_init=INIT)
+    # Query, key and value follow one another, each as [heads, channels a head].
+    y = dense(3 * channels, name="qkv")(x)
+    y = y.reshape(*x.shape[:-1], 3, heads, channels // heads)
+    y = attend(*jnp.unstack(y, axis=-3)).reshape(x.shape)
+    return at_least_float32(dense(channels, name="proj")(y))
+
+
+def mlp(x: jax.Array, dtype: Any) -> jax.Array:
+    """Dense layers "fc1" and "fc2", four times as wide between, with GELU.
+
+    Call it once inside a module's compact method. The result, [..., channels] as the
+    input, is in float32 at least.
+    """
+    channels = x.shape[-1]
+    dense = partial(nn.Dense, dtype=dtype, kernel_init=INIT)
+    y = gelu(dense(4 * channels, name="fc1")(x))
+    return at_least_float32(dense(channels, name="fc2")(y))
 
 
 def normalize(

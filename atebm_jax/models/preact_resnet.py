@@ -185,7 +185,7 @@ FAMILY = family.Family(
         usual=lambda model: None,
         who="--normalization=none (Andriushchenko2020, Addepalli2021) or "
         "--mean=0.4914,0.4822,0.4465 --std=0.2471,0.2435,0.2616 (Rice2020, Wong2020)",
-        unsaid={
+        unsaid=lambda fields: {
             "shortcut": "--arch=preact_resnet18, preact_resnet18_raw, "
             "preact_resnet18_nonorm or preact_resnet18_nonorm_raw gives another"
         },

@@ -393,10 +393,11 @@ def test_second_first_group_is_dropped_where_it_is_that():
 @pytest.mark.parametrize(
     ("family", "name", "what"),
     [
-        ("vit", "cls_attn_blocks.0.attn.q.weight", "an XCiT"),
-        ("vit", "pos_embeder.token_projection.weight", "an XCiT"),
         ("vit", "module.dist_token", "a distilled DeiT"),
-        ("vit", "layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+        ("vit", "blocks.0.attn.relative_position_bias_table", "relative positions"),
+        ("swin", "layers.0.blocks.0.attn.logit_scale", "a Swin V2"),
+        ("swin", "layers.0.blocks.0.mlp.meansparse1.running_mean", "MeanSparse"),
+        ("swin", "absolute_pos_embed", "a Swin with absolute positions"),
         ("convnext", "stages.0.blocks.0.mlp.grn.weight", "a ConvNeXt V2"),
         ("resnet", "layer1.0.se.fc1.weight", "a ResNet with squeeze"),
         ("resnet", "layer1.0.conv2.weight", "a ResNeXt"),

@@ -38,7 +38,7 @@ _TUPLES = st.one_of(
 # What a field understands, so that more than its refusal is seen.
 _WORDS: dict[str, tuple[str, ...]] = {
     "name": (*models.FAMILIES, "wide-resnet"),
-    "size": ("tiny", "small", "base", "large"),
+    "size": ("tiny", "small", "base", "medium", "large"),
     "stem": ("patch", "conv"),
     "blocks": ("1-1-1", "1-2-1", "1-0-1", "1-1"),
     "widths": ("4-4-8-8", "8-4-4-4", "1-1-1", "0-1-1-1"),
@@ -105,6 +105,8 @@ _FAMILIES: tuple[dict[str, Any], ...] = (
     {"model.name": "resnet", "model.depth": 50, "model.base_width": 4},
     {"model.name": "convnext", "model.size": "tiny"},
     {"model.name": "vit", "model.size": "small", "model.position_grid": 2},
+    {"model.name": "xcit", "model.size": "tiny", "model.depth": 1, "model.patch": 4},
+    {"model.name": "swin", "model.size": "tiny", "model.position_grid": 8},
 )
 
 
