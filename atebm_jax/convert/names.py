@@ -111,14 +111,18 @@ def looks_like_network(names: Iterable[str]) -> bool:
 
 
 def nearest(shapes: Shapes) -> str | None:
-    """The family that has most of the names, or None if none has any."""
+    """The family that has most of the names, or None if none has any.
 
-    def shared(family: str) -> int:
-        return sum(_placed(family, n, x) is not None for n, x in arrays.items())
-
+    Of two that have as many, the one with fewer names of its own is nearer.
+    """
     arrays = like(shapes)
-    best = max((family for family, _, _ in families()), key=shared, default=None)
-    return best if best and shared(best) else None
+    shared = {
+        family: sum(_placed(family, n, x) is not None for n, x in arrays.items())
+        for family, _, _ in families()
+    }
+    if not any(shared.values()):
+        return None
+    return max(shared, key=lambda name: (shared[name], -len(known(name).rules)))
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:

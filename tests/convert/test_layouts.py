@@ -465,6 +465,19 @@ def test_size_that_is_not_built_is_told_what_it_is_most_like(monkeypatch):
     assert "missing" not in str(caught.value)
 
 
+def test_of_two_families_that_have_the_names_the_plainer_is_nearest(monkeypatch):
+    plain = models.FAMILIES["wide_resnet"]
+    rules = (("block{g}.layer.{b}.se", "block{g}_{b}/se"), *plain.torch.rules)
+    more = dataclasses.replace(
+        plain, torch=dataclasses.replace(plain.torch, rules=rules)
+    )
+    monkeypatch.setattr(names, "FAMILIES", {"more": more, "plain": plain})
+    shapes = {name: value.shape for name, value in network().items()}
+    assert names.nearest(shapes) == "plain"
+    shapes["block1.layer.0.se.weight"] = (2, 2, 1, 1)
+    assert names.nearest(shapes) == "more"
+
+
 def test_names_that_no_network_has_are_said_to_be_like_none():
     with pytest.raises(
         UserError, match=r"its names \(a, b, \.\.\.\) are like those of"
