@@ -15,12 +15,10 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from atebm_jax.command_line import (
-    check_overrides,
     check_platform,
+    checked_arguments,
     fail,
-    flag_values,
     quiet_libraries,
-    with_home,
 )
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
@@ -244,11 +242,8 @@ def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
         print(__doc__, _FLAGS.get_help(), sep="\n")
         sys.exit(0)
-    argv = with_home(argv)
     try:
-        names = dict(flag_values(argv[1:]))
-        if any(name.startswith(("config", "noconfig.")) for name in names):
-            check_overrides(argv[1:])
+        argv = checked_arguments(argv, needed=False)
         rest = _FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
