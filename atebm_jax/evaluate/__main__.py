@@ -142,11 +142,8 @@ def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
         print(__doc__, _FLAGS.get_help(), sep="\n")
         sys.exit(0)
-    argv = command_line.with_home(argv)
     try:
-        names = dict(command_line.flag_values(argv[1:]))
-        if any(name.startswith(("config", "noconfig.")) for name in names):
-            command_line.check_overrides(argv[1:])
+        argv = command_line.checked_arguments(argv, needed=False)
         rest = _FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
