@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import tiny
 from budget import budget
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 from atebm_jax import UserError, config, data, job, models, sharding, train
+from atebm_jax.models import resnet
 from atebm_jax.stages import joint
 
 _IMAGES = 40
@@ -88,6 +90,15 @@ _FAMILIES: tuple[dict[str, Any], ...] = (
     {"model.name": "convnext", "model.size": "tiny"},
     {"model.name": "vit", "model.size": "small", "model.position_grid": 2},
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """Every kind of layer, few of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        reference.shallow(patch)
+        patch.setitem(resnet.STAGES, 50, (1, 1, 1, 1))
+        yield
 
 
 @st.composite
@@ -171,7 +182,7 @@ def configured(chosen: dict[str, Any]) -> Any:
     return settings
 
 
-@budget(15, quick=8)
+@budget(15)
 @given(overrides())
 def test_config_is_traced_or_refused_by_the_name_of_a_field(tmp_path_factory, chosen):
     settings = configured(chosen)
@@ -214,7 +225,7 @@ def small_jobs(draw: Any) -> dict[str, Any]:
     return chosen
 
 
-@budget(3, quick=2)
+@budget(3)
 @given(small_jobs(), st.sampled_from(("stage1", "stage2")), st.integers(0, 3))
 def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turns):
     settings = configured(chosen)
@@ -279,7 +290,8 @@ def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turn
     ],
 )
 def test_what_once_broke_a_job_is_refused_by_name(tmp_path, field, value, message):
-    settings = configured({"data.augment_cls": "", field: value})
+    usual = {"data.augment_cls": "", "model.name": "wide_resnet"}
+    settings = configured(usual | {field: value})
     with pytest.raises(UserError, match=message):
         job.run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
