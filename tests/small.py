@@ -43,7 +43,10 @@ def build(config: ConfigDict) -> Small:
     return Small(**family.network_fields(config, "widen_factor", "activation"))
 
 
-models.FAMILIES["small"] = family.Family(build=build, sized_by=("widen_factor",))
+# The first one stays where this file is run as a config beside its import.
+models.FAMILIES.setdefault(
+    "small", family.Family(build=build, sized_by=("widen_factor",))
+)
 
 
 def get_config() -> ConfigDict:

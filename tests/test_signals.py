@@ -20,7 +20,7 @@ import kill
 def training(tmp_path):
     """A job with a worker process, in the middle of stage 1, and its log."""
     workdir = tmp_path / "run"
-    longer = "--config.stage1.num_steps=60"
+    longer = "--config.stage1.num_steps=200"
     process = jobs.start(
         workdir, "--config.data.num_workers=1", longer, config=jobs.SMALL
     )

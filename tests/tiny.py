@@ -84,7 +84,7 @@ def _meaning(function: Callable) -> Hashable:
     try:
         meaning = function.__code__, tuple(cell.cell_contents for cell in around)
         hash(meaning)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError):
         return function
     return meaning
 
