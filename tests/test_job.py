@@ -372,7 +372,7 @@ def test_stage2_without_any_stage1_is_refused_and_nothing_is_written(tmp_path):
 
 def test_weights_of_another_network_are_refused_by_name(finished, tmp_path):
     settings = tiny.config(init_from=str(finished[0]), **{"model.widen_factor": 2})
-    with pytest.raises(UserError, match="conv0"):
+    with pytest.raises(UserError, match="bn0"):
         tiny.run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
