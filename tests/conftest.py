@@ -46,7 +46,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    # In the order of collection, not of the files' numbers of tests.
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+# Files that take a minute of CPU time or near: begun first, workers end together.
+_LONGEST = ("test_notebooks", "test_signals", "test_train", "test_job")
+_LONGEST += ("test_evaluate_command", "test_suite", "test_micro_batches")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def _lenient(function: Callable) -> Callable:
