@@ -90,9 +90,9 @@ _TESTS = Path(__file__).parent
 _GOLDEN = (_TESTS / "golden", _TESTS.parents[1] / "shared" / "golden")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
-    """Compiles as users do: for tests that run long, or that look at the rounding."""
+    """Compiles as users do: for tests that run longer than they compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(_QUICKLY, "0")
         before = jax.config.read(_QUICKLY.lower())

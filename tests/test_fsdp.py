@@ -266,7 +266,8 @@ def test_largest_axis_that_divides_is_split():
 
 
 def test_dry_run_knows_what_a_device_holds_of_a_split_state():
-    settings = tiny.config(stages="stage2", init_from="anything")
+    network = {"model.name": "wide_resnet"}
+    settings = tiny.config(stages="stage2", init_from="anything", **network)
     whole = dry_run.measure(settings, "stage2")
     split = dry_run.measure(settings, "stage2", fsdp=4)
     assert split.state_bytes < 0.4 * whole.state_bytes
