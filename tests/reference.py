@@ -192,13 +192,18 @@ class TwoLayers(nn.Module):
     """Two convolutions with batch normalisation: what compiles fast."""
 
     num_classes: int = 4
+    channels: int = 8
+    activation: str = "relu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        activation, dtype = layers.ACTIVATIONS[self.activation], self.dtype
         for index, stride in enumerate((1, 2)):
-            x = layers.Conv(8, 3, stride, 1, dtype=self.dtype, name=f"conv{index}")(x)
-            x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
+            x = layers.Conv(
+                self.channels, 3, stride, 1, dtype=dtype, name=f"conv{index}"
+            )(x)
+            x = activation(layers.batch_norm(f"bn{index}", train)(x))
         return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
 
 

@@ -186,7 +186,8 @@ def test_stage_2_starts_from_imported_weights_of_the_same_function(small, tmp_pa
     arrays = names.to_torch("wide_resnet", random_variables(1, num_classes=10))
     run(*write(arrays), "--mean=0.5", "--std=0.5", "--image_size=8")
     made = str(tmp_path / "out")
-    model = {"model.mean": (0.5,), "model.std": (0.5,)}
+    model = {"model.name": "wide_resnet"}
+    model |= {"model.mean": (0.5,), "model.std": (0.5,)}
 
     def start(**changes):
         settings = tiny.config(init_from=made, **(model | changes))
@@ -199,7 +200,7 @@ def test_stage_2_starts_from_imported_weights_of_the_same_function(small, tmp_pa
     for field, value in others.items():
         with pytest.raises(UserError, match=rf"config.model.{field} is .*trained with"):
             start(**{f"model.{field}": value})
-    settings = tiny.config(init_from=made)
+    settings = tiny.config(init_from=made, **{"model.name": "wide_resnet"})
     with pytest.raises(UserError, match="config.model.mean is .*trained with"):
         tiny.run(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

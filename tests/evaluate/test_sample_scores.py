@@ -18,10 +18,8 @@ from atebm_jax.sample import __main__ as sample
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
-    return folder
+def workdir(trained):
+    return trained
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import tiny
 from budget import budget
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 from atebm_jax import UserError, config, data, job, models, sharding, train
+from atebm_jax.models import resnet
 from atebm_jax.stages import joint
 
 _IMAGES = 40
@@ -37,7 +39,7 @@ _TUPLES = st.one_of(
 
 # What a field understands, so that more than its refusal is seen.
 _WORDS: dict[str, tuple[str, ...]] = {
-    "name": (*models.FAMILIES, "wide-resnet"),
+    "name": (*sorted(models.BUILT_IN), "wide-resnet"),
     "size": ("tiny", "small", "base", "medium", "large"),
     "stem": ("patch", "conv"),
     "blocks": ("1-1-1", "1-2-1", "1-0-1", "1-1"),
@@ -108,6 +110,15 @@ _FAMILIES: tuple[dict[str, Any], ...] = (
     {"model.name": "xcit", "model.size": "tiny", "model.depth": 1, "model.patch": 4},
     {"model.name": "swin", "model.size": "tiny", "model.position_grid": 8},
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """Every kind of layer, few of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        reference.shallow(patch)
+        patch.setitem(resnet.STAGES, 50, (1, 1, 1, 1))
+        yield
 
 
 @st.composite
@@ -227,7 +238,7 @@ _OF_STEPS = sorted(
 @st.composite
 def small_jobs(draw: Any) -> dict[str, Any]:
     """A network that compiles fast, and fields of its updates at random."""
-    chosen = dict(_FAMILIES[0])
+    chosen = {"model.name": "small", "model.depth": 10, "model.widen_factor": 1}
     side = st.integers(1, 9)
     chosen["data.image_shape"] = draw(st.tuples(side, side, st.sampled_from((1, 3))))
     chosen["model.num_classes"] = draw(st.sampled_from((1, 2, 10)))
@@ -301,7 +312,8 @@ def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turn
     ],
 )
 def test_what_once_broke_a_job_is_refused_by_name(tmp_path, field, value, message):
-    settings = configured({"data.augment_cls": "", field: value})
+    usual = {"data.augment_cls": "", "model.name": "wide_resnet"}
+    settings = configured(usual | {field: value})
     with pytest.raises(UserError, match=message):
         job.run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
