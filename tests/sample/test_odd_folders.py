@@ -1,4 +1,4 @@
-"""Whole commands in folders whose names are patterns, flags, markup or formats."""
+"""Whole commands in folders whose names are patterns, flags, formats or no text."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import tiny
 from absl.testing import flagsaver
 from PIL import Image
 
-from atebm_jax import checkpoint, data
+from atebm_jax import UserError, checkpoint, data
 from atebm_jax.convert import __main__ as convert
 from atebm_jax.evaluate import __main__ as evaluate
 from atebm_jax.sample import __main__ as sample
@@ -19,6 +19,8 @@ from atebm_jax.sample import __main__ as sample
 # Beside each lies a folder that its last part means as a pattern.
 ODD = {"%s #1/a {b,c}/*/[lab]": "l", "-x/%20 $HOME/[bold] ü/tea\nroom/?": "q"}
 EVERY = pytest.mark.parametrize("odd", ODD)
+# What Python makes of the bytes b"caf\xe9".
+LATIN = os.fsdecode(b"caf\xe9")
 SETTINGS = {"stages": "stage1", "stage1.num_steps": 4}
 
 
@@ -53,7 +55,7 @@ def expected(plain):
 @pytest.fixture
 def odd_folder(odd, plain, tmp_path, monkeypatch):
     """A copy below such a path, as seen from the working directory, and a decoy."""
-    for name in (odd, os.path.join(os.path.dirname(odd), ODD[odd])):
+    for name in (odd, os.path.join(os.path.dirname(odd), ODD.get(odd, "decoy"))):
         for part in ("run", "images"):
             shutil.copytree(plain / part, tmp_path / name / part)
         shutil.copy(plain / "mask.png", tmp_path / name)
@@ -64,9 +66,9 @@ def odd_folder(odd, plain, tmp_path, monkeypatch):
     return odd
 
 
-def run_samples(folder):
+def run_samples(folder, workdir=None):
     """Samples, explanations and edits below a folder, from images below it."""
-    common = [f"--workdir={folder}/run", "--num_steps=2"]
+    common = [f"--workdir={workdir or f'{folder}/run'}", "--num_steps=2"]
     sample.main(
         [
             *(*common, f"--out={folder}/samples", "--count=3"),
@@ -167,3 +169,25 @@ def test_weights_go_out_and_come_in_again(odd, odd_folder, plain, tmp_path):
     made, known = (checkpoint.load_weights(f) for f in (folder, plain / "run"))
     jax.tree.map(np.testing.assert_array_equal, made[0], known[0])
     assert sorted(os.listdir(tmp_path)) == [odd.partition("/")[0]]
+
+
+@pytest.mark.parametrize("odd", [f"{LATIN}/x"])
+def test_only_what_libraries_open_needs_a_name_in_utf8(
+    odd, odd_folder, plain, expected, tmp_path, capsys
+):
+    """Checkpoints need one; images, results and reports do not."""
+    run_samples(odd_folder, workdir=plain / "run")
+    for name in ("samples", "why", "edits"):
+        assert_same_files(tmp_path / odd / name, expected / name)
+    with pytest.raises(UserError, match=r"caf\\xe9.* has bytes in its name"):
+        run_samples(odd_folder)
+    for command in (
+        [f"--from={odd_folder}/run", "--export=safetensors", "--to=w.safetensors"],
+        [f"--from={plain}/mask.png", f"--to={odd_folder}/imported"],
+    ):
+        with pytest.raises(UserError, match=r"caf\\xe9.* has bytes in its name"):
+            convert.main(command)
+    with pytest.raises(SystemExit) as stopped:
+        run_evaluation(odd_folder)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
