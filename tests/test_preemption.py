@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import reference
-import tiny
 from etils import epath
 
 from atebm_jax import checkpoint, checksums
@@ -28,12 +27,8 @@ FLAGS = (
     "--config.stage1.num_steps=20",
     "--config.stage1.schedule=constant",
     "--config.stage1.learning_rate=0.01",
-    "--config.stage1.adversary.num_steps=1500",
+    "--config.stage1.adversary.num_steps=100",
     "--config.stage1.eval_every_steps=0",
-    "--config.evaluate.batch_size=40",
-    "--config.evaluate.num_examples=40",
-    "--config.evaluate.num_test_examples=40",
-    "--config.evaluate.attack.num_steps=2",
 )
 
 
@@ -44,7 +39,7 @@ def records(workdir):
 def stop_one_of_two(workdir, rank):
     """Starts two processes, stops one by SIGTERM; returns the step they ended at."""
     before = len(records(workdir))
-    processes = jobs.start_joined(workdir, 2, *FLAGS, config=jobs.SMALL)
+    processes = jobs.start_joined(workdir, 2, *FLAGS)
     try:
         while len(records(workdir)) <= before:
             assert all(process.poll() is None for process in processes)
@@ -66,8 +61,9 @@ def stop_one_of_two(workdir, rank):
 
 
 def finish(workdir):
-    """Runs the job to its end in one process, this one."""
-    tiny.run(jobs.settings(*FLAGS, config=jobs.SMALL), workdir)
+    """Runs one process to the end."""
+    process = jobs.start(workdir, *FLAGS)
+    assert process.wait() == 0, jobs.log_of(workdir).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +107,7 @@ def test_second_job_ends_with_the_message_in_all_its_processes(tmp_path):
     (tmp_path / "run").mkdir()
     lock = Lock(epath.Path(tmp_path / "run"))
     lock.acquire()
-    processes = jobs.start_joined(tmp_path / "run", 2, *FLAGS, config=jobs.SMALL)
+    processes = jobs.start_joined(tmp_path / "run", 2, *FLAGS)
     assert [process.wait(timeout=240) for process in processes] == [2, 2]
     lock.release()
     log = jobs.log_of(tmp_path / "run").read_text()

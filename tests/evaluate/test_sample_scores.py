@@ -17,9 +17,18 @@ from atebm_jax.evaluate.store import Store
 from atebm_jax.sample import __main__ as sample
 
 
+def settings_of(**overrides):
+    """A network of 64 features, more than there are samples."""
+    return tiny.config(**{"model.widen_factor": 4} | overrides)
+
+
 @pytest.fixture(scope="module")
-def workdir(trained):
-    return trained
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.only_the_loop(patch)
+        tiny.run(settings_of(stages="stage1", **{"stage1.num_steps": 2}), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,7 @@ def test_sample_command_gives_the_bytes_that_were_scored(scored, workdir, tmp_pa
 def test_sampler_of_the_config_is_scored_and_told(workdir, options, tmp_path):
     """Its noise goes on through the sweep of steps, and is that of `sample`."""
     settings = {"sampler": "sgld(noise=0.05)", "step_size": 0.1}
-    config = tiny.config(**{f"evaluate.samples.{k}": v for k, v in settings.items()})
+    config = settings_of(**{f"evaluate.samples.{k}": v for k, v in settings.items()})
     out = tmp_path / "evaluation"
     report = suite.evaluate(
         workdir, out, metrics=("generation",), config=config, options=options
@@ -117,7 +126,7 @@ def test_written_statistics_serve_as_reference(scored, workdir, options, tmp_pat
     # The samples' own statistics are at no distance.
     given = replace(options, reference_statistics=str(out / "sample_statistics.npz"))
     given = replace(given, sweep=0)
-    config = tiny.config()
+    config = settings_of()
     config.evaluate.samples.num_steps = result["protocol"]["num_steps"]
     same = suite.evaluate(
         workdir,
@@ -186,7 +195,7 @@ def test_statistics_go_on_after_a_batch_of_which_no_image_was_decoded(
 def test_statistics_do_not_depend_on_the_size_of_batches(
     scored, workdir, options, tmp_path
 ):
-    config = tiny.config()
+    config = settings_of()
     config.evaluate.batch_size = 16
     other = replace(options, cache_dir=str(tmp_path / "cache"))
     suite.evaluate(
@@ -242,7 +251,7 @@ def test_user_without_a_home_is_told_what_helps(monkeypatch):
 
 
 def test_data_set_too_small_for_statistics_is_named(workdir, options, tmp_path):
-    config = tiny.config()
+    config = settings_of()
     folder = folder_of_seeds(tmp_path / "few", 10, bad=2)
     config.data.train = f"folder:{folder}"
     with pytest.raises(UserError, match="config.data.train=folder:.* has 10 images"):
@@ -263,7 +272,7 @@ def test_one_evaluation_writes_into_a_folder_at_a_time(workdir, options, tmp_pat
 
 
 def test_photographs_can_be_the_seeds(workdir, options, tmp_path):
-    config = tiny.config()
+    config = settings_of()
     config.data.seeds = "digits:test"
     config.data.preprocess_seeds = config.data.preprocess
     figures = suite.evaluate(

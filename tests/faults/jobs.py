@@ -12,11 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from atebm_jax import checkpoint, checksums
-from atebm_jax import config as configuration
-from atebm_jax.command_line import load_config
 
 ROOT = Path(__file__).parents[2]
 # Config files, as they are named from there. The second one's network compiles fast.
@@ -45,16 +42,6 @@ def arguments(workdir: Path, *flags: str, config: str = DIGITS) -> list[str]:
     """The command line of the small job, without the interpreter."""
     where = (f"--config={config}", f"--workdir={workdir}")
     return ["atebm_jax.main", *where, *SETTINGS, *flags]
-
-
-def settings(*flags: str, config: str = DIGITS) -> ConfigDict:
-    """The config of the small job."""
-    made = load_config(str(ROOT / config))
-    for flag in (*SETTINGS, *flags):
-        name, _, value = flag.removeprefix("--config.").partition("=")
-        kind = type(configuration.lookup(made, name))
-        made.update_from_flattened_dict({name: kind(value)})
-    return made
 
 
 def joined(count: int) -> list[tuple[str, ...]]:

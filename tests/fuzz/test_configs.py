@@ -14,7 +14,7 @@ from budget import budget
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from atebm_jax import UserError, config, data, job, models, sharding, train
+from atebm_jax import UserError, ascent, config, data, job, models, sharding, train
 from atebm_jax.models import resnet
 from atebm_jax.stages import joint
 
@@ -53,6 +53,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "stages": ("auto", "stage1", "stage2", "stage1,stage2", "stage2,stage1"),
     "contrastive_objective": (*joint.CONTRASTIVE_OBJECTIVES, "joint"),
     "judge": ("svc", "mlp"),
+    "sampler": (*ascent.RULES, "sgld(noise=0.1)", "sgld(nois=1)"),
     "mesh": ("data:-1", "data:-1,fsdp:2", "fsdp:-1", "data:3", "fsdp:0", "data:99"),
     "init_from": ("nowhere", "/", "~", "gs://nowhere/x", "file://x"),
     "data_dir": ("nowhere", "/dev/null"),
