@@ -11,7 +11,9 @@ from atebm_jax import UserError, constraints
 
 # Packages that take long to import; none is needed before something asks for it.
 HEAVY = ("IPython", "PIL", "array_record", "clu", "grain", "matplotlib", "pandas")
-HEAVY += ("safetensors", "scipy", "sklearn", "tensorboardX", "tensorflow")
+# Of SciPy, whose parts come at their first use.
+HEAVY += ("scipy.linalg", "scipy.optimize", "scipy.spatial", "scipy.special")
+HEAVY += ("scipy.stats", "safetensors", "sklearn", "tensorboardX", "tensorflow")
 HEAVY += ("tensorflow_datasets", "timm", "torch", "torchvision")
 
 pytestmark = pytest.mark.usefixtures("two_devices")

@@ -85,7 +85,7 @@ LATER = ["--config", "configs/cifar10.py:small", "--config.stage2.log_r1"]
 LATER += ["--config.data.image_shape=(64,64,3)", "--config.seed", "7"]
 READ = {
     "main": "[flags.FLAGS.workdir, flags.FLAGS.devices, flags.FLAGS.dry_run]",
-    "evaluate": "[m._WORKDIR.value, m._SEED.value, m._METRICS.value]",
+    "evaluate": "[m._FLAGS.workdir, m._FLAGS.seed, m._FLAGS.metrics]",
 }
 
 
@@ -113,7 +113,7 @@ def test_last_of_two_flags_counts_also_in_the_config(command, first, last, value
 from absl import flags
 m = importlib.import_module("atebm_jax.{module}")
 m._parse(sys.argv)
-c = m._CONFIG.value
+c = getattr(m, "_FLAGS", flags.FLAGS).config
 shown = [c.seed, c.stage2.log_r1, c.data.image_shape, c.model.depth]
 print(json.dumps([{READ[command]}, shown]))"""
     done = subprocess.run(
