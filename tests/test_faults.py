@@ -194,15 +194,15 @@ def test_workdir_that_fails_in_the_middle_is_told_and_goes_on(
     tmp_path, finished, monkeypatch
 ):
     """As on a full disk, where none can be mounted."""
-    add = MetricWriter._add
+    write = MetricWriter.write
 
-    def fail(self, line):
-        if '"step": 4' in line:
+    def fail(self, stage, step, metrics):
+        if step == 4:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        add(self, line)
+        write(self, stage, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricWriter, "_add", fail)
+        patch.setattr(MetricWriter, "write", fail)
         with pytest.raises(UserError, match="Disk quota exceeded"):
             tiny.run(settings(), tmp_path / "run")
     tiny.run(settings(), tmp_path / "run")
