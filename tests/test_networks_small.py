@@ -14,7 +14,7 @@ import torch_small
 
 from atebm_jax import UserError, archs, ascent, convert, models
 from atebm_jax.convert import exporting, files, importing, layouts, names, normalization
-from atebm_jax.models import preact_resnet, ra_resnet, resnet, wide_resnet
+from atebm_jax.models import layers, preact_resnet, ra_resnet, resnet, wide_resnet
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, DEEPMIND
 
 ONE = (1, 1, 1, 1)
@@ -33,6 +33,20 @@ KINDS = {
         "dm_wrn28_10",
         WIDE | {"activation": "relu"},
         lambda: torch_small.deepmind((1, 1, 1), (16, 16, 32, 64), "relu"),
+    ),
+    "mean sparse": (
+        "mean_sparse_wrn70_16",
+        WIDE,
+        lambda: torch_small.deepmind(
+            (1, 1, 1), (16, 16, 32, 64), "swish", threshold=0.5
+        ),
+    ),
+    "mean sparse ra": (
+        "mean_sparse_ra_wrn70_16",
+        RA,
+        lambda: torch_small.deepmind(
+            (1, 2, 1), (8, 12, 16, 24), "swish", 0.25, threshold=0.5
+        ),
     ),
     "ra": (
         "ra_wrn70_16",
@@ -106,8 +120,9 @@ SMOOTH = [
     name
     for name, (arch, fields, _) in KINDS.items()
     if (archs.arch(arch) | fields).get("activation") in ("swish", "gelu")
-    # Its stem has ReLU.
+    # Its stem has ReLU; and where a value becomes the mean is a jump.
     and arch != "ra_wrn101_2"
+    and not arch.startswith("mean_sparse")
 ]
 
 
@@ -272,6 +287,28 @@ def test_deepminds_normalisation_and_swish_are_assumed_and_said(kind, monkeypatc
     made = read(ones(kind) | image, monkeypatch, activation="relu")
     assert made.config.model.mean == (0.5, 0.25, 0.5)
     assert made.config.model.activation == "relu" and not made.record["assumed"]
+
+
+def test_what_only_gathers_statistics_of_sparse_activations_is_dropped(monkeypatch):
+    tree = ones("mean sparse")
+    kept = read(tree, monkeypatch)
+    for place in ("layer.0.block.0.meansparse_0", "meansparse_end"):
+        tree[f"{place}.flag_update_statistics"] = np.array(0)
+        tree[f"{place}.batch_num"] = np.array(0, np.float32)
+    made = read(tree, monkeypatch)
+    assert made.record["unwrapped"] == [
+        "dropped 4 arrays that only count while MeanSparse gathers its statistics"
+    ]
+    reference.assert_same_bits(made.variables, kept.variables)
+
+
+def test_sparse_activations_change_only_values_close_to_their_mean():
+    """Mean 1 and standard deviation 2, half of which is close."""
+    stats = {"mean": [1.0, 0.0], "var": [4.0, 4.0], "threshold": 0.5}
+    stats = {name: jnp.float32(value) for name, value in stats.items()}
+    x = jnp.float32([[1.9, 1.0], [2.0, -0.9], [0.1, -1.1]])
+    made = layers.MeanSparse().apply({"batch_stats": stats}, x)
+    np.testing.assert_array_equal(made, np.float32([[1, 1], [2, 0], [1, -1.1]]))
 
 
 def test_deepminds_normalisation_follows_the_classes(monkeypatch):

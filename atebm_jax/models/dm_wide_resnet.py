@@ -48,7 +48,8 @@ def usual(model: family.ModelFields) -> Mapping[str, tuple[float, ...]] | None:
 WHO = "the --mean and --std of the data it was trained on (10 and 100 classes: CIFAR's)"
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
+def fields(shapes: family.Shapes) -> dict[str, Any]:
+    """Depth and width that the shapes have."""
     width = family.outputs(shapes, "layer.0.block.0.conv_0.weight")
     blocks = family.count(shapes, "layer.0.block.{}.conv_0.weight")
     return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
@@ -78,7 +79,7 @@ FAMILY = family.Family(
         "Pang2022, Wang2023, Bartoldson2024",
         mark="layer.0.block.0.conv_0.weight",
         first=("init_conv.weight",),
-        fields=_fields,
+        fields=fields,
         side=lambda model: 32,
         usual=usual,
         who=WHO,

@@ -200,6 +200,29 @@ def batch_norm(name: str, train: bool) -> nn.BatchNorm:
     )
 
 
+class MeanSparse(nn.Module):
+    """Values close to their channel's mean become the mean (Amini et al., 2024).
+
+    Close is less than `threshold` standard deviations away. Statistics and threshold
+    are constants of a published network: training here leaves them alone, and a new
+    network has threshold 0, which changes nothing.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> the same shape and dtype."""
+        wide = at_least_float32(x)
+
+        def constant(name: str, shape: tuple[int, ...]) -> jax.Array:
+            made = self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32)
+            return made.value.astype(wide.dtype)
+
+        mean, var = constant("mean", x.shape[-1:]), constant("var", x.shape[-1:])
+        distance = constant("threshold", ()) * jnp.sqrt(var)
+        mean, distance = (jnp.broadcast_to(v, x.shape) for v in (mean, distance))
+        return jnp.where(jnp.abs(wide - mean) < distance, mean.astype(x.dtype), x)
+
+
 def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
     """Layer normalisation over the last axis, in float32 at least.
 

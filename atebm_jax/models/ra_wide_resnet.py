@@ -99,6 +99,19 @@ def fields(shapes: family.Shapes, first: str, blocks: Sequence[str]) -> dict[str
 
 _BLOCKS = [f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3)]
 
+RULES: family.Rules = (
+    *(
+        (f"layer.{group}.block.{{b}}.se.fc{{k}}", f"block{group + 1}_{{b}}/se/fc{{k}}")
+        for group in range(3)
+    ),
+    *dm_wide_resnet.RULES,
+)
+
+
+def fields_of(shapes: family.Shapes) -> dict[str, Any]:
+    """`blocks` and `widths` of a RaWideResNet for CIFAR."""
+    return fields(shapes, "init_conv.weight", _BLOCKS)
+
 
 FAMILY = family.Family(
     build=build,
@@ -113,23 +126,15 @@ FAMILY = family.Family(
         },
     },
     torch=family.TorchNames(
-        rules=(
-            *(
-                (
-                    f"layer.{group}.block.{{b}}.se.fc{{k}}",
-                    f"block{group + 1}_{{b}}/se/fc{{k}}",
-                )
-                for group in range(3)
-            ),
-            *dm_wide_resnet.RULES,
-        ),
+        rules=RULES,
         published="Peng2023 for CIFAR-10",
         mark="layer.0.block.0.se.fc1.weight",
         first=("init_conv.weight",),
-        fields=lambda shapes: fields(shapes, "init_conv.weight", _BLOCKS),
+        fields=fields_of,
         side=lambda model: 32,
         usual=dm_wide_resnet.usual,
         who=dm_wide_resnet.WHO,
         activation="swish",
+        look_alikes={"a sparse RaWideResNet": r"meansparse_end\..*"},
     ),
 )

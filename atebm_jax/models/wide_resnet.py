@@ -17,6 +17,7 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
+    MeanSparse,
     SqueezeExcitation,
     batch_norm,
     check_sides,
@@ -37,6 +38,7 @@ class Block(nn.Module):
       stride: of the first convolution and of the shortcut.
       same_padding: as of `layers.padding_3x3`.
       squeeze: channels of squeeze and excitation after the convolutions; 0 for none.
+      sparse: whether `MeanSparse` follows each norm and the block.
     """
 
     features: int
@@ -45,20 +47,25 @@ class Block(nn.Module):
     dtype: Any
     same_padding: bool = False
     squeeze: int = 0
+    sparse: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
-        active = self.activation(batch_norm("bn1", train)(x))
+        active = self.activation(self.sparsified(1, batch_norm("bn1", train)(x)))
         around = padding_3x3(self.stride, self.same_padding)
         y = conv(3, self.stride, around, name="conv1")(active)
-        y = self.activation(batch_norm("bn2", train)(y))
+        y = self.activation(self.sparsified(2, batch_norm("bn2", train)(y)))
         y = conv(3, 1, 1, name="conv2")(y)
         if self.squeeze:
             y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
         if x.shape[-1] == self.features:
-            return x + y
-        return y + conv(1, self.stride, name="shortcut")(active)
+            return self.sparsified(3, x + y)
+        return self.sparsified(3, y + conv(1, self.stride, name="shortcut")(active))
+
+    def sparsified(self, place: int, x: jax.Array) -> jax.Array:
+        """The activations of a place, sparse where the network is."""
+        return MeanSparse(name=f"sparse{place}")(x) if self.sparse else x
 
 
 class PreActivated(family.Network, kw_only=True):
@@ -69,10 +76,12 @@ class PreActivated(family.Network, kw_only=True):
     Attributes:
       activation: "relu", "swish" or "gelu".
       same_padding: as of `layers.padding_3x3`.
+      sparse: whether `MeanSparse` follows each norm and each block.
     """
 
     activation: str = "relu"
     same_padding: bool = False
+    sparse: bool = False
 
     def num_blocks(self) -> Sequence[int]:
         """Number of blocks of each group."""
@@ -107,9 +116,12 @@ class PreActivated(family.Network, kw_only=True):
                     dtype=self.dtype,
                     same_padding=self.same_padding,
                     squeeze=self.squeezed(widths[group]),
+                    sparse=self.sparse,
                     name=f"block{group + 1}_{index}",
                 )(x, train)
-        x = activation(batch_norm("bn1", train)(x)).mean(axis=(1, 2))
+        x = batch_norm("bn1", train)(x)
+        x = MeanSparse(name="sparse")(x) if self.sparse else x
+        x = activation(x).mean(axis=(1, 2))
         return x if features else nn.Dense(self.num_classes, name="fc")(x)
 
 
