@@ -2,7 +2,9 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _REFERENCE = re.compile(
@@ -14,6 +16,17 @@ _COLLECTIVE = re.compile(
     r"collective-broadcast|ragged-all-to-all)(?:-start)?\("
 )
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def compiled(lowered: Any) -> Any:
+    """Compiles as users do: tests have most of the optimisations turned off."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
 
 
 class Collective(NamedTuple):

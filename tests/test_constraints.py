@@ -174,7 +174,7 @@ def test_split_images_have_nothing_to_say_to_each_other(name):
             project=constraint.project,
         )
 
-    compiled = jax.jit(edit).lower(constraint, images).compile()
+    compiled = hlo.compiled(jax.jit(edit).lower(constraint, images))
     program = hlo.Program(compiled.as_text())
     assert program.loop_bodies() and not hlo.collectives(program.everything())
     np.testing.assert_allclose(

@@ -267,7 +267,7 @@ def _store(
     programs = ("atebm_jax", "jax", "jaxlib")
     decides = {
         "weights": loaded.fingerprint,
-        "network": checkpoint.as_json(settings.model),
+        "network": _unusual(settings.model),
         "image_shape": list(settings.data.image_shape),
         "batch_size": settings.evaluate.batch_size,
         "num_examples": options.num_examples,
@@ -276,6 +276,16 @@ def _store(
         "platform": jax.default_backend(),
     }
     return Store(folder, decides)
+
+
+def _unusual(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of `config.model` that are not at their defaults.
+
+    So a field that a later version adds tells no network from itself.
+    """
+    usual = checkpoint.as_json(configuration.default().model)
+    fields = checkpoint.as_json(model).items()
+    return {name: x for name, x in fields if name not in usual or x != usual[name]}
 
 
 def _sources(

@@ -11,7 +11,7 @@ import tiny
 from absl.testing import flagsaver
 from PIL import Image
 
-from atebm_jax import UserError, autoattack, checkpoint, data
+from atebm_jax import UserError, autoattack, checkpoint, config, data
 from atebm_jax.evaluate import __main__ as command
 from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
@@ -283,3 +283,12 @@ def test_user_mistake_on_the_command_line_exits_with_2(
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_network_is_told_by_the_fields_that_are_not_at_their_defaults():
+    model = config.default().model
+    assert suite._unusual(model) == {}
+    model.depth, model.mean = 10, (0.5,)
+    with model.unlocked():
+        model.own = "field"
+    assert suite._unusual(model) == {"depth": 10, "mean": [0.5], "own": "field"}
