@@ -135,6 +135,8 @@ FAMILY = family.Family(
         usual=dm_wide_resnet.usual,
         who=dm_wide_resnet.WHO,
         activation="swish",
-        look_alikes={"a sparse RaWideResNet": r"meansparse_end\..*"},
+        look_alikes={
+            "a network with sparse activations (MeanSparse)": r"meansparse_end\..*"
+        },
     ),
 )
