@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class PreActivated(family.Network, kw_only=True):
-    """Groups of `Block`s, each group after the first at half the resolution.
+    """Groups of blocks, each group after the first at half the resolution.
 
     Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
