@@ -109,7 +109,9 @@ def evaluate(
     )
     # By place, as for a network that does not name its classes.
     names = None if classes_by_place else loaded.class_names
-    context = _context(loaded, settings, folder, options, show, wanted, names)
+    context = _context(
+        loaded, settings, folder, options, show, wanted, names, classes_by_place
+    )
     if judge is not None:
         context = _with_judge(context, judge, names)
     for name in wanted:
@@ -224,6 +226,7 @@ def _context(
     show: ShowFn,
     wanted: Sequence[str],
     names: tuple[str, ...] | None,
+    by_place: bool,
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
@@ -231,7 +234,7 @@ def _context(
     )
     notes: list[str] = []
     sources = _sources(settings, options, wanted, names, notes.append)
-    if names is not loaded.class_names:
+    if by_place:
         notes.append("Classes were compared by place, not by name.")
     elif names is None and sources["test"].class_names:
         notes.append(
