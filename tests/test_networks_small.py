@@ -142,22 +142,6 @@ def pictures(seed=0, side=16):
     return np.random.default_rng(seed).random((2, side, side, 3), np.float32)
 
 
-def logits_and_gradient(network, weights, images, label):
-    def score(x, weights):
-        logits = network.apply(weights, x)
-        return logits[:, label].sum(), logits
-
-    # The compiler would fold constant weights, for longer than all else takes.
-    gradient, logits = jax.jit(jax.grad(score, has_aux=True))(images, weights)
-    return logits, gradient
-
-
-def assert_relative(actual, expected, tolerance):
-    np.testing.assert_allclose(
-        actual, expected, rtol=0, atol=tolerance * np.abs(expected).max()
-    )
-
-
 def double_norms(monkeypatch):
     for family in (wide_resnet, resnet, preact_resnet, ra_resnet):
         reference.double_norms(monkeypatch, family)
@@ -174,9 +158,9 @@ def test_logits_and_gradients_are_pytorchs_in_double_precision(kind, monkeypatch
     with jax.enable_x64(True):
         weights = convert.from_torch(model.name, torch_networks.state_dict(theirs))
         network = models.build(model).clone(dtype=jnp.float64)
-        made = logits_and_gradient(network, weights, images, 3)
+        made = reference.logits_and_gradient(network, weights, images, 3)
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-11)
+        reference.assert_relative(actual, value, 1e-11)
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -185,9 +169,9 @@ def test_logits_and_gradients_of_smooth_networks_are_pytorchs(kind):
     expected = torch_networks.logits_and_gradient(theirs, pictures(), 3)
     model = described(kind)
     weights = convert.from_torch(model.name, torch_networks.state_dict(theirs))
-    made = logits_and_gradient(models.build(model), weights, pictures(), 3)
+    made = reference.logits_and_gradient(models.build(model), weights, pictures(), 3)
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-5)
+        reference.assert_relative(actual, value, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,7 +193,7 @@ def test_saved_file_is_recognised_and_loads_back_strictly(kind, tmp_path):
     image = importing.probe_image(made.config.data.image_shape)
     with torch.no_grad():
         expected = theirs(torch.tensor(image).permute(2, 0, 1)[None])[0].numpy()
-    assert_relative(made.record["probe"]["logits"], expected, 1e-5)
+    reference.assert_relative(made.record["probe"]["logits"], expected, 1e-5)
     back = convert.to_torch(model.name, made.variables)
     state = {name: torch.tensor(value) for name, value in back.items()}
     theirs.load_state_dict(state, strict=True)

@@ -3,6 +3,8 @@
 Published networks are trained without: statistics and thresholds are added afterwards.
 """
 
+import dataclasses
+
 import ml_collections
 
 from atebm_jax.models import dm_wide_resnet, family, ra_wide_resnet, wide_resnet
@@ -46,6 +48,19 @@ def _unused(shapes: family.Shapes) -> tuple[set[str], str]:
     return found, "that only count while MeanSparse gathers its statistics"
 
 
+def _names(dense: family.Family, mark: str, published: str) -> family.TorchNames:
+    """Those of the dense network, and those of statistics and thresholds."""
+    assert dense.torch is not None
+    return dataclasses.replace(
+        dense.torch,
+        rules=(*_rules(), *dense.torch.rules),
+        mark=mark,
+        published=published,
+        unused=_unused,
+        look_alikes={},
+    )
+
+
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
@@ -53,17 +68,10 @@ FAMILY = family.Family(
         "mean_sparse_wrn70_16": dm_wide_resnet.FAMILY.archs["dm_wrn70_16"],
         "mean_sparse_wrn94_16": dm_wide_resnet.FAMILY.archs["dm_wrn94_16"],
     },
-    torch=family.TorchNames(
-        rules=(*_rules(), *dm_wide_resnet.RULES),
-        published="Amini2024 (MeanSparse on Wang2023's and Bartoldson2024's networks)",
-        mark="layer.0.block.0.meansparse_0.running_mean",
-        first=("init_conv.weight",),
-        fields=dm_wide_resnet.fields,
-        side=lambda model: 32,
-        usual=dm_wide_resnet.usual,
-        who=dm_wide_resnet.WHO,
-        activation="swish",
-        unused=_unused,
+    torch=_names(
+        dm_wide_resnet.FAMILY,
+        "layer.0.block.0.meansparse_0.running_mean",
+        "Amini2024 (MeanSparse on Wang2023's and Bartoldson2024's networks)",
     ),
 )
 
@@ -71,17 +79,10 @@ RA_FAMILY = family.Family(
     build=build_ra,
     sized_by=("blocks", "widths"),
     archs={"mean_sparse_ra_wrn70_16": ra_wide_resnet.FAMILY.archs["ra_wrn70_16"]},
-    torch=family.TorchNames(
-        rules=(*_rules(), *ra_wide_resnet.RULES),
-        published="Amini2024 (MeanSparse on Peng2023's network for CIFAR-10)",
+    torch=_names(
+        ra_wide_resnet.FAMILY,
         # Dense ones have this array too, and are recognised before.
-        mark="layer.0.block.0.se.fc1.bias",
-        first=("init_conv.weight",),
-        fields=ra_wide_resnet.fields_of,
-        side=lambda model: 32,
-        usual=dm_wide_resnet.usual,
-        who=dm_wide_resnet.WHO,
-        activation="swish",
-        unused=_unused,
+        "layer.0.block.0.se.fc1.bias",
+        "Amini2024 (MeanSparse on Peng2023's network for CIFAR-10)",
     ),
 )

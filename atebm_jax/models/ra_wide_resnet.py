@@ -108,11 +108,6 @@ RULES: family.Rules = (
 )
 
 
-def fields_of(shapes: family.Shapes) -> dict[str, Any]:
-    """`blocks` and `widths` of a RaWideResNet for CIFAR."""
-    return fields(shapes, "init_conv.weight", _BLOCKS)
-
-
 FAMILY = family.Family(
     build=build,
     sized_by=("blocks", "widths"),
@@ -130,7 +125,7 @@ FAMILY = family.Family(
         published="Peng2023 for CIFAR-10",
         mark="layer.0.block.0.se.fc1.weight",
         first=("init_conv.weight",),
-        fields=fields_of,
+        fields=lambda shapes: fields(shapes, "init_conv.weight", _BLOCKS),
         side=lambda model: 32,
         usual=dm_wide_resnet.usual,
         who=dm_wide_resnet.WHO,

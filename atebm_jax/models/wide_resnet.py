@@ -171,9 +171,15 @@ def check_size(depth: int, widen_factor: int) -> None:
         raise UserError(f"model.widen_factor is {widen_factor}: it must be positive.")
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
-    width = family.outputs(shapes, "block1.layer.0.conv1.weight")
-    blocks = family.count(shapes, "block1.layer.{}.conv1.weight")
+def fields(shapes: family.Shapes, block: str) -> dict[str, Any]:
+    """Depth and width that the shapes have.
+
+    Args:
+      shapes: by PyTorch name.
+      block: first convolution of the first group's blocks, "{}" for their number.
+    """
+    width = family.outputs(shapes, block.format(0))
+    blocks = family.count(shapes, block)
     return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
 
 
@@ -215,7 +221,7 @@ FAMILY = family.Family(
         ),
         mark="block1.layer.0.conv1.weight",
         first=("conv1.weight",),
-        fields=_fields,
+        fields=partial(fields, block="block1.layer.{}.conv1.weight"),
         side=lambda model: 32,
         usual=lambda model: None,
         who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
