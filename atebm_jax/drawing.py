@@ -371,7 +371,7 @@ def _program(
         variables, read_weights = weights
         keys = step_keys(jax.random.key(traced.seed), indices)
         start = recipes.smooth(seeds, recipe.smooth) if recipe.smooth else seeds
-        logits_fn = models.logits_fn(model, variables)
+        logits_fn = models.freeze(model, variables, seeds.shape[1:])
 
         def objective(x: jax.Array) -> jax.Array:
             return energy.score(logits_fn(x), labels if recipe.conditional else None)

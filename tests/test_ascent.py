@@ -2,13 +2,12 @@
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atebm_jax import UserError, ascent, attacks, sharding
+from atebm_jax import UserError, ascent, attacks, hlo, sharding
 
 SHAPE = (4, 5, 3)
 BEST = 0.25

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from jax.sharding import AxisType
 from atebm_jax import (
     ascent,
     energy,
+    hlo,
     models,
     optim,
     sharding,

@@ -1,12 +1,11 @@
 """Constraints: sets of images, and the way back to them."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atebm_jax import UserError, ascent, constraints, sharding
+from atebm_jax import UserError, ascent, constraints, hlo, sharding
 
 SHAPE = (3, 4, 6, 2)
 MASK = np.zeros(SHAPE[1:3], bool)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from atebm_jax import (
     UserError,
     checkpoint,
     dry_run,
+    hlo,
     optim,
     sharding,
     stages,

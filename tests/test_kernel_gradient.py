@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import Program, collectives
 from jax.sharding import NamedSharding, PartitionSpec
 from reference import conv_xla
 
 from atebm_jax import sharding
+from atebm_jax.hlo import Program, collectives
 from atebm_jax.models.cpu.kernel_gradient import kernel_gradient
 
 # Batch, image size, window, strides, padding: with eight devices one share or eight,

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import flax.linen as nn
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ import reference
 import test_compiled
 import tiny
 
-from atebm_jax import UserError, config, models, stages, train, train_step
+from atebm_jax import UserError, config, hlo, models, stages, train, train_step
 from atebm_jax.models import layers
 
 SHAPE, BATCH_SIZE = test_compiled.SHAPE, test_compiled.BATCH_SIZE

@@ -175,12 +175,14 @@ class Context:
         ) -> dict[str, jax.Array]:
             images = batch["images"].astype(jnp.float32) / 255.0
 
+            ready = models.prepare(self.model, variables, self.image_shape)
+
             def features(x: jax.Array) -> jax.Array:
-                pooled = self.model.apply(variables, x, features=True)
+                pooled = self.model.apply(ready, x, features=True)
                 assert isinstance(pooled, jax.Array)
                 return pooled
 
-            network = Network(models.logits_fn(self.model, variables), features)
+            network = Network(models.logits_fn(self.model, ready), features)
             rows = function(network, images, batch["labels"], *rest)
             return rows | {"labels": batch["labels"], "mask": batch["mask"]}
 

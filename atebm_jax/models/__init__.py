@@ -11,6 +11,7 @@ import ml_collections
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import convnext, resnet, vit, wide_resnet
 from atebm_jax.models.family import Family
+from atebm_jax.models.layers import FROZEN
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -55,6 +56,39 @@ def variable_shapes(model: nn.Module, image_shape: Sequence[int]) -> Any:
     """Shapes and dtypes of a network's variables for images [H, W, C]."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def prepare(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Any:
+    """Makes once what layers need of the weights alone, for `model.apply`.
+
+    Call it outside of the loops that differentiate by images: compilers do not move all
+    of it out of them. Made are kernels in the compute dtype, with the normalisation
+    after them folded in, and the scale and shift of the other normalisations.
+
+    Args:
+      model: a network of `build`; of any other one only its layers from `layers`.
+      variables: its weights and running statistics.
+      image_shape: [H, W, C] of the images to come.
+
+    Returns:
+      The variables with the collection `layers.FROZEN` beside them.
+    """
+
+    def made(variables: Any) -> Any:
+        # The compiler drops the pass itself, as nobody reads its logits.
+        blank = jnp.zeros((1, *image_shape), jnp.float32)
+        return model.apply(variables, blank, mutable=[FROZEN])[1]
+
+    return {**variables, **jax.jit(made)(variables)}
+
+
+def freeze(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> LogitsFn:
+    """The network in evaluation mode on weights that are made ready once.
+
+    Args:
+      model, variables, image_shape: as of `prepare`.
+    """
+    return logits_fn(model, prepare(model, variables, image_shape))
 
 
 def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:

@@ -16,7 +16,14 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import at_least_float32, gelu, layer_norm
+from atebm_jax.models.layers import (
+    Dense,
+    LayerNorm,
+    at_least_float32,
+    dense_after,
+    gelu,
+    layer_norm,
+)
 from atebm_jax.models.stem import (
     INIT,
     STEMS,
@@ -54,16 +61,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=INIT)
+        dense = partial(Dense, dtype=self.dtype, kernel_init=INIT)
         y = biased_conv(
             channels, 7, padding=3, groups=channels, dtype=self.dtype, name="depthwise"
         )(x)
-        y = layer_norm(y, "norm")
-        y = gelu(dense(4 * channels, name="fc1")(y))
-        y = dense(channels, name="fc2")(y)
+        y = dense_after(LayerNorm(name="norm"), dense(4 * channels, name="fc1"), y)
         init = nn.initializers.constant(1e-6)
-        gamma = self.param("gamma", init, (channels,), jnp.float32)
-        return x + at_least_float32(y) * gamma[None, None, None, :]
+        gamma = lambda: self.param("gamma", init, (channels,), jnp.float32)
+        y = dense(channels, name="fc2")(gelu(y), then=gamma)
+        return x + at_least_float32(y)
 
 
 class Downsample(nn.Module):
@@ -120,7 +126,7 @@ class ConvNeXt(family.Network):
             for index in range(num_blocks):
                 x = block(dtype=self.dtype, name=f"stage{stage}_{index}")(x)
         x = layer_norm(x.mean(axis=(1, 2)), "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
+        fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
 

@@ -82,6 +82,39 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+#: Collection of what layers make of their weights alone, before any loop.
+FROZEN = "frozen"
+
+
+def prepared(layer: nn.Module, make: Callable[[], Any]) -> Any:
+    """What a layer makes of its weights alone, or what was made of them before.
+
+    Call it once in a layer. Where the collection `FROZEN` is mutable, the layer leaves
+    there what it made; where it has something, the layer's weights are not looked at.
+
+    Args:
+      layer: a bound module.
+      make: () -> tree of arrays.
+    """
+    if layer.is_initializing():
+        return make()
+    if layer.has_variable(FROZEN, "weights"):
+        return layer.get_variable(FROZEN, "weights")
+    made = make()
+    if layer.is_mutable_collection(FROZEN):
+        layer.put_variable(FROZEN, "weights", made)
+    return made
+
+
+def per_channel(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector [C] with the rank of an array [..., C]."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+#: () -> (scale, shift), [C] each, of the map scale * x + shift.
+AffineFn = Callable[[], tuple[jax.Array, jax.Array]]
+
+
 class Conv(nn.Module):
     """2-D convolution with symmetric zero padding.
 
@@ -109,22 +142,43 @@ class Conv(nn.Module):
     )
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, then: AffineFn | None = None) -> jax.Array:
+        """[B, H, W, I] -> [B, H', W', features] in the compute dtype.
+
+        Args:
+          images: of any float dtype.
+          then: an affine map of the result, folded into kernel and bias. The result is
+            then float32 at least, as the map's would be.
+        """
         window = (self.kernel_size, self.kernel_size)
         shape = (*window, images.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+
+        def weights() -> tuple[jax.Array, jax.Array | None]:
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+            bias = None
+            if self.use_bias:
+                zeros = nn.initializers.zeros
+                bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            if then is not None:
+                scale, shift = then()
+                kernel = kernel * per_channel(scale, kernel)
+                bias = shift if bias is None else bias * scale + shift
+            elif bias is not None:
+                bias = bias.astype(self.dtype)
+            return kernel.astype(self.dtype), bias
+
+        kernel, bias = prepared(self, weights)
         around = (self.padding, self.padding)
         x = conv(
             images.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             (self.stride, self.stride),
             (around, around),
             self.groups,
         )
-        if not self.use_bias:
+        if bias is None:
             return x
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return x + bias.astype(self.dtype)[None, None, None, :]
+        return x.astype(bias.dtype) + per_channel(bias, x)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -132,7 +186,28 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 
-def batch_norm(name: str, train: bool) -> nn.BatchNorm:
+class BatchNorm(nn.BatchNorm):
+    """Batch normalisation whose evaluation mode is one multiply-add a channel."""
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift of the evaluation mode, [C] each."""
+        scale = self.get_variable("params", "scale")
+        bias = self.get_variable("params", "bias")
+        mean = self.get_variable("batch_stats", "mean")
+        variance = self.get_variable("batch_stats", "var")
+        scale = scale * lax.rsqrt(variance + self.epsilon)
+        return scale, bias - mean * scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> [..., C], float32 at least."""
+        x = at_least_float32(x)
+        if not self.use_running_average or self.is_initializing():
+            return super().__call__(x)
+        scale, shift = prepared(self, self.affine)
+        return x * per_channel(scale, x) + per_channel(shift, x)
+
+
+def batch_norm(name: str, train: bool) -> BatchNorm:
     """Batch normalisation in float32, eps 1e-5, statistics averaged with weight 0.1.
 
     `train=False` uses the running statistics and leaves them alone: that is both the
@@ -140,7 +215,7 @@ def batch_norm(name: str, train: bool) -> nn.BatchNorm:
     those of the whole global batch, and the running variance averages the biased
     batch variance (PyTorch: unbiased, a relative difference of 1/(B H W - 1)).
     """
-    return nn.BatchNorm(
+    return BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
@@ -150,13 +225,104 @@ def batch_norm(name: str, train: bool) -> nn.BatchNorm:
     )
 
 
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer normalisation over the last axis, eps 1e-6, in float32 at least.
+def normed(conv: Conv, norm: BatchNorm, images: jax.Array) -> jax.Array:
+    """norm(conv(images)), float32 at least; in evaluation mode as one convolution.
 
-    Call it inside a module's compact method, under a name of its own.
+    Args:
+      conv, norm: layers of the calling module.
+      images: [B, H, W, I].
     """
+    if not norm.use_running_average or norm.is_initializing():
+        return norm(conv(images))
+    return conv(images, norm.affine)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, eps 1e-6, in float32 at least."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> [..., C], float32 at least."""
+        features = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        x = standardized(x)
+        return x * per_channel(scale, x) + per_channel(bias, x)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift after the standardisation, [C] each."""
+        return self.get_variable("params", "scale"), self.get_variable("params", "bias")
+
+
+def layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """A `LayerNorm` of this name in the calling module, applied."""
+    return LayerNorm(name=name)(x)
+
+
+def standardized(x: jax.Array) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis, eps 1e-6, in float32 at least."""
     x = at_least_float32(x)
-    return nn.LayerNorm(1e-6, dtype=x.dtype, use_fast_variance=False, name=name)(x)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last axis, in the compute dtype.
+
+    Attributes:
+      features: outputs.
+      dtype: compute dtype; the parameters are float32.
+      kernel_init: of the kernel; the bias begins at zero.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        after: AffineFn | None = None,
+        then: Callable[[], jax.Array] | None = None,
+    ) -> jax.Array:
+        """[..., I] -> [..., features].
+
+        Args:
+          x: of any float dtype.
+          after: an affine map of the inputs, folded into kernel and bias.
+          then: () -> factors [features] of the result, folded likewise.
+        """
+
+        def weights() -> tuple[jax.Array, jax.Array]:
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+            zeros = nn.initializers.zeros
+            bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            if after is not None:
+                scale, shift = after()
+                bias = bias + shift @ kernel
+                kernel = scale[:, None] * kernel
+            if then is not None:
+                factors = then()
+                kernel, bias = kernel * factors[None], bias * factors
+            return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+        kernel, bias = prepared(self, weights)
+        y = x.astype(self.dtype) @ kernel
+        return y + per_channel(bias, y)
+
+
+def dense_after(norm: LayerNorm, dense: Dense, x: jax.Array) -> jax.Array:
+    """dense(norm(x)), with the norm's scale and shift in the dense layer's weights.
+
+    Args:
+      norm, dense: layers of the calling module.
+      x: [..., I].
+    """
+    if dense.is_initializing():
+        return dense(norm(x))
+    return dense(standardized(x), after=norm.affine)
 
 
 def normalize(

@@ -18,9 +18,11 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
+    Dense,
     at_least_float32,
     batch_norm,
     max_pool,
+    normed,
 )
 
 # Blocks of each of the four stages.
@@ -62,13 +64,13 @@ class Block(nn.Module):
             layers.append((self.features, 1, 1))
         y = x
         for index, (channels, side, stride) in enumerate(layers, start=1):
-            y = self.activation(y) if index > 1 else y
-            y = conv(channels, side, stride, side // 2, name=f"conv{index}")(y)
-            y = batch_norm(f"bn{index}", train)(at_least_float32(y))
+            y = self.activation(y.astype(self.dtype)) if index > 1 else y
+            layer = conv(channels, side, stride, side // 2, name=f"conv{index}")
+            y = normed(layer, batch_norm(f"bn{index}", train), y)
         if self.stride > 1 or x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x)
-            x = batch_norm("shortcut_bn", train)(at_least_float32(x))
-        return self.activation(y + x.astype(y.dtype)).astype(self.dtype)
+            layer = conv(self.features, 1, self.stride, name="shortcut")
+            x = normed(layer, batch_norm("shortcut_bn", train), x)
+        return self.activation((y + x.astype(y.dtype)).astype(self.dtype))
 
 
 class ResNet(family.Network):
@@ -94,9 +96,9 @@ class ResNet(family.Network):
         bottleneck = self.depth >= _BOTTLENECK_DEPTH
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         x = self.normalised(images)
-        x = Conv(64, 7, 2, 3, dtype=self.dtype, name="conv1")(x)
-        x = activation(batch_norm("bn1", train)(at_least_float32(x)))
-        x = max_pool(x.astype(self.dtype), 3, 2, 1)
+        first = Conv(64, 7, 2, 3, dtype=self.dtype, name="conv1")
+        x = normed(first, batch_norm("bn1", train), x).astype(self.dtype)
+        x = max_pool(activation(x), 3, 2, 1)
         for stage, num_blocks in enumerate(STAGES[self.depth]):
             planes = 64 * 2**stage
             for index in range(num_blocks):
@@ -110,7 +112,7 @@ class ResNet(family.Network):
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
         x = at_least_float32(x).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 def build(config: ml_collections.ConfigDict) -> ResNet:

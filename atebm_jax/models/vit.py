@@ -18,7 +18,14 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import at_least_float32, gelu, layer_norm
+from atebm_jax.models.layers import (
+    Dense,
+    LayerNorm,
+    at_least_float32,
+    dense_after,
+    gelu,
+    layer_norm,
+)
 from atebm_jax.models.stem import INIT, STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Channels and attention heads.
@@ -40,13 +47,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=INIT)
-        y = dense(3 * channels, name="qkv")(layer_norm(x, "norm1"))
+        dense = partial(Dense, dtype=self.dtype, kernel_init=INIT)
+        y = dense_after(LayerNorm(name="norm1"), dense(3 * channels, name="qkv"), x)
         # Query, key and value follow one another, each as [heads, channels a head].
         split = y.reshape(*y.shape[:2], 3, self.heads, channels // self.heads)
         y = jax.nn.dot_product_attention(*jnp.unstack(split, axis=2))
         x = x + at_least_float32(dense(channels, name="proj")(y.reshape(x.shape)))
-        y = gelu(dense(4 * channels, name="fc1")(layer_norm(x, "norm2")))
+        y = dense_after(LayerNorm(name="norm2"), dense(4 * channels, name="fc1"), x)
+        y = gelu(y)
         return x + at_least_float32(dense(channels, name="fc2")(y))
 
 
@@ -91,7 +99,7 @@ class ViT(family.Network):
         for index in range(DEPTH):
             x = block(heads, self.dtype, name=f"block{index}")(x)
         x = layer_norm(x[:, 0], "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
+        fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
     def _stem(self, channels: int) -> nn.Module:

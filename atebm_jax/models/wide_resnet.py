@@ -14,7 +14,7 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import ACTIVATIONS, Conv, batch_norm
+from atebm_jax.models.layers import ACTIVATIONS, Conv, Dense, batch_norm, normed
 
 # Tracing a deeper network would seem to hang; nobody trains one.
 _DEEPEST = 1000
@@ -34,9 +34,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
-        active = self.activation(batch_norm("bn1", train)(x))
-        y = conv(3, self.stride, 1, name="conv1")(active)
-        y = self.activation(batch_norm("bn2", train)(y))
+        active = self.activation(batch_norm("bn1", train)(x).astype(self.dtype))
+        first = conv(3, self.stride, 1, name="conv1")
+        y = normed(first, batch_norm("bn2", train), active).astype(self.dtype)
+        y = self.activation(y)
         y = conv(3, 1, 1, name="conv2")(y)
         if x.shape[-1] == self.features:
             return x + y
@@ -75,7 +76,7 @@ class WideResNet(family.Network):
                     name=f"block{group + 1}_{index}",
                 )(x, train)
         x = activation(batch_norm("bn1", train)(x)).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 def build(config: ml_collections.ConfigDict) -> WideResNet:

@@ -1,13 +1,12 @@
 """The ensemble on small linear classifiers: its edges, its order, its resumption."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from atebm_jax import UserError, autoattack, losses, sharding
+from atebm_jax import UserError, autoattack, hlo, losses, sharding
 from atebm_jax.autoattack import checks, ensemble, objectives, programs, versions
 
 # Results do not depend on batches, which `test_batches_do_not_matter` looks at.
