@@ -41,7 +41,7 @@ def load(
 
     Raises:
       UserError: nothing is there, it cannot be read, `batch_size` is not positive, or
-        JAX is told to use a platform that is not there.
+        the environment asks JAX for a platform that is not there.
     """
     check_platform()
     return Model(trained.load(path, best_by=best_by), batch_size)
@@ -51,8 +51,11 @@ class Model:
     """A classifier that is an energy-based model.
 
     Images are [N, H, W, C], float in [0, 1] or uint8; one image [H, W, C] is taken as
-    N = 1. Labels are ints in 0..K-1, [N] or one number for all. Images of another size
-    or range and labels that are none raise `UserError`.
+    N = 1. Labels are ints in 0..K-1, [N] or one number for all. Every method raises
+    `UserError` for images of another size or range, labels that are no classes, and
+    arguments outside of their range. Samples and edits do not depend on what is
+    computed beside them, on `batch_size` or on the number of devices, bit for bit on
+    one machine.
 
     Attributes:
       image_shape: (H, W, C).
@@ -104,36 +107,24 @@ class Model:
     ) -> np.ndarray:
         """Draws images by descent of the energy (paper, section 5).
 
-        Image i depends on its class, its seed and i alone: not on how many are drawn,
-        nor on `batch_size` or the number of devices, bit for bit on one machine.
-
         Args:
           labels: classes to draw, [N] or one for all; None draws from the marginal.
           count: how many, where neither labels nor seeds have a length; default 1.
-          seeds: images to start from; default those that the network was trained from
-            where these were drawn, uniform noise where they were a data set.
-          step_size: > 0, L2 pixels per step ("sgld": factor of the gradient, "sign":
-            Linf pixels); default the config's.
-          num_steps: steps, >= 0; default the config's.
-          seed: of the noise, 0 to 2**32 - 1.
-          sampler: "pgd" (the paper's), "momentum", "adam", "sgld" or "sign", with
-            settings in parentheses: "sgld(noise=0.005)"; default the config's.
-          schedule: of the step size: "constant", "linear" or "cosine".
-          target_energy: an image stops where its energy is this or lower: E(x, y), or
-            E(x) without labels.
-          smooth: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64.
+          seeds: images to start from; default as in training where seeds were drawn,
+            uniform noise where they were a data set.
+          step_size, num_steps, sampler: as of `recipes.Recipe`, default the config's:
+            "pgd" (the paper's), "momentum", "adam", "sgld(noise=0.005)" or "sign".
+          seed, schedule, target_energy, smooth: as of `recipes.Recipe`.
 
         Returns:
-          [N, H, W, C] float32 in [0, 1].
+          [N, H, W, C] float32 in [0, 1]; image i depends on its class, its seed and i.
 
         Raises:
-          UserError: a value outside of these, no such class, seeds of another size, or
-            lengths that differ.
+          UserError: also where lengths differ.
         """
-        settings = self._config.evaluate.samples
         number = self._count(labels, count, seeds)
         recipe = recipes.of_config(
-            settings,
+            self._config.evaluate.samples,
             sampler=sampler,
             schedule=schedule,
             step_size=step_size,
@@ -143,27 +134,22 @@ class Model:
             seed=seed,
             conditional=labels is not None,
         )
-        last = number - 1  # again, to fill up the last chunk
+        last = number - 1  # fills up the last chunk
         classes = None if labels is None else self._labels(labels, number)
-        start = None if seeds is None else self._images(seeds)
 
         def labels_of(indices: np.ndarray) -> np.ndarray:
             return indices if classes is None else classes[np.minimum(indices, last)]
 
-        def given(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
-            assert start is not None
-            return start[np.minimum(indices, last)]
-
-        spec = NOISE if self._gaussian is None else self._config.data.seeds
+        if seeds is None:
+            spec = NOISE if self._gaussian is None else self._config.data.seeds
+            seeds_of = drawing.seeds_fn(
+                spec, seed, self._config.data, gaussian=self._gaussian
+            )
+        else:
+            start = self._images(seeds)
+            seeds_of = lambda indices, labels: start[np.minimum(indices, last)]
         return drawing.images(
-            self._model,
-            self._variables,
-            recipe,
-            number,
-            labels_of,
-            drawing.seeds_fn(spec, seed, self._config.data, gaussian=self._gaussian)
-            if seeds is None
-            else given,
+            self._model, self._variables, recipe, number, labels_of, seeds_of
         )
 
     def counterfactual(
@@ -178,14 +164,13 @@ class Model:
     ) -> Edited:
         """What images would look like as another class (paper, section 5).
 
-        PGD on f(x)[target] in a ball around each image. As with `sample`, a result does
-        not depend on what is computed beside it.
+        PGD on f(x)[target] in a ball around each image.
 
         Args:
           images: the originals.
           targets: the classes they shall become, [N] or one for all.
-          radius: of the ball, one for all or [N], pixels of the norm; 1 to 8 is usual
-            for "l2".
+          radius: of the ball > 0, one for all or [N], pixels of the norm; 1 to 8 is
+            usual for "l2", 1 the largest for "linf".
           norm: "l2" or "linf".
           step_size: > 0, pixels of the norm per step; default the config's for samples,
             or radius / 5 where that is less.
@@ -195,10 +180,6 @@ class Model:
           `images` [N, H, W, C] float32 in [0, 1], in the ball, and the way there:
           `path.target_confidence`, `path.original_confidence`, `path.energy`,
           `path.predicted`, [N, T + 1] each; `originals` [N], the classes before.
-
-        Raises:
-          UserError: images of another size or range, no such class or norm, a radius
-            that is not positive (Linf: or above 1).
         """
         x = self._images(images)
         return self.edit(
@@ -228,26 +209,17 @@ class Model:
             model.edit(constraints.denoise(images, sigma=0.1), "guess")
             model.edit(constraints.superres(small_images, factor=2))
 
-        As with `sample`, a result does not depend on what is computed beside it.
-
         Args:
           constraint: one of `atebm_jax.constraints`, or anything like them.
           labels: classes, [N] or one for all; "guess" for those that the model takes
             the starts for; None to lower E(x), whatever the class.
-          step_size: > 0, as of the sampler; default the config's for samples, in a
-            ball radius / 5 where that is less.
-          num_steps: steps, >= 0; default the config's for samples.
+          step_size: as of `sample`; default in a ball radius / 5 where that is less.
+          num_steps, schedule, seed: as of `sample`; images share the sampler's noise.
           sampler: as of `sample`; default in a ball "pgd", in one of the maximum norm
             "sign".
-          schedule: of the step size: "constant", "linear" or "cosine".
-          seed: of the sampler's noise, which images share, 0 to 2**32 - 1.
 
         Returns:
           As of `counterfactual`.
-
-        Raises:
-          UserError: no constraint, one on images of another size, no such class, or a
-            value outside of these.
         """
         number = editing.check_constraint(constraint, self.image_shape)
         if isinstance(labels, str) and labels != "guess":
@@ -283,9 +255,8 @@ class Model:
     ) -> np.ndarray:
         """PGD on the cross-entropy: the adversary of evaluation and training.
 
-        What is not given is the config's, `evaluate.attack`: with its defaults this is
-        the attack behind the robust accuracy of the job's report and of the evaluate
-        command's `pgd`.
+        What is not given is the config's, `evaluate.attack`: this is the attack behind
+        the robust accuracy of the job's report and of the evaluate command's `pgd`.
 
         Args:
           images: to be attacked.
@@ -301,46 +272,30 @@ class Model:
 
         Returns:
           [N, H, W, C] float32 in [0, 1], inside the ball.
-
-        Raises:
-          UserError: images of another size or range, no such class or norm, or a value
-            outside of these.
         """
         settings = self._config.evaluate.attack
         x = self._images(images)
-        lengths = {"epsilon": epsilon, "step_size": step_size}
-        if norm == "unbounded":
-            lengths.pop("epsilon")
-        missing = [name for name, value in lengths.items() if value is None]
+        given = {
+            "norm": norm,
+            "epsilon": epsilon,
+            "step_size": step_size,
+            "num_steps": num_steps,
+            "momentum": momentum,
+            "keep_best": keep_best,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        lengths = ["step_size"] if norm == "unbounded" else ["epsilon", "step_size"]
+        missing = [name for name in lengths if name not in given]
         if norm not in (None, settings.norm) and norm in attacks.THREATS and missing:
             raise UserError(
                 f"norm is {norm!r} and the defaults are for {settings.norm!r}: give "
                 f"{' and '.join(missing)} too."
             )
-        decay = settings.momentum if momentum is None else momentum
-        best = settings.keep_best if keep_best is None else keep_best
-        number = int | float | np.number
-        if not isinstance(epsilon, number | None):
-            raise UserError(f"epsilon is {epsilon!r}: it must be a number, a radius.")
-        if not isinstance(decay, number) or not 0 <= decay < 1:
-            raise UserError(
-                f"momentum is {decay!r}: it must be a number in [0, 1), 0 for plain "
-                "PGD."
-            )
-        if not isinstance(best, bool | np.bool_):
-            raise UserError(f"keep_best is {best!r}: it must be True or False.")
-        attack = _attacker(
-            self._model,
-            settings.norm if norm is None else norm,
-            float(settings.epsilon if epsilon is None else epsilon),
-            float(decay),
-            bool(best),
-        )
-        size = settings.step_size if step_size is None else step_size
-        steps = settings.num_steps if num_steps is None else num_steps
-        recipes.check(recipes.Recipe(step_size=size, num_steps=steps))
+        chosen = dict(settings) | given
+        _check_attack(chosen)
+        size, steps = chosen.pop("step_size"), chosen.pop("num_steps")
         return self._run(
-            attack,
+            _attacker(self._model, **chosen),
             x,
             self._labels(labels, len(x)),
             fixed=(np.float32(size), np.int32(steps)),
@@ -407,24 +362,36 @@ class Model:
         return next(iter(given.values()), 1)
 
 
+def _check_attack(chosen: dict[str, Any]) -> None:
+    """Refuses what `attacks.adversary` does not check: values of other types."""
+    number = int | float | np.number
+    if not isinstance(chosen["epsilon"], number):
+        raise UserError(
+            f"epsilon is {chosen['epsilon']!r}: it must be a number, a radius."
+        )
+    decay = chosen["momentum"]
+    if not isinstance(decay, number) or not 0 <= decay < 1:
+        raise UserError(
+            f"momentum is {decay!r}: it must be a number in [0, 1), 0 for plain PGD."
+        )
+    if not isinstance(chosen["keep_best"], bool | np.bool_):
+        raise UserError(
+            f"keep_best is {chosen['keep_best']!r}: it must be True or False."
+        )
+    recipes.check(
+        recipes.Recipe(step_size=chosen["step_size"], num_steps=chosen["num_steps"])
+    )
+
+
 @lru_cache
 def _logits(model: nn.Module) -> Callable:
     return jax.jit(lambda variables, x: models.logits_fn(model, variables)(x))
 
 
 @lru_cache
-def _attacker(
-    model: nn.Module, norm: str, epsilon: float, momentum: float, keep_best: bool
-) -> Callable:
+def _attacker(model: nn.Module, **settings: Any) -> Callable:
     # Steps are arguments below: another number of them does not recompile.
-    adversary = attacks.adversary(
-        norm=norm,
-        epsilon=epsilon,
-        step_size=1.0,
-        num_steps=0,
-        momentum=momentum,
-        keep_best=keep_best,
-    )
+    adversary = attacks.adversary(**settings, step_size=1.0, num_steps=0)
 
     def attack(
         variables: Any,

@@ -14,9 +14,8 @@ _CALL = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*")
 def read(text: str) -> tuple[str, list[str]] | None:
     """The name before the parentheses, and the words between commas inside of them.
 
-    Returns:
-      (name, words), without words if there are no parentheses or nothing in them; None
-      if the text is written otherwise.
+    No words without parentheses, or with nothing in them; None if the text is written
+    otherwise.
     """
     match = _CALL.fullmatch(text)
     if match is None:
@@ -34,8 +33,7 @@ def choice(
 
     Args:
       kind: what the table holds, for messages.
-      table: functions by name; their arguments, numbers with defaults, are the
-        settings.
+      table: functions whose arguments, numbers with defaults, are the settings.
       text: the choice as the user writes it.
       more: settings that are not in the text.
 
@@ -45,30 +43,28 @@ def choice(
     Raises:
       UserError: no such function or setting, one that is given twice or no number.
     """
-    call = read(text) if isinstance(text, str) else None
-    name, words = call or ("", [])
+    name, words = (read(text) if isinstance(text, str) else None) or ("", [])
     if name not in table:
         known = [_written(key, _defaults(table[key])) for key in table]
         check_choice(kind, text, known)
-    pairs = [word.partition("=") for word in words]
-    given: list[tuple[str, Any]] = [(k.strip(), _number(v)) for k, _, v in pairs]
-    given += (more or {}).items()
-    known_settings = _defaults(table[name])
-    for position, (key, value) in enumerate(given):
+    defaults = _defaults(table[name])
+    pairs: list[tuple[str, Any]] = [_setting(word) for word in words]
+    given: dict[str, float] = {}
+    for key, value in [*pairs, *(more or {}).items()]:
         problem = None
-        if key not in known_settings:
+        if key not in defaults:
             problem = f"{name} has no setting {key!r}"
-        elif key in dict(given[:position]):
+        elif key in given:
             problem = f"{key} is given twice"
         elif isinstance(value, bool) or not isinstance(value, Real):
             problem = f"{key} is {value!r}, which is no number"
         if problem:
+            own = ", with numbers of your own" if defaults else ""
             raise UserError(
-                f"{kind} {text!r}: {problem}; write {_written(name, known_settings)}"
-                + ", with numbers of your own" * bool(known_settings)
-                + "."
+                f"{kind} {text!r}: {problem}; write {_written(name, defaults)}{own}."
             )
-    return name, dict(given)
+        given[key] = value
+    return name, given
 
 
 def resolved(kind: str, table: Mapping[str, Callable[..., Any]], text: str) -> str:
@@ -82,8 +78,7 @@ def resolved(kind: str, table: Mapping[str, Callable[..., Any]], text: str) -> s
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, float]:
-    parameters = inspect.signature(function).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters}
+    return {k: p.default for k, p in inspect.signature(function).parameters.items()}
 
 
 def _written(name: str, settings: Mapping[str, float]) -> str:
@@ -91,8 +86,9 @@ def _written(name: str, settings: Mapping[str, float]) -> str:
     return f"{name}({inside})" if settings else name
 
 
-def _number(word: str) -> float | str:
+def _setting(word: str) -> tuple[str, float | str]:
+    key, _, value = map(str.strip, word.partition("="))
     try:
-        return float(word)
+        return key, float(value)
     except ValueError:
-        return word.strip()
+        return key, value

@@ -1,13 +1,14 @@
 """Checkpoints with Orbax: save, restore, keep the best, load the weights alone.
 
-A workdir holds `checkpoints/<stage>/<step>/`, each with the whole train state, a small
-JSON that says what it is (`meta`: format, stage, step, T, config, names of the classes,
-and what the watch over the stage's health remembers) and, where seeds are drawn from
-Gaussians, these (`seeds`), so that samples need no data. The last two steps are kept,
-the best by robust accuracy and the best by sample distance. A step appears under its
-number only when it is complete, with the checksums of its files, and is moved to
-`trash/` before it is deleted, so that a killed process leaves no broken step behind.
-`intact` chooses the step to go on from.
+A workdir holds `checkpoints/<stage>/<step>/`. Each step has the whole train state, a
+small JSON that says what it is (`meta`: format, stage, step, T, config, names of the
+classes, and what the watch over the stage's health remembers) and, where seeds are
+drawn from Gaussians, these (`seeds`): samples need no data. Kept are the last two
+steps, the best by robust accuracy and the best by sample distance.
+
+A killed process leaves no broken step: one appears under its number only when it is
+complete, with the checksums of its files, and is moved to `trash/` before it is
+deleted. `intact` chooses the step to go on from.
 """
 
 import contextlib
@@ -16,7 +17,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from atebm_jax import checksums, local_path, sharding
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES
@@ -41,14 +41,16 @@ FORMAT = 1
 #: Metrics by which a best checkpoint is kept, and whether more is better.
 BEST_BY: dict[str, bool] = {"robust_accuracy": True, "sample_distance": False}
 
+# Where Orbax keeps the metrics of a step.
+_METRICS = "metrics/metrics"
+
 # What an earlier version called the stage's own state.
 _EXTRA_BEFORE = "curriculum"
 
 # The stage of weights that came from elsewhere.
 IMPORTED = "imported"
 
-
-#: A path as Orbax wants it.
+#: A path in the form that Orbax needs.
 absolute = local_path.absolute
 
 
@@ -60,8 +62,8 @@ def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
 class _Manager(ocp.CheckpointManager):
     """Orbax's, without its own watch for preemption.
 
-    It would ask JAX with the step's number, in between the questions of `StopSignal`,
-    which counts otherwise: JAX then names a moment to stop at that is never reached.
+    It asks JAX with the step's number. `StopSignal` asks with a count of its own. With
+    both, JAX names a moment to stop at that is never reached.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -79,24 +81,24 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
     if jax.process_index() == 0:
         _remove_leftovers(folder)
     policies: list[checkpoint_managers.PreservationPolicy] = [
-        checkpoint_managers.LatestN(2)
-    ]
-    for name, more_is_better in BEST_BY.items():
-        policies.append(
+        checkpoint_managers.LatestN(2),
+        *(
             checkpoint_managers.BestN(
-                get_metric_fn=_rank_by(name, more_is_better),
+                get_metric_fn=_rank_by(name),
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
-        )
+            for name in BEST_BY
+        ),
+    ]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         # Without a best_fn Orbax does not store the metrics that the policies read.
-        best_fn=_rank_by("robust_accuracy", True),
+        best_fn=_rank_by("robust_accuracy"),
         todelete_subdir="trash",
         # Called by the first process between the last file and the commit.
         async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=partial(_confirm, folder)
+            post_finalization_callback=lambda: _write_checksums(folder)
         ),
     )
     return _Manager(folder, options=options, item_names=("state", "meta", "seeds"))
@@ -133,9 +135,14 @@ def save(
             return
         # Saved by a job that was stopped in its evaluation.
         delete(checkpoints, step)
-    meta = {"format": FORMAT, "stage": stage, "step": step, "config": as_json(config)}
-    meta["T"] = contrastive_steps
-    meta["class_names"] = None if class_names is None else list(class_names)
+    meta = {
+        "format": FORMAT,
+        "stage": stage,
+        "step": step,
+        "config": as_json(config),
+        "T": contrastive_steps,
+        "class_names": None if class_names is None else list(class_names),
+    }
     if watch is not None:
         meta["watch"] = dict(watch)
     items: dict[str, ocp.args.CheckpointArgs] = {
@@ -155,15 +162,12 @@ def delete(checkpoints: ocp.CheckpointManager, step: int) -> None:
     """Deletes a saved step; every process of the job must call it."""
     checkpoints.delete(step)
     if jax.process_index() == 0:
-        # Its place in the trash will be needed if the step is saved and goes again.
+        # If the step is saved and deleted again, it needs the same place in the trash.
         _remove_leftovers(epath.Path(checkpoints.directory))
 
 
 def saved_watch(checkpoints: ocp.CheckpointManager, step: int) -> Any:
-    """What `save` was given as `watch`; None of a step that has none, or is not there.
-
-    An earlier version saved none.
-    """
+    """What `save` was given as `watch`; None where that, or the step, is not there."""
     if step not in checkpoints.all_steps():
         return None
     return _read_meta(epath.Path(checkpoints.directory) / str(step)).get("watch")
@@ -171,7 +175,7 @@ def saved_watch(checkpoints: ocp.CheckpointManager, step: int) -> Any:
 
 def was_evaluated(checkpoints: ocp.CheckpointManager, step: int) -> bool:
     """Whether a saved step has its metrics beside it."""
-    return _metrics_file(epath.Path(checkpoints.directory) / str(step)).exists()
+    return (epath.Path(checkpoints.directory) / str(step) / _METRICS).exists()
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainState:
@@ -191,21 +195,15 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainSt
     )
     folder = epath.Path(checkpoints.directory) / str(step)
     fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
-    # Without what the stage has none of: an earlier version had it in every stage.
+    # Skip what this stage does not have; an earlier version stored it in every stage.
     fields = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
     try:
-        with _without_hints(), ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             stored = checkpointer.metadata(folder / "state").item_metadata.tree
             if "extra" in fields and "extra" not in stored:
                 fields[_EXTRA_BEFORE] = fields.pop("extra")
-            restored = checkpointer.restore(
-                folder / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=fields,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(fields),
-                    partial_restore=True,
-                ),
-            )
+            as_in_like = ocp.checkpoint_utils.construct_restore_args(fields)
+            restored = _restored(checkpointer, folder / "state", fields, as_in_like)
     except Exception as error:
         raise UserError(
             f"checkpoint {folder} cannot be restored ({_first_line(error)}): it is "
@@ -249,7 +247,7 @@ def load_weights(
     warn_if_unchecked(folder)
     try:
         meta = _read_meta(folder)
-        weights = _read_averages(folder / "state")
+        weights = _read_arrays(folder / "state", _AVERAGES)
         if (folder / "seeds").exists():
             meta["seeds"] = _read_arrays(folder / "seeds")
     except Exception as error:
@@ -266,7 +264,7 @@ def load_weights(
 
 
 def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What a network's outputs mean, by number; None where its `meta` does not say."""
+    """The names of a network's classes, by number; None where its `meta` has none."""
     names = meta.get("class_names")
     return tuple(of_class(str(name)) for name in names) if names else None
 
@@ -275,7 +273,7 @@ def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
     """The `meta` of the last step of a stage that has a readable one, None if none."""
     for step in reversed(steps_in(folder)):
         try:
-            meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+            meta = _read_meta(folder / str(step))
         except (OSError, ValueError):
             continue
         if isinstance(meta, dict):
@@ -286,14 +284,14 @@ def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
 def damage(folder: epath.Path) -> str | None:
     """What is wrong with a step's files, None if nothing is; the same in all processes.
 
-    Every process of the job must call it: each reads its share of the files.
+    Every process must call it: each reads its share of the files.
     """
     found = checksums.damage(folder, jax.process_index(), jax.process_count())
     return sharding.first_said(found or "") or None
 
 
 def warn_if_unchecked(folder: epath.Path) -> None:
-    """Says of a step without checksums, of an earlier version, that it is trusted."""
+    """Warns of a step of an earlier version: without checksums it cannot be checked."""
     if jax.process_index() == 0 and not checksums.exist(folder):
         _log.warning(
             "checkpoint %s has no checksums (%s): whether its files are as they were "
@@ -314,10 +312,8 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
-    if best_by is not None and best_by not in BEST_BY:
-        raise UserError(
-            f"unknown best_by {best_by!r}: choose one of {', '.join(BEST_BY)}."
-        )
+    if best_by is not None:
+        check_choice("best_by", best_by, BEST_BY)
     if (folder / "state").exists() and (folder / "meta").exists():
         if best_by is not None:
             raise UserError(
@@ -326,10 +322,8 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
             )
         return folder
     order = (*reversed(STAGES), IMPORTED)
-    stages = [folder / "checkpoints" / stage for stage in order]
-    for candidate in [*stages, folder]:
-        steps = steps_in(candidate)
-        if steps:
+    for candidate in (*(folder / "checkpoints" / stage for stage in order), folder):
+        if steps := steps_in(candidate):
             step = steps[-1] if best_by is None else _best(candidate, steps, best_by)
             return candidate / str(step)
     raise UserError(
@@ -338,7 +332,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     )
 
 
-# Of a step, as Orbax writes it: others may have put folders beside.
+# Name of a step's folder. Users may put other folders beside them.
 _NUMBER = re.compile("0|[1-9][0-9]*")
 
 
@@ -366,7 +360,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _remove_leftovers(folder: epath.Path) -> None:
-    """Removes what a killed process was about to save or to delete."""
+    """Removes what a killed process was saving or deleting."""
     for path in folder.iterdir():
         if path.name == "trash" or _is_partial(path):
             path.rmtree()
@@ -375,35 +369,28 @@ def _remove_leftovers(folder: epath.Path) -> None:
 def _is_partial(path: epath.Path) -> bool:
     """Whether a folder is a step that Orbax has not committed.
 
-    It does so by a new name, in a bucket by a file that is written last.
+    Orbax commits a step by renaming it, in a bucket by a file that it writes last.
     """
     if in_bucket(path):
         return path.name.isdigit() and not (path / "commit_success.txt").exists()
     return "orbax-checkpoint-tmp" in path.name
 
 
-def _confirm(folder: epath.Path) -> None:
-    """Looks at the step that is being saved, just before it counts."""
+def _write_checksums(folder: epath.Path) -> None:
+    """Lists the files of the step that is being saved, just before it counts."""
     for path in folder.iterdir():
         if _is_partial(path):
             check_complete(path)
-    _write_checksums(folder)
-
-
-def _write_checksums(folder: epath.Path) -> None:
-    """Lists the files of the step that is being saved."""
-    for path in folder.iterdir():
-        if _is_partial(path):
             checksums.write(path)
 
 
-# Where all arrays of an item are listed. Without it none can be read, though Orbax
-# passes over that it has not written it.
+# Lists all arrays of an item. Without it none can be read, and Orbax does not notice
+# that it has not written it.
 _LIST_OF_ARRAYS = "manifest.ocdbt"
 
 
 def check_complete(step_folder: epath.Path) -> None:
-    """Refuses a step that has been written and could not be read.
+    """Refuses a step that was written in a way that nothing could read.
 
     Raises:
       UserError: the list of its arrays is missing.
@@ -420,20 +407,16 @@ def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
     return json.loads((step_folder / "meta" / "metadata").read_text())
 
 
-def _metrics_file(step_folder: epath.Path) -> epath.Path:
-    return step_folder / "metrics" / "metrics"
-
-
-def _rank_by(name: str, more_is_better: bool) -> Any:
-    sign = 1.0 if more_is_better else -1.0
+def _rank_by(name: str) -> Any:
+    """Metrics -> a number that is greater for better ones."""
+    sign = 1.0 if BEST_BY[name] else -1.0
     return lambda metrics: sign * metrics[name]
 
 
 def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
-    rank = _rank_by(best_by, BEST_BY[best_by])
-    ranked = {}
+    rank, ranked = _rank_by(best_by), {}
     for step in steps:
-        file = _metrics_file(folder / str(step))
+        file = folder / str(step) / _METRICS
         if file.exists():
             ranked[step] = rank(json.loads(file.read_text()))
     if not ranked:
@@ -442,8 +425,8 @@ def _best(folder: epath.Path, steps: Sequence[int], best_by: str) -> int:
 
 
 @contextlib.contextmanager
-def _without_hints() -> Iterator[None]:
-    """Keeps from the screen what Orbax says about metadata that nobody wrote."""
+def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
+    """Orbax's reader, without its warnings about metadata that were never written."""
     log = logging.getLogger("absl")
 
     def unasked(record: logging.LogRecord) -> bool:
@@ -451,42 +434,41 @@ def _without_hints() -> Iterator[None]:
 
     log.addFilter(unasked)
     try:
-        yield
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            yield checkpointer
     finally:
         log.removeFilter(unasked)
 
 
-def _read_averages(folder: epath.Path) -> dict[str, Any]:
-    with _without_hints(), ocp.PyTreeCheckpointer() as checkpointer:
+# The averaged weights in a train state, and what they are called alone.
+_AVERAGES = {"average_params": "params", "average_batch_stats": "batch_stats"}
+
+
+def _read_arrays(
+    folder: epath.Path, names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The arrays of an item, on the host: all, or some under other names."""
+    with _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata
         if metadata is None:
             raise ValueError("the list of its arrays is missing")
-        tree = metadata.tree
-        names = {"average_params": "params", "average_batch_stats": "batch_stats"}
-        item = {name: tree[name] for name in names}
-        restored = checkpointer.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=jax.tree.map(
-                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
-                ),
-                partial_restore=True,
-            ),
-        )
-    return {short: restored[name] for name, short in names.items()}
+        item = {name: metadata.tree[name] for name in names or metadata.tree}
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = jax.tree.map(lambda _: as_numpy, item)
+        restored = _restored(checkpointer, folder, item, args)
+    return {(names or {}).get(name, name): tree for name, tree in restored.items()}
 
 
-def _read_arrays(folder: epath.Path) -> dict[str, np.ndarray]:
-    with _without_hints(), ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
-        return checkpointer.restore(folder, restore_args=as_numpy)
+def _restored(
+    checkpointer: ocp.PyTreeCheckpointer, folder: epath.Path, item: Any, args: Any
+) -> dict[str, Any]:
+    """The arrays of a folder that `item` names, restored by `args`."""
+    wanted = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+    return checkpointer.restore(folder, args=wanted)
 
 
 def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
     return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        if str(error).strip()
-        else type(error).__name__
+        f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
     )

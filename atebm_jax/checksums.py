@@ -12,8 +12,7 @@ from etils import epath
 
 FILE = "CHECKSUMS.sha256"
 
-# Orbax writes these after the list: which handlers, when, and that all is there.
-# They are not restored: a checkpoint reads the same without them.
+# Orbax writes these after the list. A checkpoint reads the same without them.
 _NOT_LISTED = {FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 _HEADER = "# sha256 of the lines below: "
@@ -22,16 +21,12 @@ _THREADS = 4
 
 
 def write(folder: epath.Path) -> None:
-    """Lists the files of a folder, which must not change any more.
-
-    Args:
-      folder: one step of a checkpoint, local or in a bucket.
-    """
+    """Lists the files of a checkpoint's step, which must not change any more."""
     names = sorted(name for name in _files(folder) if name not in _NOT_LISTED)
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = threads.map(lambda name: _digest(folder / name), names)
-        pairs = zip(names, digests, strict=True)
-        lines = "".join(f"{digest}  {name}\n" for name, digest in pairs)
+        pairs = zip(digests, names, strict=True)
+        lines = "".join(f"{digest}  {name}\n" for digest, name in pairs)
     (folder / FILE).write_text(f"{_HEADER}{_sha256(lines)}\n{lines}")
 
 
@@ -54,26 +49,17 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
     if not exist(folder):
         return None
     try:
-        listed = _listed(folder)
+        text = (folder / FILE).read_bytes().decode(errors="replace")
     except OSError as error:
         return f"{FILE} cannot be read ({error.strerror or error})"
-    if listed is None:
-        return f"{FILE} is incomplete or was altered"
-    names = list(listed)[part::parts]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda name: _fault(folder / name, listed[name]), names)
-        faults = zip(names, found, strict=True)
-        return next((f"{name} {fault}" for name, fault in faults if fault), None)
-
-
-def _listed(folder: epath.Path) -> dict[str, str] | None:
-    """File name -> digest; None if the list itself is damaged."""
-    text = (folder / FILE).read_bytes().decode(errors="replace")
     header, _, lines = text.partition("\n")
     if header != f"{_HEADER}{_sha256(lines)}":
-        return None
-    pairs = (line.split("  ", 1) for line in lines.splitlines())
-    return {name: digest for digest, name in pairs}
+        return f"{FILE} is incomplete or was altered"
+    listed = [line.split("  ", 1) for line in lines.splitlines()][part::parts]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(lambda pair: _fault(folder / pair[1], pair[0]), listed)
+        faults = zip(listed, found, strict=True)
+        return next((f"{name} {fault}" for (_, name), fault in faults if fault), None)
 
 
 def _fault(path: epath.Path, listed: str) -> str | None:

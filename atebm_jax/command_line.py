@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,52 +19,48 @@ from atebm_jax.config import check_override, default, flatten, nearest
 from atebm_jax.errors import UserError
 from atebm_jax.names import printable
 
+# --config=FILE, --config.FIELD=VALUE, --noconfig.FIELD.
+_CONFIG_FLAG = re.compile(r"--?(no(?=config\.))?(config(?:\..*)?)")
 
-def check_overrides(arguments: Sequence[str]) -> None:
-    """Refuses a missing or unusable --config, and overrides that do not fit it.
+
+def checked_arguments(arguments: Sequence[str], *, needed: bool = True) -> list[str]:
+    """The arguments with one --config and one override of each field, all checked.
+
+    Of a flag that is given twice the last one counts. (ml_collections would refuse a
+    second file, and append the second value of a tuple to the first.) In
+    --config=~/file, `~` is replaced, which no shell does.
+
+    Args:
+      arguments: of the command, as absl takes them.
+      needed: whether --config must be there even without an override.
 
     Raises:
-      UserError: says what is wrong.
+      UserError: no --config, one that cannot be used, or an override that does not fit.
     """
-    values = dict(flag_values(arguments))
-    if "config" not in values:
-        raise UserError(
-            "--config is missing: give a config file, --config=configs/digits.py."
-        )
-    config = load_config(values.pop("config"))
-    for name, value in values.items():
-        if name.startswith("config."):
-            check_override(config, name.removeprefix("config."), value)
-        elif name.startswith("noconfig."):
-            check_override(config, name.removeprefix("noconfig."), "false")
-
-
-def with_home(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `~` replaced in --config=~/file, which no shell does."""
-    made = list(arguments)
-    for place, argument in enumerate(made):
+    rest = list(arguments)
+    made: dict[str, str] = {}
+    values: dict[str, str] = {}
+    while rest:
+        # By a key of its own, so that all other arguments stay.
+        key, argument = f"{len(rest)} left", rest.pop(0)
         name, equals, value = argument.partition("=")
-        if name not in ("--config", "-config"):
-            continue
-        if equals:
-            made[place] = f"{name}={os.path.expanduser(value)}"
-        elif place + 1 < len(made):
-            made[place + 1] = os.path.expanduser(made[place + 1])
-    return made
-
-
-def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of each flag, written --name=value or --name value."""
-    for position, argument in enumerate(arguments):
-        if not argument.startswith("-"):
-            continue
-        name, equals, value = argument.lstrip("-").partition("=")
-        following = arguments[position + 1 : position + 2]
-        if not equals and following and not following[0].startswith("--"):
-            value = following[0]
-        elif not equals:
-            value = "true"
-        yield name, value
+        if match := _CONFIG_FLAG.fullmatch(name):
+            key = match[2]
+            if not equals and rest and not rest[0].startswith("--"):
+                equals, value = "=", rest.pop(0)
+            value = os.path.expanduser(value) if key == "config" else value
+            values[key] = "false" if match[1] else value if equals else "true"
+            argument = f"{name}{equals}{value}"
+        made[key] = argument
+    if values or needed:
+        if "config" not in values:
+            raise UserError(
+                "--config is missing: give a config file, --config=configs/digits.py."
+            )
+        config = load_config(values.pop("config"))
+        for name, value in values.items():
+            check_override(config, name.removeprefix("config."), value)
+    return list(made.values())
 
 
 def load_config(path_and_row: str) -> ConfigDict:
@@ -82,13 +79,13 @@ def load_config(path_and_row: str) -> ConfigDict:
     module = util.module_from_spec(spec)
     with _running(path):
         spec.loader.exec_module(module)
-    if not callable(vars(module).get("get_config")):
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
         raise UserError(f"config file {path!r} has no function get_config.")
-    takes_row = bool(inspect.signature(module.get_config).parameters)
-    if row and not takes_row:
+    if row and not inspect.signature(get_config).parameters:
         raise UserError(f"config file {path!r} has no rows: leave out {':' + row!r}.")
     with _running(path):
-        config = module.get_config(row) if row else module.get_config()
+        config = get_config(row) if row else get_config()
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config of config file {path!r} returns a {type(config).__name__}: "
@@ -99,12 +96,13 @@ def load_config(path_and_row: str) -> ConfigDict:
 
 
 def _check_names(path: str, config: ConfigDict) -> None:
-    """Refuses a field that nothing reads; a family of the user's own may read more."""
+    """Refuses a field that nothing reads."""
     fields = [name for name, _ in flatten(default())]
     others = [name for name, _ in flatten(config) if name not in fields]
     if any(name.startswith("model.") for name in others):
         from atebm_jax import models  # slow to import
 
+        # A family of the user's own may read more.
         if config.model.get("name") not in models.BUILT_IN:
             others = [name for name in others if not name.startswith("model.")]
     if others:

@@ -128,25 +128,42 @@ def _model() -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     # Family: a key of `atebm_jax.models.FAMILIES`.
     model.name = "wide_resnet"
-    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets.
+    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets; 18 or 34 for PreActResNets;
+    # blocks of an XCiT.
     model.depth = 34
     # Width of WideResNets: 16, 32 and 64 times this many channels.
     model.widen_factor = 10
     # Channels inside a ResNet's first bottlenecks: 64; wide ResNets have 128 or 256.
     model.base_width = 64
-    # Size of a ConvNeXt ("tiny", "small", "base", "large") or ViT ("small", "base").
+    # Of RaWideResNets and their like: blocks of each group, and channels of the first
+    # convolution and of each group.
+    model.blocks = "30-31-10"
+    model.widths = "96-216-432-864"
+    # Whether a PreActResNet has a norm before its pooling, and what shortcuts with a
+    # convolution see: "active", the input after norm and activation, or "raw".
+    model.final_norm = True
+    model.shortcut = "active"
+    # Size of a ConvNeXt or Swin ("tiny", "small", "base", "large"), ViT ("small",
+    # "base") or XCiT ("tiny", "small", "medium", "large").
     model.size = "base"
     # First layers of a ConvNeXt or ViT: "patch", or "conv" for convolutions (ConvStem).
     model.stem = "patch"
     # Side of the grid of patches that a ViT's position embedding is kept for; images
-    # with another grid get it interpolated.
+    # with another grid get it interpolated. Of a Swin the grid that its windows are
+    # laid out for: 56 for images of 224 pixels.
     model.position_grid = 14
+    # Side of an XCiT's patches in pixels: 16, 8, or 4 for small images.
+    model.patch = 16
+    # Side of a Swin's windows, in patches.
+    model.window = 7
+    # Of a Swin's norms: 1e-5, or 1e-6 for the networks of MIMIR.
+    model.norm_epsilon = 1e-5
     model.num_classes = 10
     # Input normalisation inside the network, one number a channel; () for none.
     model.mean = ()
     model.std = ()
-    # "relu", "swish" or "gelu", for WideResNets and ResNets; ConvNeXts and ViTs have
-    # GELU.
+    # "relu", "swish" or "gelu", for WideResNets and ResNets; ConvNeXts and transformers
+    # have GELU, JEM's WideResNet has leaky ReLU.
     model.activation = "relu"
     # Compute dtype of the convolutions, "float32" or "bfloat16".
     model.dtype = "float32"

@@ -1,11 +1,9 @@
 """Image i of a set of samples, the same whatever the batch, devices and caller.
 
-The evaluation of a job, the commands and the Python interface all draw here.
-
 Compilers order sums by the shape of a batch: the same image drawn in batches of 10 and
-of 64 differs in its last bits, and a long ascent makes that visible. Here every program
-draws exactly `CHUNK` images on one device, however many are asked for. Several devices
-draw different chunks side by side.
+of 64 differs in its last bits, and a long ascent makes that visible. Therefore every
+program draws exactly `CHUNK` images on one device, however many are asked for. Several
+devices draw different chunks side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -31,7 +29,8 @@ if TYPE_CHECKING:
     from atebm_jax import data
 
 CHUNK = 32
-# Beyond every image's index: the steps' noise is not that of a seed.
+# Beyond every image's index: noise of the steps, each image's by its own index, has
+# nothing to do with that of the seeds.
 _STEPS = 2**31
 
 #: Indices [CHUNK] int32 -> classes [CHUNK] int32.
@@ -40,7 +39,6 @@ LabelsFn = Callable[[np.ndarray], np.ndarray]
 SeedsFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 #: (weights, images [S, CHUNK, H, W, C]) -> a tree of arrays; compiled with the loop.
 ReadFn = Callable[[Any, jax.Array], Any]
-
 #: (indices [CHUNK], a tree of numpy arrays, weights on the device that made them) ->
 #: a tree of numpy arrays, of the same shapes every time.
 FinishFn = Callable[[np.ndarray, Any, Any], Any]
@@ -57,15 +55,12 @@ def cyclic_labels(num_classes: int) -> LabelsFn:
 def noise_seeds(
     key: jax.Array, indices: jax.Array, image_shape: tuple[int, int, int]
 ) -> jax.Array:
-    """Uniform noise in [0, 1], each image by its own index.
+    """Uniform noise in [0, 1], each image by its own index: [B, H, W, C] float32.
 
     Args:
       key: a typed PRNG key.
       indices: [B] int32; image i is the same in every batch that contains index i.
       image_shape: (H, W, C).
-
-    Returns:
-      [B, H, W, C] float32.
     """
     return jax.vmap(
         lambda index: jax.random.uniform(jax.random.fold_in(key, index), image_shape)
@@ -75,37 +70,22 @@ def noise_seeds(
 _noise = jax.jit(noise_seeds, static_argnums=2)
 
 
-def step_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """Keys [B] for rules with noise, each image's by its own index.
-
-    Arguments as of `noise_seeds`, whose seeds have nothing to do with this noise.
-    """
-    steps_key = jax.random.fold_in(key, _STEPS)
-    return jax.vmap(lambda index: jax.random.fold_in(steps_key, index))(indices)
-
-
 class ReadSeeds:
     """Seed i is image i of a data set, over and over: a `SeedsFn`.
 
     The next image that can be decoded stands in for one that cannot: never a black one.
 
-    Args:
-      source: the images.
-      settings: `config.data`.
-
-    Attributes:
-      stand_ins: indices whose seed stands in for another; grows.
+    `stand_ins` are the indices, so far, whose seed stands in for another.
     """
 
     def __init__(self, source: data.Source, settings: ml_collections.ConfigDict):
         from atebm_jax import data  # its pipeline is slow to import
 
         self.stand_ins: set[int] = set()
-        self._length, self._threads = len(source), max(settings.num_threads, 1)
+        self._settings = settings
         self._images = data.Images(
             source, data.parse(settings.preprocess_seeds), tuple(settings.image_shape)
         )
-        self._max_bad = settings.max_bad_images
 
     def __call__(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Seeds [B, H, W, C] float32 in [0, 1].
@@ -114,20 +94,18 @@ class ReadSeeds:
           UserError: too many images in a row cannot be decoded.
         """
         del labels
-        places = (indices % self._length).tolist()
-        with ThreadPoolExecutor(self._threads) as pool:
-            read = list(pool.map(self._first_good, places))
-        for index, (_, own) in zip(indices.tolist(), read, strict=True):
-            if not own:
-                self.stand_ins.add(index)
-        levels = np.stack([image for image, _ in read])
+        with ThreadPoolExecutor(max(self._settings.num_threads, 1)) as pool:
+            levels = np.stack(list(pool.map(self._read, indices.tolist())))
         return levels.astype(np.float32) / np.float32(255)
 
-    def _first_good(self, place: int) -> tuple[np.ndarray, bool]:
-        """The image of a place, or the next good one; whether it is its own."""
-        make_rng = np.random.default_rng
-        (image, _), bad = self._images.first_good(place, make_rng, self._max_bad)
-        return image, bad != place
+    def _read(self, index: int) -> np.ndarray:
+        place = index % len(self._images.source)
+        (image, _), bad = self._images.first_good(
+            place, np.random.default_rng, self._settings.max_bad_images
+        )
+        if bad == place:
+            self.stand_ins.add(index)
+        return image
 
 
 def stand_ins(seeds_of: SeedsFn) -> set[int]:
@@ -149,8 +127,8 @@ def seeds_fn(
       spec: noise, a kind of Gaussians, or a data set.
       seed: of what is drawn; not of images that are read.
       settings: `config.data`.
-      gaussian: what seeds are drawn from, where `spec` is a kind of them.
-      source: the images, where `spec` is a data set, or those that take its place.
+      gaussian: what seeds are drawn from if `spec` is a kind of them.
+      source: the images if `spec` is a data set, or those that take its place.
     """
     if source is not None:
         return ReadSeeds(source, settings)
@@ -159,9 +137,6 @@ def seeds_fn(
         return lambda indices, labels: np.asarray(_noise(key, indices, shape))
     assert gaussian is not None
     return partial(gaussian.batch, seed)
-
-
-# Chunks.
 
 
 def images(
@@ -175,30 +150,21 @@ def images(
     together: bool = False,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """The first images of a set, in memory.
+    """The first `number` images of a set, in memory; other arguments as of `draw`.
 
     Args:
-      model, variables, recipe, labels_of, seeds_of, together: as of `draw`.
-      number: how many.
       show: (chunks that are done, all of them), before the first and after each.
 
     Returns:
       [number, H, W, C] float32 in [0, 1].
     """
-    chunks = num_chunks(number)
-    show(0, chunks)
+    numbers = range(num_chunks(number))
+    arguments = (model, variables, recipe, numbers, labels_of, seeds_of)
+    show(0, len(numbers))
     made = []
-    for index, drawn in draw(
-        model,
-        variables,
-        recipe,
-        range(chunks),
-        labels_of,
-        seeds_of,
-        together=together,
-    ):
+    for index, drawn in draw(*arguments, together=together):
         made.append(drawn)
-        show(index + 1, chunks)
+        show(index + 1, len(numbers))
     return np.concatenate(made)[:number]
 
 
@@ -224,42 +190,42 @@ def draw(
     """Draws chunks of samples.
 
     Args:
-      model: images to logits.
-      variables: its weights.
+      model, variables: images to logits, and its weights.
       recipe: one that has been checked.
       numbers: of the chunks to draw; chunk n holds images n * CHUNK and on.
-      labels_of: of images by their indices; ignored where the recipe is not
-        conditional.
+      labels_of: of images by their indices; ignored if the recipe is not conditional.
       seeds_of: of images by their indices and classes.
-      ends: numbers of steps at which images are read, ascending, instead of the
-        recipe's alone: S of them, of one trajectory.
-      read: what is kept of images, instead of the last of them.
-      read_weights: what `read` is given first.
-      finish: (indices [CHUNK], what was read as numpy, (variables, read_weights) on
-        the device that made it) -> what is yielded.
-      together: every process of a job draws, each a share of the chunks, and has all.
+      ends: S ascending numbers of steps, at which images of one trajectory are read;
+        default the recipe's alone.
+      read, read_weights: what is kept of images, and its weights; default the last.
+      finish: what is yielded; its weights are (variables, read_weights).
+      together: each process of a job draws a share of the chunks, and gets all.
 
     Yields:
       (number, images [CHUNK, H, W, C] float32 in [0, 1], or what `finish` makes of what
       `read` makes of them), in the order of `numbers`.
     """
-    steps = [recipe.num_steps] if ends is None else list(ends)
-    program = _program(model, _static(recipe), len(steps), read)
     stop = recipe.target_energy
-    traced = _Traced(
+    # What may change without another compilation.
+    traced = (
         np.uint32(recipe.seed),
         np.float32(recipe.step_size),
-        np.asarray(steps, np.int32),
+        np.asarray([recipe.num_steps] if ends is None else ends, np.int32),
         None if stop is None else np.float32(-stop),
     )
+    static = recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
 
     def arguments_of(indices: np.ndarray) -> tuple[Any, ...]:
         labels = labels_of(indices)
         return traced, indices, labels, seeds_of(indices, labels)
 
-    weights = (variables, read_weights)
     return on_devices(
-        program, weights, numbers, arguments_of, finish=finish, together=together
+        _program(model, static, read),
+        (variables, read_weights),
+        numbers,
+        arguments_of,
+        finish=finish,
+        together=together,
     )
 
 
@@ -278,13 +244,11 @@ def on_devices(
       program: compiled; (weights, *arguments) -> a tree of arrays.
       weights: of the networks.
       numbers: of the chunks.
-      arguments_of: indices [CHUNK] int32 -> trees of arrays, the same shapes every
-        time.
-      finish, together: as of `draw`. Alone, a process uses its own devices.
+      arguments_of: indices [CHUNK] int32 -> arguments, the same shapes every time.
+      finish, together: as of `draw`.
 
     Yields:
-      (number, what the program or `finish` returned, as numpy), in the order of
-      `numbers`.
+      (number, what the program or `finish` returned, as numpy), as of `draw`.
     """
     devices = jax.local_devices()
     placed = [_put(weights, device) for device in devices]
@@ -312,6 +276,7 @@ def on_devices(
         # Every process has as much to exchange: the last chunk stands in.
         missing = processes * len(devices) - len(round_) if processes > 1 else 0
         waiting.append((round_, begin(round_ + missing * round_[-1:])))
+        # Devices compute a round while the one before is read.
         if len(waiting) > 1:
             yield from end(*waiting.popleft())
     for last in waiting:
@@ -338,38 +303,24 @@ def _exchanged(made: Sequence[Any]) -> list[Any]:
     return [jax.tree.map(lambda x: x[k], whole) for k in range(number)]  # noqa: B023
 
 
-class _Traced(NamedTuple):
-    """What may change without another compilation; ends [S], the rest [].
-
-    The target is None for never.
-    """
-
-    seed: Any
-    step_size: Any
-    ends: Any
-    target: Any
-
-
-def _static(recipe: Recipe) -> Recipe:
-    """The recipe with all that is traced set to one value."""
-    return recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
-
-
 @lru_cache
 def _program(
-    model: nn.Module, recipe: Recipe, num_ends: int, read: ReadFn | None
+    model: nn.Module, recipe: Recipe, read: ReadFn | None
 ) -> Callable[..., Any]:
+    """Draws one chunk; of the recipe what is not traced."""
     rule = ascent.rule(recipe.sampler)
 
     def sample(
         weights: Any,
-        traced: _Traced,
+        traced: tuple[Any, ...],
         indices: jax.Array,
         labels: jax.Array,
         seeds: jax.Array,
     ) -> Any:
         variables, read_weights = weights
-        keys = step_keys(jax.random.key(traced.seed), indices)
+        seed, step_size, ends, target = traced
+        key = jax.random.fold_in(jax.random.key(seed), _STEPS)
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
         start = recipes.smooth(seeds, recipe.smooth) if recipe.smooth else seeds
         logits_fn = models.freeze(model, variables, seeds.shape[1:])
 
@@ -382,12 +333,11 @@ def _program(
             start,
             rule,
             keys=keys,
-            step_size=traced.step_size,
-            ends=traced.ends,
+            step_size=step_size,
+            ends=ends,
             schedule=ascent.SCHEDULES[recipe.schedule],
-            target=traced.target,
+            target=target,
         )
         return images[-1] if read is None else read(read_weights, images)
 
-    del num_ends  # the shape of the ends; a program each
     return jax.jit(sample)

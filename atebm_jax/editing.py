@@ -67,11 +67,8 @@ def counterfactual_step_size(step_size: Any, radius: Any) -> Any:
     """Five steps or more from the centre to the edge of a ball: min(step, radius / 5).
 
     Args:
-      step_size: that of free samples, pixels of the ball's norm; a number or an array.
-      radius: of the ball, pixels of its norm; a number or an array.
-
-    Returns:
-      The smaller one, pixels; of the shape that both broadcast to.
+      step_size: that of free samples, pixels of the ball's norm; any shape.
+      radius: of the ball, pixels of its norm; of a shape that broadcasts with it.
     """
     return np.minimum(step_size, radius / 5)
 
@@ -90,23 +87,20 @@ def descend(
 ) -> Edited:
     """Lowers the energy from `constraint.start` within the constraint's set.
 
-    A pure function that jits, vmaps over trees of constraints, and needs no
-    communication where the images are split over devices.
+    A pure function: jit it, vmap it over trees of constraints, split the images over
+    devices without communication.
 
     Args:
       logits_fn: images [B, H, W, C] -> logits [B, K].
       constraint: of B images, one of `constraints`.
       labels: [B] int32 in 0..K-1, or `GUESS`; None to lower E(x).
       keys: [B], for rules with noise.
-      rule: `ascent.pgd()` say, or `ascent.sign()` in a ball of the maximum norm.
-      step_size: as of the rule; one for all or [B, 1, 1, 1].
-      num_steps: a traced int32 never recompiles.
-      capacity: greatest number of steps, static; the path has capacity + 1 rows.
-      schedule: factor of the step size in each step.
+      rule, step_size, num_steps, schedule: as of `ascent.climb`.
+      capacity: greatest number of steps, static.
 
     Returns:
-      Images, start, classes and path, each of B images; rows of the path beyond
-      `num_steps` are zero.
+      Images, start, classes and path of B images. The path has capacity + 1 rows; those
+      beyond `num_steps` are zero.
     """
     start = constraint.start
     originals = jnp.argmax(logits_fn(start), axis=-1).astype(jnp.int32)
@@ -147,14 +141,10 @@ def descend(
 
 
 def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
-    """The number of images of a constraint for a network.
-
-    Args:
-      constraint: of `atebm_jax.constraints`, or anything like them.
-      image_shape: (H, W, C) of the network.
+    """The number of images of a constraint for a network's images, (H, W, C).
 
     Raises:
-      UserError: it is none, or of images of another shape.
+      UserError: it is no constraint, or on other images.
     """
     if not isinstance(constraint, constraints.Constraint):
         raise UserError(
@@ -166,14 +156,13 @@ def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
         raise UserError("the parts of the constraint are of different lengths.")
     try:
         start = jax.eval_shape(lambda c: c.start, constraint)
-        shape = start.shape
     except (TypeError, ValueError) as error:
         raise UserError(
             f"the parts of the constraint do not fit together: {error}."
         ) from error
-    if len(shape) != 4 or shape[1:] != image_shape or shape[:1] not in lengths:
+    if start.shape[1:] != image_shape or start.shape[:1] not in lengths:
         raise UserError(
-            f"the constraint is on images of shape {shape}: this model takes [N, "
+            f"the constraint is on images of shape {start.shape}: this model takes [N, "
             f"{', '.join(map(str, image_shape))}]."
         )
     if not jnp.issubdtype(start.dtype, jnp.floating):
@@ -181,7 +170,7 @@ def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:
             f"the constraint is on images of {start.dtype}: expected floats in [0, 1], "
             "as constraints.as_images makes them of bytes."
         )
-    return shape[0]
+    return start.shape[0]
 
 
 def prepare(
@@ -195,15 +184,14 @@ def prepare(
     schedule: str = "constant",
     seed: int = 0,
 ) -> tuple[Rows, Recipe]:
-    """Fills in what is not given.
+    """Rows and recipe, with defaults for what is not given.
 
     Args:
-      constraint: as of `check_constraint`.
-      labels: as of `Rows`.
-      settings: `config.evaluate.samples`, whose sampler, step size (or a fifth of the
-        radius of a ball, where that is less) and number of steps are the defaults.
+      constraint, labels: as of `Rows`.
+      settings: `config.evaluate.samples`, for sampler, step size (in a ball a fifth of
+        the radius if that is less) and number of steps.
       step_size, num_steps, schedule, seed: as of `Recipe`.
-      sampler: in balls by default "pgd", in those of the maximum norm "sign".
+      sampler: as of `Recipe`; default in balls "pgd", in linf balls "sign".
 
     Raises:
       UserError: a value that nothing can be edited with.
@@ -243,19 +231,13 @@ def edit(model: nn.Module, variables: Any, rows: Rows, recipe: Recipe) -> Edited
       [N, ...] numpy arrays; those of the path are [N, T + 1].
     """
     number = len(rows.step_sizes)
-    parts = [
-        part
-        for _, part in edit_chunks(
-            model, variables, lambda indices: take(rows, indices), recipe, number
-        )
-    ]
+
+    def rows_of(indices: np.ndarray) -> Rows:
+        inside = np.minimum(indices, number - 1)  # fills up the last chunk
+        return jax.tree.map(lambda array: np.asarray(array)[inside], rows)
+
+    parts = [part for _, part in edit_chunks(model, variables, rows_of, recipe, number)]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def take(rows: Rows, indices: np.ndarray) -> Rows:
-    """Some of the rows; the last one again where an index lies beyond them."""
-    inside = np.minimum(indices, len(rows.step_sizes) - 1)
-    return jax.tree.map(lambda array: np.asarray(array)[inside], rows)
 
 
 def edit_chunks(
@@ -267,11 +249,8 @@ def edit_chunks(
 ) -> Iterator[tuple[range, Edited]]:
     """Edits rows chunk by chunk, on all devices of this process.
 
-    A row's result is the same bits whatever is edited beside it, on one machine.
-
     Args:
-      model: images to logits.
-      variables: its weights.
+      model, variables: images to logits, and its weights.
       rows_of: indices [CHUNK] -> rows; those beyond `number` are thrown away.
       recipe: as of `prepare`.
       number: of rows.
@@ -284,22 +263,15 @@ def edit_chunks(
         capacity *= 2
     program = _program(model, recipe.sampler, recipe.schedule, capacity)
     seed, steps = np.uint32(recipe.seed), np.int32(recipe.num_steps)
-    size = drawing.CHUNK
-    made = drawing.on_devices(
-        program,
-        variables,
-        range(drawing.num_chunks(number)),
-        lambda indices: (seed, steps, rows_of(indices)),
-    )
-    for chunk, edited in made:
+    chunks, size = range(drawing.num_chunks(number)), drawing.CHUNK
+    for chunk, edited in drawing.on_devices(
+        program, variables, chunks, lambda indices: (seed, steps, rows_of(indices))
+    ):
         indices = range(chunk * size, min((chunk + 1) * size, number))
-        yield indices, _cut(edited, len(indices), recipe.num_steps)
-
-
-def _cut(edited: Edited, number: int, num_steps: int) -> Edited:
-    """Without the rows that fill a chunk and a record; the path [B, T + 1]."""
-    path = jax.tree.map(lambda record: record[: num_steps + 1].T, edited.path)
-    return jax.tree.map(lambda rows: rows[:number], edited._replace(path=path))
+        # Without what fills up the record of a path, and the chunk.
+        path = jax.tree.map(lambda record: record[: steps + 1].T, edited.path)
+        whole = edited._replace(path=path)
+        yield indices, jax.tree.map(lambda rows: rows[: len(indices)], whole)  # noqa: B023
 
 
 @lru_cache

@@ -6,8 +6,8 @@ from collections.abc import Collection
 class UserError(ValueError):
     """A mistake in a config, flag, path, image or checkpoint.
 
-    The message is one clear sentence or two: what is wrong, what was expected and
-    what to do. Command-line tools print it without a traceback and exit with code 2.
+    The message says what is wrong, what was expected and what to do. Commands print it
+    without a traceback and exit with code 2.
     """
 
 
@@ -21,9 +21,6 @@ def check_choice(
       value: what was given.
       choices: what is allowed.
       of: what the choices belong to, where that is in doubt: " of a ViT".
-
-    Raises:
-      UserError: names the value and the choices.
     """
     if value not in choices:
         raise UserError(

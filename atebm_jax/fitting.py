@@ -37,13 +37,13 @@ def check_weights(expected: Any, weights: Any, source: str) -> None:
 
 
 # What, beside the weights, determines the function of a network.
-_FUNCTION = ("mean", "std", "activation")
+_FUNCTION = ("mean", "std", "activation", "patch", "norm_epsilon")
 
 
 def check_function(
     expected: ml_collections.ConfigDict, stored: Mapping[str, Any], source: str
 ) -> None:
-    """Refuses weights that were trained for another input or activation.
+    """Refuses weights that were trained for another function of the same shapes.
 
     Args:
       expected: `config.model` to use them with.
@@ -55,11 +55,11 @@ def check_function(
     """
     for field in _FUNCTION:
         want, have = expected[field], stored.get(field, expected[field])
-        if field == "activation":
-            same = want == have
-        else:
+        if field in ("mean", "std"):
             want, have = tuple(want), tuple(have)
             same = len(want) == len(have) and np.allclose(want, have, rtol=0, atol=1e-5)
+        else:
+            same = want == have
         if not same:
             raise UserError(
                 f"config.model.{field} is {want!r} and the weights of {source} were "

@@ -1,4 +1,4 @@
-"""Restores the newest checkpoint whose files are as they were saved."""
+"""Restores the newest checkpoint whose files have not changed since it was saved."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from atebm_jax.train_state import TrainState
 def newest(folder: epath.Path) -> tuple[int, dict[int, str]]:
     """The newest intact step of a stage, and what is wrong with later ones.
 
-    Every process of the job must call it: each reads its share of the files.
+    Every process must call it: each reads its share of the files.
 
     Args:
       folder: of a stage, with at least one complete step.
@@ -61,12 +61,12 @@ def restore_newest(
     folder = epath.Path(checkpoints.directory)
     step, damaged = newest(folder)
     for later, fault in damaged.items():
-        aside = folder / f"{later}.damaged"
+        found, aside = folder / str(later), folder / f"{later}.damaged"
         if jax.process_index() == 0:
-            _move(folder / str(later), aside)
+            _move(found, aside)
         note(
-            f"checkpoint {folder / str(later)} is damaged: {fault}. It lies in "
-            f"{aside.name} now; going on from step {step}."
+            f"checkpoint {found} is damaged: {fault}. It lies in {aside.name} now; "
+            f"going on from step {step}."
         )
     if damaged:
         if jax.process_count() > 1:

@@ -118,12 +118,12 @@ def _run(
     described = _describe(sources)
     if not allow_config_change:
         _check_data(workdir, sources, described, classes_by_place)
-    new_seeds = _fit_seeds(config, workdir, sources, note, anew=allow_config_change)
+    keep_seeds = _fit_seeds(config, workdir, sources, note, anew=allow_config_change)
     _claim(workdir, config, described, lock)
     stop = StopSignal()
     writer = MetricWriter(workdir)
     try:
-        gaussian = _keep_seeds(config, workdir, new_seeds)
+        gaussian = None if keep_seeds is None else keep_seeds()
         evaluation = Evaluation(config, workdir, mesh, model, sources, stop, gaussian)
         training = {k: v for k, v in sources.items() if k in ("train", "seeds")}
         job = Job(
@@ -340,8 +340,8 @@ def _check_data(
 
     An earlier version kept nothing of them; then there is nothing to compare.
     """
-    path, refusal = workdir / _DATA_FILE, ""
-    try:
+    path = workdir / _DATA_FILE
+    with sharding.refused_by_all():
         # Of the first process alone.
         stored = _read_stored(path) if described and path.exists() else {}
         for role, now in described.items():
@@ -354,11 +354,6 @@ def _check_data(
                 "with these",
                 by_place=by_place,
             )
-    except UserError as error:
-        refusal = str(error)
-    refusal = sharding.first_said(refusal)
-    if refusal:
-        raise UserError(refusal)
 
 
 def _claim(
@@ -397,8 +392,8 @@ def _fit_seeds(
     sources: Mapping[str, data.Source],
     note: Callable[[str], None],
     anew: bool,
-) -> seeds.Fit | None:
-    """The Gaussians that seeds are drawn from; None where they are noise or read."""
+) -> Callable[[], seeds.Gaussian] | None:
+    """Fits Gaussian seeds and returns the function that keeps them; None for others."""
     if config.data.seeds not in seeds.FITTED or "seeds" in sources:
         return None
     return seeds.fit_if_absent(
@@ -409,17 +404,6 @@ def _fit_seeds(
         note,
         anew=anew,
     )
-
-
-def _keep_seeds(
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    new: seeds.Fit | None,
-) -> seeds.Gaussian | None:
-    if new is None:
-        return None
-    shape = tuple(config.data.image_shape)
-    return seeds.keep(new, workdir / seeds.FILE, shape)
 
 
 def _greet(console: Console, job: Job) -> None:

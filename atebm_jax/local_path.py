@@ -12,10 +12,9 @@ from atebm_jax.errors import UserError
 class LocalPath(type(epath.Path())):  # type: ignore[misc]
     """A path of `epath` whose `glob` does not read its own name as a pattern.
 
-    The `glob` of epath joins path and pattern and reads brackets, stars and question
-    marks of both. Below a folder named "[lab]" Orbax would not find the files that it
-    has just written. What Orbax derives from this path (parents, children,
-    epath.Path(path)) is of this class again.
+    The `glob` of epath takes brackets, stars and question marks of the path for a
+    pattern too. Below a folder named "[lab]" Orbax would not find the files that it has
+    just written. What Orbax derives from this path is of this class again.
     """
 
     def glob(self, pattern: str) -> Iterator[epath.Path]:
@@ -30,7 +29,7 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     Raises:
       UserError: a cloud that is not known.
     """
-    if in_cloud(path):
+    if in_bucket(path):
         try:
             return epath.Path(path)
         except KeyError as error:
@@ -41,20 +40,20 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     return LocalPath(path).expanduser().absolute()
 
 
-def in_cloud(path: str | os.PathLike) -> bool:
+def in_bucket(path: str | os.PathLike) -> bool:
     """Whether files there are objects of a bucket (gs://, s3://)."""
     return "://" in os.fspath(path)
 
 
 def local(flag: str, path: str | os.PathLike) -> str:
-    """A path on a disk, where nothing else can be written; `~` is the home.
+    """A path on a disk, for what can be written nowhere else; `~` is the home.
 
     Raises:
-      UserError: it is in a cloud, where a folder "gs:" would be made instead, or empty,
-        which would mean the folder that the command runs in.
+      UserError: it is in a cloud (a folder "gs:" would be made instead) or empty (it
+        would mean the folder that the command runs in).
     """
     given = os.fspath(path)
-    if in_cloud(given):
+    if in_bucket(given):
         raise UserError(
             f"{flag}={given} is in a cloud: give a local path, then copy what is there."
         )
@@ -69,8 +68,5 @@ def real(path: str | os.PathLike) -> LocalPath:
 
 
 def is_device(path: str | os.PathLike) -> bool:
-    """Whether something is there that is neither a file nor a folder.
-
-    A pipe or `/dev/stdout` is written to, and not replaced by a file.
-    """
+    """Whether a pipe, `/dev/stdout` or the like is there: it must not be replaced."""
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))

@@ -11,11 +11,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from atebm_jax.command_line import (
-    check_overrides,
     check_platform,
+    checked_arguments,
     fail,
     quiet_libraries,
-    with_home,
 )
 from atebm_jax.errors import UserError
 
@@ -120,9 +119,8 @@ def cli() -> None:
 def _parse(argv: list[str]) -> list[str]:
     if any(argument.startswith("--help") for argument in argv):
         return flags.FLAGS(argv)
-    argv = with_home(argv)
     try:
-        check_overrides(argv[1:])
+        argv = checked_arguments(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")

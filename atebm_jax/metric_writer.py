@@ -27,11 +27,11 @@ class MetricWriter:
 
     def __init__(self, workdir: epath.Path):
         self._active = jax.process_index() == 0
-        self._workdir = workdir
-        self._path = workdir / "metrics.jsonl"
+        self._workdir, self._path = workdir, workdir / "metrics.jsonl"
         self._events: dict[str, tensorboardX.SummaryWriter] = {}
         self._opened = 0
         # Of a file in a bucket: all its lines, and how many of them are there.
+        self._bucket = storage.in_bucket(self._path)
         self._lines: list[str] = []
         self._uploaded = 0
         self._next_upload = 0.0
@@ -45,24 +45,22 @@ class MetricWriter:
             return
         self.flush()
         if self._path.exists():
-            kept = [
-                json.dumps(record)
+            lines = [
+                json.dumps(record) + "\n"
                 for record in read_metrics(self._workdir)
                 if record["stage"] != stage
                 or record["step"] <= step
                 and record.get("rollbacks", 0) <= rollbacks
             ]
-            lines = [f"{line}\n" for line in kept]
             storage.replace_text(self._path, "".join(lines))
-            if storage.in_bucket(self._path):
+            if self._bucket:
                 self._lines, self._uploaded = lines, len(lines)
         # It imports PyTorch where that is installed, which takes seconds.
         import tensorboardX
 
         if stage in self._events:
             self._events[stage].close()
-        # Its name has the second: of two in one second the later took the place of the
-        # earlier.
+        # The name of the file has the second: two of one second would be one.
         self._opened += 1
         self._events[stage] = tensorboardX.SummaryWriter(
             os.fspath(self._workdir / "events" / stage),
@@ -71,20 +69,16 @@ class MetricWriter:
         )
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one record."""
+        """Appends one record; to a file in a bucket now and then."""
         if not self._active:
             return
-        self._add(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._events[stage].add_scalar(name, value, step)
-        if not storage.in_bucket(self._path):
-            self._events[stage].flush()
-
-    def _add(self, line: str) -> None:
-        """Appends a line; in a bucket, where files are only replaced, now and then."""
-        if not storage.in_bucket(self._path):
+        line = json.dumps({"stage": stage, "step": step, **metrics}) + "\n"
+        if not self._bucket:
             with self._path.open("a") as file:
                 file.write(line)
+            self._events[stage].flush()
             return
         self._lines.append(line)
         if time.monotonic() >= self._next_upload:
@@ -92,15 +86,12 @@ class MetricWriter:
 
     def flush(self) -> None:
         """Writes what has gathered; before a checkpoint, which will not repeat it."""
-        if self._active and self._dirty():
+        if self._active and len(self._lines) > self._uploaded:
             storage.replace_text(self._path, "".join(self._lines))
             for events in self._events.values():
                 events.flush()
             self._uploaded = len(self._lines)
             self._next_upload = time.monotonic() + _SECONDS_BETWEEN_UPLOADS
-
-    def _dirty(self) -> bool:
-        return len(self._lines) > self._uploaded
 
     def close(self) -> None:
         """Writes the last lines and closes the event files."""

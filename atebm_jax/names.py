@@ -7,37 +7,34 @@ import unicodedata
 
 from atebm_jax.errors import UserError
 
-# File systems take 255 bytes; what is appended to a name needs some of them.
+# File systems take 255 bytes; endings need some of them.
 _LONGEST = 128
 
 
 def printable(name: str) -> str:
-    r"""The name of a file in characters that can be written and drawn everywhere.
+    r"""A file's name in characters that can be written and drawn everywhere.
 
     Bytes that are not UTF-8 become `\xNN` (Python keeps them as surrogates, which text
-    files and fonts do not take), control characters `\n` and the like.
+    files and fonts do not take), control characters become `\n` and the like.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in name)
 
 
 def of_class(name: str) -> str:
-    """A name of a class as it is compared: as of `printable`, its accents composed.
+    """A class's name as it is compared: as of `printable`, its accents composed.
 
-    macOS writes "é" as a letter and an accent, most others as one letter; both look
-    alike, and mean one class.
+    macOS writes "é" as a letter and an accent, other systems as one letter.
     """
     return printable(unicodedata.normalize("NFC", name))
 
 
 def writable(text: str) -> str:
-    """A text with only those characters escaped that UTF-8 does not have.
-
-    They are written as by `printable`; line breaks stay.
-    """
+    """A text with its surrogates escaped as by `printable`; line breaks stay."""
     return _SURROGATES.sub(lambda match: _escaped(match[0]), text)
 
 
-# UTF-8 has none of these. Python keeps other bytes of a name as the range below.
+# UTF-8 has none of these. Python keeps the bytes of a name that are not UTF-8 as some
+# of them: 0xDC00 plus the byte.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _FIRST_BYTE, _LAST_BYTE = 0xDC80, 0xDCFF
 
@@ -50,10 +47,9 @@ def _escaped(character: str) -> str:
 
 
 def check_utf8(what: str, path: str | os.PathLike) -> None:
-    """Refuses a path that libraries in other languages cannot open.
+    """Refuses a path that is not UTF-8.
 
-    Those that read and write checkpoints, records and compiled programs take UTF-8
-    only.
+    The libraries for checkpoints, records and compiled programs could not open it.
 
     Args:
       what: the kind of path, for the message: "workdir".
@@ -71,7 +67,7 @@ def check_utf8(what: str, path: str | os.PathLike) -> None:
 
 
 def for_files(name: str) -> str:
-    """A name of at most 128 bytes that the names of other files can begin with.
+    """A name of at most 128 bytes, to which endings can be appended.
 
     A longer one is cut, and a hash of the whole is appended.
     """

@@ -18,8 +18,6 @@ from atebm_jax.data.decoding import to_pillow
 from atebm_jax.metrics import Reliability, roc_curve
 from atebm_jax.names import printable
 
-# --- What all are made of ---
-
 
 def png(image: np.ndarray) -> bytes:
     """The file of an image [H, W, C] uint8, pixel for pixel."""
@@ -53,18 +51,14 @@ def _save(figure: Figure, path: epath.Path, dpi: int = 110) -> None:
     storage.replace_bytes(path, stream.getvalue())
 
 
-def _show(axis: Any, image: np.ndarray, title: str = "") -> None:
+def _show(axis: Any, image: np.ndarray, title: str = "", **options: Any) -> Any:
     """An image [H, W, C] in [0, 1], its pixels as they are, without a scale."""
-    grey = image.shape[-1] == 1
-    axis.imshow(
-        image[..., 0] if grey else image,
-        cmap="gray" if grey else None,
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-    )
     axis.set_title(title, fontsize=8)
     axis.set(xticks=[], yticks=[])
+    # Colour images have no use for these.
+    options = {"cmap": "gray", "vmin": 0, "vmax": 1} | options
+    shown = image[..., 0] if image.shape[-1] == 1 else image
+    return axis.imshow(shown, interpolation="nearest", **options)
 
 
 # --- Grids ---
@@ -88,12 +82,11 @@ def _tiled(
     """Images [N, H, W, C] at (row, column) of a white canvas, a line between them."""
     height, width, channels = images.shape[1:]
     white = 255 if images.dtype == np.uint8 else 1
-    shape = (rows * (height + 1), columns * (width + 1), channels)
+    shape = (rows, height + 1, columns, width + 1, channels)
     canvas = np.full(shape, white, images.dtype)
     for image, (row, column) in zip(images, places, strict=True):
-        top, left = row * (height + 1), column * (width + 1)
-        canvas[top : top + height, left : left + width] = image
-    return canvas
+        canvas[row, :height, column, :width] = image
+    return canvas.reshape(rows * (height + 1), columns * (width + 1), channels)
 
 
 def sample_grid(
@@ -107,7 +100,7 @@ def sample_grid(
     """One column a class; one block of rows for each set of samples, from the top.
 
     Args:
-      path: the PNG file.
+      path: of the PNG file.
       rows_of_samples: title -> (images [N, H, W, C] in [0, 1], labels [N]).
       num_classes: K; at most 20 columns are drawn.
       num_rows: rows a block.
@@ -120,11 +113,8 @@ def sample_grid(
     for axis, (title, (images, labels)) in zip(axes.flat, rows_of_samples.items()):
         _show(axis, _by_class(images, labels, columns, num_rows))
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(
-            [(k + 0.5) * (images.shape[2] + 1) for k in range(columns)],
-            [printable(names[k]) for k in range(columns)],
-            fontsize=7,
-        )
+        places = (np.arange(columns) + 0.5) * (images.shape[2] + 1)
+        axis.set_xticks(places, list(map(printable, names[:columns])), fontsize=7)
         axis.tick_params(length=0)
     _save(figure, path)
 
@@ -186,12 +176,8 @@ def strip(path: epath.Path, title: str, rows: Sequence[Row]) -> None:
     panels = len(rows[0].pictures) + 1
     width = _PANEL_INCHES * panels + _CURVE_INCHES + 0.6
     height = (_PANEL_INCHES + 0.35) * len(rows) + 0.35
-    figure, axes = _figure(
-        len(rows),
-        panels + 1,
-        (width, height),
-        width_ratios=[1.0] * panels + [_CURVE_INCHES / _PANEL_INCHES],
-    )
+    ratios = [1.0] * panels + [_CURVE_INCHES / _PANEL_INCHES]
+    figure, axes = _figure(len(rows), panels + 1, (width, height), width_ratios=ratios)
     figure.set_layout_engine("constrained")
     figure.suptitle(title, fontsize=10)
     scale = max(float(np.abs(row.change).max()) for row in rows) or 1.0
@@ -199,37 +185,25 @@ def strip(path: epath.Path, title: str, rows: Sequence[Row]) -> None:
         for axis, (name, image) in zip(line, row.pictures.items()):
             _show(axis, image, name)
         if row.hole is not None:
-            _shade(line[0], row.hole)
+            # Tints the pixels that may change.
+            tint = np.zeros((*row.hole.shape, 4), np.float32)
+            tint[row.hole] = (0.9, 0.25, 0.1, 0.55)
+            line[0].imshow(tint, interpolation="nearest")
         _difference(figure, line[panels - 1], row.change, scale)
         _way(line[panels], row.curves, row.energy)
     _save(figure, path, dpi=130)
 
 
-def _shade(axis: Any, hole: np.ndarray) -> None:
-    """Tints the pixels that may change."""
-    tint = np.zeros((*hole.shape, 4), np.float32)
-    tint[hole] = (0.9, 0.25, 0.1, 0.55)
-    axis.imshow(tint, interpolation="nearest")
-
-
 def _difference(figure: Figure, axis: Any, change: np.ndarray, scale: float) -> None:
-    """Red where brighter, blue where darker; of colour images each channel by itself.
+    """Grey images: red where brighter, blue where darker.
 
-    Colour: grey where nothing changed, a channel stronger or weaker than grey where it
-    rose or fell.
+    Colour images: each channel is stronger or weaker than grey where it rose or fell.
     """
     if change.shape[-1] == 1:
-        shown = axis.imshow(
-            change[..., 0],
-            cmap="RdBu_r",
-            vmin=-scale,
-            vmax=scale,
-            interpolation="nearest",
-        )
+        colours = {"cmap": "RdBu_r", "vmin": -scale, "vmax": scale}
+        shown = _show(axis, change, "change, red: brighter", **colours)
         bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.03)
         bar.ax.tick_params(labelsize=6)
-        axis.set_title("change, red: brighter", fontsize=8)
-        axis.set(xticks=[], yticks=[])
     else:
         title = f"change, grey: none,\nfull colour: {scale:.2g}"
         _show(axis, np.clip(0.5 + 0.5 * change / scale, 0, 1), title)
@@ -267,7 +241,7 @@ def curve(
     """A line through measured points.
 
     Args:
-      path: the PNG file.
+      path: of the PNG file.
       values: place on the axis -> value.
       named: what places and values are.
       bounds: place -> (low, high) of a share in [0, 1], shaded.
@@ -289,11 +263,10 @@ def curve(
 def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Losses, T, AUC, scores and held-out evaluation over the steps of both stages.
 
-    A line marks where a sign of a dying network, or of one that has nothing left to
-    learn from, was seen.
+    Lines mark where a stage begins and where a sign of `atebm_jax.health` was seen.
 
     Args:
-      path: the PNG file.
+      path: of the PNG file.
       records: the lines of `metrics.jsonl`.
     """
     panels = {
@@ -316,8 +289,12 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
                 axis.plot(*zip(*points, strict=True), marker, label=name, markersize=3)
         for stage, start in starts.items():
             _mark(axis, start, f" {stage}", color="grey")
-        for step, sign in _signs(records, starts):
-            _mark(axis, step, f" {sign}", color="red", rotation=90)
+        for record in records:
+            for name, step in record.items():
+                if name.startswith("sign_"):
+                    place = starts[record["stage"]] + step
+                    sign = name.removeprefix("sign_")
+                    _mark(axis, place, f" {sign}", color="red", rotation=90)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         if axis.lines and axis.get_legend_handles_labels()[0]:
@@ -328,28 +305,8 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
 def _mark(axis: Any, step: int, text: str, *, color: str, rotation: int = 0) -> None:
     """A vertical line with a word at its upper end."""
     axis.axvline(step, color=color, linewidth=0.5)
-    axis.text(
-        step,
-        1.0,
-        text,
-        fontsize=7,
-        va="top",
-        color=color,
-        rotation=rotation,
-        transform=axis.get_xaxis_transform(),
-    )
-
-
-def _signs(
-    records: Sequence[Mapping[str, Any]], starts: Mapping[str, int]
-) -> list[tuple[int, str]]:
-    """(step on the common axis, name) of each sign of `atebm_jax.health`."""
-    return [
-        (starts[record["stage"]] + step, name.removeprefix("sign_"))
-        for record in records
-        for name, step in record.items()
-        if name.startswith("sign_")
-    ]
+    style = {"fontsize": 7, "va": "top", "color": color, "rotation": rotation}
+    axis.text(step, 1.0, text, transform=axis.get_xaxis_transform(), **style)
 
 
 def _stage_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -366,12 +323,9 @@ def reliability(path: epath.Path, diagrams: Mapping[str, Reliability]) -> None:
     """Accuracy against confidence in bins, one panel a diagram, with the counts."""
     figure, axes = _figure(1, len(diagrams), (4.2 * len(diagrams), 4))
     for axis, (title, diagram) in zip(axes.flat, diagrams.items()):
-        widths = np.diff(diagram.edges)
-        left = diagram.edges[:-1]
+        left, widths = diagram.edges[:-1], np.diff(diagram.edges)
         heights = np.nan_to_num(diagram.accuracy)
-        axis.bar(
-            left, heights, widths, align="edge", edgecolor="white", label="accuracy"
-        )
+        axis.bar(left, heights, widths, align="edge", edgecolor="white")
         axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
         axis.plot(diagram.confidence, diagram.accuracy, "k.", markersize=4)
         share = axis.twinx()
@@ -393,7 +347,7 @@ def detection(
     """Histograms above, ROC curves below, one column a score.
 
     Args:
-      path: the PNG file.
+      path: of the PNG file.
       name: of the out-of-distribution set.
       scores: names of the scores.
       inside: score -> [N] of in-distribution images.

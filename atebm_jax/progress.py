@@ -10,17 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import rich.progress
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from atebm_jax.names import writable
@@ -47,7 +38,7 @@ def track(
     items: Iterable[Any], name: str, console: Console, total: int | None = None
 ) -> Iterable[Any]:
     """The items, with a bar that disappears after the last one."""
-    return rich.progress.track(
+    return progress.track(
         items,
         name,
         total=total,
@@ -57,12 +48,14 @@ def track(
     )
 
 
-def _bars(console: Console, *more: ProgressColumn, style: str = "none") -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style=style, markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+def _bars(
+    console: Console, *more: progress.ProgressColumn, style: str = "none"
+) -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}", style=style, markup=False),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
         *more,
         console=console,
     )
@@ -82,13 +75,11 @@ class ProgressLine:
     """The step of a stage with its metrics."""
 
     def __init__(self, console: Console, stage: str, step: int, total: int):
-        self._console = console
-        self._stage = stage
-        self._total = total
-        self._bar: Progress | None = None
+        self._console, self._stage, self._total = console, stage, total
+        self._bar: progress.Progress | None = None
         self._next_line = time.monotonic()
         if jax.process_index() == 0 and console.is_terminal:
-            shown = TextColumn("{task.fields[shown]}", markup=False)
+            shown = progress.TextColumn("{task.fields[shown]}", markup=False)
             self._bar = _bars(console, shown, style="bold")
             self._task = self._bar.add_task(
                 stage, completed=step, total=total, shown="compiling"
@@ -102,7 +93,7 @@ class ProgressLine:
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
-        elif jax.process_index() == 0 and time.monotonic() >= self._next_line:
+        elif time.monotonic() >= self._next_line:
             say(self._console, f"{self._stage} step {step}/{self._total}  {shown}")
             self._next_line = time.monotonic() + _BETWEEN_LINES_OF_TRAINING
 
@@ -128,8 +119,8 @@ def parts(console: Console) -> Iterator[ShowFn]:
         yield _in_lines(console)
 
 
-def _on_bars(bars: Progress) -> ShowFn:
-    tasks: dict[str, TaskID] = {}
+def _on_bars(bars: progress.Progress) -> ShowFn:
+    tasks: dict[str, progress.TaskID] = {}
 
     def show(name: str, done: int, total: int) -> None:
         if name not in tasks:

@@ -1,9 +1,9 @@
 """Whether seeds can come near the training images, known before the first step.
 
-Each step of the contrastive loop and of sampling has one length, so T steps cover at
-most T lengths. Seeds that lie farther from the training images teach the network
-nothing: it tells them apart at once, T rises to its maximum, and the contrastive images
-stay what they were. With longer steps noise does train, at some cost in quality (paper,
+Each step of the contrastive loop and of sampling has one length: T steps cover at most
+T lengths. Seeds that lie farther from the training images teach the network nothing. It
+tells them apart at once, T rises to its maximum, and the contrastive images stay what
+they were. With longer steps noise does train, at some cost in quality (paper,
 appendix).
 
 The L2 distance to a training image does not show this: another photograph is almost as
@@ -20,11 +20,11 @@ import numpy as np
 
 from atebm_jax import ascent, data, drawing, metrics, seeds
 
-# Of each set; fewer if images are large, so that it takes seconds and 64 MB.
+# Images compared of each set: fewer large ones, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
-# Steps are too short if they cover less than this share of the least distance.
-# Contrastive images need not become training images; at a share of 0.4 noise taught
-# digits nothing (docs/curriculum.md).
+# Steps are too short if they cover less than this share of the least distance: at 0.4
+# noise taught digits nothing (docs/curriculum.md). Contrastive images need not become
+# training images.
 _ENOUGH = 0.5
 
 
@@ -70,17 +70,13 @@ def measure(
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)
     fields = ("stage2.t_max", "stage2.contrastive_step_size")
-    contrastive = _Way("contrastive images", t_max, contrastive_step_size, *fields)
-    ways = [contrastive]
-    farthest_sampling = None
+    ways = [_Way("contrastive images", t_max, contrastive_step_size, *fields)]
     if sampling_step_size is not None:
         fields = ("evaluate.samples.num_steps", "evaluate.samples.step_size")
         ways.append(_Way("samples", num_sampling_steps, sampling_step_size, *fields))
-        farthest_sampling = ways[-1].farthest
+    sampling = ways[1].farthest if len(ways) > 1 else None
     sentence = _sentence(distance, least, ways)
-    return Reachability(
-        distance, least, contrastive.farthest, farthest_sampling, sentence
-    )
+    return Reachability(distance, least, ways[0].farthest, sampling, sentence)
 
 
 def of_config(
@@ -99,49 +95,37 @@ def of_config(
     Raises:
       UserError: too many images cannot be decoded.
     """
-    size = math.prod(config.data.image_shape)
-    num = min(max(_MOST_NUMBERS // size, 2), _MOST_IMAGES)
-    images = _images(config.data, sources["train"], config.data.preprocess, num)
-    kind = config.data.seeds
-    if kind in seeds.FITTED and gaussian is None and "seeds" not in sources:
-        seeds.check(kind, config.model.num_classes, tuple(config.data.image_shape))
-        # One Gaussian stands for one a class: distances need be right to a pixel only.
-        gaussian = seeds.fit(images)
-    drawn = config.evaluate.samples
-    length = ascent.step_length(drawn.sampler, drawn.step_size)
+    settings, shape = config.data, tuple(config.data.image_shape)
+    num = min(max(_MOST_NUMBERS // math.prod(shape), 2), _MOST_IMAGES)
+
+    def read(role: str, preprocess: str) -> np.ndarray:
+        """At most `num` images of a source, uint8 [N, H, W, C]."""
+        bad = settings.max_bad_images
+        return data.materialise(sources[role], preprocess, shape, num, bad)[0]
+
+    images = read("train", settings.preprocess)
+    if "seeds" in sources:
+        drawn = _pixels(read("seeds", settings.preprocess_seeds))
+    else:
+        if settings.seeds in seeds.FITTED and gaussian is None:
+            seeds.check(settings.seeds, config.model.num_classes, shape)
+            # One for all classes: distances need not be exact here.
+            gaussian = seeds.fit(images)
+        draw = drawing.seeds_fn(
+            settings.seeds, config.seed, settings, gaussian=gaussian
+        )
+        numbers = np.arange(num, dtype=np.int32)
+        drawn = draw(numbers, numbers % config.model.num_classes)
+    samples = config.evaluate.samples
+    length = ascent.step_length(samples.sampler, samples.step_size)
     return measure(
-        seed_images(config, sources, num, gaussian),
+        drawn,
         _pixels(images),
         t_max=config.stage2.t_max,
         contrastive_step_size=config.stage2.contrastive_step_size,
-        num_sampling_steps=drawn.num_steps,
+        num_sampling_steps=samples.num_steps,
         sampling_step_size=length if math.isfinite(length) else None,
     )
-
-
-def seed_images(
-    config: ml_collections.ConfigDict,
-    sources: Mapping[str, data.Source],
-    num: int,
-    gaussian: seeds.Gaussian | None = None,
-) -> np.ndarray:
-    """At most `num` of a config's seeds, [N, H, W, C] float32 in [0, 1]."""
-    if "seeds" not in sources:
-        numbers = np.arange(num, dtype=np.int32)
-        seeds_of = drawing.seeds_fn(
-            config.data.seeds, config.seed, config.data, gaussian=gaussian
-        )
-        return seeds_of(numbers, numbers % config.model.num_classes)
-    preprocess = config.data.preprocess_seeds
-    return _pixels(_images(config.data, sources["seeds"], preprocess, num))
-
-
-def _images(
-    config: ml_collections.ConfigDict, source: data.Source, preprocess: str, num: int
-) -> np.ndarray:
-    """uint8 [N, H, W, C]: `num` images, spread over the source; `config` is .data."""
-    shape = tuple(config.image_shape)
-    return data.materialise(source, preprocess, shape, num, config.max_bad_images)[0]
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
@@ -149,7 +133,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 
 def lines(found: Reachability) -> list[str]:
-    """The figures in one line, and the warning if there is one."""
+    """A line with the figures, and one with the warning if there is one."""
     farthest = found.farthest_sampling
     samples = "as their gradients take them" if farthest is None else f"{farthest:.3g}"
     figures = (
@@ -180,13 +164,17 @@ class _Way(NamedTuple):
 
     @property
     def farthest(self) -> float:
+        """Length of the steps in a straight line."""
         return self.num_steps * self.step_size
 
     def longer(self, distance: float) -> str:
         """Settings with which a straight line would cover a distance."""
         found = []
         if self.num_steps > 0:
-            size = _round_up(distance / self.num_steps)
+            size = distance / self.num_steps
+            # Rounded up to two digits.
+            unit = 10.0 ** (math.floor(math.log10(size)) - 1)
+            size = math.ceil(round(size / unit, 6)) * unit
             found.append(f"--config.{self.step_size_field}={size:g}")
         # A config's whole numbers have 32 bits.
         if distance < self.step_size * 2**30:
@@ -198,9 +186,9 @@ class _Way(NamedTuple):
 def _sentence(distance: float, least: float, ways: Sequence[_Way]) -> str | None:
     """Which steps are too short, and which settings would be enough.
 
-    The warning compares two bounds: the least distance, and a straight line. The remedy
-    covers the mean distance between a seed and an image, as the steps of a loop turn;
-    somewhat less may be enough.
+    The warning compares two bounds: the least distance, and a straight line. As the
+    steps of a loop turn, the remedy covers the mean distance between a seed and an
+    image; somewhat less may be enough.
     """
     short = [way for way in ways if way.farthest < _ENOUGH * least]
     if not short:
@@ -218,9 +206,3 @@ def _sentence(distance: float, least: float, ways: Sequence[_Way]) -> str | None
         f"{remedies}, at a cost in quality or time; or seeds that are nearer "
         "(config.data.seeds), photographs say. See docs/curriculum.md."
     )
-
-
-def _round_up(value: float) -> float:
-    """To two digits."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return math.ceil(round(value / unit, 6)) * unit

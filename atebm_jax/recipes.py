@@ -27,13 +27,15 @@ class Recipe(NamedTuple):
     """How samples are drawn: everything that decides them beside model and seeds.
 
     Attributes:
-      sampler: as of `ascent.rule`; with all settings in a protocol.
-      schedule: a key of `ascent.SCHEDULES`.
-      step_size: > 0, as of the sampler; L2 pixels per step but for "sgld".
+      sampler: as of `ascent.rule`: "pgd", "sgld(noise=0.005)".
+      schedule: of the step size, a key of `ascent.SCHEDULES`.
+      step_size: > 0; L2 pixels per step ("sgld": factor of the gradient, "sign": Linf
+        pixels).
       num_steps: >= 0.
-      target_energy: an image stops where its energy is this or lower; None for never.
+      target_energy: an image stops where its energy, E(x, y) or without a class E(x),
+        is this or lower; None for never.
       smooth: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64.
-      seed: of noise, 0 <= seed < 2**32.
+      seed: of all noise, 0 <= seed < 2**32.
       conditional: draw given classes, by E(x, y), or any, by E(x).
     """
 
@@ -57,10 +59,9 @@ def of_config(settings: ml_collections.ConfigDict, **given: Any) -> Recipe:
     Raises:
       UserError: as of `check`.
     """
-    of_config = {k: settings[k] for k in ("sampler", "step_size", "num_steps")}
-    wanted = of_config | {k: value for k, value in given.items() if value is not None}
-    wanted["sampler"] = ascent.resolved(wanted["sampler"])
-    made = Recipe(**wanted)
+    wanted = {k: settings[k] for k in ("sampler", "step_size", "num_steps")}
+    wanted |= {k: value for k, value in given.items() if value is not None}
+    made = Recipe(**wanted | {"sampler": ascent.resolved(wanted["sampler"])})
     check(made)
     return made
 
@@ -96,11 +97,7 @@ def check(recipe: Recipe) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuses a seed that no random key can be made of.
-
-    Raises:
-      UserError: names the allowed ones.
-    """
+    """Refuses a seed that no random key can be made of."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise UserError(
             f"seed is {seed!r}: expected a whole number from 0 to 2**32 - 1."
@@ -108,11 +105,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_sampler(text: str) -> None:
-    """Refuses what is no sampler, or not with these settings.
-
-    Raises:
-      UserError: names the field of the config, and what there is.
-    """
+    """Refuses a config's sampler that does not exist, or not with these settings."""
     try:
         ascent.rule(text)
     except UserError as error:

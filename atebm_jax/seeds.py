@@ -2,7 +2,7 @@
 
 Contrastive images and samples start from seeds. Steps that lead from one photograph to
 another are too short to lead there from noise. Gaussians fitted to the training images
-are near enough and need no other data set; Santurkar et al. (NeurIPS 2019, arXiv
+are near enough and need no other data set. Santurkar et al. (NeurIPS 2019, arXiv
 1906.09453) draw the seeds of their samples in this way.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import ml_collections
@@ -28,12 +28,12 @@ NOISE = "noise"
 GAUSSIAN = "gaussian"
 GAUSSIAN_PER_CLASS = "gaussian_per_class"
 
-#: Values of config.data.seeds that are fitted to the training images; those that need
-#: no data set of their own.
+#: Values of config.data.seeds: those that are fitted to the training images, and all
+#: that need no data set of their own.
 FITTED = (GAUSSIAN, GAUSSIAN_PER_CLASS)
 DRAWN = (NOISE, *FITTED)
 
-#: Where a workdir keeps what was fitted.
+#: The file of a workdir that holds the fitted Gaussians.
 FILE = "seeds.npz"
 
 #: Training images that Gaussians are fitted to.
@@ -41,12 +41,12 @@ NUM_FITTED = 10_000
 
 # Larger images are modelled at this resolution, and the draws are enlarged.
 _LARGEST_SIDE = 32
-# Directions of a covariance; of CIFAR-10's 3,072 the first 512 hold 99.0 % of the
-# variance, in 6 MB instead of 38.
-_MOST_DIRECTIONS = 512
-# Numbers of all classes together, 16 MiB; fewer directions do not resemble images.
+# Directions of a covariance: of CIFAR-10's 3,072 the first 512 hold 99.0 % of the
+# variance, in 6 MB instead of 38. Draws with fewer than 32 do not resemble images.
+_MOST_DIRECTIONS, _FEWEST_DIRECTIONS = 512, 32
+# Of the factors of all classes together: 16 MiB.
 _MOST_NUMBERS = 4 * 2**20
-_FEWEST_DIRECTIONS = 32
+# Images that tell a data set from another one.
 _FINGERPRINT_IMAGES = 64
 
 
@@ -120,26 +120,23 @@ def fit(
         their covariances would not fit in a file.
     """
     image_shape = image_shape or images.shape[1:]
-    per_class = labels is not None
-    groups = num_classes if per_class else 1
+    groups = 1 if labels is None else num_classes
     small_shape, rank = _described(image_shape, groups)
-    if labels is None:
-        labels = np.zeros(len(images), int)
-    members = [labels == k for k in range(groups)]
-    _check_members([int(chosen.sum()) for chosen in members], per_class)
+    members = np.zeros(len(images), int) if labels is None else labels
+    chosen = [members == k for k in range(groups)]
+    _check_members([int(own.sum()) for own in chosen], labels is not None)
     small = np.stack([_resized(image, small_shape, "BOX") for image in images])
-    fitted = [_principal(small[chosen], rank) for chosen in members]
+    fitted = [_principal(small[own], rank) for own in chosen]
     # With fewer images than directions, the remaining directions have no variance.
     rank = max(len(factors) for _, factors in fitted)
-    means = np.stack([mean for mean, _ in fitted])
     factors = np.zeros((groups, rank, *small.shape[1:]), np.float32)
     for k, (_, found) in enumerate(fitted):
         factors[k, : len(found)] = found
-    return Gaussian(means, factors, image_shape)
+    return Gaussian(np.stack([mean for mean, _ in fitted]), factors, image_shape)
 
 
 def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
-    """Refuses Gaussians that are too many to be kept, before images are read.
+    """Refuses Gaussians that are too large to store, before images are read.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -147,13 +144,13 @@ def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
       image_shape: (H, W, C).
 
     Raises:
-      UserError: says what else would do.
+      UserError: says what to choose instead.
     """
     _described(image_shape, num_classes if kind == GAUSSIAN_PER_CLASS else 1)
 
 
 def _described(image_shape: Sequence[int], groups: int) -> tuple[tuple[int, int], int]:
-    """(h, w) at which images are described, and the number of directions."""
+    """(h, w) at which images are modelled, and the number of directions."""
     shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
     height, width = (max(side // shrink, 1) for side in image_shape[:2])
     size = height * width * image_shape[2]
@@ -213,19 +210,6 @@ def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarr
     )
 
 
-class Fit(NamedTuple):
-    """What `keep` writes.
-
-    Attributes:
-      gaussian: what the first process fitted; None in the others, and where the file
-        holds it already.
-      fingerprint: of kind and images.
-    """
-
-    gaussian: Gaussian | None
-    fingerprint: str
-
-
 def of_source(
     kind: str,
     source: data.Source,
@@ -236,10 +220,9 @@ def of_source(
 ) -> Gaussian:
     """The Gaussians of a training set: fitted once, then read from a file.
 
-    Arguments and errors as of `fit_if_absent` and `keep`.
+    Arguments and errors as of `fit_if_absent`.
     """
-    new = fit_if_absent(kind, source, config, path, anew=anew)
-    return keep(new, path, tuple(config.image_shape))
+    return fit_if_absent(kind, source, config, path, anew=anew)()
 
 
 def fit_if_absent(
@@ -250,10 +233,11 @@ def fit_if_absent(
     note: Callable[[str], None] = lambda text: None,
     *,
     anew: bool = False,
-) -> Fit:
+) -> Callable[[], Gaussian]:
     """Fits the Gaussians of a training set, unless a file holds them; writes nothing.
 
-    Every process of a job calls this; the first one fits. All refuse if it does.
+    Every process of a job calls this, and calls what it returns. The first one fits,
+    writes and reads; the others need no common disk.
 
     Args:
       kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
@@ -263,54 +247,35 @@ def fit_if_absent(
       note: takes a line for the user when a fit begins.
       anew: fit again where the file holds the Gaussians of other images.
 
+    Returns:
+      A function that writes the file, if it is new, and returns what it holds.
+
     Raises:
       UserError: as `fit`; the images cannot be read; or the file is damaged or, unless
-        `anew`, holds the Gaussians of other images.
+        `anew`, holds the Gaussians of other images. From the function: the file cannot
+        be written, or not be read.
     """
     wanted = _fingerprint(kind, source, config)
-    gaussian, refusal = None, ""
-    if jax.process_index() == 0:
-        try:
-            if not _holds(path, wanted, kind, source, anew):
-                note(
-                    f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}"
-                )
-                gaussian = _fitted(kind, source, config)
-        except UserError as error:
-            refusal = str(error)
-    _refuse_in_all(refusal)
-    return Fit(gaussian, wanted)
+    new: Gaussian | None = None
+    with sharding.refused_by_all():
+        if jax.process_index() == 0 and not _holds(path, wanted, kind, source, anew):
+            note(f"fitting the Gaussian of config.data.seeds={kind} to {source.spec}")
+            new = _fitted(kind, source, config)
 
-
-def keep(new: Fit, path: epath.Path, image_shape: tuple[int, int, int]) -> Gaussian:
-    """Writes what was fitted, and reads it; every process of a job calls this.
-
-    The first process writes and reads; the others need no common disk.
-
-    Raises:
-      UserError: the file cannot be written, or not be read.
-    """
-    refusal, arrays = "", None
-    if jax.process_index() == 0:
-        try:
-            if new.gaussian is not None:
-                fingerprint = {"fingerprint": np.asarray(new.fingerprint)}
+    def keep() -> Gaussian:
+        arrays = None
+        with sharding.refused_by_all():
+            if new is not None:
+                fingerprint = {"fingerprint": np.asarray(wanted)}
                 with storage.writing(path):
-                    storage.write_npz(path, new.gaussian.arrays() | fingerprint)
-            arrays = _read(path)
-        except UserError as error:
-            refusal = str(error)
-    _refuse_in_all(refusal)
-    arrays = sharding.from_first_process(arrays)
-    assert arrays is not None
-    return from_arrays(arrays, image_shape)
+                    storage.write_npz(path, new.arrays() | fingerprint)
+            if jax.process_index() == 0:
+                arrays = _read(path)
+        arrays = sharding.from_first_process(arrays)
+        assert arrays is not None
+        return from_arrays(arrays, tuple(config.image_shape))
 
-
-def _refuse_in_all(refusal: str) -> None:
-    """Refuses in every process what the first one refuses, and waits for it."""
-    refusal = sharding.first_said(refusal)
-    if refusal:
-        raise UserError(refusal)
+    return keep
 
 
 def _holds(
@@ -319,15 +284,14 @@ def _holds(
     """Whether the file is there with the right Gaussians."""
     if not path.exists():
         return False
-    if str(_read(path)["fingerprint"]) == wanted:
-        return True
-    if not anew:
+    same = str(_read(path)["fingerprint"]) == wanted
+    if not same and not anew:
         raise UserError(
             f"{path} holds the seeds of another config.data.seeds than {kind!r} or of "
             f"other images than {source.spec} has now: give what it was made of, "
             "another folder, or delete the file to fit it anew."
         )
-    return False
+    return same
 
 
 def _fitted(
@@ -339,7 +303,7 @@ def _fitted(
     check(kind, num_classes, shape)
     small_shape, _ = _described(shape, 1)
     images, labels = [], []
-    # Batch by batch: 10,000 photographs need gigabytes, what is kept of them does not.
+    # Batch by batch: 10,000 photographs take gigabytes, but reduced they do not.
     with data.eval_batches(
         source,
         preprocess=config.preprocess,
@@ -356,25 +320,19 @@ def _fitted(
     return fit(np.asarray(images), per_class, num_classes, shape)
 
 
-def _images(
-    source: data.Source, config: ml_collections.ConfigDict, number: int
-) -> tuple[np.ndarray, np.ndarray]:
-    from atebm_jax import data  # its pipeline is slow to import
-
-    return data.materialise(
-        source,
-        config.preprocess,
-        tuple(config.image_shape),
-        min(number, len(source)),
-        config.max_bad_images,
-    )
-
-
 def _fingerprint(
     kind: str, source: data.Source, config: ml_collections.ConfigDict
 ) -> str:
-    """Differs for Gaussians of other images or of another kind; fits nothing."""
-    images, labels = _images(source, config, _FINGERPRINT_IMAGES)
+    """A digest of kind and images, made without fitting."""
+    from atebm_jax import data  # its pipeline is slow to import
+
+    images, labels = data.materialise(
+        source,
+        config.preprocess,
+        tuple(config.image_shape),
+        min(_FINGERPRINT_IMAGES, len(source)),
+        config.max_bad_images,
+    )
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     settings = (kind, len(source), NUM_FITTED, _MOST_DIRECTIONS, _LARGEST_SIDE)
     digest.update(repr((settings, images.shape)).encode())
@@ -387,9 +345,8 @@ def from_arrays(
     arrays: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
 ) -> Gaussian:
     """Undoes `Gaussian.arrays`."""
-    return Gaussian(
-        np.asarray(arrays["means"]), np.asarray(arrays["factors"]), image_shape
-    )
+    means, factors = (np.asarray(arrays[name]) for name in ("means", "factors"))
+    return Gaussian(means, factors, image_shape)
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:

@@ -127,6 +127,22 @@ def first_said(text: str) -> str:
     return next(filter(None, texts), "")
 
 
+@contextlib.contextmanager
+def refused_by_all() -> Iterator[None]:
+    """What one process refuses, all refuse; every process must enter this.
+
+    Raises:
+      UserError: in every process, if one is raised inside in any of them.
+    """
+    refusal = ""
+    try:
+        yield
+    except UserError as error:
+        refusal = str(error)
+    if refusal := first_said(refusal):
+        raise UserError(refusal)
+
+
 def from_first_process(
     arrays: Mapping[str, np.ndarray] | None,
 ) -> dict[str, np.ndarray] | None:

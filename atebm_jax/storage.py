@@ -13,16 +13,10 @@ import numpy as np
 from etils import epath
 
 from atebm_jax.errors import UserError
-from atebm_jax.local_path import absolute, in_cloud, is_device, local, real
+from atebm_jax.local_path import absolute, in_bucket, is_device, local, real
 from atebm_jax.names import writable
 
-
-def in_bucket(path: epath.Path) -> bool:
-    """Whether files there are objects (gs://, s3://), which cannot be appended to."""
-    return in_cloud(path)
-
-
-# What each kind of bucket is reached with: module -> package.
+# What each kind of bucket needs: module -> package.
 _FOR_BUCKETS = {
     "gs://": {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"},
     "s3://": {"s3fs": "s3fs"},
@@ -32,31 +26,22 @@ _EXTRAS = {"gs://": "'atebm_jax[gcs]'"}
 
 
 def reached(path: str | os.PathLike) -> epath.Path:
-    """As `local_path.absolute`, and of a bucket only what can be reached from here.
+    """As `local_path.absolute`; also refuses a bucket that cannot be reached from here.
 
     Raises:
       UserError: a cloud that is not known, or packages that are not installed.
     """
     found = absolute(path)
-    check_bucket(found)
-    return found
-
-
-def check_bucket(path: epath.Path) -> None:
-    """Refuses a bucket where the packages that reach it are not installed.
-
-    Raises:
-      UserError: names them and how to install them.
-    """
-    scheme = os.fspath(path).partition("://")[0] + "://"
+    scheme = os.fspath(found).partition("://")[0] + "://"
     needed = _FOR_BUCKETS.get(scheme, {})
     missing = [name for module, name in needed.items() if not _found(module)]
     if missing:
         raise UserError(
-            f"{path} is in a bucket and {' and '.join(missing)} "
+            f"{found} is in a bucket and {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed: "
             f"pip install {_EXTRAS.get(scheme, ' '.join(missing))}."
         )
+    return found
 
 
 def _found(module: str) -> bool:
@@ -121,7 +106,7 @@ def _remove(path: epath.Path) -> None:
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:
     """Writes a file, whole or not at all, on a disk or in a bucket."""
-    # An object appears when it is complete, and renaming would copy it.
+    # In a bucket a file appears when it is complete; renaming would copy it.
     if in_bucket(path) or is_device(path):
         path.write_bytes(content)
         return
@@ -167,15 +152,14 @@ def read_npz(
       names: of the arrays to read; None for all.
 
     Raises:
-      OSError: it is not there, damaged, or holds no such arrays. A damaged file fails
-        in as many ways as it has bytes.
+      OSError: it is not there, damaged, or holds no such arrays.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in names or stored.files}
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # a damaged file may raise anything
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -210,7 +194,7 @@ def appears_whole(to: str | os.PathLike, flag: str = "--to") -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        reason = why_unwritable(error)
+        reason = _why_unwritable(error)
         if reason is None and isinstance(error, OSError):
             reason = error.strerror or str(error)
         if reason is None:
@@ -247,15 +231,6 @@ def writing(what: str | os.PathLike, remedy: str = "") -> Iterator[None]:
         raise UserError(f"{sentence} {remedy}".rstrip()) from error
 
 
-# What the error of a file system that is full or read-only can say.
-_UNWRITABLE = {
-    errno.ENOSPC: "No space left on device",
-    errno.EDQUOT: "Disk quota exceeded",
-    errno.EFBIG: "File too large",
-    errno.EROFS: "Read-only file system",  # also a disk that fails, under Linux
-}
-
-
 @contextlib.contextmanager
 def told_plainly(
     folder: str | os.PathLike,
@@ -277,7 +252,7 @@ def told_plainly(
     except UserError:
         raise
     except Exception as error:
-        reason = why_unwritable(error)
+        reason = _why_unwritable(error)
         if reason is None:
             raise
         raise UserError(
@@ -286,8 +261,17 @@ def told_plainly(
         ) from error
 
 
-def why_unwritable(error: BaseException | None) -> str | None:
-    """The reason if an error, or a cause of it, is of a full or read-only disk."""
+# Errors of a file system that is full or read-only.
+_UNWRITABLE = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EFBIG: "File too large",
+    errno.EROFS: "Read-only file system",  # also a disk that fails, under Linux
+}
+
+
+def _why_unwritable(error: BaseException | None) -> str | None:
+    """The reason, if an error or one of its causes is of a full or read-only disk."""
     while error is not None:
         for number, text in _UNWRITABLE.items():
             if getattr(error, "errno", None) == number or text in str(error):

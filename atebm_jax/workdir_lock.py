@@ -1,7 +1,7 @@
 """One job at a time on a workdir, one command at a time on any output folder.
 
 Where the file system can lock files, the kernel holds the lock and releases it when the
-process ends, in whatever way; a file that a killed process leaves locks nothing.
+process ends, in whatever way: a file that a killed process leaves locks nothing.
 Elsewhere (buckets, some network mounts) each job first writes a file of its own, a
 claim, and then looks for the claims of others. If two jobs start at once, at least one
 sees the other, however slow either is. The holder renews its claim. A claim that does
@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,13 +35,12 @@ _log = logging.getLogger(__name__)
 
 FILE = ".lock"
 
-# Seconds between two renewals of a claim; without one until it is void; between looks.
-_BEAT = 20.0
-_PATIENCE = 65.0
-_LOOK_EVERY = 1.0
+# Seconds: between renewals of a claim, until one without is void, between looks.
+_BEAT, _PATIENCE, _LOOK_EVERY = 20.0, 65.0, 1.0
 
 _Owner = dict[str, Any]
 
+# Errors of file systems that cannot lock files.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -65,17 +64,15 @@ class Lock:
         alone: bool = False,
     ):
         self._what, self._flag, self._alone = what, flag, alone
-        self._workdir = workdir
-        self._path = workdir / FILE
-        # Without locks of the file system.
+        self._together: Callable[[], contextlib.AbstractContextManager[None]]
+        self._together = contextlib.nullcontext if alone else sharding.refused_by_all
+        self._workdir, self._path = workdir, workdir / FILE
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        self._file: int | None = None
+        # For file systems without locks.
         self._claim = workdir / f"{FILE}.{uuid.uuid4().hex}"
         self._signs_of_life = 0
-        self._owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        }
-        self._file: int | None = None
         self._beat: threading.Thread | None = None
         self._ended = threading.Event()
         self._taken_by: _Owner | None = None
@@ -88,21 +85,33 @@ class Lock:
         Raises:
           UserError: another job holds it, or the workdir cannot be written.
         """
-        refusal = ""
-        first = self._alone or jax.process_index() == 0
-        if first and not self._held() and self._workdir.is_dir():
-            refusal = self._take()
-        self._refuse(refusal)
+        with self._together():
+            held = self._file is not None or self._beat is not None
+            first = self._alone or jax.process_index() == 0
+            if held or not first or not self._workdir.is_dir():
+                return
+            try:
+                in_bucket = storage.in_bucket(self._path)
+                if in_bucket or fcntl is None or not self._lock_file():
+                    self._claim_workdir()
+            except BlockingIOError as error:
+                raise self._in_use(_read(self._path)) from error
+            except OSError as error:
+                raise UserError(
+                    f"{self._what} {self._workdir} cannot be written: {error}."
+                ) from error
 
     def check(self) -> None:
-        """Refuses to go on if another job has removed this job's claim as void.
+        """Refuses to go on if another job has taken this job's claim for void.
 
         Every process must call it equally often.
 
         Raises:
           UserError: names the other job.
         """
-        self._refuse("" if self._taken_by is None else self._in_use(self._taken_by))
+        with self._together():
+            if self._taken_by is not None:
+                raise self._in_use(self._taken_by)
 
     def release(self) -> None:
         """Releases the lock and removes its file."""
@@ -116,30 +125,8 @@ class Lock:
             self._beat = None
             self._claim.unlink(missing_ok=True)
 
-    def _held(self) -> bool:
-        return self._file is not None or self._beat is not None
-
-    def _refuse(self, refusal: str) -> None:
-        if not self._alone:
-            refusal = sharding.first_said(refusal)
-        if refusal:
-            raise UserError(refusal)
-
-    def _take(self) -> str:
-        """Takes the lock; returns why it cannot, "" if it could."""
-        try:
-            if storage.in_bucket(self._path) or fcntl is None or not self._lock_file():
-                self._claim_workdir()
-        except BlockingIOError:
-            return self._in_use(_read(self._path))
-        except _InUse as error:
-            return self._in_use(error.owner)
-        except OSError as error:
-            return f"{self._what} {self._workdir} cannot be written: {error}."
-        return ""
-
-    def _in_use(self, owner: _Owner) -> str:
-        return (
+    def _in_use(self, owner: _Owner) -> UserError:
+        return UserError(
             f"{self._what} {self._workdir} is in use by another job (process "
             f"{owner.get('pid', '?')} on {owner.get('host', '?')}, since "
             f"{owner.get('since', '?')}): wait for its end, stop it, or give another "
@@ -165,7 +152,7 @@ class Lock:
                 return False
             raise
         if not in_place:
-            # Its holder has just removed it: others would lock a new one.
+            # Its holder has just removed it; other jobs would lock a new file.
             os.close(file)
             return self._lock_file()
         self._file = file
@@ -178,7 +165,7 @@ class Lock:
                 self._path.unlink()
 
     def _is_in_place(self, file: int) -> bool:
-        """Whether the open file is the one that others find."""
+        """Whether the open file is still the one in the workdir."""
         try:
             return os.path.samestat(os.fstat(file), os.stat(self._path))
         except FileNotFoundError:
@@ -193,7 +180,7 @@ class Lock:
         two claims that see each other, the one later by name is withdrawn.
 
         Raises:
-          _InUse: another job holds the workdir and lives.
+          UserError: another job holds the workdir and lives.
         """
         known: dict[str, tuple[_Owner, float]] = {}
         claimed = False
@@ -206,7 +193,7 @@ class Lock:
                     self._claim.unlink(missing_ok=True)
                     claimed = False
                 if claimed or not others:
-                    # Also while it waits, so that its claim does not become void.
+                    # Renew also while waiting: the claim must not become void.
                     self._renew(holds=False)
                     claimed = True
                 if others:
@@ -226,7 +213,7 @@ class Lock:
         """Removes void claims; `known` has each claim and the time when it changed.
 
         Raises:
-          _InUse: a holder has renewed its claim.
+          UserError: a holder has renewed its claim.
         """
         now = time.monotonic()
         for name, owner in others.items():
@@ -240,7 +227,7 @@ class Lock:
             before, since = known[name]
             if owner != before:
                 if owner.get("holds"):
-                    raise _InUse(owner)
+                    raise self._in_use(owner)
                 known[name] = owner, now
             elif now - since > _PATIENCE:
                 (self._workdir / name).unlink(missing_ok=True)
@@ -249,15 +236,17 @@ class Lock:
         while not self._ended.wait(_BEAT):
             try:
                 others = self._others()
-                # This job was cut off for so long that its claim became void: the
-                # claim has gone, or came back just now, and one of two must yield.
-                if not self._claim.exists():
-                    self._taken_by = next(iter(others.values()), {})
+                # The claim of a job that was cut off for long became void: it has gone,
+                # or came back just now. Of two holders the one later by name yields.
+                gone = not self._claim.exists()
+                holders = [
+                    owner
+                    for name, owner in others.items()
+                    if gone or (owner.get("holds") and name < self._claim.name)
+                ]
+                if gone or holders:
+                    self._taken_by = holders[0] if holders else {}
                     return
-                for name, owner in others.items():
-                    if owner.get("holds") and name < self._claim.name:
-                        self._taken_by = owner
-                        return
                 self._renew(holds=True)
             except OSError:
                 continue  # out of reach for a moment
@@ -265,7 +254,7 @@ class Lock:
     def _renew(self, holds: bool) -> None:
         self._signs_of_life += 1
         owner = {"holds": holds, "signs_of_life": self._signs_of_life}
-        # Whole at every moment: half of one would name nobody.
+        # Written whole: half a file would not name the job.
         storage.write_json(self._claim, self._owner | owner)
 
     def _others(self) -> dict[str, _Owner]:
@@ -306,9 +295,3 @@ def _read(path: epath.Path) -> _Owner:
     except (FileNotFoundError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
-
-
-class _InUse(Exception):
-    def __init__(self, owner: _Owner):
-        super().__init__(owner)
-        self.owner = owner

@@ -1,5 +1,6 @@
 """Set-up of every test: eight virtual devices, no implicit promotion, golden files."""
 
+import fcntl
 import functools
 import os
 import shutil
@@ -18,6 +19,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Most of the tests' time goes to compiling: half of it, for programs half as fast.
+# Here and in processes that tests start; `optimized` is for those that need speed.
+_QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+os.environ.setdefault(_QUICKLY, "1")
+jax.config.update(_QUICKLY.lower(), os.environ[_QUICKLY] == "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,11 +32,33 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="atebm_jax_tests_")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, True))
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     jax.config.update("jax_compilation_cache_dir", folder)
     seconds = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one worker, so that each fixture is made once."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    # In the order of collection, not of the files' numbers of tests.
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+# Files that take a minute of CPU time or near: begun first, workers end together.
+_LONGEST = ("test_notebooks", "test_signals", "test_train", "test_job")
+_LONGEST += ("test_evaluate_command", "test_suite", "test_micro_batches")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def _lenient(function: Callable) -> Callable:
@@ -62,6 +90,17 @@ _TESTS = Path(__file__).parent
 _GOLDEN = (_TESTS / "golden", _TESTS.parents[1] / "shared" / "golden")
 
 
+@pytest.fixture
+def optimized():
+    """Compiles as users do: for tests that run longer than they compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_QUICKLY, "0")
+        before = jax.config.read(_QUICKLY.lower())
+        jax.config.update(_QUICKLY.lower(), False)
+        yield
+        jax.config.update(_QUICKLY.lower(), before)
+
+
 @pytest.fixture(scope="module")
 def one_program_an_attack():
     """AutoAttack fills its last batches up to whole ones: nothing else to compile."""
@@ -70,6 +109,31 @@ def one_program_an_attack():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ensemble, "_PARTS", (1,))
         yield
+
+
+@pytest.fixture(scope="module")
+def two_devices():
+    """Samples are drawn on two: each device compiles its own, and eight say no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.local_devices()[:2]
+        patch.setattr(jax, "local_devices", lambda: devices)
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A workdir after four steps of stage 1, to be read only; one for all workers."""
+    import tiny
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    workdir = folder / "trained" / "digits"
+    with (folder / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "report.json").exists():
+            tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 4}), workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from functools import partial
 from unittest import mock
 
 import jax
+import small  # noqa: F401
 
 from atebm_jax import autoattack, sharding
 from atebm_jax.autoattack import ensemble

@@ -9,15 +9,11 @@ import jax
 import numpy as np
 
 
-def main() -> None:
-    port, count, rank, out = sys.argv[1:]
-    # Eight devices in all, however many processes there are.
-    jax.config.update("jax_num_cpu_devices", 8 // int(count))
-    from atebm_jax import sharding
-
-    if int(count) > 1:
-        sharding.initialize_processes(f"localhost:{port}", int(count), int(rank))
+def train() -> dict[str, np.ndarray]:
+    """Losses and weights of two steps on every mesh."""
     import test_fsdp
+
+    from atebm_jax import sharding
 
     saved = {}
     for spec in ("data:-1", "data:-1,fsdp:4"):
@@ -29,6 +25,17 @@ def main() -> None:
                 saved[f"{spec}/{name}/{seed}"] = np.asarray(metrics[name])
         whole = jax.tree.leaves(sharding.gather(state.params, mesh))
         saved |= {f"{spec}/{i}": np.asarray(leaf) for i, leaf in enumerate(whole)}
+    return saved
+
+
+def main() -> None:
+    port, count, rank, out = sys.argv[1:]
+    # Eight devices in all, however many processes there are.
+    jax.config.update("jax_num_cpu_devices", 8 // int(count))
+    from atebm_jax import sharding
+
+    sharding.initialize_processes(f"localhost:{port}", int(count), int(rank))
+    saved = train()
     assert jax.process_count() == int(count) and jax.device_count() == 8
     if rank == "0":
         np.savez(out, **saved)

@@ -13,7 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from atebm_jax import config, convert, optim, stages, train_step
-from atebm_jax.models import convnext, cpu, layers, resnet, vit, wide_resnet
+from atebm_jax.models import (
+    convnext,
+    cpu,
+    layers,
+    preact_resnet,
+    resnet,
+    swin,
+    vit,
+    wide_resnet,
+)
 from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
@@ -75,14 +84,16 @@ def double_norms(monkeypatch: pytest.MonkeyPatch, family: Any) -> None:
 
 
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the ImageNet networks' smallest sizes shallow, so that they compile fast.
+    """Makes the smallest networks of fixed sizes shallow, so that they compile fast.
 
     Every kind of layer is still there.
     """
     channels = convnext.SIZES["tiny"][1]
-    monkeypatch.setitem(resnet.STAGES, 18, (1, 1, 1, 1))
+    for family in (resnet, preact_resnet):
+        monkeypatch.setitem(family.STAGES, 18, (1, 1, 1, 1))
     monkeypatch.setitem(convnext.SIZES, "tiny", ((1, 1, 1, 1), channels))
     monkeypatch.setattr(vit, "DEPTH", 2)
+    monkeypatch.setitem(swin.SIZES, "tiny", ((2, 1, 1, 1), *swin.SIZES["tiny"][1:]))
 
 
 def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -181,13 +192,18 @@ class TwoLayers(nn.Module):
     """Two convolutions with batch normalisation: what compiles fast."""
 
     num_classes: int = 4
+    channels: int = 8
+    activation: str = "relu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        activation, dtype = layers.ACTIVATIONS[self.activation], self.dtype
         for index, stride in enumerate((1, 2)):
-            x = layers.Conv(8, 3, stride, 1, dtype=self.dtype, name=f"conv{index}")(x)
-            x = nn.relu(layers.batch_norm(f"bn{index}", train)(x))
+            x = layers.Conv(
+                self.channels, 3, stride, 1, dtype=dtype, name=f"conv{index}"
+            )(x)
+            x = activation(layers.batch_norm(f"bn{index}", train)(x))
         return nn.Dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
 
 

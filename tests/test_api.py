@@ -5,15 +5,18 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 
 import atebm_jax
 from atebm_jax import UserError, constraints
 
 # Packages that take long to import; none is needed before something asks for it.
 HEAVY = ("IPython", "PIL", "array_record", "clu", "grain", "matplotlib", "pandas")
-HEAVY += ("safetensors", "scipy", "sklearn", "tensorboardX", "tensorflow")
+# Of SciPy, whose parts come at their first use.
+HEAVY += ("scipy.linalg", "scipy.optimize", "scipy.spatial", "scipy.special")
+HEAVY += ("scipy.stats", "safetensors", "sklearn", "tensorboardX", "tensorflow")
 HEAVY += ("tensorflow_datasets", "timm", "torch", "torchvision")
+
+pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 def test_import_loads_nothing_heavy():
@@ -24,10 +27,8 @@ def test_import_loads_nothing_heavy():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
-    return folder
+def workdir(trained):
+    return trained
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,12 @@ def score(x):
     return -jnp.square(x - BEST).sum(axis=(1, 2, 3))
 
 
+@functools.cache
 def seeds_and_keys(count=6):
+    return jax.jit(_seeds_and_keys, static_argnums=0)(count)
+
+
+def _seeds_and_keys(count):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(
         jnp.arange(count)
     )

@@ -136,6 +136,7 @@ def test_free_run_follows_the_reference(case, golden):
             assert (~close).sum() <= 1, (curve, count, values, expected)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_free_run_in_float64_ends_where_the_reference_does(case, golden, monkeypatch):
     """Sixteen digits leave no room for flips, so the whole run must agree.
 

@@ -179,6 +179,7 @@ def test_step_counts_once_it_is_committed_and_half_ones_are_removed(workdir):
 def test_checksums_are_written_before_the_commit(workdir):
     folder = step_in(workdir, 2, committed=False)
     (folder / checksums.FILE).unlink()
+    (folder / "state" / "manifest.ocdbt").write_text("")
     checkpoint._write_checksums(folder.parent)
     assert checksums.exist(folder) and checksums.damage(folder) is None
 
@@ -212,8 +213,8 @@ def test_missing_packages_are_named(workdir, monkeypatch):
     with pytest.raises(UserError, match="google-cloud-storage is not .*jax.gcs"):
         tiny.run(tiny.config(), workdir)
     monkeypatch.setattr(storage, "_found", lambda module: True)
-    storage.check_bucket(workdir)
-    storage.check_bucket(epath.Path("/a/b"))
+    assert storage.reached(workdir) == workdir
+    assert storage.reached("/a/b") == epath.Path("/a/b")
 
 
 @pytest.mark.parametrize(

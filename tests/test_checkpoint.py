@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import tiny
 from etils import epath
 
@@ -38,7 +39,7 @@ CONFIG = tiny.config()
 def state():
     """A train state of the tiny network, with an AUC window."""
     model = models.build(CONFIG.model)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    variables = reference.random_variables(model, (8, 8, 1))
     optimizer = optim.optimizer("sgd", weight_decay=0.0)
     fresh = train_state.create(variables, optimizer, extra=curriculum.init(3))
     return sharding.put_replicated(fresh, sharding.make_mesh())

@@ -1,5 +1,6 @@
 """What all commands say alike."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import pytest
 
 import atebm_jax
 from atebm_jax import UserError, command_line
+from atebm_jax.convert import __main__ as convert
+from atebm_jax.data import prepare
+from atebm_jax.sample import flags as sample_flags
 
 COMMANDS = {
     "main": ["--config=configs/digits.py"],
@@ -67,14 +71,79 @@ def test_home_is_found_in_the_path_of_a_config(tmp_path, monkeypatch, row):
     text += "    made = config.default()\n    made.stages = row\n    return made\n"
     (tmp_path / "mine.py").write_text(text)
     assert command_line.load_config(f"~/mine.py{row}").stages == (row[1:] or "none")
-    there = f"{tmp_path}/mine.py{row}"
+    there, other = f"--config={tmp_path}/mine.py{row}", "--config.data.train=folder:~/x"
     for given, made in (
-        ([f"--config=~/mine.py{row}", "--x=~/y"], [f"--config={there}", "--x=~/y"]),
-        (["--config", f"~/mine.py{row}"], ["--config", there]),
-        (["--config"], ["--config"]),
-        (["--config.data.train=folder:~/x"], ["--config.data.train=folder:~/x"]),
+        ([f"--config=~/mine.py{row}", "--x=~/y"], [there, "--x=~/y"]),
+        (["--config", f"~/mine.py{row}", other], [there, other]),
     ):
-        assert command_line.with_home(given) == made
+        assert command_line.checked_arguments(given) == made
+
+
+CONFIG = ["--config=configs/digits.py", "--config.seed=x", "--noconfig.stage2.log_r1"]
+CONFIG += ["--config.data.image_shape=(8,8,1)"]
+LATER = ["--config", "configs/cifar10.py:small", "--config.stage2.log_r1"]
+LATER += ["--config.data.image_shape=(64,64,3)", "--config.seed", "7"]
+READ = {
+    "main": "[flags.FLAGS.workdir, flags.FLAGS.devices, flags.FLAGS.dry_run]",
+    "evaluate": "[m._FLAGS.workdir, m._FLAGS.seed, m._FLAGS.metrics]",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "last", "values"),
+    [
+        (
+            "main",
+            ["--workdir=a", "--devices=2", "--dry_run"],
+            ["--workdir=b", "--devices", "3", "--nodry_run"],
+            ["b", 3, False],
+        ),
+        (
+            "evaluate",
+            ["--workdir=a", "--seed=1", "--metrics=pgd,ood"],
+            ["--workdir=b", "--seed", "2", "--metrics=accuracy"],
+            ["b", 2, ["accuracy"]],
+        ),
+    ],
+)
+def test_last_of_two_flags_counts_also_in_the_config(command, first, last, values):
+    """In a process of its own: absl keeps what it has parsed."""
+    module = "main" if command == "main" else "evaluate.__main__"
+    code = f"""import importlib, json, sys
+from absl import flags
+m = importlib.import_module("atebm_jax.{module}")
+m._parse(sys.argv)
+c = getattr(m, "_FLAGS", flags.FLAGS).config
+shown = [c.seed, c.stage2.log_r1, c.data.image_shape, c.model.depth]
+print(json.dumps([{READ[command]}, shown]))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *CONFIG, *first, *last, *LATER],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [values, [7, True, [64, 64, 3], 16]]
+
+
+@pytest.mark.parametrize(
+    ("parser", "needed"),
+    [
+        (sample_flags.of_sampling, ["--workdir=a", "--out=a"]),
+        (sample_flags.of_explain, ["x.png", "--workdir=a", "--out=a", "--target=1"]),
+        (sample_flags.of_edit, ["x.png", "--workdir=a", "--out=a", "--task=inpaint"]),
+        (convert._parser, ["--from=a", "--to=a"]),
+        (prepare._parser, ["--to=a"]),
+    ],
+)
+def test_last_of_two_flags_counts(parser, needed):
+    flags = [flag for flag in needed if flag.startswith("--")]
+    again = [flag.partition("=")[0] + "=2" for flag in flags]
+    given = vars(parser().parse_args([*needed, *again]))
+    for flag in again:
+        name = {"from": "source"}.get(flag[2:-2], flag[2:-2])
+        assert given[name] == "2"
 
 
 @pytest.mark.parametrize("command", ["main", "evaluate"])

@@ -28,6 +28,7 @@ ROWS = [
     "digits.py",
     "cifar10.py:wrn34_10_t40",
     "cifar10.py:wrn34_10_t50",
+    "cifar10.py:dm_wrn28_10",
     "cifar10.py:small",
     "cifar10.py:cpu",
     "cifar10.py:hour",
@@ -43,6 +44,8 @@ ROWS = [
     "imagenet256.py:convnext_base",
     "imagenet256.py:convnext_small",
     "imagenet256.py:convnext_tiny",
+    "imagenet256.py:xcit_s12",
+    "imagenet256.py:swin_b",
     "imagenet256.py:smoke",
 ]
 

@@ -23,8 +23,13 @@ from atebm_jax import (
     recipes,
 )
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 SHAPE = (4, 4, 3)
 LABELS = jnp.arange(6) % 3
+
+# Operation by operation it would compile for longer.
+noise_seeds = jax.jit(drawing.noise_seeds, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def marginal_score(x):
 
 
 def test_samples_of_a_linear_model_lower_their_own_energy():
-    seeds = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    seeds = noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
     labels = LABELS
     options = {"step_size": 0.2, "num_steps": 5}
     made = ascent.climb(joint_score(labels), seeds, **options)
@@ -120,7 +125,7 @@ def edit(constraint, labels, num_steps=6, rule="pgd"):
 
 
 def test_edit_in_a_ball_is_the_counterfactual():
-    images = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    images = noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
     targets = LABELS
     for norm, rule in (("l2", "pgd"), ("linf", "sign")):
         made = edit(constraints.ball(images, 0.4, norm), targets, rule=rule)
@@ -135,7 +140,7 @@ def test_edit_in_a_ball_is_the_counterfactual():
 
 
 def test_path_of_an_edit_reads_its_images():
-    images = drawing.noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
+    images = noise_seeds(jax.random.key(0), jnp.arange(6), SHAPE)
     labels = LABELS
     made = edit(constraints.ball(images, 1.0), labels)
     for row, x in ((0, images), (6, made.images)):
@@ -155,7 +160,7 @@ def test_path_of_an_edit_reads_its_images():
 
 
 def test_edit_without_a_class_or_with_a_guessed_one():
-    images = drawing.noise_seeds(jax.random.key(1), jnp.arange(3), SHAPE)
+    images = noise_seeds(jax.random.key(1), jnp.arange(3), SHAPE)
     ball = constraints.ball(images, 1.0)
     free = edit(ball, None)
     marginal = energy.marginal(linear_logits(free.images))
@@ -180,22 +185,22 @@ def test_steps_of_a_counterfactual_shrink_with_its_ball():
 
 
 def test_no_steps_return_the_seeds():
-    seeds = drawing.noise_seeds(jax.random.key(0), jnp.arange(2), SHAPE)
+    seeds = noise_seeds(jax.random.key(0), jnp.arange(2), SHAPE)
     made = ascent.climb(marginal_score, seeds, step_size=0.2, num_steps=0)
     np.testing.assert_array_equal(made, seeds)
 
 
 def test_noise_of_an_index_does_not_depend_on_the_batch():
     key = jax.random.key(3)
-    together = drawing.noise_seeds(key, jnp.arange(8), SHAPE)
-    apart = [drawing.noise_seeds(key, jnp.asarray([i]), SHAPE)[0] for i in (5, 2)]
+    together = noise_seeds(key, jnp.arange(8), SHAPE)
+    apart = [noise_seeds(key, jnp.asarray([i]), SHAPE)[0] for i in (5, 2)]
     np.testing.assert_array_equal(together[jnp.asarray([5, 2])], apart)
     assert len(np.unique(together)) == together.size
 
 
 def test_noise_is_uniform_and_follows_its_key():
     noise = [
-        np.asarray(drawing.noise_seeds(jax.random.key(k), jnp.arange(50), SHAPE))
+        np.asarray(noise_seeds(jax.random.key(k), jnp.arange(50), SHAPE))
         for k in (0, 1)
     ]
     assert noise[0].min() >= 0 and noise[0].max() <= 1

@@ -15,7 +15,8 @@ from atebm_jax.dry_run import GIB, RESERVE, Cost, Machine
 
 
 def settings(**overrides):
-    return tiny.config(**{"stages": "stage2", "init_from": "anything"} | overrides)
+    chosen = {"stages": "stage2", "init_from": "anything", "model.name": "wide_resnet"}
+    return tiny.config(**chosen | overrides)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small
 import tiny
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint, checksums, data
+from atebm_jax.config import flatten
 from atebm_jax.evaluate.context import Context
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.preemption import Interrupted
@@ -370,7 +372,7 @@ def test_stage2_without_any_stage1_is_refused_and_nothing_is_written(tmp_path):
 
 def test_weights_of_another_network_are_refused_by_name(finished, tmp_path):
     settings = tiny.config(init_from=str(finished[0]), **{"model.widen_factor": 2})
-    with pytest.raises(UserError, match="block1_0"):
+    with pytest.raises(UserError, match="bn0"):
         tiny.run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -453,14 +455,16 @@ def test_signal_in_an_evaluation_saves_and_the_evaluation_is_done_later(
 
 def test_two_processes_train_like_one(tmp_path):
     """Each process reads its own part of every batch; figures and files are one."""
-    settings = {"config.stage1.batch_size": 16, "config.stage1.num_steps": 3}
-    settings |= {"config.stages": "stage1", "config.evaluate.samples.num_test": 20}
-    settings |= {"config.evaluate.samples.num_steps": 2, "config.seed": 3}
-    settings |= {"config.evaluate.num_test_examples": 40}
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "atebm_jax.main", "--config=configs/digits.py"]
+    settings = tiny.config(stages="stage1", seed=3, **{"stage1.num_steps": 3})
+    defaults = dict(flatten(small.get_config()))
+    flags = [
+        f"--config.{name}={value}"
+        for name, value in flatten(settings)
+        if value != defaults[name]
+    ]
+    command = [sys.executable, "-m", "atebm_jax.main", "--config=tests/small.py"]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = tiny.environment()
     port = 20_000 + os.getpid() % 20_000
     together = [
         subprocess.Popen(
@@ -475,8 +479,7 @@ def test_two_processes_train_like_one(tmp_path):
     ]
     printed = [process.communicate(timeout=300)[0] for process in together]
     assert [process.returncode for process in together] == [0, 0], printed
-    alone = [*command, *flags, f"--workdir={tmp_path / 'one'}"]
-    subprocess.run(alone, cwd=ROOT, env=environment, check=True, capture_output=True)
+    tiny.run(settings, tmp_path / "one")
     one, two = (
         averages(tmp_path / "one", "stage1"),
         averages(tmp_path / "two", "stage1"),

@@ -4,7 +4,6 @@ Each test runs the real loop on a digits job of a few steps.
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import tiny
 
 from atebm_jax import checkpoint, compilation, sharding, train
-from atebm_jax.evaluate.evaluation import Evaluation
 from atebm_jax.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -85,15 +83,9 @@ def loop(tmp_path_factory):
         patch.setattr(sharding, "put_batch", put_noted)
         patch.setattr(train, "jit_step", jit_noted)
         patch.setattr(train, "_advance", guarded)
-        only_the_loop(patch)
+        tiny.only_the_loop(patch)
         tiny.run(settings(), workdir)
     return workdir, list(dict.fromkeys(noted))
-
-
-def only_the_loop(patch):
-    """Leaves evaluation and report out of a job."""
-    patch.setattr(train, "_evaluate", lambda *_: None)
-    patch.setattr(Evaluation, "final", lambda *_: {})
 
 
 def test_metrics_of_a_step_are_fetched_while_the_next_one_runs(loop):
@@ -158,7 +150,7 @@ def test_whole_curriculum_is_one_program(loop, monkeypatch, tmp_path):
     curriculum = {"stages": "stage2", "stage2.num_steps": 22, "stage2.t_max": 20}
     curriculum |= {"stage2.auc_threshold": 0.0, "stage2.auc_window_images": 16}
     curriculum |= {"stage2.eval_every_steps": 0, "stage2.checkpoint_every_steps": 5}
-    only_the_loop(monkeypatch)
+    tiny.only_the_loop(monkeypatch)
     counts, jit_step = [], train.jit_step
 
     def jit_counted(*arguments):
@@ -200,10 +192,10 @@ main.cli()
 
 def start(workdir, *flags):
     """Runs the command; returns (programs compiled, programs loaded)."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = tiny.environment()
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     made = subprocess.run(
-        [sys.executable, "-c", _COUNTING, "--config=configs/digits.py"]
+        [sys.executable, "-c", _COUNTING, "--config=tests/small.py"]
         + [f"--workdir={workdir}", "--config.stages=stage1", *flags]
         + ["--config.stage1.schedule=constant", "--config.evaluate.samples.num=10"]
         + ["--config.evaluate.samples.num_test=10", "--config.evaluate.num_examples=50"]

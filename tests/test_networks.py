@@ -1,28 +1,67 @@
 """The ImageNet networks by themselves: shapes, sizes, dtypes, modes and refusals."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 
-from atebm_jax import UserError, archs, convert, energy, models
+from atebm_jax import UserError, archs, energy, models
+from atebm_jax.convert import names
 from atebm_jax.models import resnet
 from atebm_jax.models.family import IMAGENET
 
 # Small networks of each family, and the features they pool.
 NETWORKS = [
     ("wrn16_4", {"depth": 10, "widen_factor": 1}, 64),
+    ("dm_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
+    ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    ("wrn34_r", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    ("wrn_a4", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    ("ra_wrn101_2", {"blocks": "1-1-1-1", "widths": "8-8-16-24-32"}, 32),
+    ("jem_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
+    ("preact_resnet18", {}, 512),
+    ("dm_preact_resnet18", {}, 512),
+    ("small_resnet18", {}, 512),
     ("resnet18", {}, 512),
     ("convnext_tiny", {}, 768),
     ("convnext_tiny_cvst", {}, 768),
     ("vit_s", {}, 384),
     ("vit_s_cvst", {"position_grid": 2}, 384),
+    ("xcit_s12", {"depth": 1}, 384),
+    ("swin_t", {"window": 1, "position_grid": 8}, 768),
 ]
 
-# Parameters in millions, as timm counts them (ConvStems: as the reference does).
+# An XCiT is shallow by a field, and windows of 2 fit small images.
+SMALL = {
+    "xcit_s12": {"depth": 1},
+    "xcit_s12_p4": {"depth": 1},
+    "swin_t": {"window": 2, "position_grid": 8},
+}
+
+# Parameters in millions, as timm counts them (ConvStems: as the reference does; those
+# for small images: products of the published sizes, summed by hand).
 MILLIONS = {
     "wrn34_10": 46.160474,
+    "dm_wrn28_10": 36.479194,
+    "dm_wrn34_10": 46.160474,
+    "dm_wrn34_20": 184.531674,
+    "dm_wrn70_16": 266.796506,
+    "dm_wrn82_8": 79.125466,
+    "dm_wrn94_16": 365.915610,
+    "dm_wrn106_16": 415.475162,
+    "ra_wrn70_16": 267.240802,
+    "wrn34_r": 68.116698,
+    "wrn_a4": 147.291738,
+    "ra_wrn101_2": 104.065776,
+    "jem_wrn28_10": 36.471338,
+    "small_resnet18": 11.173962,
+    "small_resnet34": 21.282122,
+    "small_resnet50": 23.520842,
+    "preact_resnet18": 11.172170,
+    "preact_resnet18_nonorm_raw": 11.171146,
+    "dm_preact_resnet18": 12.548426,
     "resnet18": 11.689512,
     "resnet34": 21.797672,
     "resnet50": 25.557032,
@@ -39,6 +78,11 @@ MILLIONS = {
     "convnext_large_cvst": 198.134680,
     "vit_s": 22.050664,
     "vit_b": 86.567656,
+    "xcit_s12": 26.253304,
+    "swin_t": 28.288354,
+    "swin_s": 49.606258,
+    "swin_b": 87.768224,
+    "swin_l": 196.532476,
 }
 
 
@@ -55,16 +99,20 @@ def shapes_of(network, size=(64, 64)):
 @pytest.mark.parametrize("name", archs.ARCHS)
 def test_every_architecture_builds_with_its_number_of_parameters(name):
     block = archs.model_config(name)
-    _, weights = shapes_of(models.build(block))
+    size = (224, 224) if block.name == "swin" else (64, 64)
+    _, weights = shapes_of(models.build(block), size)
     assert archs.name_of(block) == name
     count = sum(x.size for x in jax.tree.leaves(weights["params"]))
     if name in MILLIONS:
         assert count == round(MILLIONS[name] * 1e6)
     dtypes = {x.dtype for x in jax.tree.leaves(weights)}
     assert dtypes == {jnp.dtype("float32")}
-    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), weights)
-    exported = convert.to_torch(block.name, empty)
-    assert len(exported) == len(jax.tree.leaves(weights))
+    flat = flax.traverse_util.flatten_dict(weights, sep="/")
+    exported = {
+        names.one_to_torch(block.name, path, np.broadcast_to(np.False_, x.shape))[0]
+        for path, x in flat.items()
+    }
+    assert len(exported) == len(flat)
 
 
 @pytest.mark.usefixtures("shallow")
@@ -100,18 +148,21 @@ def test_sizes_that_do_not_fit_are_refused():
         pytest.param("convnext_tiny", marks=pytest.mark.slow),
         "convnext_tiny_cvst",
         "vit_s",
+        "xcit_s12_p4",
+        "swin_t",
     ],
 )
 def test_bfloat16_computes_nearly_the_same(name):
-    network = models.build(archs.model_config(name, num_classes=7))
+    overrides = SMALL.get(name, {})
+    network = models.build(archs.model_config(name, num_classes=7, **overrides))
     weights = reference.random_variables(network, (32, 32, 3))
     images = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
     exact = jax.jit(network.apply)(weights, images)
     # Flax's normalisation leaves bfloat16 images and float32 statistics to promotion.
     with jax.numpy_dtype_promotion("standard"):
         half = network.clone(dtype=jnp.bfloat16)
-        rounded = jax.jit(half.apply)(weights, images)
-        text = jax.jit(half.apply).lower(weights, images).as_text()
+        lowered = jax.jit(half.apply).lower(weights, images)
+        text, rounded = lowered.as_text(), lowered.compile()(weights, images)
     assert rounded.dtype == jnp.float32
     assert "bf16" in text
     away = np.abs(np.asarray(rounded) - exact).max() / np.abs(exact).max()
@@ -134,6 +185,8 @@ def score_gradients(network, weights, images):
         ("resnet18", {}),
         pytest.param("vit_s", {}, marks=pytest.mark.slow),
         pytest.param("convnext_tiny", {}, marks=pytest.mark.slow),
+        ("xcit_s12_p4", SMALL["xcit_s12_p4"]),
+        ("swin_t", SMALL["swin_t"]),
     ],
 )
 def test_rematerialisation_changes_no_gradient(name, overrides):
@@ -150,14 +203,17 @@ def test_rematerialisation_changes_no_gradient(name, overrides):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_s"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "convnext_tiny", "vit_s", "xcit_s12", "swin_t"]
+)
 def test_rematerialised_blocks_keep_their_parameters(name):
     plain, again = (
-        models.build(archs.model_config(name, remat=remat)) for remat in (False, True)
+        models.build(archs.model_config(name, remat=remat, **SMALL.get(name, {})))
+        for remat in (False, True)
     )
     assert shapes_of(plain)[1] == shapes_of(again)[1]
     images, weights = shapes_of(plain)
-    if name == "resnet18":
+    if "batch_stats" in weights:
         jax.eval_shape(
             lambda v, x: again.apply(v, x, train=True, mutable=["batch_stats"]),
             weights,
@@ -279,6 +335,10 @@ def test_cifar_networks_have_the_reference_s_normalisation_to_the_last_digit():
         ("wide_resnet50_4", "resnet-50-256"),
         ("convnext_large_cvst", "convnext-large-conv"),
         ("vit_s", "vit-small-patch"),
+        ("dm_wrn70_16", "dm_wide_resnet-70-16"),
+        ("ra_wrn70_16", "ra_wide_resnet-30-31-10-96-216-432-864"),
+        ("xcit_m12_p4", "xcit-medium-12-4"),
+        ("swin_b", "swin-base-7-1e-05"),
     ],
 )
 def test_network_is_described_by_what_sizes_it(name, text):

@@ -51,6 +51,7 @@ def test_logits_match_the_reference(golden, name, size):
 
 
 @pytest.mark.golden
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["resnet50", "convnext_tiny_cvst"])
 def test_double_precision_matches_the_reference_to_rounding(golden, monkeypatch, name):
     stored = golden(f"big_{name}")

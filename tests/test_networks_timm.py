@@ -72,6 +72,7 @@ def test_logits_and_gradients_are_timms(theirs, ours, size):
         assert_relative(actual, value, 1e-4)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("name", "size"), RESNETS)
 def test_resnets_are_timms_to_rounding_in_double_precision(name, size, monkeypatch):
     """In float32 units land on the other side of zero, others on every CPU."""

@@ -18,6 +18,8 @@ NETWORKS = {
     "resnet": ({"depth": 18}, (8, 8, 3)),
     "convnext": ({"size": "tiny", "stem": "conv"}, (32, 32, 3)),
     "vit": ({"size": "small", "position_grid": 2, "stem": "conv"}, (32, 32, 3)),
+    "xcit": ({"size": "small", "depth": 1, "patch": 4}, (32, 32, 3)),
+    "swin": ({"size": "tiny", "window": 2, "position_grid": 8}, (32, 32, 3)),
 }
 
 # Normalisation, cross-entropy, logsumexp, softplus and norms of images.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import process_worker
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +43,8 @@ def train(count, folder):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return train(1, tmp_path_factory.mktemp("alone"))
+def alone():
+    return process_worker.train()
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow, id="4")])

@@ -18,10 +18,12 @@ import kill
 
 @pytest.fixture
 def training(tmp_path):
-    """A job with two worker processes, in the middle of stage 1, and its workdir."""
+    """A job with a worker process, in the middle of stage 1, and its log."""
     workdir = tmp_path / "run"
-    longer = "--config.stage1.num_steps=60"
-    process = jobs.start(workdir, "--config.data.num_workers=2", longer)
+    longer = "--config.stage1.num_steps=200"
+    process = jobs.start(
+        workdir, "--config.data.num_workers=1", longer, config=jobs.SMALL
+    )
     give_up = threading.Timer(600, process.kill)
     give_up.start()
     while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
@@ -53,7 +55,7 @@ def test_signal_to_all_processes_ends_with_one_clear_line(training, number):
 def test_killed_job_leaves_no_worker_behind(training):
     process, _ = training
     workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2
+    assert workers
     process.kill()
     process.wait()
     assert alive(workers) == []
@@ -73,4 +75,4 @@ def test_killed_data_worker_ends_the_job_with_one_clear_line(training):
 
 
 def test_killed_runs_end_bit_identically(tmp_path):
-    assert kill.compare(tmp_path, kills=2, seed=1).found == []
+    assert kill.compare(tmp_path, kills=2, seed=1, config=jobs.SMALL).found == []

@@ -190,6 +190,7 @@ def test_gradients_match_on_the_stored_images(golden):
         reference.assert_close(made, expected, atol=2e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_gradients_in_float64_match_to_the_rounding_of_the_reference(
     golden, monkeypatch
 ):

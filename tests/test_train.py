@@ -12,34 +12,61 @@ import numpy as np
 import pytest
 import tiny
 
-from atebm_jax import UserError, checkpoint, health, optim, train, train_step
-from atebm_jax.evaluate.evaluation import Evaluation
+from atebm_jax import (
+    UserError,
+    checkpoint,
+    health,
+    optim,
+    sharding,
+    train,
+    train_step,
+)
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.preemption import Interrupted
 
+make = train_step.make
 
-def poison(monkeypatch, broken):
-    """Makes loss and gradients NaN where `broken(state)` holds."""
-    make = train_step.make
 
-    def make_poisoned(stage, *arguments, **options):
-        def loss(params, batch_stats, batch, made):
-            value, rest = stage.loss(params, batch_stats, batch, made)
-            return value * jnp.where(batch["bad"], jnp.nan, 1.0), rest
+def make_poisoned(stage, *arguments, **options):
+    """`train_step.make` with a loss that is NaN where the batch says "bad"."""
 
-        def adversaries(key, variables, extra, batch):
-            clean = {name: x for name, x in batch.items() if name != "bad"}
-            return stage.adversaries(key, variables, extra, clean)
+    def loss(params, batch_stats, batch, made):
+        value, rest = stage.loss(params, batch_stats, batch, made)
+        return value * jnp.where(batch["bad"].any(), jnp.nan, 1.0), rest
 
-        poisoned = stage._replace(loss=loss, adversaries=adversaries)
-        step = make(poisoned, *arguments, **options)
-        return lambda state, batch: step(state, {**batch, "bad": broken(state)})
+    def adversaries(key, variables, extra, batch):
+        clean = {name: x for name, x in batch.items() if name != "bad"}
+        return stage.adversaries(key, variables, extra, clean)
+
+    poisoned = stage._replace(loss=loss, adversaries=adversaries)
+    return make(poisoned, *arguments, **options)
+
+
+def poison(monkeypatch, positions):
+    """Makes loss and gradients NaN at these positions in the data.
+
+    A batch brings it along, so that all tests share one program.
+    """
+    jit_step = train.jit_step
+
+    def jit_poisoned(step, placement, mesh):
+        compiled = jit_step(step, placement, mesh)
+
+        def dispatch(state, batch):
+            position = int(state.step) + int(state.data_offset)
+            bad = np.full(len(batch["y_cls"]), position in positions)
+            return compiled(state, {**batch, **sharding.put_batch({"bad": bad}, mesh)})
+
+        return dispatch
 
     monkeypatch.setattr(train_step, "make", make_poisoned)
+    monkeypatch.setattr(train, "jit_step", jit_poisoned)
 
 
-def position(state):
-    return state.step + state.data_offset
+@pytest.fixture(autouse=True)
+def only_the_loop(monkeypatch):
+    """Evaluation and report have nothing to do with what is tested here."""
+    tiny.only_the_loop(monkeypatch)
 
 
 def last_state(workdir, stage="stage1"):
@@ -55,17 +82,17 @@ def settings(**overrides):
 
 
 def test_single_broken_step_is_skipped_and_counted(monkeypatch, tmp_path):
-    poison(monkeypatch, lambda state: position(state) == 5)
+    poison(monkeypatch, [5])
     tiny.run(settings(), tmp_path)
     state = last_state(tmp_path)
     assert int(state["skipped"]) == 1 and int(state["rollbacks"]) == 0
     assert int(state["num_averages"]) == 9
     assert [r["skipped"] for r in read_metrics(tmp_path) if "skipped" in r][-1] == 1
-    jax.tree.map(lambda x: np.isfinite(x).all(), state["params"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
 
 def test_broken_steps_in_a_row_roll_back_to_new_data(monkeypatch, tmp_path):
-    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
+    poison(monkeypatch, range(5, 8))
     _, printed = tiny.run(settings(), tmp_path)
     state = last_state(tmp_path)
     assert int(state["rollbacks"]) == 1
@@ -78,8 +105,7 @@ def test_broken_steps_in_a_row_roll_back_to_new_data(monkeypatch, tmp_path):
 
 
 def test_signal_amid_broken_steps_does_not_say_that_all_is_saved(monkeypatch, tmp_path):
-    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
-    only_the_loop(monkeypatch)
+    poison(monkeypatch, range(5, 8))
     write = MetricWriter.write
 
     def write_and_signal(self, stage, step, metrics):
@@ -96,8 +122,7 @@ def test_signal_amid_broken_steps_does_not_say_that_all_is_saved(monkeypatch, tm
 
 def test_rollback_waits_for_a_save_that_is_under_way(monkeypatch, tmp_path):
     """The save of step 4 ends only once it is waited for, however late that is."""
-    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
-    only_the_loop(monkeypatch)
+    poison(monkeypatch, range(5, 8))
     waited = threading.Event()
     wait, write = checkpoint._Manager.wait_until_finished, checkpoint._write_checksums
 
@@ -118,7 +143,7 @@ def test_rollback_waits_for_a_save_that_is_under_way(monkeypatch, tmp_path):
 
 
 def test_rollback_does_not_depend_on_what_is_logged(monkeypatch, tmp_path):
-    poison(monkeypatch, lambda state: (position(state) >= 5) & (position(state) < 8))
+    poison(monkeypatch, range(5, 8))
     tiny.run(settings(log_every_steps=100), tmp_path)
     state = last_state(tmp_path)
     assert int(state["rollbacks"]) == 1 and int(state["data_offset"]) >= 3
@@ -127,14 +152,14 @@ def test_rollback_does_not_depend_on_what_is_logged(monkeypatch, tmp_path):
 
 
 def test_rollback_before_the_first_checkpoint_starts_afresh(monkeypatch, tmp_path):
-    poison(monkeypatch, lambda state: position(state) < 2)
+    poison(monkeypatch, range(2))
     _, printed = tiny.run(settings(), tmp_path)
     assert "rolled back to step 0" in printed
     assert int(last_state(tmp_path)["step"]) == 10
 
 
 def test_training_that_keeps_diverging_stops_with_a_clear_error(monkeypatch, tmp_path):
-    poison(monkeypatch, lambda state: position(state) >= 5)
+    poison(monkeypatch, range(5, 100))
     with pytest.raises(UserError, match="keeps diverging.*after 1 rollbacks"):
         tiny.run(settings(max_rollbacks=1), tmp_path)
 
@@ -167,12 +192,6 @@ def dies(monkeypatch, *, above, dying=True):
     monkeypatch.setattr(health, "look", look_and_see)
 
 
-def only_the_loop(patch):
-    """Leaves evaluation and report out of a job."""
-    patch.setattr(train, "_evaluate", lambda *_: None)
-    patch.setattr(Evaluation, "final", lambda *_: {})
-
-
 def short(**overrides):
     """Fourteen steps with checkpoints at 5 and 10; the rate at step 12 is 0.011."""
     chosen = {"stage1.num_steps": 14, "stage1.checkpoint_every_steps": 5}
@@ -194,7 +213,7 @@ def undisturbed(tmp_path_factory):
     """The workdir of a short run in which nothing happens."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        only_the_loop(patch)
+        tiny.only_the_loop(patch)
         tiny.run(short(), workdir)
     return workdir
 
@@ -204,7 +223,7 @@ def died(tmp_path_factory):
     """The workdir of a run that dies at step 12, and what it printed."""
     workdir = tmp_path_factory.mktemp("died")
     with pytest.MonkeyPatch.context() as patch:
-        only_the_loop(patch)
+        tiny.only_the_loop(patch)
         dies(patch, above=0.01)
         _, printed = tiny.run(short(), workdir)
     return workdir, printed
@@ -254,7 +273,6 @@ def test_job_that_is_killed_after_a_rollback_dies_and_goes_back_again(
     died, tmp_path, monkeypatch
 ):
     """Nothing is saved since, so that it starts over from before the sign."""
-    only_the_loop(monkeypatch)
     dies(monkeypatch, above=0.01)
     write = MetricWriter.write
 
@@ -274,7 +292,6 @@ def test_job_that_is_killed_after_a_rollback_dies_and_goes_back_again(
 
 
 def test_dying_network_stops_the_job_where_asked(tmp_path, monkeypatch):
-    only_the_loop(monkeypatch)
     dies(monkeypatch, above=0.01)
     with pytest.raises(UserError, match="stage1 stopped at step 12: it is seen"):
         tiny.run(short(on_dying="stop"), tmp_path)
@@ -288,7 +305,6 @@ def test_noted_sign_changes_nothing_but_the_record(
     undisturbed, tmp_path, monkeypatch, chosen
 ):
     """Where the config says so, and always where there is just nothing to learn."""
-    only_the_loop(monkeypatch)
     dies(monkeypatch, above=0.0, dying=chosen.pop("dying", True))
     _, printed = tiny.run(short(**chosen), tmp_path)
     assert printed.count("stage1 step 12: it is seen at step 12") == 1
@@ -298,14 +314,12 @@ def test_noted_sign_changes_nothing_but_the_record(
 
 
 def test_network_that_keeps_dying_stops_the_job(tmp_path, monkeypatch):
-    only_the_loop(monkeypatch)
     dies(monkeypatch, above=0.0)
     with pytest.raises(UserError, match="keeps diverging, again after 1 rollbacks: it"):
         tiny.run(short(max_rollbacks=1), tmp_path)
 
 
 def test_nothing_is_saved_while_signs_of_dying_count(tmp_path, monkeypatch):
-    only_the_loop(monkeypatch)
     monkeypatch.setattr(health.Watch, "suspicious", lambda self: len(self.norms) == 5)
     tiny.run(short(), tmp_path)
     folder = checkpoint.stage_folder(tmp_path, "stage1")
@@ -314,8 +328,8 @@ def test_nothing_is_saved_while_signs_of_dying_count(tmp_path, monkeypatch):
 
 def test_thirty_times_the_learning_rate_is_caught_and_mended(tmp_path, monkeypatch):
     """The digits' stage 2 from a short stage 1: 0.3, then 0.09, 0.027 and so on."""
-    only_the_loop(monkeypatch)
-    chosen = {"stage1.num_steps": 60, "stage1.batch_size": 64}
+    chosen = {"model.name": "wide_resnet"}
+    chosen |= {"stage1.num_steps": 60, "stage1.batch_size": 64}
     chosen |= {"stage2.num_steps": 24, "stage2.batch_size": 64}
     chosen |= {"stage2.learning_rate": 0.3, "log_every_steps": 1}
     chosen |= {f"stage{n}.eval_every_steps": 0 for n in (1, 2)}

@@ -1,23 +1,34 @@
 """A digits job of a few steps, for the tests of job, checkpoints and interface."""
 
+import functools
 import io
+import os
+import sys
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import small
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from atebm_jax import job
-from atebm_jax.command_line import load_config
+from atebm_jax import job, train, train_step
+from atebm_jax.evaluate import classification, evaluation
+from atebm_jax.evaluate.context import Context
 
-DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
+ROOT = Path(__file__).parents[1]
+DIGITS = small.DIGITS
 
 # Fine names of folders, which rich would take for styles, faults or a picture.
 NAMES = ("[bold]a", "a [/x]", "[link=x]a[/link]", "a:smile:b", "[red]")
 
 
 def config(**overrides: Any) -> ConfigDict:
-    """The digits config with both stages cut to 6 steps; overrides by dotted name."""
+    """The digits config with both stages cut to 6 steps; overrides by dotted name.
+
+    The network is the small one; "model.name" may be another's.
+    """
     settings = {
         "log_every_steps": 2,
         "stage1.batch_size": 16,
@@ -40,9 +51,60 @@ def config(**overrides: Any) -> ConfigDict:
         "evaluate.samples.grid_rows": 2,
         "evaluate.samples.num_reference": 300,
     }
-    result = load_config(str(DIGITS))
+    result = small.get_config()
     result.update_from_flattened_dict(settings | overrides)
     return result
+
+
+def _once(make: Callable, key_of: Callable[..., Hashable]) -> Callable:
+    """`make`, called once for all arguments of one key; the latest results are kept."""
+    made: dict[Hashable, Any] = {}
+
+    @functools.wraps(make)
+    def get(*arguments: Any) -> Any:
+        key = key_of(*arguments)
+        made[key] = made.pop(key) if key in made else make(*arguments)
+        if len(made) > 16:
+            del made[next(iter(made))]
+        return made[key]
+
+    return get
+
+
+def _key_of_step(config: ConfigDict, name: str, *rest: Any) -> Hashable:
+    """What an update depends on; `train_step.make` too, as tests replace it."""
+    factor, shape = config.rollback_learning_rate_factor, config.data.image_shape
+    block = config[name].to_json()
+    return block, config.seed, factor, shape, name, *rest, train_step.make
+
+
+def _meaning(function: Callable) -> Hashable:
+    """The same for two functions of one text and equal values around it."""
+    around = getattr(function, "__closure__", None) or ()
+    try:
+        meaning = function.__code__, tuple(cell.cell_contents for cell in around)
+        hash(meaning)
+    except (AttributeError, TypeError, ValueError):
+        return function
+    return meaning
+
+
+# Every job traces and compiles its programs anew; here jobs of one config share them.
+train.plan_stage = _once(train.plan_stage, _key_of_step)
+train.jit_step = _once(train.jit_step, lambda step, placement, mesh: (step, mesh))
+classification.under_attack = _once(
+    classification.under_attack, lambda attack: ConfigDict(attack).to_json()
+)
+Context.compiled = _once(
+    Context.compiled,
+    lambda self, function: (self.model, self.mesh, _meaning(function)),
+)
+
+
+def only_the_loop(patch: pytest.MonkeyPatch) -> None:
+    """Leaves evaluation and report out of jobs."""
+    patch.setattr(train, "_evaluate", lambda *_: None)
+    patch.setattr(evaluation.Evaluation, "final", lambda *_: {})
 
 
 def run(settings: ConfigDict, workdir: str | Path, **options: Any) -> tuple[dict, str]:
@@ -51,3 +113,16 @@ def run(settings: ConfigDict, workdir: str | Path, **options: Any) -> tuple[dict
     console = Console(file=printed, width=200)
     report = job.run(settings, workdir, console=console, **options)
     return report, printed.getvalue()
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """A command of the package, in a process that knows the small network."""
+    code = f"import small, runpy; runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """For a process of its own, with so many devices."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return os.environ | settings | {"PYTHONPATH": paths}

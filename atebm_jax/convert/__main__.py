@@ -1,5 +1,6 @@
 """PyTorch checkpoints in, weights out.
 
+    python -m atebm_jax.convert --list
     python -m atebm_jax.convert --from=FILE --to=DIR
     python -m atebm_jax.convert --from=WORKDIR --export=safetensors --to=FILE
 
@@ -9,20 +10,19 @@ Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
 import argparse
 import collections
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from atebm_jax.command_line import Parser, check_platform, quiet_libraries, run
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.progress import say
 
 if TYPE_CHECKING:
     from atebm_jax.convert.importing import Imported
-    from atebm_jax.convert.names import Match
 
 # Of the fixed image: the network's features of a larger one take tens of gigabytes.
 _LARGEST_SIDE = 4096
@@ -41,12 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--from",
         dest="source",
-        required=True,
         metavar="FILE",
         help=".pt, .pth, .ckpt, .tar or .safetensors; with --export a workdir or "
         "checkpoint of this project",
     )
-    add("--to", required=True, help="new folder; with --export a file")
+    add("--to", help="new folder; with --export a file")
+    add("--list", action="store_true", help="print the networks that can be read")
     add("--arch", default="auto", help="resnet50, say; default auto")
     add("--entry", help="which of several networks in the file")
     add("--mean", help="input normalisation: one number a channel")
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="imagenet, cifar10 or none (or give --mean and --std): needed where no "
         "file says it and networks of the kind differ",
     )
-    add("--activation", help="relu (default), silu (swish) or gelu: no file says it")
+    add("--activation", help="relu, silu (swish) or gelu: no file says it")
     add("--image_size", type=int, help="side of the images in pixels")
     add("--classes_file", help="names of the classes, one a line: no file says them")
     add("--export", help="safetensors: PyTorch's names and layouts")
@@ -70,38 +70,49 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     Raises:
       UserError: a mistake in flags or files.
     """
-    flags = _parser().parse_args(argv)
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    if not flags.list and None in (flags.source, flags.to):
+        parser.error("--from and --to are required, or --list")
     console = console or Console()
     quiet_libraries()
     check_platform()
-    if flags.export is not None:
-        _export(flags, console)
+    # Imported late, so that --help answers at once.
+    from atebm_jax.convert import exporting
+
+    if flags.list:
+        _list(console)
+    elif flags.export is not None:
+        check_choice("--export", flags.export, ("safetensors",))
+        for line in exporting.export(flags.source, flags.to):
+            say(console, line)
     else:
         _import(flags, console)
 
 
-def _export(flags: argparse.Namespace, console: Console) -> None:
-    from atebm_jax.convert import exporting
+def _list(console: Console) -> None:
+    from atebm_jax import models
+    from atebm_jax.convert import names, normalization
 
-    made = exporting.export(flags.source, flags.to, kind=flags.export)
-    arch, mean, std = (
-        made.metadata[f"atebm_jax.{name}"] for name in ("arch", "mean", "std")
-    )
+    rows = []
+    for family, torch, marks in names.families():
+        known = {
+            "--arch": " ".join(models.FAMILIES[family].archs),
+            "recognised by": " or ".join(sorted(marks)),
+            "input normalisation": normalization.expected(family),
+            "published": torch.published,
+        }
+        lines = (f"{what}: {text}" for what, text in known.items() if text)
+        rows.append((family, "\n".join(lines)))
+    console.print(_table(("family", "what is known of it"), rows, show_lines=True))
     say(
         console,
-        f"{made.num_arrays} arrays with {made.num_parameters:,} numbers ({arch}) are "
-        f"in {flags.to}",
+        "Mean and std that a file holds are used, whatever the family; where it holds "
+        "none, the normalisation is as the table says.",
     )
-    if mean != "[]":
-        say(
-            console,
-            f"they expect normalised images: mean {mean}, std {std} (in the file's "
-            "metadata)",
-        )
 
 
 def _import(flags: argparse.Namespace, console: Console) -> None:
-    # Imported late, so that --help answers at once.
     from atebm_jax.convert import importing, normalization
 
     if flags.image_size is not None and not 1 <= flags.image_size <= _LARGEST_SIDE:
@@ -127,10 +138,14 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
 
 
 def _show(console: Console, made: "Imported", verbose: bool) -> None:
+    from atebm_jax.convert import normalization
+
     record, normal = made.record, made.record["normalization"]
-    numbers = (
-        f"mean {normal['mean']}, std {normal['std']}" if normal["mean"] else "none"
-    )
+    numbers = normalization.described(normal["mean"], normal["std"])
+    logits = record["probe"]["logits"]
+    shown = " ".join(f"{x:.5f}" for x in logits[:_SHOWN_LOGITS])
+    more = " ..." if len(logits) > _SHOWN_LOGITS else ""
+    side = " x ".join(map(str, record["probe"]["image_shape"]))
     say(console, f"{record['source']}, SHA-256 {record['sha256']}")
     for step in record["unwrapped"]:
         say(console, f"  {step}")
@@ -141,30 +156,24 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
     )
     for assumption in record["assumed"]:
         say(console, f"ASSUMED {assumption}")
-    console.print(_table(made.matches, verbose))
+    if verbose:
+        console.print(_table(("PyTorch", "shape", "here"), made.matches))
+    else:
+        sizes: dict[str, list[int]] = collections.defaultdict(list)
+        for match in made.matches:
+            sizes[match.name.partition(".")[0]].append(math.prod(match.shape))
+        rows = ((name, len(found), f"{sum(found):,}") for name, found in sizes.items())
+        console.print(_table(("PyTorch", "arrays", "numbers"), rows))
     say(
         console,
         f"all {record['arrays_matched']} arrays with {record['numbers_matched']:,} "
         "numbers matched; none missing, none left over",
     )
-    logits = record["probe"]["logits"]
-    shown = " ".join(f"{x:.5f}" for x in logits[:_SHOWN_LOGITS])
-    more = " ..." if len(logits) > _SHOWN_LOGITS else ""
-    side = " x ".join(map(str, record["probe"]["image_shape"]))
     say(console, f"logits of the fixed image ({side}): {shown}{more}")
 
 
-def _table(matches: "list[Match]", verbose: bool) -> Table:
-    """Every parameter, or the arrays and numbers of each part of the network."""
-    titles: tuple[str, ...] = ("PyTorch", "shape", "here")
-    rows: list[tuple] = list(matches)
-    if not verbose:
-        sizes: dict[str, list[int]] = collections.defaultdict(list)
-        for row in matches:
-            sizes[row.name.partition(".")[0]].append(math.prod(row.shape))
-        titles = ("PyTorch", "arrays", "numbers")
-        rows = [(name, len(found), f"{sum(found):,}") for name, found in sizes.items()]
-    table = Table()
+def _table(titles: Sequence[str], rows: Iterable[Iterable], **options: Any) -> Table:
+    table = Table(**options)
     for title in titles:
         table.add_column(title, overflow="fold")
     for cells in rows:

@@ -1,7 +1,7 @@
 """Finds the networks in a saved tree, and averaged weights that cannot be used."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from atebm_jax.convert.files import Source, is_array, refusal
@@ -23,6 +23,8 @@ COPY = (
     "copy them into the network in PyTorch and save model.state_dict() to import them"
 )
 
+_SAVE = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
+
 # No training state has more entries. A file can hold one mapping many times.
 _MOST_ENTRIES = 1_000_000
 
@@ -33,35 +35,31 @@ def collect(source: Source) -> dict[str, dict[str, Any]]:
     Raises:
       UserError: there are none, or more entries than any training state has.
     """
-    try:
-        found = _collect(source.tree, "", 0, iter(range(_MOST_ENTRIES)))
-    except StopIteration as error:
-        raise refusal(
-            f"{source.path} is refused: it holds more than {_MOST_ENTRIES:,} entries; "
-            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
-        ) from error
-    if not found:
-        raise _without_weights(source)
-    return found
+    left = _MOST_ENTRIES
 
-
-def _collect(
-    tree: Any, name: str, depth: int, left: Iterator[int]
-) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    if not isinstance(tree, dict) or depth == _DEEPEST_NETWORK:
-        return found
-    own = {}
-    for key, value in tree.items():
-        next(left)
-        if isinstance(key, str):
-            own[key] = value
+    def within(tree: Any, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+        nonlocal left
+        found: dict[str, dict[str, Any]] = {}
+        if not isinstance(tree, dict) or len(parts) == _DEEPEST_NETWORK:
+            return found
+        left -= len(tree)
+        if left < 0:
+            raise refusal(
+                f"{source.path} is refused: it holds more than {_MOST_ENTRIES:,} "
+                f"entries; {_SAVE}."
+            )
+        own = {key: value for key, value in tree.items() if isinstance(key, str)}
+        for key, value in own.items():
             if not key.lower().startswith(_OTHERS):
-                inner = f"{name}.{key}" if name else key
-                found |= _collect(value, inner, depth + 1, left)
-    if not found and any(map(_is_matrix, own.values())):
-        found[name] = own
-    return found
+                found |= within(value, (*parts, key))
+        if not found and any(map(_is_matrix, own.values())):
+            found[".".join(parts)] = own
+        return found
+
+    networks = within(source.tree, ())
+    if not networks:
+        raise _without_weights(source)
+    return networks
 
 
 def _is_matrix(value: Any) -> bool:
@@ -75,8 +73,7 @@ def _without_weights(source: Source) -> UserError:
         if isinstance(value, Inert):
             return refusal(
                 f"{source.path} has no weights by name: {place!r} is a whole object of "
-                f"class {value.kind}, which is never rebuilt; save the weights alone "
-                "with torch.save(model.state_dict(), 'weights.pt')."
+                f"class {value.kind}, which is never rebuilt; {_SAVE}."
             )
     keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
     beside = "".join(f"; {line}" for line in unusable_averages(source, ()))
@@ -98,55 +95,37 @@ def unusable_averages(source: Source, networks: Collection[str]) -> list[str]:
     Averages that contain one of `networks` (names, as of `collect`) can be used.
     """
     found: dict[str, str] = {}
-    _find_averages(source.tree, (), None, networks, found, set())
+    seen: set[int] = set()
+
+    def search(value: Any, parts: tuple[str, ...], average: str | None) -> None:
+        if id(value) in seen or len(parts) > _DEEPEST_AVERAGE:
+            return
+        seen.add(id(value))
+        name, key = ".".join(parts), parts[-1] if parts else ""
+        usable = any(f"{network}.".startswith(f"{name}.") for network in networks)
+        # Averages of gradients and of losses are no weights.
+        other = key.startswith("exp_avg") or "grad" in key or "loss" in key
+        if average is None and is_averaged(key) and not usable and not other:
+            average = name
+        held = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        items = held.items() if isinstance(held, dict) else ()
+        children = {str(k): x for k, x in items if isinstance(k, str | int)}
+        what = None
+        if isinstance(value, Inert):
+            what = f"a whole object of class {value.kind}"
+        elif any(map(_is_matrix, children.values())):
+            named = any(not key.isdigit() for key in children)
+            count = f"{len(children)} array{'s' * (len(children) != 1)}"
+            what = f"{count} {'too deep in the file' if named else 'without names'}"
+        if average is not None and what is not None:
+            said = f"averages that cannot be used, under {name!r}, {what}: {COPY}"
+            found.setdefault(average, said)
+        for key, inner in children.items():
+            if isinstance(inner, dict | list | tuple | Inert):
+                search(inner, (*parts, key), average)
+
+    search(source.tree, (), None)
     return list(found.values())
-
-
-def _find_averages(
-    value: Any,
-    parts: tuple[str, ...],
-    average: str | None,
-    networks: Collection[str],
-    found: dict[str, str],
-    seen: set[int],
-) -> None:
-    """Adds unusable averages to `found`: at the name of `parts`, below `average`."""
-    if id(value) in seen or len(parts) > _DEEPEST_AVERAGE:
-        return
-    seen.add(id(value))
-    name = ".".join(parts)
-    usable = any(f"{network}.".startswith(f"{name}.") for network in networks)
-    if average is None and parts and not usable and _is_average(parts[-1]):
-        average = name
-    children = _children(value)
-    what = None
-    if isinstance(value, Inert):
-        what = f"a whole object of class {value.kind}"
-    elif any(map(_is_matrix, children.values())):
-        named = any(not key.isdigit() for key in children)
-        count = f"{len(children)} array{'s' * (len(children) != 1)}"
-        what = f"{count} {'too deep in the file' if named else 'without names'}"
-    if average is not None and what is not None:
-        said = f"averages that cannot be used, under {name!r}, {what}: {COPY}"
-        found.setdefault(average, said)
-    for key, inner in children.items():
-        if isinstance(inner, dict | list | tuple | Inert):
-            _find_averages(inner, (*parts, key), average, networks, found, seen)
-
-
-def _is_average(key: str) -> bool:
-    # Averages of gradients and of losses are no weights.
-    other = key.startswith("exp_avg") or "grad" in key or "loss" in key
-    return is_averaged(key) and not other
-
-
-def _children(tree: Any) -> dict[str, Any]:
-    """The values of a mapping or list, by name or position."""
-    if isinstance(tree, list | tuple):
-        return {str(place): value for place, value in enumerate(tree)}
-    if not isinstance(tree, dict):
-        return {}
-    return {str(k): value for k, value in tree.items() if isinstance(k, str | int)}
 
 
 def split(entry: str | None, networks: Collection[str]) -> tuple[str | None, str]:

@@ -2,41 +2,33 @@
 
 import json
 import os
-from typing import NamedTuple
 
 import numpy as np
 
 from atebm_jax import archs, checkpoint, storage
-from atebm_jax.convert.names import to_torch
-from atebm_jax.errors import UserError, check_choice
+from atebm_jax.convert.names import known, to_torch
+from atebm_jax.convert.normalization import described
+from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
 
-FORMATS = ("safetensors",)
 
-
-class Exported(NamedTuple):
-    """What was written: arrays, numbers in them, and the texts beside them."""
-
-    num_arrays: int
-    num_parameters: int
-    metadata: dict[str, str]
-
-
-def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Exported:
+def export(checkpoint_path: str, to: str) -> list[str]:
     """Writes averaged weights with PyTorch's names and layouts.
 
-    The file loads with `strict=True` into timm's ResNets, ConvNeXts and ViTs and into
-    the usual WideResNet. Normalisation is no weight: mean and std are in the metadata.
+    The file loads with `strict=True` into timm's ResNets, ConvNeXts and transformers,
+    and into the classes of RobustBench and JEM for small images. Normalisation is no
+    weight: mean and std are in the metadata.
 
     Args:
       checkpoint_path: a workdir, a stage's folder or one step's.
       to: a file that is not there yet.
-      kind: one of `FORMATS`.
+
+    Returns:
+      Sentences that say what was written.
 
     Raises:
       UserError: no checkpoint, the file is there, or it cannot be written.
     """
-    check_choice("--export", kind, FORMATS)
     to = os.path.abspath(local("--to", to))
     if os.path.exists(to):
         raise UserError(f"--to={to} is there already: give a new file.")
@@ -60,11 +52,18 @@ def export(checkpoint_path: str, to: str, *, kind: str = "safetensors") -> Expor
         "mean": json.dumps(list(model["mean"])),
         "std": json.dumps(list(model["std"])),
         "activation": model["activation"],
+        **{field: str(model[field]) for field in known(model["name"]).unsaid(model)},
     }
     if classes is not None:
         texts["class_names"] = json.dumps(classes)
     metadata = {f"atebm_jax.{name}": text for name, text in texts.items()}
-    metadata["format"] = "pt"
     with storage.appears_whole(to) as made:
-        save_file(arrays, made, metadata=metadata)
-    return Exported(len(arrays), int(parameters), metadata)
+        save_file(arrays, made, metadata=metadata | {"format": "pt"})
+    counted = f"{len(arrays)} arrays with {parameters:,} numbers"
+    said = [f"{counted} ({texts['arch']}) are in {to}"]
+    if model["mean"]:
+        numbers = described(model["mean"], model["std"])
+        said.append(
+            f"they expect normalised images: {numbers} (in the file's metadata)"
+        )
+    return said

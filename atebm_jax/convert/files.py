@@ -231,7 +231,7 @@ def _storage_of(name: Any) -> Storage:
 def _view(data: np.ndarray, tensor: Tensor) -> np.ndarray:
     """A tensor's elements, without a copy, from the bytes of its storage's record."""
     storage, dtype = tensor.storage, tensor.dtype
-    first, size = (n * storage.itemsize for n in (storage.start, storage.count))
+    first, size = (n * storage.dtype.itemsize for n in (storage.start, storage.count))
     if first + size > len(data):
         raise Damaged(f"a storage of {len(data)} bytes where {size} were announced")
     used = data[first : first + size // dtype.itemsize * dtype.itemsize]
@@ -258,7 +258,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
 
     def persistent(name: Any) -> Any:
         if isinstance(name, tuple) and name and name[0] in ("module", b"module"):
-            return name[1]  # a class with its source, which nobody needs
+            return name[1]  # a class with its source code, which is not needed
         storage = _storage_of(name)
         storages.setdefault(storage.key, storage)
         return storage
@@ -269,7 +269,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
     places: dict[Any, slice] = {}
     buffer = np.frombuffer(data, np.uint8)
     for key in keys:
-        size = _count(data) * storages[key].itemsize
+        size = _next_count(data) * storages[key].dtype.itemsize
         if data.tell() + size > len(data):
             raise Damaged("storages that break off")
         places[key] = slice(data.tell(), data.tell() + size)
@@ -277,7 +277,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, _FindFn]:
     return tree, lambda key: buffer[places[key]]
 
 
-def _count(file: BinaryIO) -> int:
+def _next_count(file: BinaryIO) -> int:
     """Reads how many elements the next storage has."""
     return whole(struct.unpack("<q", file.read(8))[0])
 
@@ -319,8 +319,10 @@ def _tar_storages(file: BinaryIO) -> tuple[dict[Any, np.ndarray], dict[Any, Any]
     objects: dict[Any, Any] = {}
     for _ in range(whole(pickles.load(file))):
         key, _, kind = pickles.load(file)
-        storage = Storage(values.key(key), values.storage_named(kind), _count(file))
-        size = storage.count * storage.itemsize
+        storage = Storage(
+            values.key(key), values.storage_named(kind), _next_count(file)
+        )
+        size = storage.count * storage.dtype.itemsize
         records[storage.key] = np.frombuffer(file.read(size), np.uint8)
         if len(records[storage.key]) != size:
             raise Damaged("storages that break off")
@@ -344,8 +346,9 @@ def _tar_tensors(file: BinaryIO, objects: dict[Any, Any]) -> None:
         if not 0 <= axes <= 16:
             raise Damaged(f"a tensor with {axes} axes")
         numbers = struct.unpack(f"<{2 * axes + 1}q", file.read(16 * axes + 8))
-        storage = objects[values.key(storage_key)]
-        dtype = np.dtype(np.uint8) if storage.dtype is None else storage.dtype
         objects[values.key(key)] = values.make_tensor(
-            storage, numbers[-1], numbers[:axes], numbers[axes:-1], dtype
+            objects[values.key(storage_key)],
+            numbers[-1],
+            numbers[:axes],
+            numbers[axes:-1],
         )

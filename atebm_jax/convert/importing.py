@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from etils import epath
 from atebm_jax import archs, checkpoint, checksums, models, storage
 from atebm_jax import config as configuration
 from atebm_jax.convert import layouts, names, normalization
-from atebm_jax.convert.files import Source, open_source, refusal, shown
+from atebm_jax.convert.files import Source, open_source, refusal
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
@@ -53,8 +54,8 @@ def read(
       entry: which of several networks in the file.
       asked: input normalisation, where the file does not say.
       activation: of a family that has several, as no file says it: "relu", "swish" (or
-        "silu", which is the same) or "gelu"; None for "relu" or what an export of this
-        project wrote.
+        "silu", which is the same) or "gelu"; None for the family's usual one, or what
+        an export of this project wrote.
       image_size: side of the images in pixels; None for the architecture's usual one.
 
     Raises:
@@ -62,22 +63,27 @@ def read(
     """
     source = open_source(path)
     weights = layouts.find(source, entry)
-    arrays = layouts.read_arrays(source, weights)
+    arrays = names.settled(layouts.read_arrays(source, weights))
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
-    config = _config(source, family, fields, names.channels(family, shapes), image_size)
+    fields, guesses = _unsaid(source, family, fields, arch)
+    config = _config(source.path, fields, shapes, image_size)
     model, shape = config.model, config.data.image_shape
     model.activation, assumed = _activation(activation, source, family)
     name = archs.name_of(model) or family
     called = name if arch == "auto" else f"--arch={arch}"
-    variables, matches = _match(source, weights, arrays, config, called)
+    arrays, unused = names.without_unused(family, arrays)
+    weights.steps.extend(unused)
+    found = _compare(arrays, config)
+    _check_fit(source.path, found, called, weights.others)
     # After the match: that a file does not fit is the more important message.
-    declared = _declared(source, weights)
+    declared = normalization.declared(source.tree, source.read, weights.constants)
     chosen = normalization.decide(asked, declared, model, shape[-1], source.path)
     model.mean, model.std = chosen.mean, chosen.std
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
-    logits = probe_logits(models.build(model), variables, shape)
+    assumed += guesses
+    logits = probe_logits(models.build(model), found.variables, shape)
     if not np.isfinite(logits).all():
         raise UserError(
             f"{source.path} makes NaN or Inf of an image: its weights have diverged or "
@@ -96,48 +102,35 @@ def read(
             "origin": chosen.origin,
         },
         "assumed": assumed,
-        "arrays_matched": len(matches),
-        "numbers_matched": sum(math.prod(m.shape) for m in matches),
+        "arrays_matched": len(found.matches),
+        "numbers_matched": sum(math.prod(m.shape) for m in found.matches),
         "versions": {
             package: importlib.metadata.version(package)
             for package in ("atebm_jax", "jax", "flax", "numpy")
         },
         "probe": {"image_shape": shape, "logits": [float(x) for x in logits]},
     }
-    return Imported(variables, config, matches, record, _exported_names(source, model))
+    classes = _exported_names(source, model)
+    return Imported(found.variables, config, found.matches, record, classes)
 
 
-def _match(
-    source: Source,
-    weights: layouts.Weights,
-    arrays: dict[str, np.ndarray],
-    config: ml_collections.ConfigDict,
-    called: str,
-) -> tuple[dict[str, Any], list[names.Match]]:
-    """Variables of a network from a file's arrays; a refusal names other weights."""
-    model = config.model
-    arrays, dropped = names.without_unused(model.name, arrays)
-    weights.steps.extend(dropped)
-    expected = models.variable_shapes(models.build(model), config.data.image_shape)
-    try:
-        return names.match(model.name, arrays, expected, called, source.path)
-    except UserError as error:
-        if not weights.others:
-            raise
-        flags = " or ".join(f"--entry={other}" for other in weights.others[:4])
-        raise UserError(
-            f"{str(error).removesuffix('.')}; one part of the file alone is taken with "
-            f"{shown(flags)}."
-        ) from error
+def _check_fit(
+    path: str, found: names.Comparison, called: str, others: Sequence[str]
+) -> None:
+    """Refuses differences, and says how to take one of the file's other networks."""
+    if found.differences:
+        flags = " or ".join(f"--entry={other}" for other in others[:4])
+        part = f"; one part of the file alone is taken with {flags}" if flags else ""
+        raise refusal(f"{path} does not fit {called}: {found.differences}{part}.")
 
 
-def _declared(source: Source, weights: layouts.Weights) -> normalization.Declared:
-    """What the file says about the normalisation; arrays have precedence."""
-    found = normalization.declared(source.tree, source.read)
-    if not weights.constants:
-        return found
-    mean, std = weights.constants["mean"], weights.constants["std"]
-    return normalization.Declared(found.normalizes if mean else False, mean, std)
+def _compare(
+    arrays: dict[str, np.ndarray], config: ml_collections.ConfigDict
+) -> names.Comparison:
+    """The arrays beside those of the network that a config describes."""
+    network = models.build(config.model)
+    expected = models.variable_shapes(network, config.data.image_shape)
+    return names.compare(config.model.name, arrays, expected)
 
 
 # The names of PyTorch and of this project for one function.
@@ -152,22 +145,49 @@ def _activation(
     Raises:
       UserError: an unknown one, or another than a family's only one.
     """
-    default = configuration.default().model.activation
+    default = names.known(family).activation
     if asked is not None:
         check_choice("--activation", asked, _ACTIVATIONS)
     only = models.FAMILIES[family].activation
-    if only is not None and asked is not None and _ACTIVATIONS[asked] != only:
-        raise UserError(
-            f"--activation={asked}: a {family} has {only}, whatever its weights: leave "
-            "the flag out."
-        )
     if only is not None:
+        if asked is not None and _ACTIVATIONS[asked] != only:
+            raise UserError(
+                f"--activation={asked}: a {family} has {only}, whatever its weights: "
+                "leave the flag out."
+            )
         return default, []
     written = source.metadata.get("atebm_jax.activation")
     if asked is not None or written is not None:
         return _ACTIVATIONS[asked] if asked else str(written), []
     sentence = f"activation: {default} (no file says it): --activation gives another"
     return default, [sentence]
+
+
+def _unsaid(
+    source: Source, family: str, fields: dict[str, Any], arch: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields with those that no array shows, and a sentence for each guess.
+
+    They are what an export of this project wrote, unless the user names a network.
+
+    Raises:
+      UserError: what was written is of another type.
+    """
+    found, sentences = dict(fields), []
+    unsaid = names.known(family).unsaid(fields) if arch == "auto" else {}
+    for field, remedy in unsaid.items():
+        written = source.metadata.get(f"atebm_jax.{field}")
+        if written is None:
+            sentences.append(f"{field}: {fields[field]} (no file says it): {remedy}")
+            continue
+        try:
+            found[field] = type(fields[field])(written)
+        except ValueError as error:
+            raise refusal(
+                f"{source.path}: its metadata has the {field} {written!r}: expected a "
+                "number."
+            ) from error
+    return found, sentences
 
 
 def _exported_names(
@@ -182,16 +202,18 @@ def _exported_names(
     return tuple(of_class(str(name)) for name in names) if whole else None
 
 
+# Ends a sentence about a network that is not built here.
+_ELSEWHERE = (
+    "--list prints the networks that are, and docs/convert.md says under 'Another "
+    "network' how to read its arrays"
+)
+
+
 def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, Any]]:
     """Family and fields of `config.model`: what was asked for, else what fits."""
     family, other = names.recognise(shapes)
     if other is not None:
-        raise refusal(
-            f"{path} is {other}, which is not built here: known are "
-            f"{', '.join(models.FAMILIES)}; for another network read its arrays into a "
-            "module of your own, as docs/convert.md says under 'Another network'."
-        )
-    found = names.fields(family, shapes) if family else {}
+        raise refusal(f"{path} is {other}; {_ELSEWHERE}.")
     if arch != "auto":
         values = archs.arch(arch)
         if family not in (None, values["name"]):
@@ -201,43 +223,55 @@ def _architecture(path: str, arch: str, shapes: Shapes) -> tuple[str, dict[str, 
                 f"has {name} {shapes[name]} and is a {family}; leave --arch out, or "
                 "give the right one."
             )
-        # The file has precedence in what does not size the network: classes, say.
-        sized_by = models.FAMILIES[values["name"]].sized_by
-        values |= {f: x for f, x in found.items() if f not in sized_by}
-        return values["name"], values
+        return values["name"], _with_own(values, shapes)
+    fields = names.fields(family, shapes) if family else {}
+    if family and set(models.FAMILIES[family].sized_by) <= fields.keys():
+        return family, fields
+    what = f"a {family} of a size that is not" if family else "no network that is"
+    like = _nearest(path, family or names.nearest(shapes), shapes)
+    raise refusal(f"{path} is {what} built here; {like}; {_ELSEWHERE}.")
+
+
+def _with_own(values: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """An architecture's fields, with the file's where they do not size the network."""
+    found = names.fields(values["name"], shapes)
+    sized_by = models.FAMILIES[values["name"]].sized_by
+    return values | {f: x for f, x in found.items() if f not in sized_by}
+
+
+def _nearest(path: str, family: str | None, shapes: Shapes) -> str:
+    """Which network of a family has most of these arrays, and what differs."""
     if family is None:
         some = ", ".join(sorted(shapes)[:4])
-        raise refusal(
-            f"{path} is of no known architecture (its names: {some}, ...): known are "
-            f"{', '.join(models.FAMILIES)}; wrappers are taken off with "
-            "--entry=PREFIX, and docs/convert.md says under 'Another network' how to "
-            "read its arrays."
+        return (
+            f"its names ({some}, ...) are like those of none: --entry=PREFIX takes a "
+            "wrapper off"
         )
-    if not set(models.FAMILIES[family].sized_by) <= found.keys():
-        raise refusal(
-            f"{path} is a {family} of a size that is not built here: choose among "
-            f"{', '.join(archs.ARCHS)}."
-        )
-    return family, found
+    arrays, compared = names.like(shapes), {}
+    for name, values in models.FAMILIES[family].archs.items():
+        fields = _with_own({"name": family, **values}, shapes)
+        compared[name] = _compare(arrays, _config(path, fields, shapes, None))
+    if not compared:
+        return f"it is most like a {family}"
+    name, nearest = max(compared.items(), key=lambda item: len(item[1].matches))
+    fit = f"{len(nearest.matches)} of its {len(shapes)} arrays fit"
+    return f"it is most like {name}: {fit}; {nearest.differences}"
 
 
 def _config(
-    source: Source,
-    family: str,
-    fields: dict[str, Any],
-    channels: int,
-    image_size: int | None,
+    path: str, fields: dict[str, Any], shapes: Shapes, image_size: int | None
 ) -> ml_collections.ConfigDict:
     """A config for an imported network: its model, images, and ways to use it."""
+    channels = names.channels(fields["name"], shapes)
     if channels not in (1, 3):
         raise refusal(
-            f"{source.path} is a network for images of {channels} channels: expected 1 "
-            "(grey) or 3 (colour)."
+            f"{path} is a network for images of {channels} channels: expected 1 (grey) "
+            "or 3 (colour)."
         )
     config = configuration.default()
     config.model.update(fields)
     config.model.mean, config.model.std = (), ()
-    side = image_size or names.known(family).side(config.model)
+    side = image_size or names.known(fields["name"]).side(config.model)
     config.data.image_shape = (side, side, channels)
     if side >= 64:
         # ImageNet's budgets (method: sections 4 and 5).

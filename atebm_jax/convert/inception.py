@@ -1,6 +1,5 @@
 """The weights of Inception-v3 from a PyTorch or safetensors file."""
 
-import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -63,13 +62,9 @@ def from_torch(
             raise _other(path, f"{name} has shape {np.shape(weights[name])}")
         return np.ascontiguousarray(array)
 
-    return jax.tree_util.tree_map_with_path(leaf, _expected())
-
-
-@functools.cache
-def _expected() -> Any:
     shape = (inception.SIZE, inception.SIZE, 3)
-    return models.variable_shapes(inception.InceptionV3(), shape)
+    expected = models.variable_shapes(inception.InceptionV3(), shape)
+    return jax.tree_util.tree_map_with_path(leaf, expected)
 
 
 def _other(path: str, what: str) -> UserError:

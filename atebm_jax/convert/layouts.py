@@ -26,14 +26,13 @@ from atebm_jax.convert.names import begins_network, family_of, looks_like_networ
 class Weights:
     """One network's plain state dict, from which the wrappers come off one by one."""
 
-    # By PyTorch name, without wrappers: leaves of a source's tree.
+    # By PyTorch name: leaves of a source's tree.
     arrays: dict[str, Any]
     # One phrase for each choice and each removed wrapper.
     steps: list[str] = field(default_factory=list)
-    # "mean" and "std" of the input normalisation, kept beside the weights.
+    # "mean" and "std" of the input normalisation, where the file has them.
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    # Values of `--entry` for the other weights of the file, and the prefix that these
-    # names have in a value of `--entry`.
+    # Values of `--entry` for the other networks of the file, and how one begins.
     others: list[str] = field(default_factory=list)
     prefix: str = ""
     # Whether `--entry` gave a prefix of names: then nothing more is chosen.
@@ -124,7 +123,7 @@ def _entered(source: Source, entry: str | None) -> Weights:
     networks = entries.collect(source)
     asked, inside = entries.split(entry, networks)
     steps = entries.unusable_averages(source, networks)
-    weights = Weights({}, steps, _metadata(source), is_given=bool(inside))
+    weights = Weights({}, steps, is_given=bool(inside))
     name = _choose(networks, asked, source, weights)
     weights.prefix = f"{name}." if name else ""
     held = networks[name]
@@ -134,22 +133,19 @@ def _entered(source: Source, entry: str | None) -> Weights:
         weights.steps.append(f"passed over {', '.join(dropped[:4])}: no arrays")
     _take_out_inner_wrappers(weights)
     if inside:
-        plain = _INNER_WRAPPERS.sub("", inside)
-        weights.arrays = _below(weights.arrays, plain, source.path)
+        _take_given(weights, _INNER_WRAPPERS.sub("", inside), source.path)
         weights.steps.append(f"took the names under {inside!r}")
-    if weights.constants:
-        weights.steps.append("took mean and std from the file's metadata")
+    _take_metadata(source, weights)
     return weights
 
 
-def _below(arrays: dict[str, Any], prefix: str, path: str) -> dict[str, Any]:
-    """The names that begin with a prefix, without it; wrappers may be before it."""
+def _take_given(weights: Weights, prefix: str, path: str) -> None:
+    """Takes the names that begin with a prefix; wrappers may be before it."""
     start = re.compile(rf"(?:{_TRANSPARENT}\.)*{re.escape(prefix)}\.(.+)")
-    matches = {name: start.fullmatch(name) for name in arrays}
-    taken = {m[1]: arrays[name] for name, m in matches.items() if m}
-    if not taken:
+    matches = {name: start.fullmatch(name) for name in weights.arrays}
+    weights.arrays = {m[1]: weights.arrays[name] for name, m in matches.items() if m}
+    if not weights.arrays:
         raise refusal(f"--entry={prefix}: no name in {path} begins with '{prefix}.'.")
-    return taken
 
 
 def _take_out_inner_wrappers(weights: Weights) -> None:
@@ -167,24 +163,25 @@ def _take_out_inner_wrappers(weights: Weights) -> None:
         )
 
 
-def _metadata(source: Source) -> dict[str, tuple[float, ...]]:
-    """mean and std that the export of this project writes beside the arrays."""
+def _take_metadata(source: Source, weights: Weights) -> None:
+    """Takes mean and std that the export of this project writes beside the arrays."""
     texts = (source.metadata.get(f"atebm_jax.{kind}", "") for kind in ("mean", "std"))
     try:
         mean, std = (tuple(map(float, json.loads(text))) for text in texts)
     except (TypeError, ValueError, RecursionError):
-        return {}
+        return
     if not all(map(math.isfinite, mean + std)) or any(x <= 0 for x in std):
         raise refusal(
             f"{source.path}: its metadata has mean {mean} and std {std}, with which no "
             "image can be normalised."
         )
-    return {"mean": mean, "std": std}
+    weights.constants = {"mean": mean, "std": std}
+    weights.steps.append("took mean and std from the file's metadata")
 
 
 def _pass_over_counters(weights: Weights) -> None:
     single = [n for n, value in weights.arrays.items() if math.prod(value.shape) == 1]
-    counters = [n for n in single if _is_counter(_last(n))]
+    counters = [n for n in single if _COUNTED.issuperset(_last(n).lower().split("_"))]
     # `normalization` reads what the switches say.
     switches = [n for n in single if normalization.is_switch(n)]
     for name in counters + switches:
@@ -196,25 +193,18 @@ def _pass_over_counters(weights: Weights) -> None:
         weights.steps.append(f"passed over counters: {', '.join(named[:4])}")
 
 
-def _is_counter(name: str) -> bool:
-    words = name.lower().split("_")
-    return _COUNTED.issuperset(words)
-
-
 def _take_heads(weights: Weights) -> None:
     """Makes one classifier of JEM's network `f` and its two heads.
 
     `class_output` reads the features of `f`, whose own last layer nothing uses; the
     energy is that of the classes, not `energy_output` (Grathwohl et al., 2020).
     """
-    inner = {n[2:]: v for n, v in weights.arrays.items() if n.startswith("f.")}
-    heads = {n: v for n, v in weights.arrays.items() if not n.startswith("f.")}
-    parts = {n.partition(".")[0] for n in heads}
-    if not inner or parts not in ({"class_output"}, {"class_output", "energy_output"}):
+    groups = _groups(weights.arrays)
+    heads = {"class_output", "energy_output"}
+    if not {"f", "class_output"} <= groups.keys() <= {"f", *heads}:
         return
-    weights.arrays = _outside(inner, ("fc", "linear"))
-    for name, value in _outside(heads, ("energy_output",)).items():
-        weights.arrays[name.replace("class_output", "fc", 1)] = value
+    head = {f"fc.{name}": value for name, value in groups["class_output"].items()}
+    weights.arrays = _outside(groups["f"], ("fc", "linear")) | head
     weights.steps.append(
         "took JEM's network under 'f' with 'class_output' as its last layer; "
         "passed over 'energy_output' and the last layer of 'f', which it does not use"
@@ -243,25 +233,33 @@ def _take_normalizer(source: Source, weights: Weights) -> None:
 def _drop_attacker(source: Source, weights: Weights) -> None:
     """Drops the copy that the robustness library's attacker keeps of the network."""
     arrays, prefix = weights.arrays, weights.prefix
-    copies = [n for n in arrays if n.startswith("attacker.")]
-    for name in copies:
-        original = name.removeprefix("attacker.")
-        if original not in arrays or not _equal(source, arrays[name], arrays[original]):
+
+    def bits(name: str) -> tuple[Any, ...]:
+        array = source.read(arrays[name])
+        return array.dtype, array.shape, array.tobytes()
+
+    copies = _groups(arrays).get("attacker", {})
+    for original in copies:
+        name = f"attacker.{original}"
+        if original not in arrays or bits(name) != bits(original):
             raise refusal(
                 f"{source.path}: {name} should be the same array as {original}, and "
                 f"{'differs' if original in arrays else 'that is missing'}: choose "
                 f"one with --entry={prefix}attacker.model or --entry={prefix}model."
             )
     if copies:
-        weights.arrays = {n: v for n, v in arrays.items() if n not in copies}
+        weights.arrays = _outside(arrays, ("attacker",))
         weights.steps.append(f"dropped {len(copies)} equal copies under 'attacker.'")
 
 
-def _equal(source: Source, one: Any, other: Any) -> bool:
-    if one.shape != other.shape:
-        return False
-    a, b = source.read(one), source.read(other)
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+def _groups(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The names without their first part, by that part; "" has those with one only."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in arrays.items():
+        first, dot, inner = name.partition(".")
+        group = groups.setdefault(first if dot else "", {})
+        group[inner if dot else name] = value
+    return groups
 
 
 def _outside(arrays: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any]:
@@ -271,15 +269,12 @@ def _outside(arrays: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any
 
 def _take_off_wrapper(source: Source, weights: Weights) -> None:
     """Removes the wrapper that all names share, or one of the usual wrappers."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in weights.arrays.items():
-        first, dot, inner = name.partition(".")
-        if dot:
-            groups.setdefault(first, {})[inner] = value
-    first, inside = next(iter(groups.items()), ("", {}))
-    if len(weights.arrays) == len(inside) > 1 and not begins_network(first):
+    groups = _groups(weights.arrays)
+    first = next(iter(groups), "")
+    shared = first and len(groups) == 1 and len(weights.arrays) > 1
+    if shared and not begins_network(first):
         weights.steps.append(f"took off the prefix {first + '.'!r}")
-        _enter(weights, first, inside)
+        _enter(weights, first, groups[first])
         return
     wrapped = {g: names for g, names in groups.items() if _is_wrapper(g, names)}
     if wrapped and not weights.is_given:
@@ -288,7 +283,7 @@ def _take_off_wrapper(source: Source, weights: Weights) -> None:
 
 def _enter(weights: Weights, wrapper: str, arrays: dict[str, Any]) -> None:
     weights.arrays = arrays
-    # `_below` skips the transparent wrappers.
+    # `_take_given` skips the transparent wrappers.
     if wrapper and not re.fullmatch(_TRANSPARENT, wrapper):
         weights.prefix += f"{wrapper}."
 
@@ -303,7 +298,13 @@ def _take_one_of(
     networks, rest = wrapped, _outside(weights.arrays, wrapped)
     if family_of(rest):
         # A network without a prefix, and perhaps others beside it.
-        rivals = {g: x for g, x in wrapped.items() if _is_rival(g, x, rest)}
+        rivals = {
+            group: names
+            for group, names in wrapped.items()
+            if names.keys() & rest.keys()
+            or entries.is_averaged(group)
+            or looks_like_network(names)
+        }
         if rivals:
             networks = {"": _outside(weights.arrays, rivals), **rivals}
     name = _choose(networks, None, source, weights)
@@ -334,21 +335,12 @@ def _is_wrapper(name: str, names: Iterable[str]) -> bool:
     return (usual or looks_like_network(names)) and not begins_network(name)
 
 
-def _is_rival(name: str, names: Iterable[str], rest: Mapping[str, Any]) -> bool:
-    """Whether names under a prefix are a network besides the rest."""
-    collide = any(n in rest for n in names)
-    return collide or entries.is_averaged(name) or looks_like_network(names)
-
-
 def _choose(
     networks: Mapping[str, dict], name: str | None, source: Source, weights: Weights
 ) -> str:
-    """The name of the network to take; "" is the one without a prefix.
+    """The network to take: the one of this name, or the usual one; "" has no prefix.
 
     `weights` notes the choice and the other networks.
-
-    Raises:
-      UserError: none was asked for, and none is the usual one.
     """
     if name is None:
         networks = _without_partial_averages(networks, weights)

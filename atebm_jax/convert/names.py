@@ -11,26 +11,24 @@ from typing import Any, NamedTuple
 import flax
 import numpy as np
 
-from atebm_jax.convert.files import refusal
 from atebm_jax.errors import UserError
 from atebm_jax.models import FAMILIES
 from atebm_jax.models.family import Rules, Shapes, TorchNames
 
-# Arrays of layers, by the last part of their name and their number of axes: our name,
-# and where our axes are in theirs.
-_LAYOUTS: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
-    ("weight", 4): ("kernel", (2, 3, 1, 0)),
-    ("weight", 2): ("kernel", (1, 0)),
-    ("weight", 1): ("scale", (0,)),
-    ("bias", 1): ("bias", (0,)),
+# Arrays of layers, by the last part of PyTorch's name and their number of axes: our
+# collection and name, and where our axes are in theirs.
+_LAYOUTS: dict[tuple[str, int], tuple[str, str, tuple[int, ...]]] = {
+    ("weight", 4): ("params", "kernel", (2, 3, 1, 0)),
+    ("weight", 2): ("params", "kernel", (1, 0)),
+    ("weight", 1): ("params", "scale", (0,)),
+    ("bias", 1): ("params", "bias", (0,)),
+    ("running_mean", 1): ("batch_stats", "mean", (0,)),
+    ("running_var", 1): ("batch_stats", "var", (0,)),
 }
 _LAYOUTS_BACK = {
-    (ours, len(axes)): (theirs, tuple(map(int, np.argsort(axes))))
-    for (theirs, _), (ours, axes) in _LAYOUTS.items()
+    (collection, ours, len(axes)): (theirs, tuple(map(int, np.argsort(axes))))
+    for (theirs, _), (collection, ours, axes) in _LAYOUTS.items()
 }
-
-# How many names a message lists.
-_MOST_NAMED = 6
 
 
 def known(family: str) -> TorchNames:
@@ -48,7 +46,7 @@ def known(family: str) -> TorchNames:
     return names
 
 
-def _families() -> Iterator[tuple[str, TorchNames, set[str]]]:
+def families() -> Iterator[tuple[str, TorchNames, set[str]]]:
     """Each family with names in PyTorch, and the names of its mark in all sources."""
     for name, family in FAMILIES.items():
         if (torch := family.torch) is not None:
@@ -62,28 +60,36 @@ def recognise(shapes: Shapes) -> tuple[str | None, str | None]:
 
     Both are None for unknown names.
     """
-    others = {family: look_alike(family, shapes) for family, _, _ in _families()}
-    for family, _, marks in _families():
+    others = {family: look_alike(family, shapes) for family, _, _ in families()}
+    for family, _, marks in families():
         if not marks.isdisjoint(shapes) and not others[family]:
             return family, None
     return None, next(filter(None, others.values()), None)
 
 
+def settled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a file under names that translate one by one (`settle`)."""
+    family = family_of(arrays)
+    return known(family).settle(arrays) if family else dict(arrays)
+
+
 def family_of(names: Iterable[str]) -> str | None:
     """The first family whose mark is among the names, which may be a look-alike's."""
     listed = set(names)
-    return next((family for family, _, marks in _families() if marks & listed), None)
+    return next((family for family, _, marks in families() if marks & listed), None)
 
 
 def look_alike(family: str, shapes: Shapes) -> str | None:
     """What other network has the names of a family, or None if it is the family's."""
     for what, test in known(family).look_alikes.items():
+        other = f"{what}, which is not built here"
         if callable(test):
-            found = test(shapes)
-        else:
-            found = any(re.fullmatch(rf"(?:.*\.)?(?:{test})", name) for name in shapes)
-        if found:
-            return what
+            if test(shapes):
+                return other
+            continue
+        for name, shape in shapes.items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{test})", name):
+                return f"{other} (it has {name} {tuple(shape)})"
     return None
 
 
@@ -94,20 +100,37 @@ def looks_like_network(names: Iterable[str]) -> bool:
     has the names of a ViT.
     """
     listed = list(names)
-    for family, torch, marks in _families():
+    for family, torch, marks in families():
         for mark in marks:
             ends = [n for n in listed if n == mark or n.endswith(f".{mark}")]
             for prefix in {n.removesuffix(mark) for n in ends}:
                 inner = (n.removeprefix(prefix) for n in listed if n.startswith(prefix))
-                if any(canonical(family, name) in torch.first for name in inner):
+                if any(_canonical(family, name) in torch.first for name in inner):
                     return True
     return False
+
+
+def nearest(shapes: Shapes) -> str | None:
+    """The family that has most of the names, or None if none has any.
+
+    Of two that have as many, the one with fewer names of its own is nearer.
+    """
+    arrays = like(shapes)
+    shared = {
+        family: sum(_placed(family, n, x) is not None for n, x in arrays.items())
+        for family, _, _ in families()
+    }
+    if not any(shared.values()):
+        return None
+    return max(shared, key=lambda name: (shared[name], -len(known(name).rules)))
 
 
 def fields(family: str, shapes: Shapes) -> dict[str, Any]:
     """What the shapes say about `config.model`; what they leave open is left out."""
     torch, own = known(family), _own_names(family, shapes)
-    found = {"name": family} | torch.fields(own)
+    found: dict[str, Any] = {"name": family}
+    if torch.mark in own:
+        found |= torch.fields(own)
     head = own.get(f"{_rename(_inverse(torch.rules), 'fc')}.weight", ())
     if len(head) == 2 and head[0]:
         found["num_classes"] = head[0]
@@ -123,7 +146,7 @@ def channels(family: str, shapes: Shapes) -> int:
 
 def _own_names(family: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes by the family's own names, whatever the source calls the arrays."""
-    return {canonical(family, name): tuple(shape) for name, shape in shapes.items()}
+    return {_canonical(family, name): tuple(shape) for name, shape in shapes.items()}
 
 
 def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -143,7 +166,7 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     """
     flat: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
-    for name, array in state_dict.items():
+    for name, array in known(family).settle(state_dict).items():
         if name.rpartition(".")[2] == "num_batches_tracked":
             continue
         array = np.asarray(array)
@@ -184,35 +207,33 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
     return {name: np.ascontiguousarray(value) for name, value in made}
 
 
-def canonical(family: str, name: str) -> str:
-    """The family's own name for what another source calls `name`."""
-    return _rename(known(family).aliases, name) or name
-
-
 def begins_network(part: str) -> bool:
     """Whether the first part of a name belongs to a network and not to a wrapper."""
     return any(
         re.fullmatch(_pattern(theirs.partition(".")[0]), part)
-        for _, torch, _ in _families()
+        for _, torch, _ in families()
         for theirs, _ in (*torch.rules, *torch.aliases)
     )
+
+
+def _canonical(family: str, name: str) -> str:
+    """The family's own name for what another source calls `name`."""
+    return _rename(known(family).aliases, name) or name
 
 
 def _placed(family: str, name: str, array: np.ndarray) -> tuple[str, np.ndarray] | None:
     """The path of an array in the variables, and its layout there; None without one."""
     torch = known(family)
-    module, _, leaf = canonical(family, name).rpartition(".")
+    module, _, leaf = _canonical(family, name).rpartition(".")
     path = _rename(torch.rules, module)
     if path is not None and leaf in torch.bare:
         axes = torch.bare[leaf]
         trailing = set(array.shape[axes:]) <= {1}
         value = array.reshape(array.shape[:axes]) if trailing else array
         return "/".join(part for part in ("params", path, leaf) if part), value
-    if path and leaf in ("running_mean", "running_var"):
-        return f"batch_stats/{path}/{leaf.removeprefix('running_')}", array
     if path and (leaf, array.ndim) in _LAYOUTS:
-        ours, layout = _LAYOUTS[leaf, array.ndim]
-        return f"params/{path}/{ours}", array.transpose(layout)
+        collection, ours, layout = _LAYOUTS[leaf, array.ndim]
+        return f"{collection}/{path}/{ours}", array.transpose(layout)
     return None
 
 
@@ -222,17 +243,20 @@ def one_to_torch(family: str, path: str, array: np.ndarray) -> tuple[str, np.nda
     collection, _, rest = path.partition("/")
     module, _, leaf = rest.rpartition("/")
     name = _rename(_inverse(torch.rules), module)
-    if collection == "batch_stats" and leaf in ("mean", "var") and name:
-        return f"{name}.running_{leaf}", array
     if collection == "params" and name is not None and leaf in torch.bare:
         return (f"{name}.{leaf}" if name else leaf), array
-    if collection == "params" and (leaf, array.ndim) in _LAYOUTS_BACK and name:
-        theirs, layout = _LAYOUTS_BACK[leaf, array.ndim]
+    if name and (collection, leaf, array.ndim) in _LAYOUTS_BACK:
+        theirs, layout = _LAYOUTS_BACK[collection, leaf, array.ndim]
         return f"{name}.{theirs}", array.transpose(layout)
     raise UserError(
         f"{path!r} with shape {array.shape} is no variable of a {family}: expected "
         f"names such as 'params/{torch.rules[-1][1]}/kernel'."
     )
+
+
+def like(shapes: Shapes) -> dict[str, np.ndarray]:
+    """Arrays of these shapes that take no memory."""
+    return {name: np.broadcast_to(np.float32(0), x) for name, x in shapes.items()}
 
 
 class Match(NamedTuple):
@@ -241,6 +265,14 @@ class Match(NamedTuple):
     name: str
     shape: tuple[int, ...]
     path: str
+
+
+class Comparison(NamedTuple):
+    """The arrays of a file beside those of a network."""
+
+    variables: dict[str, Any]  # of the arrays that fit
+    matches: list[Match]  # the arrays that fit, in the file's order
+    differences: str  # of each kind, the number and the first; "" if all fit
 
 
 def without_unused(
@@ -258,60 +290,45 @@ def without_unused(
     return rest, [f"dropped {len(unused)} arrays {what}"]
 
 
-def match(
-    family: str,
-    arrays: Mapping[str, np.ndarray],
-    expected: Any,
-    network: str,
-    path: str,
-) -> tuple[dict[str, Any], list[Match]]:
-    """Gives every variable of a network its array.
+def compare(family: str, arrays: Mapping[str, np.ndarray], expected: Any) -> Comparison:
+    """Gives every variable of a network its array, where there is one.
 
     Args:
       family: a key of `models.FAMILIES`.
       arrays: by PyTorch name.
-      expected: as of `models.variable_shapes`.
-      network, path: of the network and the file, for messages.
-
-    Returns:
-      (variables of float32 arrays, the matches in the file's order).
-
-    Raises:
-      UserError: names what is left over, missing or of another shape.
+      expected: shapes of the variables, as of `models.variable_shapes`.
     """
     expected = flax.traverse_util.flatten_dict(expected, sep="/")
-    theirs = {
-        p: one_to_torch(family, p, np.broadcast_to(np.False_, x.shape))
-        for p, x in expected.items()
+    absent = {
+        place: one_to_torch(family, place, array)
+        for place, array in like({p: x.shape for p, x in expected.items()}).items()
     }
-    missing = {place: name for place, (name, _) in theirs.items()}
     flat: dict[str, np.ndarray] = {}
-    matches, left_over, misshapen = [], [], []
+    matches, misshapen, left_over = [], [], []
     for name, array in arrays.items():
         place, value = _placed(family, name, array) or ("", array)
-        missing.pop(place, None)
-        if place not in theirs or place in flat or array.dtype.kind != "f":
-            left_over.append(name)
+        _, theirs = absent.pop(place, ("", None))
+        if theirs is None or array.dtype.kind != "f":
+            left_over.append(f"{name} {array.shape}")
         elif value.shape != expected[place].shape:
-            shape = theirs[place][1].shape
-            misshapen.append(f"{name} {array.shape} instead of {shape}")
+            misshapen.append(f"{name} {array.shape} instead of {theirs.shape}")
         else:
             flat[place] = value
             matches.append(Match(name, array.shape, place))
-    problems = {
-        "other shapes:": misshapen,
-        "missing:": list(missing.values()),
-        "left over:": left_over,
+    # Parameters first: that their statistics are missing too says no more.
+    missing = sorted(absent, key=lambda place: place.startswith("batch_stats"))
+    differences = {
+        "other shapes": misshapen,
+        "missing": [f"{absent[p][0]} {absent[p][1].shape}" for p in missing],
+        "left over": left_over,
     }
-    said = [f"{what} {_counted(found)}" for what, found in problems.items() if found]
-    if said:
-        raise refusal(f"{path} does not fit {network}: {'; '.join(said)}.")
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), matches
-
-
-def _counted(found: list[str]) -> str:
-    more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-    return f"{len(found)} ({', '.join(found[:_MOST_NAMED])}{more})"
+    said = (
+        f"{what}: {len(names)} ({names[0]}{', ...' * (len(names) > 1)})"
+        for what, names in differences.items()
+        if names
+    )
+    variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+    return Comparison(variables, matches, "; ".join(said))
 
 
 def _rename(rules: Rules, name: str) -> str | None:

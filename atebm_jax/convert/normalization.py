@@ -12,6 +12,7 @@ from atebm_jax.convert import names
 from atebm_jax.convert.files import is_array, refusal, shown
 from atebm_jax.convert.values import Inert
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.models import FAMILIES
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, IMAGENET
 
 NORMALIZATIONS: dict[str, dict[str, Any]] = {
@@ -61,8 +62,13 @@ def is_switch(name: Any) -> bool:
     return _SWITCH.fullmatch(last) is not None
 
 
-def declared(tree: Any, read: _ReadFn) -> Declared:
-    """Reads what a tree has beside the weights: a switch, or lists of mean and std."""
+def declared(
+    tree: Any, read: _ReadFn, constants: Mapping[str, tuple[float, ...]] | None = None
+) -> Declared:
+    """Reads what a tree has beside the weights: a switch, or lists of mean and std.
+
+    `constants`, "mean" and "std" among the weights themselves, have precedence.
+    """
     found = Declared()
     for place, values in _mappings(tree):
         before = f"{place}." if place else ""
@@ -80,6 +86,9 @@ def declared(tree: Any, read: _ReadFn) -> Declared:
         if mean and len(mean) == len(std):
             origin = shown(f"the file: {before}mean and {before}std")
             found = found._replace(mean=mean, std=std, origin=origin)
+    if constants:
+        switch = found.normalizes if constants["mean"] else False
+        found = Declared(switch, constants["mean"], constants["std"])
     return found
 
 
@@ -89,29 +98,33 @@ def _mappings(tree: Any) -> Iterator[tuple[str, dict]]:
         return
     yield "", tree
     for name, inner in tree.items():
-        inner = _held(inner) if isinstance(inner, Inert) else inner
+        if isinstance(inner, Inert):
+            # An object holds attributes, or items if it is a mapping.
+            held = inner.state if isinstance(inner.state, dict) else {}
+            inner = held | inner.items
         if isinstance(name, str) and isinstance(inner, dict):
             yield name, inner
 
 
-def _held(settings: Inert) -> dict[str, Any]:
-    """What an object holds by name: its attributes, or its items if it is a mapping."""
-    held = settings.state if isinstance(settings.state, dict) else {}
-    return held | settings.items
+def _plain(value: Any, read: _ReadFn) -> Any:
+    """The list of a small array's numbers, or the value."""
+    if is_array(value) and math.prod(value.shape) <= 3:
+        return read(value).ravel().tolist()
+    return value
 
 
 def _truth(value: Any, read: _ReadFn) -> bool | None:
-    if is_array(value) and math.prod(value.shape) == 1:
-        value = read(value)
-    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+    value = _plain(value, read)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, np.generic):
         value = value.item()
     return bool(value) if isinstance(value, bool | int) and value in (0, 1) else None
 
 
 def _few(value: Any, read: _ReadFn) -> tuple[float, ...]:
     """One number a channel, in [0, 1]; () for anything else."""
-    if is_array(value) and math.prod(value.shape) <= 3:
-        value = read(value).ravel().tolist()
+    value = _plain(value, read)
     if not isinstance(value, list | tuple) or len(value) not in (1, 3):
         return ()
     numbers = all(isinstance(x, float | int) and 0 <= x <= 1 for x in value)
@@ -122,7 +135,7 @@ def parse(name: str | None, mean: str | None, std: str | None) -> Normalization 
     """What the flags ask for, or None where they say nothing.
 
     Raises:
-      UserError: an unknown name, one number list without the other, or no numbers.
+      UserError: the flags exclude each other, or have no normalisation as their value.
     """
     if name is not None and (mean is not None or std is not None):
         raise UserError("--normalization and --mean/--std exclude each other.")
@@ -222,15 +235,35 @@ def _usual(model: Mapping[str, Any], channels: int, path: str) -> Normalization:
 
 def assumption(chosen: Normalization) -> str:
     """A sentence that says what was assumed, and how to change it."""
-    numbers = f"mean {list(chosen.mean)}, std {list(chosen.std)}"
     return (
-        f"input normalisation: {numbers if chosen.mean else 'none'} ({chosen.origin}): "
-        "--normalization, or --mean and --std, give another"
+        f"input normalisation: {described(chosen.mean, chosen.std)} "
+        f"({chosen.origin}): --normalization, or --mean and --std, give another"
     )
+
+
+def described(mean: Sequence[float], std: Sequence[float]) -> str:
+    """The numbers of a normalisation, for a message."""
+    return f"mean {list(mean)}, std {list(std)}" if mean else "none"
+
+
+def expected(family: str) -> str:
+    """What is known of the normalisation that a family's public weights expect."""
+    torch = names.known(family)
+    networks: dict[str, list[str]] = {}
+    for arch, fields in FAMILIES[family].archs.items():
+        usual = torch.usual(fields)
+        named = [name for name, values in NORMALIZATIONS.items() if values == usual]
+        said = f"give {torch.who}"
+        if usual is not None:
+            said = f"{named[0] if named else described(**usual)} is assumed"
+        networks.setdefault(said, []).append(arch)
+    if len(networks) == 1:
+        return next(iter(networks))
+    return "\n".join(f"{' '.join(archs)}: {said}" for said, archs in networks.items())
 
 
 def _same(one: Normalization, other: Normalization) -> bool:
     return all(
         len(a) == len(b) and np.allclose(a, b, rtol=0, atol=_SAME)
-        for a, b in ((one.mean, other.mean), (one.std, other.std))
+        for a, b in zip(one[:2], other[:2], strict=True)
     )

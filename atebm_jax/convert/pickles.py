@@ -18,7 +18,6 @@ from atebm_jax.convert.values import (
     Damaged,
     Inert,
     Named,
-    NumpyType,
     Refused,
     Tensor,
     describe,
@@ -44,7 +43,7 @@ def load(file: BinaryIO, persistent: PersistentFn | None = None) -> Any:
     `persistent` resolves persistent ids; without it they are refused.
 
     Raises:
-      Refused: the pickle calls or builds what is not on the list.
+      Refused: the pickle calls or builds what is not in `CALLS`.
       Damaged: it is no pickle, or breaks off.
     """
     machine = _Machine(persistent)
@@ -122,7 +121,7 @@ class _Machine:
         module, name = self.pop_many(2)
         if not isinstance(name, str) or not isinstance(module, str):
             raise Damaged("a name that is no text")
-        self.push(Named(module, name))
+        self.push(_named(module, name))
 
     def call(self, function: Any, arguments: Any) -> None:
         if isinstance(arguments, tuple):
@@ -147,8 +146,6 @@ class _Machine:
             target.state = state
         elif isinstance(target, np.ndarray):
             _fill_array(target, state)
-        elif isinstance(target, NumpyType):
-            target.dtype = target.dtype.newbyteorder(">" if state[1] == ">" else "<")
         elif isinstance(target, Named) or callable(target):
             raise Refused(f"a new state for {describe(target)}")
         # Attributes of a dictionary or tensor (`_metadata`, hooks) are not weights.
@@ -157,6 +154,20 @@ class _Machine:
         if self._persistent is None:
             raise Refused(f"an object from outside the file ({describe(name)})")
         self.push(self._persistent(name))
+
+
+# Modules that have other names in older versions of Python, NumPy and dill.
+_RENAMED = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+    "numpy.core.numeric": "numpy._core.numeric",
+    "dill.dill": "dill._dill",
+}
+
+
+def _named(module: str, name: str) -> Named:
+    return Named(_RENAMED.get(module, module), name)
 
 
 def _paired(pairs: list[Any]) -> dict:
@@ -199,10 +210,10 @@ _METHODS: dict[str, Callable[[_Machine, Any], Any]] = {
     "DICT": lambda m, _: m.push(_paired(m.pop_to_mark())),
     "SETITEM": lambda m, _: m.set_items(m.pop_many(2)),
     "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
-    "GLOBAL": lambda m, name: m.push(Named(*name.split(" ", 1))),
+    "GLOBAL": lambda m, name: m.push(_named(*name.split(" ", 1))),
     "STACK_GLOBAL": _Machine.name_on_stack,
     "REDUCE": lambda m, _: m.call(*m.pop_many(2)),
-    "INST": lambda m, name: m.call(Named(*name.split(" ", 1)), tuple(m.pop_to_mark())),
+    "INST": lambda m, name: m.call(_named(*name.split(" ", 1)), tuple(m.pop_to_mark())),
     "OBJ": _Machine.call_marked,
     "NEWOBJ": lambda m, _: m.new_object(*m.pop_many(2)),
     "NEWOBJ_EX": lambda m, _: m.new_object(*m.pop_many(3)),
@@ -257,30 +268,34 @@ def _array(kind: Any, *_: Any) -> np.ndarray:
 _CODE = re.compile(r"[biuf](1|2|4|8)|c(8|16)|\?|V2|bfloat16")
 
 
-def _numpy_type(code: Any, *_: Any) -> NumpyType:
+def _numpy_type(code: Any, *_: Any) -> Inert:
     if not isinstance(code, str) or not _CODE.fullmatch(code.lstrip("<>|=")):
         raise Refused(f"numpy.dtype({describe(code)})")
-    return NumpyType(np.dtype(code.lstrip("<>|=")).newbyteorder("<"))
+    return Inert("numpy.dtype", (code.lstrip("<>|="),))
 
 
 def _numbers(kind: Any, data: Any, count: int) -> np.ndarray:
     """[count] numbers of a type from bytes, which old protocols hold as text."""
     data = data.encode("latin1") if isinstance(data, str) else data
-    if not isinstance(kind, NumpyType) or not isinstance(data, bytes | bytearray):
+    known = isinstance(kind, Inert) and kind.kind == "numpy.dtype"
+    if not known or not isinstance(data, bytes | bytearray):
         raise Refused("NumPy numbers that are objects")
-    if count * kind.dtype.itemsize != len(data):
+    # The state of a type begins with a version and the order of the bytes.
+    order = ">" if kind.state and kind.state[1] == ">" else "<"
+    dtype = np.dtype(kind.arguments[0]).newbyteorder(order)
+    if count * dtype.itemsize != len(data):
         raise Damaged(f"{count} NumPy numbers in {len(data)} bytes")
-    return np.frombuffer(data, kind.dtype)
+    return np.frombuffer(data, dtype)
 
 
 def _fill_array(target: Any, state: Any) -> None:
-    """Checks the state of an array (shape, dtype, bytes), and sets it."""
+    """Checks the state of an array (shape, type, bytes), and sets it."""
     if not isinstance(state, tuple) or len(state) != 5:
         raise Damaged("an array without a state")
     _, shape, kind, fortran, data = state
     sizes = tuple(map(whole, shape))
     numbers = _numbers(kind, data, math.prod(sizes))
-    target.__setstate__((1, sizes, kind.dtype, bool(fortran), numbers.tobytes()))
+    target.__setstate__((1, sizes, numbers.dtype, bool(fortran), numbers.tobytes()))
 
 
 def _from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
@@ -295,43 +310,30 @@ def _inert(kind: str) -> Callable:
     return lambda *arguments: Inert(kind, arguments)
 
 
-def _under(module: str, functions: dict[str, Callable]) -> dict[str, Callable]:
-    return {f"{module}.{name}": function for name, function in functions.items()}
-
-
-_ARRAYS: dict[str, Callable[..., Any]] = {
-    "multiarray._reconstruct": _array,
-    "multiarray.scalar": lambda kind, data: _numbers(kind, data, 1)[0],
-    "numeric._frombuffer": _from_buffer,
-}
-_BUILTINS: dict[str, Callable[..., Any]] = {
-    "set": _sequence(set, key),
-    "frozenset": _sequence(frozenset, key),
-    "list": _sequence(list),
-    "tuple": _sequence(tuple),
-    "dict": _mapping,
-    "object": _inert("object"),
-}
-# How dill writes the functions and classes in some training states (a schedule's
-# lambda). They remain descriptions: no code and no class is made of them.
-_DILL = (
-    *("_create_cell", "_create_code", "_create_function", "_create_type"),
-    *("_get_attr", "_import_module", "_load_type"),
-)
-# Classes of plain data: their arguments are kept.
-_DATA = (
-    *(f"datetime.{x}" for x in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(
-        f"pathlib.{x}"
-        for x in ("PosixPath", "PurePath", "PurePosixPath", "WindowsPath")
+# Classes of plain data, by module: their arguments are kept.
+_DATA = {
+    "argparse": ("Namespace",),
+    "builtins": ("object",),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "pathlib": ("PosixPath", "PurePath", "PurePosixPath", "WindowsPath"),
+    "torch": ("Tensor", "device"),
+    "torch.serialization": ("_get_layout",),
+    "types": ("SimpleNamespace",),
+    # How dill writes the functions and classes in some training states (a schedule's
+    # lambda). They remain descriptions: no code and no class is made of them.
+    "dill._dill": (
+        *("_create_cell", "_create_code", "_create_function", "_create_type"),
+        *("_get_attr", "_import_module", "_load_type"),
     ),
-    *("argparse.Namespace", "types.SimpleNamespace"),
-    *("torch.Tensor", "torch.device", "torch.serialization._get_layout"),
-    *(f"dill.{module}.{x}" for module in ("_dill", "dill") for x in _DILL),
-)
+}
 
 # All that a pickle can call, by its name in the pickle.
 CALLS: dict[str, Callable[..., Any]] = {
+    "builtins.set": _sequence(set, key),
+    "builtins.frozenset": _sequence(frozenset, key),
+    "builtins.list": _sequence(list),
+    "builtins.tuple": _sequence(tuple),
+    "builtins.dict": _mapping,
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
     "collections.defaultdict": lambda _=None, *items: _mapping(*items),
@@ -347,23 +349,21 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "_codecs.encode": _encode,
     "numpy.dtype": _numpy_type,
-    **_under("numpy.core", _ARRAYS),
-    **_under("numpy._core", _ARRAYS),
-    **_under("builtins", _BUILTINS),
-    **_under("__builtin__", _BUILTINS),
+    "numpy._core.multiarray._reconstruct": _array,
+    "numpy._core.multiarray.scalar": lambda kind, data: _numbers(kind, data, 1)[0],
+    "numpy._core.numeric._frombuffer": _from_buffer,
     # An instance in old protocols: (class, object, None).
     "copyreg._reconstructor": lambda kind, *_: _instance(kind, ()),
-    "copy_reg._reconstructor": lambda kind, *_: _instance(kind, ()),
-    **{name: _inert(name) for name in _DATA},
+    **{
+        f"{module}.{name}": _inert(f"{module}.{name}")
+        for module, names in _DATA.items()
+        for name in names
+    },
 }
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """The result of a call in a pickle; only `CALLS` can be called.
-
-    Raises:
-      Refused: the call is not listed.
-    """
+    """The result of a call in a pickle; `Refused` unless `CALLS` has it."""
     listed = isinstance(function, Named) and str(function) in CALLS
     if not listed or not isinstance(arguments, tuple):
         raise Refused(f"a call of {describe(function)}")
@@ -374,17 +374,12 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _instance(kind: Any, arguments: Any) -> Any:
-    """An instance as plain data or `Inert`: no constructor runs.
-
-    Raises:
-      Refused: the class belongs to Python itself and is not listed.
-    """
+    """An instance as plain data or `Inert`: no constructor runs."""
     if not isinstance(kind, Named) or not isinstance(arguments, tuple):
         raise Refused(f"an instance of {describe(kind)}")
     if str(kind) in CALLS:
         return _call(kind, arguments)
     # Python's own modules have classes that run programs.
-    of_python = sys.stdlib_module_names | {"posix", "nt", "__builtin__", "copy_reg"}
-    if kind.module.partition(".")[0] in of_python:
+    if kind.module.partition(".")[0] in sys.stdlib_module_names:
         raise Refused(f"an instance of {kind}")
     return Inert(str(kind), arguments)

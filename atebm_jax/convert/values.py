@@ -42,13 +42,9 @@ class Storage:
     """A flat array of the file: `count` elements from `start` of record `key`."""
 
     key: Any
-    dtype: np.dtype | None  # None: bytes, the tensor says what they are
+    dtype: np.dtype
     count: int
     start: int = 0
-
-    @property
-    def itemsize(self) -> int:
-        return 1 if self.dtype is None else self.dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -59,13 +55,6 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    dtype: np.dtype
-
-
-@dataclass(eq=False)
-class NumpyType:
-    """A plain numeric dtype under construction: its state says the byte order."""
-
     dtype: np.dtype
 
 
@@ -81,26 +70,29 @@ _STORAGES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    # Bytes: the tensor says what they are.
+    "UntypedStorage": "uint8",
 }
+_DTYPES = {name: name for name in _STORAGES.values()}
 
 
 def dtype_named(value: Any) -> np.dtype:
     """The dtype that `torch.float32` and the like mean."""
-    known = isinstance(value, Named) and value.module == "torch"
-    if known and value.name in _STORAGES.values():
-        return np.dtype(value.name)
-    raise Refused(f"a tensor of type {describe(value)}")
+    return _dtype(value, "tensor", _DTYPES, ("torch",))
 
 
-def storage_named(value: Any) -> np.dtype | None:
-    """The dtype of `torch.FloatStorage` and the like; None for untyped ones."""
-    modules = ("torch", "torch.cuda", "torch.storage")
-    if isinstance(value, Named) and value.module in modules:
-        if value.name in _STORAGES:
-            return np.dtype(_STORAGES[value.name])
-        if value.name == "UntypedStorage":
-            return None
-    raise Refused(f"a storage of type {describe(value)}")
+def storage_named(value: Any) -> np.dtype:
+    """The dtype of `torch.FloatStorage` and the like."""
+    return _dtype(value, "storage", _STORAGES, ("torch", "torch.cuda", "torch.storage"))
+
+
+def _dtype(
+    value: Any, what: str, dtypes: dict[str, str], modules: tuple[str, ...]
+) -> np.dtype:
+    known = isinstance(value, Named) and value.module in modules
+    if known and value.name in dtypes:
+        return np.dtype(dtypes[value.name])
+    raise Refused(f"a {what} of type {describe(value)}")
 
 
 def whole(value: Any) -> int:
@@ -113,19 +105,13 @@ def whole(value: Any) -> int:
 def make_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None = None
 ) -> Tensor:
-    """A view that lies inside its storage and repeats no element.
+    """A view that lies inside its storage and repeats no element, or `Damaged`.
 
-    Args:
-      storage: must be a `Storage`.
-      offset, shape, strides: in elements, as the file has them.
-      dtype: default the storage's.
-
-    Raises:
-      Damaged: it does not.
+    `offset`, `shape` and `strides` are in elements of `dtype`, default the storage's.
     """
-    dtype = getattr(storage, "dtype", None) if dtype is None else dtype
-    if not isinstance(storage, Storage) or dtype is None:
+    if not isinstance(storage, Storage):
         raise Damaged("a tensor without a storage")
+    dtype = storage.dtype if dtype is None else dtype
     if not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise Damaged("a tensor without a shape")
     start = whole(offset)
@@ -133,7 +119,7 @@ def make_tensor(
     if len(sizes) != len(steps) or len(sizes) > 16:
         raise Damaged("a tensor with a shape and other strides")
     count = math.prod(sizes)
-    room = storage.count * storage.itemsize // dtype.itemsize
+    room = storage.count * storage.dtype.itemsize // dtype.itemsize
     last = start + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True))
     if count and (last >= room or count > room):
         raise Damaged(f"a tensor of shape {sizes} in a storage of {room} elements")

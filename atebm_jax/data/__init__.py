@@ -1,10 +1,11 @@
 """Images in: sources, augmentations, and batches for training and evaluation."""
 
 from atebm_jax.data import classes, content, relabel
-from atebm_jax.data.augment import Augmentation, parse
+from atebm_jax.data.augment import parse
 from atebm_jax.data.decoding import decode
 from atebm_jax.data.examples import Images
 from atebm_jax.data.folder import FolderSource
+from atebm_jax.data.in_memory import ArraySource
 from atebm_jax.data.opening import KINDS, open_source
 from atebm_jax.data.pipeline import (
     Batches,
@@ -13,20 +14,16 @@ from atebm_jax.data.pipeline import (
     materialise,
     train_batches,
 )
-from atebm_jax.data.sources import UNLABELLED, ArraySource, Source
-from atebm_jax.data.tfds import TfdsSource
+from atebm_jax.data.sources import Source
 
 __all__ = [
     "KINDS",
-    "UNLABELLED",
     "ArraySource",
-    "Augmentation",
     "Batches",
     "FolderSource",
     "Images",
     "Source",
     "Stream",
-    "TfdsSource",
     "classes",
     "content",
     "decode",

@@ -2,8 +2,8 @@
 
     pad_crop(4)|flip|autoaugment_cifar10|cutout(16)
 
-Every operation maps (image [H, W, C] uint8, rng) to an image [H', W', C] uint8, leaves
-its input unchanged and takes all of its randomness from `rng`.
+Every operation maps (image [H, W, C] uint8, rng) to an image [H', W', C] uint8. It
+leaves its input unchanged and takes all of its randomness from `rng`.
 """
 
 import difflib
@@ -11,7 +11,6 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,12 +31,12 @@ _FILTERS = {
 # --- Crops, flips, sizes --------------------------------------------------------------
 
 
-def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarray:
-    """Pads every side with `pad` black pixels, crops the old size at random."""
+def pad_crop(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Pads every side with `size` black pixels, then crops the old size at random."""
     height, width, channels = image.shape
-    top, left = rng.integers(0, 2 * pad + 1, size=2)
-    padded = np.zeros((height + 2 * pad, width + 2 * pad, channels), np.uint8)
-    padded[pad : pad + height, pad : pad + width] = image
+    top, left = rng.integers(0, 2 * size + 1, size=2)
+    padded = np.zeros((height + 2 * size, width + 2 * size, channels), np.uint8)
+    padded[size : size + height, size : size + width] = image
     return padded[top : top + height, left : left + width]
 
 
@@ -65,34 +64,39 @@ def resize(
     rng: np.random.Generator | None,
     size: int,
     interpolation: str = "bilinear",
+    crop: int | None = None,
 ) -> np.ndarray:
     """Scales the shorter side to `size` pixels, antialiased; the longer is floored.
 
+    With `crop`, `center_crop(crop)` follows. A thin image would take gigabytes: of it
+    Pillow scales only what the crop keeps, which is the same to rounding.
+
     Raises:
-      BadImage: the longer side would be so long that the image takes gigabytes.
+      BadImage: without `crop`, the image would take gigabytes.
     """
-    height, width = _resized_shape(image, size)
-    if (height, width) == image.shape[:2]:
-        return image
-    if height * width > _room(size):
+    before = image.shape[:2]
+    height, width = size, int(size * before[1] / before[0])
+    if before[0] > before[1]:
+        height, width = int(size * before[0] / before[1]), size
+    if (height, width) == before or height * width <= _room(size):
+        whole = image
+        if (height, width) != before:
+            whole = _scale(image, height, width, interpolation)
+        return whole if crop is None else center_crop(whole, rng, crop)
+    if crop is None:
         raise BadImage(
-            f"{image.shape[1]} x {image.shape[0]} pixels would become {width} x "
-            f"{height}; only a center_crop that follows at once makes less of it"
+            f"{before[1]} x {before[0]} pixels would become {width} x {height}; only "
+            "a center_crop that follows at once makes less of it"
         )
-    return _scale(image, height, width, interpolation)
-
-
-def _resized_shape(image: np.ndarray, size: int) -> tuple[int, int]:
-    height, width = image.shape[:2]
-    if min(height, width) == size:
-        return height, width
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
+    top, left = _margin(height, crop), _margin(width, crop)
+    rows, columns = min(crop, height), min(crop, width)
+    down, across = before[0] / height, before[1] / width
+    box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
+    return _scale(image, rows, columns, interpolation, box)
 
 
 def _room(size: int) -> int:
-    """The most pixels of a resized image, from the size that is asked for."""
+    """The most pixels that a resized image may have."""
     return max(4 * size**2, 2**24)
 
 
@@ -100,32 +104,13 @@ def center_crop(
     image: np.ndarray, rng: np.random.Generator | None, size: int
 ) -> np.ndarray:
     """Cuts the middle `size` by `size` pixels; a side that is shorter stays whole."""
-    height, width = image.shape[:2]
-    top = max(round((height - size) / 2), 0)
-    left = max(round((width - size) / 2), 0)
+    top, left = (_margin(length, size) for length in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
-def resize_and_center_crop(
-    image: np.ndarray,
-    rng: np.random.Generator | None,
-    size: int,
-    crop: int,
-    interpolation: str = "bilinear",
-) -> np.ndarray:
-    """`resize(size)`, then `center_crop(crop)`; of thin images nothing but the middle.
-
-    A line of pixels, scaled to a shorter side of 256, is an image of gigabytes. The
-    crop keeps its middle. So Pillow makes only that, which is the same to rounding.
-    """
-    height, width = _resized_shape(image, size)
-    if height * width <= _room(size):
-        return center_crop(resize(image, rng, size, interpolation), rng, crop)
-    top, left = max(round((height - crop) / 2), 0), max(round((width - crop) / 2), 0)
-    rows, columns = min(crop, height), min(crop, width)
-    down, across = image.shape[0] / height, image.shape[1] / width
-    box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
-    return _scale(image, rows, columns, interpolation, box)
+def _margin(length: int, size: int) -> int:
+    """Where `size` pixels in the middle of `length` begin."""
+    return max(round((length - size) / 2), 0)
 
 
 def random_resized_crop(
@@ -175,31 +160,18 @@ def _scale(
 
 # --- The string -----------------------------------------------------------------------
 
-
-class Op(NamedTuple):
-    """An operation that may be written in the string.
-
-    size_name: the parameter that its whole number sets, if it takes one.
-    interpolations: what may follow the number.
-    """
-
-    function: Callable[..., np.ndarray]
-    example: str
-    size_name: str = ""
-    interpolations: tuple[str, ...] = ()
-
-
-OPS: dict[str, Op] = {
-    "pad_crop": Op(pad_crop, "pad_crop(4)", "pad"),
-    "flip": Op(flip, "flip"),
-    "autoaugment_cifar10": Op(autoaugment_cifar10, "autoaugment_cifar10"),
-    "cutout": Op(cutout, "cutout(16)", "size"),
-    "random_resized_crop": Op(random_resized_crop, "random_resized_crop(256)", "size"),
-    "resize": Op(resize, "resize(256) or resize(256,bicubic)", "size", tuple(_FILTERS)),
-    "center_crop": Op(center_crop, "center_crop(256)", "size"),
+# Name -> the operation, and an example; the `size`, if any, stands in parentheses.
+OPS: dict[str, tuple[Callable[..., np.ndarray], str]] = {
+    "pad_crop": (pad_crop, "pad_crop(4)"),
+    "flip": (flip, "flip"),
+    "autoaugment_cifar10": (autoaugment_cifar10, "autoaugment_cifar10"),
+    "cutout": (cutout, "cutout(16)"),
+    "random_resized_crop": (random_resized_crop, "random_resized_crop(256)"),
+    "resize": (resize, "resize(256) or resize(256,bicubic)"),
+    "center_crop": (center_crop, "center_crop(256)"),
 }
 
-# Pixels; more is a slip, and would take gigabytes an image.
+# Pixels of a size; more is a slip, and would take gigabytes per image.
 _LARGEST = 8192
 _SIZE = re.compile(r"[1-9][0-9]{0,4}")
 
@@ -212,20 +184,16 @@ def parse(spec: str) -> Augmentation:
     Raises:
       UserError: an unknown operation or a wrong argument.
     """
-    texts = spec.split("|") if spec.strip() else []
-    operations = [_parse_call(call, spec) for call in texts]
-    return functools.partial(_apply, tuple(_joined(operations)))
-
-
-def _joined(operations: list[functools.partial]) -> list[functools.partial]:
-    """The same operations; a resize and the crop that follows it become one."""
-    joined: list[functools.partial] = []
-    for call in operations:
-        if call.func is center_crop and joined and joined[-1].func is resize:
-            settings = joined.pop().keywords | {"crop": call.keywords["size"]}
-            call = functools.partial(resize_and_center_crop, **settings)
-        joined.append(call)
-    return joined
+    operations: list[functools.partial] = []
+    for text in spec.split("|") if spec.strip() else []:
+        call = _parse_call(text, spec)
+        last = operations[-1] if operations else call
+        follows = (last.func, call.func) == (resize, center_crop)
+        if follows and "crop" not in last.keywords:
+            # A resize does the crop that follows it.
+            call = functools.partial(operations.pop(), crop=call.keywords["size"])
+        operations.append(call)
+    return functools.partial(_apply, tuple(operations))
 
 
 def _apply(
@@ -241,23 +209,20 @@ def _parse_call(call: str, spec: str) -> functools.partial:
     if name not in OPS:
         near = difflib.get_close_matches(name, OPS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        known = [op.example for op in OPS.values()]
+        known = [example for _, example in OPS.values()]
         of = f" in {spec!r}, operations joined by |{hint}"
         check_choice("augmentation", call.strip(), known, of)
-    op = OPS[name]
+    function, example = OPS[name]
+    takes_size = "(" in example
     keywords: dict[str, int | str] = {}
-    if op.size_name and words and _is_size(words[0]):
-        keywords[op.size_name] = int(words.pop(0))
-    if keywords and words and words[0] in op.interpolations:
+    if takes_size and words and _SIZE.fullmatch(words[0]) and int(words[0]) <= _LARGEST:
+        keywords["size"] = int(words.pop(0))
+    if keywords and function is resize and words and words[0] in _FILTERS:
         keywords["interpolation"] = words.pop(0)
-    if words or bool(keywords) != bool(op.size_name):
+    if words or bool(keywords) != takes_size:
+        pixels = f", with a whole number of pixels, 1 to {_LARGEST}" * takes_size
         raise UserError(
             f"wrong arguments of the augmentation {call.strip()!r} in {spec!r}: write "
-            f"{op.example}"
-            + (f", with a whole number of pixels, 1 to {_LARGEST}" * bool(op.size_name))
+            f"{example}{pixels}"
         )
-    return functools.partial(op.function, **keywords)
-
-
-def _is_size(word: str) -> bool:
-    return _SIZE.fullmatch(word) is not None and int(word) <= _LARGEST
+    return functools.partial(function, **keywords)

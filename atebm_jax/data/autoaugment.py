@@ -1,7 +1,7 @@
 """AutoAugment's CIFAR-10 policy (Cubuk et al., 2019, arXiv:1805.09501, appendix)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -70,42 +70,33 @@ MAGNITUDES: dict[str, np.ndarray] = {
 }
 
 
+# (Pillow image, strength, grey level of pixels from outside) -> image.
+Operation = Callable[[Image.Image, float, int], Image.Image]
+
+
 def _affine(
-    image: Image.Image,
-    matrix: tuple[float, ...],
-    filter_: Image.Resampling,
-    fill: int,
-) -> Image.Image:
-    # The matrix takes output pixels to input pixels.
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrix,
-        filter_,
-        fillcolor=_grey(image, fill),
-    )
+    matrix: Callable[[Image.Image, float], tuple[float, ...]], filter_: Image.Resampling
+) -> Operation:
+    """An operation by the matrix that takes output pixels to input pixels."""
+
+    def apply(image: Image.Image, amount: float, fill: int) -> Image.Image:
+        return image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            matrix(image, amount),
+            filter_,
+            fillcolor=_grey(image, fill),
+        )
+
+    return apply
 
 
 def _grey(image: Image.Image, level: int) -> int | tuple[int, ...]:
     return level if image.mode == "L" else (level,) * 3
 
 
-def _shear_x(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    return _affine(image, (1, amount, 0, 0, 1, 0), Image.Resampling.BICUBIC, fill)
-
-
-def _shear_y(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    return _affine(image, (1, 0, 0, amount, 1, 0), Image.Resampling.BICUBIC, fill)
-
-
-def _translate_x(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    shift = amount * image.width
-    return _affine(image, (1, 0, shift, 0, 1, 0), Image.Resampling.NEAREST, fill)
-
-
-def _translate_y(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    shift = amount * image.height
-    return _affine(image, (1, 0, 0, 0, 1, shift), Image.Resampling.NEAREST, fill)
+def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
+    return lambda image, amount, fill: kind(image).enhance(1 + amount)
 
 
 def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
@@ -113,61 +104,31 @@ def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
     return image.rotate(degrees, fillcolor=_grey(image, 128))
 
 
-def _color(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    return ImageEnhance.Color(image).enhance(1 + amount)
-
-
-def _contrast(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(1 + amount)
-
-
-def _sharpness(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    return ImageEnhance.Sharpness(image).enhance(1 + amount)
-
-
-def _brightness(image: Image.Image, amount: float, fill: int) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(1 + amount)
-
-
-def _posterize(image: Image.Image, bits: float, fill: int) -> Image.Image:
-    return ImageOps.posterize(image, int(bits))
-
-
 def _solarize(image: Image.Image, level: float, fill: int) -> Image.Image:
     # A grey level, not a count: Pillow's stubs ask for a whole number.
     return ImageOps.solarize(image, level)  # type: ignore[arg-type]
 
 
-def _autocontrast(image: Image.Image, unused: float, fill: int) -> Image.Image:
-    return ImageOps.autocontrast(image)
+_SHEAR, _SHIFT = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
 
-
-def _equalize(image: Image.Image, unused: float, fill: int) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _invert(image: Image.Image, unused: float, fill: int) -> Image.Image:
-    return ImageOps.invert(image)
-
-
-AUTOAUGMENT_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
-    "shearX": _shear_x,
-    "shearY": _shear_y,
-    "translateX": _translate_x,
-    "translateY": _translate_y,
+AUTOAUGMENT_OPS: dict[str, Operation] = {
+    "shearX": _affine(lambda image, x: (1, x, 0, 0, 1, 0), _SHEAR),
+    "shearY": _affine(lambda image, y: (1, 0, 0, y, 1, 0), _SHEAR),
+    "translateX": _affine(lambda image, x: (1, 0, x * image.width, 0, 1, 0), _SHIFT),
+    "translateY": _affine(lambda image, y: (1, 0, 0, 0, 1, y * image.height), _SHIFT),
     "rotate": _rotate,
-    "color": _color,
-    "contrast": _contrast,
-    "sharpness": _sharpness,
-    "brightness": _brightness,
-    "posterize": _posterize,
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "posterize": lambda image, bits, fill: ImageOps.posterize(image, int(bits)),
     "solarize": _solarize,
-    "autocontrast": _autocontrast,
-    "equalize": _equalize,
-    "invert": _invert,
+    "autocontrast": lambda image, amount, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, amount, fill: ImageOps.equalize(image),
+    "invert": lambda image, amount, fill: ImageOps.invert(image),
 }
 
-# The rest has no direction: rotation by the authors' slip, the others by nature.
+# The others have no direction: rotation by the authors' slip, the rest by nature.
 SIGNED_OPS = frozenset(
     ("shearX", "shearY", "translateX", "translateY")
     + ("color", "contrast", "sharpness", "brightness")

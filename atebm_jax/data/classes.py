@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from atebm_jax.errors import UserError
 from atebm_jax.names import of_class
 
-# More digits than any place has.
-_LONGEST_PLACE = 9
-
 
 def names_of(class_names: Sequence[str] | None, number: int) -> list[str]:
     """K names: the data set's own if it has K of them, else the numbers from 0."""
@@ -80,6 +77,6 @@ def _called(word: str, names: Sequence[str]) -> list[int]:
 
 
 def _at_place(word: str, names: Sequence[str]) -> list[int]:
-    if not word.isdecimal() or len(word) > _LONGEST_PLACE or int(word) >= len(names):
-        return []
-    return [int(word)]
+    # No place has ten digits, and Python refuses to read numbers of thousands.
+    is_place = word.isdecimal() and len(word) < 10 and int(word) < len(names)
+    return [int(word)] if is_place else []

@@ -1,12 +1,12 @@
 """A description of a set of images that shows whether it has changed.
 
-A stopped command must go on with the same images. Compared are the number of images,
-the names of the classes, and a digest. The digest is of a listing of all images (for a
-folder: classes, paths and sizes) and of the bytes of a few. Images are not decoded.
+A stopped command must go on with the same images. A description has the number of
+images, the names of the classes, and a digest of a listing of all images (for a folder:
+classes, paths and sizes) and of the bytes of a few. Images are not decoded.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from atebm_jax.data.sources import Source, listing
 from atebm_jax.errors import UserError
 
-#: What sources raise of an image that cannot be read, those of records among them.
+#: What sources raise if an image cannot be read.
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError)
 # Images whose bytes are read, evenly spread over the source.
 _NUM_READ = 256
@@ -23,8 +23,8 @@ _NUM_READ = 256
 def describe(source: Source) -> dict[str, Any]:
     """Number of images, names of classes and the digest, as plain JSON.
 
-    The same wherever the images lie. A changed file is noticed if its path, class or
-    size has changed, or if it is among the 256 that are read.
+    It does not depend on where the images lie. A changed file is noticed if its path,
+    class or size has changed, or if it is among the 256 that are read.
     """
     digest = hashlib.sha256()
     for line in listing(source):
@@ -63,38 +63,35 @@ def check(
     """
     if not isinstance(before, Mapping):
         return
-    if changed := _difference(before, now, by_place):
-        raise UserError(
-            f"{what} has changed since {since}: {changed}. Bring the images back, or "
-            f"{remedy}."
-        )
-
-
-def _difference(
-    before: Mapping[str, Any], now: Mapping[str, Any], by_place: bool
-) -> str:
-    parts = []
-    if before.get("num_images") != now["num_images"]:
-        parts.append(f"{before.get('num_images')} images then, {now['num_images']} now")
-    if not by_place and before.get("class_names") != now["class_names"]:
-        old, new = before.get("class_names") or [], now["class_names"] or []
-        parts.append(_names_difference(old, new))
+    then, number = before.get("num_images"), now["num_images"]
+    parts = [f"{then} images then, {number} now"] if then != number else []
+    if not by_place:
+        parts += _names_difference(before.get("class_names"), now["class_names"])
     if not parts and before.get("content") != now["content"]:
         parts.append(
-            f"{now['num_images']} images then and now, but not the same ones (their "
-            "classes, paths, sizes or bytes differ)"
+            f"{number} images then and now, but not the same ones (their classes, "
+            "paths, sizes or bytes differ)"
         )
-    return ", ".join(parts)
+    if parts:
+        raise UserError(
+            f"{what} has changed since {since}: {', '.join(parts)}. Bring the images "
+            f"back, or {remedy}."
+        )
 
 
-def _names_difference(old: list[str], new: list[str]) -> str:
+def _names_difference(
+    before: Sequence[str] | None, now: Sequence[str] | None
+) -> list[str]:
+    """How the names of the classes differ; empty if they do not."""
+    old, new = before or [], now or []
     if len(old) != len(new):
-        gone = [name for name in old if name not in new]
-        come = [name for name in new if name not in old]
-        first = f" ({gone[0]!r} has gone)" if gone else f" ({come[0]!r} is new)"
-        return f"{len(old)} classes then, {len(new)} now{first if gone or come else ''}"
-    place = next(k for k, pair in enumerate(zip(old, new)) if pair[0] != pair[1])
-    return f"class {place} was {old[place]!r} then and is {new[place]!r} now"
+        gone = [f" ({name!r} has gone)" for name in old if name not in new]
+        come = [f" ({name!r} is new)" for name in new if name not in old]
+        return [f"{len(old)} classes then, {len(new)} now{(gone + come + [''])[0]}"]
+    for place, (then, name) in enumerate(zip(old, new)):
+        if then != name:
+            return [f"class {place} was {then!r} then and is {name!r} now"]
+    return []
 
 
 def _bytes_of_some(source: Source) -> Iterator[bytes]:
@@ -102,7 +99,7 @@ def _bytes_of_some(source: Source) -> Iterator[bytes]:
     for position in range(number):
         try:
             example = source[position * len(source) // number]
-        except UNREADABLE:  # an error only where the image is needed
+        except UNREADABLE:  # it is an error only where the image is needed
             yield b"cannot be read"
             continue
         yield str(example["label"]).encode()

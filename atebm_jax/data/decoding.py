@@ -9,15 +9,15 @@ from PIL import Image
 
 from atebm_jax.errors import UserError
 
-# Pillow hands some other formats, such as PostScript, to programs of the system, and
+# No others: Pillow hands some, such as PostScript, to programs of the system, and
 # recognises some by little more than their length.
 FORMATS = (
     *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
 )
-# A JPEG with a preview behind it, from telephones; Pillow reads it as a JPEG.
+# JPEGs of telephones, with a preview behind the image; Pillow reads them as JPEGs.
 _LIKE_JPEG = "MPO"
 
-# A header of a few bytes may claim gigabytes.
+# A header of a few bytes may claim an image of gigabytes.
 _MOST_PIXELS = 2**26
 
 
@@ -66,7 +66,7 @@ def open_image(encoded: bytes) -> Image.Image:
     profiles and camera data may be damaged, or larger than Pillow takes.
 
     Raises:
-      Exception: of many kinds, where it is broken or not of `FORMATS`.
+      Exception: of any kind, if it is broken or not of `FORMATS`.
     """
     try:
         return _load(encoded)
@@ -83,16 +83,12 @@ def _load(encoded: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(f"it claims {image.width} x {image.height} pixels")
-    if image.format == "JPEG2000" and not _ends_as_jpeg2000(encoded):
+    # Pillow does not check that the end marker comes after the data.
+    data, end = encoded.find(b"\xff\x93"), encoded.rfind(b"\xff\xd9")
+    if image.format == "JPEG2000" and not end > data >= 0:
         raise ValueError("it is truncated")
     image.load()
     return image
-
-
-def _ends_as_jpeg2000(encoded: bytes) -> bool:
-    """Whether the end marker comes after the data; Pillow does not check that."""
-    data, end = b"\xff\x93", b"\xff\xd9"
-    return encoded.rfind(end) > encoded.find(data) >= 0
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -116,22 +112,18 @@ def _pixels_alone(png: bytes) -> bytes:
 
 
 class BadImage(ValueError):
-    """An image that cannot be augmented; counted like one that is broken."""
+    """An image that cannot be augmented; it counts as a broken one."""
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     mode = "L" if channels == 1 else "RGB"
-    return from_pillow(image if image.mode == mode else _convert(image, mode))
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
     if has_16_bits(image):
         image = Image.fromarray(high_bytes(image))
     if image.mode in ("I", "F"):
         raise ValueError("its numbers of 32 bits have no known black and white")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert(mode)
+    return from_pillow(image if image.mode == mode else image.convert(mode))
 
 
 def has_16_bits(image: Image.Image) -> bool:
@@ -147,10 +139,12 @@ def high_bytes(image: Image.Image) -> np.ndarray:
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
+    """uint8 [H, W], [H, W, 1] or [H, W, 3] as a picture."""
     grey = image.ndim == 3 and image.shape[2] == 1
     return Image.fromarray(image[:, :, 0] if grey else image)
 
 
 def from_pillow(image: Image.Image) -> np.ndarray:
+    """Undoes `to_pillow`: uint8 [H, W, C]."""
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array

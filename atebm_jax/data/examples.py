@@ -1,4 +1,4 @@
-"""One example: read, decoded, augmented; broken images told from broken settings."""
+"""One example: read, decoded, augmented. Tells broken images from broken settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from atebm_jax.errors import UserError
 
 ImageShape = tuple[int, int, int]
 
-# In the field `bad_field(NAME)` of an example: every image of it could be decoded.
+# Value of the field `bad_field(NAME)` of an example whose image could be decoded.
 NOT_BAD = -1
 
 
@@ -56,8 +56,8 @@ class Images:
         """The first image from `index` on, round and round, that can be decoded.
 
         Returns:
-          ((image, label), the first bad index or NOT_BAD). The first bad one is enough:
-          the order of the images brings up the others in their turn.
+          ((image, label), the first bad index or NOT_BAD). The other bad ones are met
+          in their own turn.
         """
         bad: list[int] = []
         while (made := self.make(index, make_rng(index))) is None:
@@ -71,11 +71,9 @@ class Images:
     def _check_shape(self, index: int, image: np.ndarray) -> None:
         if image.shape != tuple(self.shape):
             height, width = self.shape[:2]
-            remedy = (
-                f'"resize({height})|center_crop({height})"'
-                if height == width
-                else "resizing and cropping"
-            )
+            remedy = "resizing and cropping"
+            if height == width:
+                remedy = f'"resize({height})|center_crop({height})"'
             raise UserError(
                 f"the image {self.source.describe(index)} has the shape "
                 f"{list(image.shape)} after preprocessing, wanted {list(self.shape)} "
@@ -84,8 +82,7 @@ class Images:
             )
 
     def _told_plainly(self, index: int, error: Exception) -> UserError:
-        # A worker's exception reaches the main process only if it can be pickled, which
-        # holds for one made of a single string.
+        # An error of a single string can be pickled, and so leaves a worker process.
         what = str(error) if isinstance(error, UserError) else repr(error)
         name = self.source.describe(index)
         return UserError(f"cannot prepare the image {name}: {what}")
@@ -100,7 +97,7 @@ def train_example(
     labels: bool,
     max_bad_images: int,
 ) -> dict[str, Any]:
-    """One example of a stream, or of the next image that can be decoded."""
+    """One example of a stream: an image, or the next one that can be decoded."""
     made, first_bad = images.first_good(index, lambda place: rng, max_bad_images)
     example = {f"x_{name}": made[0], bad_field(name): np.int64(first_bad)}
     return {**example, f"y_{name}": np.int32(made[1])} if labels else example
@@ -115,11 +112,11 @@ def eval_example(
     process_index: int,
     process_count: int,
 ) -> dict[str, Any]:
-    """One example of this process's part; blank beyond the end and if undecodable."""
+    """One example of this process's part: blank beyond the end, or if undecodable."""
     batch, row = divmod(local_index, local_size)
     position = (batch * process_count + process_index) * local_size + row
     index = position * len(images.source) // num_images
-    # Evaluation is a function of the image: nothing random may be asked for.
+    # A random operation does the same to an image in every evaluation.
     in_range, rng = position < num_images, np.random.default_rng(index)
     made = images.make(index, rng) if in_range else None
     bad = index if in_range and made is None else NOT_BAD

@@ -3,22 +3,24 @@
 import collections
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from atebm_jax.data import decoding
-from atebm_jax.data.sources import UNLABELLED, Example
+from atebm_jax.data.sources import UNLABELLED, Example, Source
 from atebm_jax.errors import UserError
 from atebm_jax.names import of_class, printable
 
 _log = logging.getLogger(__name__)
 
 # Images whose sizes are compared, and threads that ask for them.
-_MOST_SIZES = 2**16
-_THREADS = 16
+_MOST_SIZES, _THREADS = 2**16, 16
+
+# Kinds of entries that are used.
+_FOLDER, _IMAGE = "folder", "image"
 
 # Folders that network disks, archives and systems put beside images.
 _NOT_CLASSES = frozenset(
@@ -29,11 +31,8 @@ _NOT_CLASSES = frozenset(
     }
 )
 
-# Of a folder, whatever path leads to it: device and number.
-_Identity = tuple[int, int]
 
-
-class FolderSource:
+class FolderSource(Source):
     """Image files below a folder.
 
     With sub-folders, each of them is a class: labels go by sorted name, and images may
@@ -64,7 +63,7 @@ class FolderSource:
                 f"folders ({printable(folders[0])}, ...) found; move the images into "
                 "class folders, or away"
             )
-        # Paths below the root: a million of them travel to each worker.
+        # Paths below the root are short: a million of them are sent to each worker.
         self._paths = flat
         labels = [UNLABELLED] * len(flat)
         label_of = {name: label for label, name in enumerate(folders)}
@@ -74,24 +73,9 @@ class FolderSource:
         self._labels = np.array(labels, np.int32)
         self.class_names = tuple(map(of_class, folders)) or None
         self.num_classes = len(folders) or None
-        _warn_of_passed_over(self.spec, passed_over)
-        self._check_not_empty(self.class_names or ())
-        _warn_of_numbers(self.spec, self.class_names or ())
-
-    def _check_not_empty(self, folders: Sequence[str]) -> None:
-        if not self._paths:
-            raise UserError(
-                f"{self.spec}: no images found (looked for "
-                f"{', '.join(sorted(decoding.extensions()))}, in class folders too)"
-            )
-        present = set(self._labels.tolist())
-        empty = [name for label, name in enumerate(folders) if label not in present]
-        if empty:
-            raise UserError(
-                f"{self.spec}: {len(empty)} of {len(folders)} class folders hold no "
-                f"image ({', '.join(empty[:5])}); remove them, for they would count "
-                "as classes"
-            )
+        self._warn_of_passed_over(passed_over)
+        self._check_not_empty()
+        self._warn_of_numbers()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -101,7 +85,7 @@ class FolderSource:
         return {"image": image, "label": int(self._labels[index])}
 
     def path(self, index: int) -> str:
-        """The path of image `index`, to be opened; `describe` is for people."""
+        """The path of image `index`, for opening it; `describe` is for messages."""
         return os.path.join(self._root, self._paths[index])
 
     def describe(self, index: int) -> str:
@@ -114,7 +98,7 @@ class FolderSource:
         takes milliseconds.
         """
         for path, label in zip(self._paths, self._labels.tolist(), strict=True):
-            # Without the class folder, whose name is compared as the class's.
+            # Without the class folder: its name is compared with those of the classes.
             below = path if label == UNLABELLED else path.partition(os.sep)[2]
             yield b"%d %s" % (label, os.fsencode(below))
         number = min(_MOST_SIZES, len(self))
@@ -128,6 +112,45 @@ class FolderSource:
             return os.stat(self.path(index)).st_size
         except OSError:
             return -1
+
+    def _check_not_empty(self) -> None:
+        if not self._paths:
+            raise UserError(
+                f"{self.spec}: no images found (looked for "
+                f"{', '.join(sorted(decoding.extensions()))}, in class folders too)"
+            )
+        names, present = self.class_names or (), set(self._labels.tolist())
+        empty = [name for label, name in enumerate(names) if label not in present]
+        if empty:
+            raise UserError(
+                f"{self.spec}: {len(empty)} of {len(names)} class folders hold no "
+                f"image ({', '.join(empty[:5])}); remove them, for they would count "
+                "as classes"
+            )
+
+    def _warn_of_passed_over(self, passed_over: collections.Counter[str]) -> None:
+        if passed_over:
+            kinds = [f"{kind}: {count}" for kind, count in passed_over.most_common(5)]
+            more = f" and {len(passed_over) - 5} more kinds" * (len(passed_over) > 5)
+            _log.warning(
+                "%s: %d files and folders that are no images are passed over (%s%s)",
+                *(self.spec, passed_over.total(), ", ".join(kinds), more),
+            )
+
+    def _warn_of_numbers(self) -> None:
+        """Warns if folders "1", "10", "2" become classes 0, 1 and 2."""
+        names = self.class_names or ()
+        if not all(name.isdecimal() for name in names):
+            return
+        wrong = [k for k, name in enumerate(sorted(names, key=int)) if name != names[k]]
+        if wrong:
+            place, digits = wrong[0], len(str(len(names)))
+            _log.warning(
+                "%s: the class folders are numbers sorted as text (%s, ...): class %d "
+                "is the folder %s. Leading zeros (%s) keep them in order",
+                *(self.spec, ", ".join(names[:4]), place, names[place]),
+                str(place).zfill(digits),
+            )
 
 
 def _walk(
@@ -144,58 +167,46 @@ def _walk(
     Raises:
       UserError: a folder cannot be read.
     """
-    pending: list[tuple[str, frozenset[_Identity]]] = [("", frozenset())]
+    # Each with the real paths of the folders above it.
+    pending: list[tuple[str, frozenset[str]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
         path = os.path.join(root, folder)
+        above |= {os.path.realpath(path)}
+        names: dict[str, list[str]] = {_FOLDER: [], _IMAGE: []}
         try:
-            above |= {_identity(os.stat(path))}
-            folders, images = _scan(path, above, passed_over)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    kind = _kind(entry, above)
+                    if kind in names:
+                        names[kind].append(entry.name)
+                    elif kind:
+                        passed_over[kind] += 1
         except OSError as error:
             raise UserError(
                 f"folder:{printable(root)}: {printable(path)} cannot be read "
                 f"({error.strerror}): make it readable, or move it away"
             ) from error
-        yield folder, folders, images
+        folders = sorted(names[_FOLDER])
+        yield folder, folders, sorted(names[_IMAGE])
         pending += [(os.path.join(folder, name), above) for name in reversed(folders)]
 
 
-def _scan(
-    path: str, above: frozenset[_Identity], passed_over: collections.Counter[str]
-) -> tuple[list[str], list[str]]:
-    """Sorted names of the sub-folders and of the image files in a folder."""
-    folders, images = [], []
-    endings = decoding.extensions()
-    with os.scandir(path) as entries:
-        for entry in entries:
-            ending = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
-                reason = _why_passed_over(entry, above)
-                if reason:
-                    passed_over[reason] += 1
-                else:
-                    folders.append(entry.name)
-            # A pipe would block its reader; a broken link counts as a broken image.
-            elif ending in endings and (entry.is_symlink() or entry.is_file()):
-                images.append(entry.name)
-            else:
-                passed_over[printable(ending) or "no ending"] += 1
-    return sorted(folders), sorted(images)
-
-
-def _why_passed_over(entry: os.DirEntry, above: frozenset[_Identity]) -> str:
-    """Why a folder is not searched; empty if it is."""
-    if entry.name.lower() in _NOT_CLASSES:
-        return f"folder {entry.name}"
-    if entry.is_symlink() and _identity(entry.stat()) in above:  # an endless loop
-        return f"link {printable(entry.name)} to above it"
-    return ""
-
-
-def _identity(status: os.stat_result) -> _Identity:
-    return status.st_dev, status.st_ino
+def _kind(entry: os.DirEntry, above: frozenset[str]) -> str:
+    """_FOLDER, _IMAGE, "" if hidden, or a name for an entry that is passed over."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if entry.name.startswith("."):
+        return ""
+    if _is_folder(entry):
+        if entry.name.lower() in _NOT_CLASSES:
+            return f"folder {entry.name}"
+        if entry.is_symlink() and os.path.realpath(entry.path) in above:  # a loop
+            return f"link {printable(entry.name)} to above it"
+        return _FOLDER
+    # A pipe would block its reader; a broken link counts as a broken image.
+    if ending in decoding.extensions() and (entry.is_symlink() or entry.is_file()):
+        return _IMAGE
+    return printable(ending) or "no ending"
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -203,33 +214,3 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _warn_of_passed_over(spec: str, passed_over: collections.Counter[str]) -> None:
-    if passed_over:
-        kinds = [f"{kind}: {count}" for kind, count in passed_over.most_common(5)]
-        more = f" and {len(passed_over) - 5} more kinds" * (len(passed_over) > 5)
-        _log.warning(
-            "%s: %d files and folders that are no images are passed over (%s%s)",
-            spec,
-            passed_over.total(),
-            ", ".join(kinds),
-            more,
-        )
-
-
-def _warn_of_numbers(spec: str, names: Sequence[str]) -> None:
-    """Says that folders "1", "10", "2" are classes 0, 1 and 2."""
-    if not all(name.isdecimal() for name in names):
-        return
-    wrong = [k for k, name in enumerate(sorted(names, key=int)) if name != names[k]]
-    if wrong:
-        _log.warning(
-            "%s: the class folders are numbers sorted as text (%s, ...): class %d is "
-            "the folder %s. Leading zeros (%s) keep them in order",
-            spec,
-            ", ".join(names[:4]),
-            wrong[0],
-            names[wrong[0]],
-            str(wrong[0]).zfill(len(str(len(names)))),
-        )

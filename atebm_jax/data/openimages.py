@@ -76,9 +76,8 @@ def overlapping_labels(
     direct = set(found)
     for path in _paths(hierarchy or {}):
         hits = [label for label in path if label in direct]
-        if hits:
-            for label in path:
-                found.setdefault(label, f"on a line with {display_names[hits[0]]}")
+        for label in path if hits else ():
+            found.setdefault(label, f"on a line with {display_names[hits[0]]}")
     return found
 
 
@@ -140,9 +139,8 @@ def _without(
     labels_file: str, display: Mapping[str, str], overlap: Mapping[str, str]
 ) -> set[str]:
     """Images with a verified label, of which none overlaps or is without a name."""
-    nameless: set[str] = set()
     wanted = {"ImageID", "LabelName", "Confidence"}
-    seen, refused = set(), set()
+    seen, refused, nameless = set(), set(), set()
     with _opened("--labels", labels_file, "table (CSV)") as file:
         reader = csv.DictReader(file)
         if not wanted <= set(reader.fieldnames or ()):
@@ -156,7 +154,7 @@ def _without(
                 seen.add(image)
                 if label not in display:
                     nameless.add(label)
-                if label in overlap or label not in display:
+                if label in overlap or label in nameless:
                     refused.add(image)
     if nameless:
         _log.warning(
@@ -181,7 +179,7 @@ def _confidence(text: str | None, labels_file: str, line: int) -> float:
 
 
 def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterator[tuple[str, ...]]:
-    """Every path from below the root to a leaf; the root is above every label."""
+    """Every path of labels down to a leaf, without the root, which is above all."""
     for child in node.get("Subcategory", ()):
         line = (*above, child["LabelName"])
         if child.get("Subcategory"):
@@ -195,10 +193,10 @@ def _opened(flag: str, path: str, kind: str = "text") -> Iterator[TextIO]:
     """Opens the file of a flag.
 
     Raises:
-      UserError: in place of an error while it is read: another kind of file, say.
+      UserError: in place of any error while the file is opened or read.
     """
     try:
-        # utf-8-sig: a byte-order mark in front is no part of a name.
+        # utf-8-sig: skips a byte-order mark.
         local = os.path.expanduser(path)
         with open(local, encoding="utf-8-sig", newline="") as file:
             yield file

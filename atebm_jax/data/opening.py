@@ -2,21 +2,18 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
-from atebm_jax.data.cifar import open_cifar
 from atebm_jax.data.folder import FolderSource
+from atebm_jax.data.in_memory import open_cifar, open_digits
 from atebm_jax.data.prepared import PreparedSource
-from atebm_jax.data.sources import ArraySource, Source
+from atebm_jax.data.sources import Source
 from atebm_jax.data.tfds import TfdsSource
-from atebm_jax.errors import UserError, check_choice
+from atebm_jax.errors import check_choice
 
 _EXAMPLES = (
     *("digits:train", "tfds:cifar10:train", "tfds:cifar10:test[:1000]"),
     *("cifar:cifar-10-binary.tar.gz:train", "folder:/path/to/class/folders"),
     "prepared:/path/to/set",
 )
-_DIGITS_SPLIT_SEED = 0
 
 
 def open_source(spec: str, data_dir: str = "") -> Source:
@@ -43,32 +40,9 @@ def open_source(spec: str, data_dir: str = "") -> Source:
     return _OPENERS[kind](rest)
 
 
-def _digits(split: str) -> ArraySource:
-    """Digits, [N, 8, 8, 1]: the test split is a fifth of each class, drawn once."""
-    if split not in ("train", "test"):
-        raise UserError(
-            f"digits has no split {split!r}: write digits:train or digits:test"
-        )
-    from sklearn.datasets import load_digits  # only this source needs it
-
-    digits = load_digits()
-    rng = np.random.default_rng(_DIGITS_SPLIT_SEED)
-    held_out = np.zeros(len(digits.target), bool)
-    for label in range(10):
-        members = rng.permutation(np.flatnonzero(digits.target == label))
-        held_out[members[: round(len(members) / 5)]] = True
-    chosen = held_out if split == "test" else ~held_out
-    # Grey levels run from 0 to 16.
-    images = np.rint(digits.images[chosen, :, :, None] * (255 / 16)).astype(np.uint8)
-    names = [str(label) for label in range(10)]
-    return ArraySource(
-        images, digits.target[chosen], class_names=names, spec=f"digits:{split}"
-    )
-
-
 # What stands before the first colon -> opens what stands behind it.
 _OPENERS: dict[str, Callable[[str], Source]] = {
-    "digits": _digits,
+    "digits": open_digits,
     "cifar": open_cifar,
     "folder": FolderSource,
     "prepared": PreparedSource,

@@ -122,7 +122,7 @@ class Batches(Iterator[Batch]):
 
 def _failure(error: Exception) -> str:
     if "terminated unexpectedly" in str(error):
-        # Grain says so when a worker process has gone, with its exit code.
+        # Grain's words for a worker process that has died; they have its exit code.
         code = "".join(re.findall(r"exit code (-?\d+)", str(error))[:1])
         return (
             f"a worker process that makes batches has ended (exit code {code or '?'}), "
@@ -176,8 +176,7 @@ def train_batches(
       UserError: here, for settings that do not fit; from the iterator, for too many
         undecodable images or an image of another shape.
     """
-    local_size = _local_batch_size(batch_size, process_index, process_count)
-    _check_shape(image_shape)
+    local_size = _local_size(batch_size, process_index, process_count, image_shape)
     _check_not_negative(
         start=start,
         num_workers=num_workers,
@@ -239,8 +238,7 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`. `bad_images` of the iterator has the key "images".
     """
-    local_size = _local_batch_size(batch_size, process_index, process_count)
-    _check_shape(image_shape)
+    local_size = _local_size(batch_size, process_index, process_count, image_shape)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1 image, got {limit}")
     _check_not_negative(
@@ -343,7 +341,7 @@ def _iterate(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     dataset = batches.to_iter_dataset(options)
     if num_workers:
-        # Grain's workers read absl flags, which a notebook has not parsed.
+        # Grain's workers read absl flags; a notebook does not parse any.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers)
@@ -352,7 +350,7 @@ def _iterate(
 
 
 def _become_worker(worker_index: int, worker_count: int) -> None:
-    """Leaves signals to the main process, and ends when it ends."""
+    """Ignores signals, which the main process handles, and ends with that process."""
     del worker_index, worker_count
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -360,7 +358,7 @@ def _become_worker(worker_index: int, worker_count: int) -> None:
 
 
 def end_with_main_process() -> None:
-    """Ends this process, a worker, as soon as the one that started it has ended."""
+    """Ends this worker process as soon as the one that started it has ended."""
     main_process = multiprocessing.parent_process()
 
     def wait() -> None:
@@ -374,7 +372,10 @@ def end_with_main_process() -> None:
 # --- Checks ---------------------------------------------------------------------------
 
 
-def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
+def _local_size(
+    batch_size: int, process_index: int, process_count: int, image_shape: ImageShape
+) -> int:
+    """Images of a batch in this process, once the four settings are checked."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} must be a positive multiple of the number of "
@@ -384,15 +385,12 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
         raise UserError(
             f"process_index must lie in 0..{process_count - 1}, got {process_index}"
         )
-    return batch_size // process_count
-
-
-def _check_shape(image_shape: ImageShape) -> None:
     if len(image_shape) != 3 or min(image_shape) < 1 or image_shape[2] not in (1, 3):
         raise UserError(
             f"image_shape must be (height, width, channels) with 1 or 3 channels, got "
             f"{tuple(image_shape)}"
         )
+    return batch_size // process_count
 
 
 def _check_not_negative(**settings: int) -> None:

@@ -10,7 +10,6 @@ a signal.
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import io
@@ -18,7 +17,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,26 @@ from array_record.python import array_record_module
 from PIL import Image
 from rich.console import Console
 
-from atebm_jax import storage
+from atebm_jax import data, storage, workdir_lock
 from atebm_jax.command_line import Parser, quiet_libraries, run
 from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.examples import too_many_bad
-from atebm_jax.data.folder import FolderSource
-from atebm_jax.data.opening import open_source
 from atebm_jax.data.pipeline import end_with_main_process
-from atebm_jax.data.sources import Source
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
 from atebm_jax.names import check_utf8
 from atebm_jax.progress import track
-from atebm_jax.workdir_lock import FILE as LOCK
-from atebm_jax.workdir_lock import held
 
 SIZE, QUALITY, SHARD_SIZE, MAX_BAD_IMAGES = 292, 95, 2048, 100
 
-# What a command that ended before its first shard may leave in a folder.
-_OWN = (LOCK, ".settings.json.")
+# Names of what a command may leave that ended before its first shard.
+_OWN = (workdir_lock.FILE, ".settings.json.")
 
 _JPEG = b"\xff\xd8\xff"
 
 
 def prepare(
-    source: Source,
+    source: data.Source,
     to: str | Path,
     *,
     size: int = SIZE,
@@ -101,34 +95,26 @@ def prepare(
         "shard_size": shard_size,
         "data": content.describe(source),
     }
+    parts = [chosen[i : i + shard_size] for i in range(0, len(chosen), shard_size)]
     root = _local(to)
-    then = "with its finished shards"
-    with held(root, "--to"), storage.told_plainly(root, "prepared set", then):
+    paths = prepared.shard_paths(root, len(parts))
+    jobs = [  # they travel to other processes
+        functools.partial(_shard, source, part, path, size, quality)
+        for part, path in zip(parts, paths, strict=True)
+    ]
+    told = storage.told_plainly(root, "prepared set", "with its finished shards")
+    with workdir_lock.held(root, "--to"), told:
         _claim(root, settings)
         for leftover in root.glob(".*.tmp"):  # of a command that was killed
             leftover.unlink(missing_ok=True)
-        jobs = _jobs(source, chosen, root, settings)
         return _finish(root, settings, _run(jobs, num_workers, max_bad_images))
 
 
 def _local(to: str | Path) -> Path:
-    """The folder of `--to`, which the library of the records must be able to open."""
+    """The folder of `--to`, checked: the record library opens UTF-8 paths only."""
     root = Path(local("--to", to))
     check_utf8("--to", root)
     return root
-
-
-def _jobs(
-    source: Source, chosen: np.ndarray, root: Path, settings: dict[str, Any]
-) -> list[Callable[[], dict[str, Any]]]:
-    """One for each shard; they travel to other processes."""
-    length, size, quality = (settings[k] for k in ("shard_size", "size", "quality"))
-    parts = [chosen[i : i + length] for i in range(0, len(chosen), length)]
-    paths = [root / prepared.shard_name(i, len(parts)) for i in range(len(parts))]
-    return [
-        functools.partial(_shard, source, part, path, size, quality)
-        for part, path in zip(parts, paths, strict=True)
-    ]
 
 
 def _finish(
@@ -158,8 +144,8 @@ def check(to: str | Path) -> int:
     """
     root = _local(to)
     index = prepared.read_index(root)
-    for number, shard in enumerate(index["shards"]):
-        path = root / prepared.shard_name(number, len(index["shards"]))
+    shards = index["shards"]
+    for path, shard in zip(prepared.shard_paths(root, len(shards)), shards):
         same = path.exists() and _sha256(path) == shard["sha256"]
         if same:
             reader = array_record_module.ArrayRecordReader(str(path))
@@ -218,81 +204,70 @@ def _short(value: Any) -> str:
 def _run(
     jobs: Sequence[Callable[[], dict[str, Any]]], num_workers: int, max_bad_images: int
 ) -> list[dict[str, Any]]:
-    """Writes the shards, with a progress bar; their descriptions in order."""
-    results: dict[int, dict[str, Any]] = {}
-    console = Console(stderr=True)
-    with contextlib.closing(_finished(jobs, num_workers)) as finished:
-        for number, result in track(finished, "shards", console, len(jobs)):
-            results[number] = result
-            bad = [name for r in results.values() for name in r["bad"]]
-            if len(bad) > max_bad_images:
-                raise too_many_bad(bad, max_bad_images)
-    return [results[i] for i in range(len(jobs))]
-
-
-def _finished(
-    jobs: Sequence[Callable[[], dict[str, Any]]], num_workers: int
-) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    """Number and description of each shard, as soon as it is written."""
-    if num_workers == 1:
-        yield from enumerate(job() for job in jobs)
-        return
-    # Not forked: a lock that a thread of the record library holds at that moment would
-    # stay locked in the child for ever.
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        num_workers or os.cpu_count(), mp_context=spawn, initializer=_begin_worker
-    ) as pool:
-        waiting = {pool.submit(job): i for i, job in enumerate(jobs)}
+    """Writes the shards, with a progress bar; returns their descriptions in order."""
+    bad: list[str] = []
+    with _workers(num_workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        finished = concurrent.futures.as_completed(futures)
         try:
-            for future in concurrent.futures.as_completed(waiting):
-                yield waiting[future], future.result()
+            for future in track(finished, "shards", Console(stderr=True), len(jobs)):
+                bad += future.result()["bad"]
+                if len(bad) > max_bad_images:
+                    raise too_many_bad(bad, max_bad_images)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return [future.result() for future in futures]
+
+
+def _workers(number: int) -> concurrent.futures.Executor:
+    """One thread of this process, or `number` processes; 0 for one per core."""
+    if number == 1:
+        return concurrent.futures.ThreadPoolExecutor(1)
+    # Not forked: if a thread of the record library holds a lock at that moment, the
+    # lock stays locked in the child for ever.
+    return concurrent.futures.ProcessPoolExecutor(
+        number or os.cpu_count(),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_worker,
+    )
 
 
 def _begin_worker() -> None:
     """Leaves Ctrl-C to the command, and ends once the command has been killed.
 
-    Another command may write the same shard by then. That does no harm: each writes a
-    file of its own, and both files are the same.
+    Another command may write the same shard by then. This does no harm: each writes its
+    own temporary file, and both files are the same.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_main_process()
 
 
 def _shard(
-    source: Source, indices: np.ndarray, path: Path, size: int, quality: int
+    source: data.Source, indices: np.ndarray, path: Path, size: int, quality: int
 ) -> dict[str, Any]:
     """Writes one shard, unless it is there already; returns its description."""
     description = path.with_name(f"{path.name}.json")
     if description.exists():
         return json.loads(description.read_text())
+    written, bad = 0, []
     with storage.replacing(path, shared=True) as temporary:
-        result = _written(source, indices, temporary, size, quality)
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        for index in indices.tolist():
+            try:
+                example = source[index]
+                image = resized(example["image"], size, quality)
+            except content.UNREADABLE as error:
+                bad.append(f"{source.describe(index)}: {error}")
+                continue
+            writer.write(prepared.pack(image, example["label"]))
+            written += 1
+        writer.close()
+        sha256 = _sha256(temporary)
+    result = {"num_images": written, "sha256": sha256, "bad": bad}
     # Last, because it says that the shard is whole.
     storage.write_json(description, result)
     return result
-
-
-def _written(
-    source: Source, indices: np.ndarray, path: Path, size: int, quality: int
-) -> dict[str, Any]:
-    """Writes the records of a shard; returns its description."""
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    written, bad = 0, []
-    for index in indices.tolist():
-        try:
-            example = source[index]
-            image = resized(example["image"], size, quality)
-        except content.UNREADABLE as error:
-            bad.append(f"{source.describe(index)}: {error}")
-            continue
-        writer.write(prepared.pack(image, example["label"]))
-        written += 1
-    writer.close()
-    return {"num_images": written, "sha256": _sha256(path), "bad": bad}
 
 
 def resized(image: bytes | np.ndarray, size: int, quality: int) -> bytes:
@@ -332,37 +307,33 @@ def _parser() -> Parser:
         "stopped command goes on with its finished shards.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, number = parser.add_argument, functools.partial(parser.add_argument, type=int)
     add("--from", dest="source", help="folder:PATH, tfds:NAME:SPLIT, openimages:FOLDER")
     add("--to", required=True, help="folder for the prepared set")
     add("--data_dir", default="", help="where TFDS data sets lie")
-    add("--size", type=int, default=SIZE, help="shorter side, default %(default)s")
-    add("--quality", type=int, default=QUALITY, help="of JPEGs, default %(default)s")
-    add(
-        "--shard_size", type=int, default=SHARD_SIZE, help="images, default %(default)s"
-    )
-    add("--num_workers", type=int, default=0, help="processes; default one a core")
+    number("--size", default=SIZE, help="shorter side, default %(default)s")
+    number("--quality", default=QUALITY, help="of JPEGs, default %(default)s")
+    number("--shard_size", default=SHARD_SIZE, help="images, default %(default)s")
+    number("--num_workers", default=0, help="processes; default one a core")
     bad_help = "unreadable images that are passed over, default %(default)s"
-    add("--max_bad_images", type=int, default=MAX_BAD_IMAGES, help=bad_help)
-    add("--count", type=int, default=0, help="only so many, drawn at random")
-    add("--seed", type=int, default=0, help="of that draw")
+    number("--max_bad_images", default=MAX_BAD_IMAGES, help=bad_help)
+    number("--count", default=0, help="only so many, drawn at random")
+    number("--seed", default=0, help="of that draw")
     add("--check", action="store_true", help="only verify the set in --to")
     add("--labels", help="Open Images: CSV of image labels")
     add("--class_descriptions", help="Open Images: CSV of label names")
-    add(
-        "--imagenet_classes", help="Open Images: ImageNet's class names, a class a line"
-    )
+    add("--imagenet_classes", help="Open Images: ImageNet's classes, one a line")
     add("--hierarchy", help="Open Images: label hierarchy")
     return parser
 
 
-def _selected(flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
-    """The source of the flags, and which of its images."""
+def _selected(flags: argparse.Namespace) -> tuple[data.Source, np.ndarray]:
+    """The source that the flags name, and the indices of the chosen images."""
     kind, _, folder = flags.source.partition(":")
     if kind == "openimages":
         source, candidates = _open_images(folder, flags)
     else:
-        source = open_source(flags.source, flags.data_dir)
+        source = data.open_source(flags.source, flags.data_dir)
         candidates = np.arange(len(source))
     if not 0 <= flags.count <= len(candidates) or flags.seed < 0:
         raise UserError(
@@ -376,13 +347,15 @@ def _selected(flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
     return source, candidates
 
 
-def _open_images(folder: str, flags: argparse.Namespace) -> tuple[Source, np.ndarray]:
-    """Open Images in a folder, and which of them overlap no class of ImageNet."""
+def _open_images(
+    folder: str, flags: argparse.Namespace
+) -> tuple[data.Source, np.ndarray]:
+    """Open Images in a folder, and the indices of those that overlap no class."""
     needed = ("labels", "class_descriptions", "imagenet_classes")
     missing = [f"--{name}" for name in needed if not getattr(flags, name)]
     if missing:
         raise UserError(f"openimages needs {' and '.join(missing)} too.")
-    source = FolderSource(folder)
+    source = data.FolderSource(folder)
     decisions = Path(f"{_local(flags.to)}.labels.csv")
     with storage.writing(decisions, "Make room or give another --to."):
         decisions.parent.mkdir(parents=True, exist_ok=True)
@@ -414,16 +387,9 @@ def main(arguments: Sequence[str]) -> None:
     if not flags.source:
         raise UserError("--from is missing: give folder:PATH, say.")
     source, indices = _selected(flags)
-    index = prepare(
-        source,
-        flags.to,
-        size=flags.size,
-        quality=flags.quality,
-        shard_size=flags.shard_size,
-        num_workers=flags.num_workers,
-        max_bad_images=flags.max_bad_images,
-        indices=indices,
-    )
+    names = ("size", "quality", "shard_size", "num_workers", "max_bad_images")
+    settings = {name: vars(flags)[name] for name in names}
+    index = prepare(source, flags.to, indices=indices, **settings)
     bad = index["num_bad_images"]
     print(
         f"{index['num_images']} images in {len(index['shards'])} shards, {bad} "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from array_record.python import array_record_data_source
 
-from atebm_jax.data.sources import Example
+from atebm_jax.data.sources import Example, Source
 from atebm_jax.errors import UserError
 from atebm_jax.names import check_utf8, of_class
 
@@ -23,18 +23,14 @@ def pack(image: bytes, label: int) -> bytes:
     return _LABEL.pack(label) + image
 
 
-def unpack(record: bytes) -> Example:
-    """Undoes `pack`."""
-    return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
-
-
-def shard_name(index: int, count: int) -> str:
-    """File name of a shard."""
-    return f"images-{index:05d}-of-{count:05d}.array_record"
+def shard_paths(root: Path, count: int) -> list[Path]:
+    """The files of the `count` shards of a set."""
+    names = (f"images-{k:05d}-of-{count:05d}.array_record" for k in range(count))
+    return [root / name for name in names]
 
 
 class _Shard(NamedTuple):
-    """A whole shard for the library, which then need not open it to count records."""
+    """A shard with its number of records, so that the library need not count them."""
 
     filename: str
     skip: int
@@ -42,7 +38,7 @@ class _Shard(NamedTuple):
     examples_in_shard: int
 
 
-class PreparedSource:
+class PreparedSource(Source):
     """What `python -m atebm_jax.data.prepare` has written.
 
     Args:
@@ -59,10 +55,11 @@ class PreparedSource:
         index = read_index(root)
         self.class_names = tuple(map(of_class, index["class_names"] or ())) or None
         self.num_classes = len(self.class_names) if self.class_names else None
-        shards = index["shards"]
+        self._digests = [str(shard["sha256"]) for shard in index["shards"]]
+        counts = [shard["num_images"] for shard in index["shards"]]
         files = [
-            _Shard(str(root / shard_name(i, len(shards))), 0, count, count)
-            for i, count in enumerate(shard["num_images"] for shard in shards)
+            _Shard(str(file), 0, count, count)
+            for file, count in zip(shard_paths(root, len(counts)), counts)
             if count
         ]
         missing = [f.filename for f in files if not os.path.exists(f.filename)]
@@ -71,7 +68,6 @@ class PreparedSource:
                 f"{self.spec}: {len(missing)} shards are missing, {missing[0]} for "
                 "one; prepare the set again into the same folder."
             )
-        self._digests = [str(shard["sha256"]) for shard in shards]
         self._records: Any = []
         if files:
             self._records = array_record_data_source.ArrayRecordDataSource(files)
@@ -80,10 +76,8 @@ class PreparedSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return unpack(self._records[int(index)])
-
-    def describe(self, index: int) -> str:
-        return f"{self.spec}[{index}]"
+        record = self._records[int(index)]
+        return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
 
     def listing(self) -> Iterator[bytes]:
         """SHA-256 of every shard, as the index has it."""
@@ -115,13 +109,11 @@ def read_index(root: Path) -> dict[str, Any]:
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether all that is read of an index is there, and of its type."""
+    """Whether an index has all entries that are read, each of its type."""
     names, shards = index.get("class_names", ""), index.get("shards")
-    return (
-        (names is None or isinstance(names, list))
-        and type(index.get("num_images")) is int
-        and isinstance(shards, list)
-        and all(isinstance(shard, dict) for shard in shards)
-        and all(type(shard.get("num_images")) is int for shard in shards)
-        and all(isinstance(shard.get("sha256"), str) for shard in shards)
-    )
+    if not isinstance(names, list | None) or not isinstance(shards, list):
+        return False
+    return all(
+        isinstance(counted, dict) and type(counted.get("num_images")) is int
+        for counted in (index, *shards)
+    ) and all(isinstance(shard.get("sha256"), str) for shard in shards)

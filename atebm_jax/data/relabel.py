@@ -1,4 +1,4 @@
-"""Classes are known by their names, wherever images meet a network."""
+"""Labels by the names of the classes, wherever images meet a network."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,20 +6,14 @@ from atebm_jax.data.sources import UNLABELLED, Example, Source, listing
 from atebm_jax.errors import UserError
 
 
-class Relabelled:
-    """A labelled source whose classes have the numbers of a network.
-
-    Args:
-      source: its class names are those of the network, in another order.
-      names: of the network's classes, by number.
-    """
+class Relabelled(Source):
+    """A source whose classes, named as a network's, get the network's numbers."""
 
     def __init__(self, source: Source, names: Sequence[str]):
-        number_of = {name: number for number, name in enumerate(names)}
-        self.spec = source.spec
-        self.num_classes: int | None = len(names)
-        self.class_names: tuple[str, ...] | None = tuple(names)
+        self.spec, self.num_classes = source.spec, len(names)
+        self.class_names = tuple(names)
         self._source = source
+        number_of = {name: number for number, name in enumerate(names)}
         self._numbers = [number_of[name] for name in source.class_names or ()]
 
     def __len__(self) -> int:
@@ -35,7 +29,6 @@ class Relabelled:
         return self._source.describe(index)
 
     def listing(self) -> Iterator[bytes]:
-        """That of the source."""
         return listing(self._source)
 
 
@@ -54,7 +47,7 @@ def follow(
       names: of the network's classes, by number; None where it names none.
       what: which images they are, for messages: "config.data.test=folder:PATH".
       by_place: class k of the source is class k of the network, whatever their names.
-      note: takes a line for the user, where labels had to follow the names.
+      note: takes a line for the user, where labels follow the names.
 
     Returns:
       The source itself, or the same images with labels that follow the names.
@@ -63,9 +56,7 @@ def follow(
       UserError: it names other classes, and `by_place` was not given.
     """
     own = source.class_names
-    if by_place or names is None or own is None:
-        return source
-    if same_order(own, names, what) is None:
+    if by_place or names is None or own is None or not same_order(own, names, what):
         return source
     moved = next(k for k, name in enumerate(own) if name != names[k])
     note(

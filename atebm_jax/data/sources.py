@@ -1,22 +1,15 @@
-"""Random access to labelled images: what a source is, and images in memory.
+"""Random access to labelled images: what a source is.
 
-A source gives *encoded* images where it can, so that the threads or processes of the
-pipeline decode them. Every source can be pickled: each worker process gets a copy.
+A source gives *encoded* images where it can: the threads or processes of the pipeline
+decode them. Every source can be pickled: each worker process gets a copy.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
-from atebm_jax.errors import UserError
-from atebm_jax.names import of_class
-
 UNLABELLED = -1
-
-# Bytes of images in memory that are hashed in a second or two.
-_MOST_HASHED = 2**30
 
 
 class Example(TypedDict):
@@ -43,12 +36,12 @@ class Source(Protocol):
 
     def describe(self, index: int, /) -> str:
         """The name of image `index` in messages: a path, or `spec[index]`."""
-        ...
+        return f"{self.spec}[{index}]"
 
 
 @runtime_checkable
 class Listed(Protocol):
-    """A source that can describe all its images without reading them."""
+    """A source that describes all its images without reading them."""
 
     def listing(self) -> Iterator[bytes]:
         """Lines that differ for other images, and are the same in every place."""
@@ -58,86 +51,3 @@ class Listed(Protocol):
 def listing(source: Source) -> Iterator[bytes]:
     """The listing of a source; empty if it has none."""
     return source.listing() if isinstance(source, Listed) else iter(())
-
-
-class ArraySource:
-    """Images in memory.
-
-    Args:
-      images: [N, H, W, C] uint8, C = 1 or 3, N > 0.
-      labels: [N] integers from 0, or None for unlabelled images.
-      class_names: a name for each class; its length sets `num_classes`.
-      num_classes: the number of classes; by default the greatest label plus one.
-      spec: the name of the whole in messages.
-
-    Raises:
-      UserError: another type or shape, or a label that is not a class.
-    """
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray | Sequence[int] | None = None,
-        *,
-        class_names: Sequence[str] | None = None,
-        num_classes: int | None = None,
-        spec: str = "arrays",
-    ):
-        images = np.asarray(images)
-        _check_images(images, spec)
-        self.spec = spec
-        self.class_names: tuple[str, ...] | None = None
-        if class_names is not None:
-            self.class_names = tuple(of_class(str(name)) for name in class_names)
-            num_classes = len(self.class_names)
-        self.num_classes: int | None = None
-        self._images = images
-        self._labels = np.full(len(images), UNLABELLED)
-        if labels is not None:
-            self._labels = np.asarray(labels)
-            self.num_classes = _check_labels(
-                self._labels, len(images), num_classes, spec
-            )
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Example:
-        return {"image": self._images[index], "label": int(self._labels[index])}
-
-    def describe(self, index: int) -> str:
-        return f"{self.spec}[{index}]"
-
-    def listing(self) -> Iterator[bytes]:
-        """SHA-256 of the labels and, up to a GiB, of the images."""
-        yield hashlib.sha256(self._labels.astype("<i8").tobytes()).digest()
-        if self._images.nbytes <= _MOST_HASHED:
-            yield hashlib.sha256(np.ascontiguousarray(self._images).data).digest()
-
-
-def _check_images(images: np.ndarray, spec: str) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(
-            f"{spec}: images must be uint8 [N, H, W, C] with C = 1 or 3, got "
-            f"{images.dtype} {list(images.shape)}"
-        )
-    if len(images) == 0:
-        raise UserError(f"{spec}: there are no images")
-
-
-def _check_labels(
-    labels: np.ndarray, num_images: int, num_classes: int | None, spec: str
-) -> int:
-    """Checks labels and returns the number of classes."""
-    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"{spec}: labels must be integers of shape [{num_images}], got "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    num_classes = high + 1 if num_classes is None else num_classes
-    if low < 0 or high >= num_classes:
-        raise UserError(
-            f"{spec}: labels must lie in 0..{num_classes - 1}, got {low}..{high}"
-        )
-    return num_classes

@@ -7,16 +7,17 @@ from typing import Any
 
 from etils import epath
 
-from atebm_jax.data.sources import UNLABELLED, Example
+from atebm_jax.data.sources import UNLABELLED, Example, Source
 from atebm_jax.errors import UserError
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.storage import reached
 
 # The split is what follows the last colon outside of brackets.
 _SPEC = re.compile(r"(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+)")
+_REMEDY = "prepare it again with `tfds build --file_format=array_record`"
 
 
-class TfdsSource:
+class TfdsSource(Source):
     """A prepared ArrayRecord data set.
 
     The images stay encoded. A data set without a `label` feature is unlabelled.
@@ -27,32 +28,19 @@ class TfdsSource:
     """
 
     def __init__(self, spec: str, data_dir: str = ""):
-        import tensorflow_datasets as tfds  # slow, and only this source needs it
-
         self.spec = spec
         name, split = parse_tfds_spec(spec)
         folder = _find_prepared(spec, name, data_dir)
-        try:
-            builder = tfds.builder_from_directory(folder)
-        # A damaged description fails in as many ways as there are fields in it.
-        except Exception as error:
-            raise UserError(
-                f"{spec}: the data set in {folder} cannot be read "
-                f"({type(error).__name__}: {error}): prepare it again with `tfds build "
-                "--file_format=array_record`"
-            ) from error
+        builder = _opened(spec, folder)
         self._splits = [
             f"{name} {int(info.num_bytes)} {list(info.shard_lengths)}"
             for name, info in builder.info.splits.items()
             if name in split
         ]
-        features = dict(builder.info.features)
-        _check_features(spec, folder, features)
         self._data = _read(spec, folder, builder, split)
-        label = features.get("label")
+        label = dict(builder.info.features).get("label")
         self._labelled = label is not None
-        self.num_classes: int | None = None
-        self.class_names: tuple[str, ...] | None = None
+        self.num_classes, self.class_names = None, None
         if label is not None:
             self.num_classes = label.num_classes
             self.class_names = tuple(map(of_class, label.names))
@@ -64,9 +52,6 @@ class TfdsSource:
         record = self._data[index]
         label = int(record["label"]) if self._labelled else UNLABELLED
         return {"image": record["image"], "label": label}
-
-    def describe(self, index: int) -> str:
-        return f"{self.spec}[{index}]"
 
     def listing(self) -> Iterator[bytes]:
         """Bytes and lengths of the shards of each split that is read."""
@@ -90,9 +75,18 @@ def parse_tfds_spec(spec: str) -> tuple[str, str]:
     return match["name"], match["split"]
 
 
-def _check_features(spec: str, folder: str, features: dict[str, Any]) -> None:
-    import tensorflow_datasets as tfds
+def _opened(spec: str, folder: str) -> Any:
+    """The builder of a prepared data set of images, labelled or not."""
+    import tensorflow_datasets as tfds  # slow, and only this source needs it
 
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # a damaged description may raise anything
+        raise UserError(
+            f"{spec}: the data set in {folder} cannot be read "
+            f"({type(error).__name__}: {error}): {_REMEDY}"
+        ) from error
+    features = dict(builder.info.features)
     if not isinstance(features.get("image"), tfds.features.Image):
         raise UserError(
             f"{spec}: the data set in {folder} has no feature 'image' holding an "
@@ -103,6 +97,7 @@ def _check_features(spec: str, folder: str, features: dict[str, Any]) -> None:
             f"{spec}: the feature 'label' must be a ClassLabel, got "
             f"{type(features['label']).__name__}"
         )
+    return builder
 
 
 def _read(spec: str, folder: str, builder: Any, split: str) -> Any:
@@ -114,8 +109,7 @@ def _read(spec: str, folder: str, builder: Any, split: str) -> Any:
         return builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(
-            f"{spec}: the data set in {folder} is not stored as ArrayRecord; prepare "
-            "it again with `tfds build --file_format=array_record`"
+            f"{spec}: the data set in {folder} is not stored as ArrayRecord; {_REMEDY}"
         ) from error
     except (ValueError, KeyError) as error:
         sizes = ", ".join(
@@ -151,7 +145,7 @@ def _find_prepared(spec: str, name: str, data_dir: str) -> str:
             f"{spec}: {folder} cannot be read ({error.strerror or error}): make it "
             "readable"
         ) from error
-    prepared = [path for path in children if (path / "dataset_info.json").exists()]
+    prepared = [child for child in children if (child / "dataset_info.json").exists()]
     versions = {child.name: str(child) for child in prepared}
     if not versions or (version and version not in versions):
         wanted = f"version {version!r}" if version else "prepared version"
@@ -160,11 +154,8 @@ def _find_prepared(spec: str, name: str, data_dir: str) -> str:
             f"{_folder_names(folder)}); a configuration is named as in "
             "tfds:imagenet_v2/topimages:test"
         )
-    return versions[version or max(versions, key=_version_key)]
-
-
-def _version_key(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
+    newest = max(versions, key=lambda name: [*map(int, re.findall(r"\d+", name))])
+    return versions[version or newest]
 
 
 def _folder_names(folder: epath.Path) -> str:

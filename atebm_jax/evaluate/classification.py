@@ -11,23 +11,14 @@ from etils import epath
 
 from atebm_jax import attacks, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import (
-    Context,
-    Network,
-    RowsFn,
-    check_finite,
-    figure,
-)
+from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, share
+from atebm_jax.models import LogitsFn
 
 
 def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, K] and labels [N] of a data set.
-
-    Raises:
-      UserError: some logits are no numbers.
-    """
+    """Logits [N, K], all finite or a `UserError`, and labels [N] of a data set."""
     rows = context.map_images(
-        f"logits of {role}", role, lambda network, x, y: {"logits": network.logits(x)}
+        f"logits of {role}", role, lambda logits_fn, x, y: {"logits": logits_fn(x)}
     )
     check_finite(f"logits of {role}", rows["logits"])
     return rows["logits"], rows["labels"]
@@ -45,12 +36,8 @@ def accuracy(context: Context, out: epath.Path) -> dict[str, Any]:
 
 
 def check_pgd(context: Context) -> None:
-    """Refuses an attack that there is not, at any radius of the curve.
-
-    Raises:
-      UserError: says which.
-    """
-    # The others are multiples of the config's own radius.
+    """Refuses with a `UserError` an attack that cannot be, at any radius."""
+    # First the config's own radius: the others are multiples of it.
     attacks.adversary(**context.config.evaluate.attack)
     for attack in _attacks(context).values():
         attacks.adversary(**attack)
@@ -59,15 +46,24 @@ def check_pgd(context: Context) -> None:
 def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
     """Accuracy under the config's PGD, and its curve over radii.
 
-    The adversary is that of the evaluation during training, momentum and memory of the
-    best iterate with it. An image is robust if it is classified correctly both as it is
-    and attacked. The step length is the config's at the config's radius and grows with
-    the radius.
+    The adversary is that of the evaluation during training, including momentum and
+    `keep_best`. An image counts as robust if it is classified correctly both as it is
+    and attacked. The step length is the config's at the config's radius and grows in
+    proportion to the radius.
     """
     settings = context.config.evaluate.attack
     values, curve = {}, {}
     for epsilon, attack in _attacks(context).items():
-        curve[epsilon] = _share(_attacked(context, attack))
+        rows = context.map_images(
+            f"PGD {attack.norm} {attack.epsilon:g}",
+            "test",
+            under_attack(attack),
+            step_size=attack.step_size,
+            num_steps=attack.num_steps,
+            momentum=attack.momentum,
+            keep_best=attack.keep_best,
+        )
+        curve[epsilon] = _share(rows["robust"])
         values[f"robust_accuracy_{settings.norm}_{epsilon:g}"] = curve[epsilon]
     plots = []
     if all(map(math.isfinite, curve)):
@@ -76,9 +72,9 @@ def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
         plots = ["robust_accuracy.png"]
         pictures.curve(
             out / plots[0],
-            {radius: share["value"] for radius, share in curve.items()},
+            {radius: point["value"] for radius, point in curve.items()},
             (f"{settings.norm} radius, pixels of a [0, 1] image", "accuracy"),
-            bounds={radius: share["interval_95"] for radius, share in curve.items()},
+            bounds={radius: point["interval_95"] for radius, point in curve.items()},
             title="accuracy under PGD, 95 % intervals",
         )
     protocol = {
@@ -102,7 +98,7 @@ def _attacks(context: Context) -> dict[float, ml_collections.ConfigDict]:
         raise UserError(
             f"--epsilons={','.join(f'{r:g}' for r in radii)}, and the radius of "
             f"config.evaluate.attack is {own:g}: step lengths grow with the radius, so "
-            "that all must be finite; leave out the flag or the infinite radius."
+            "all must be finite; leave out the flag or the infinite radius."
         )
     factors = (1.0,) if math.isinf(own) else (0.25, 0.5, 1.0, 1.5, 2.0)
     made = {}
@@ -119,35 +115,19 @@ def _radius(settings: ml_collections.ConfigDict) -> float:
 
 
 def under_attack(attack: Mapping[str, Any]) -> RowsFn:
-    """Which images are classified correctly: as they are; both so and attacked.
+    """Which images are classified correctly: "clean", and both clean and attacked.
 
-    Args:
-      attack: as `config.evaluate.attack`.
+    `attack` is one as `config.evaluate.attack`.
     """
     adversary = attacks.adversary(**attack)
 
-    def rows(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-        clean = metrics.accuracy(network.logits(x), y)
-        attacked = metrics.accuracy(network.logits(adversary(network.logits, x, y)), y)
+    def rows(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
+        clean = metrics.accuracy(logits_fn(x), y)
+        attacked = metrics.accuracy(logits_fn(adversary(logits_fn, x, y)), y)
         return {"clean": clean, "robust": clean & attacked}
 
     return rows
 
 
-def _attacked(context: Context, attack: ml_collections.ConfigDict) -> np.ndarray:
-    rows = context.map_images(
-        f"PGD {attack.norm} {attack.epsilon:g}",
-        "test",
-        under_attack(attack),
-        step_size=attack.step_size,
-        num_steps=attack.num_steps,
-        momentum=attack.momentum,
-        keep_best=attack.keep_best,
-    )
-    return rows["robust"]
-
-
 def _share(hits: np.ndarray) -> dict[str, Any]:
-    number, total = int(hits.sum()), len(hits)
-    interval = metrics.wilson_interval(number, total)
-    return figure(number / total, interval, total)
+    return share(int(hits.sum()), len(hits))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
-from atebm_jax import data, models, sharding
+from atebm_jax import data, drawing, metrics, models, pictures, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Arrays, Store
@@ -21,71 +23,129 @@ from atebm_jax.progress import ShowFn
 from atebm_jax.seeds import Gaussian
 
 
-class Network(NamedTuple):
-    """The network with its weights: images [B, H, W, C] to logits or features."""
-
-    logits: models.LogitsFn
-    features: models.LogitsFn
-
-
 class Judge(NamedTuple):
-    """An independent classifier.
+    """An independent classifier."""
 
-    Attributes:
-      apply: (variables, images [B, H, W, C] float32 in [0, 1]) -> logits [B, K].
-      variables: its weights, on every device.
-      fingerprint: SHA-256 of them.
-    """
-
+    #: (variables, images [B, H, W, C] float32 in [0, 1]) -> logits [B, K]
     apply: Callable[[Any, jax.Array], jax.Array]
-    variables: Any
-    fingerprint: str
+    variables: Any  #: its weights, on every device
+    fingerprint: str  #: SHA-256 of them
 
 
-# (network, images [B, H, W, C] float32 in [0, 1], labels [B], more) -> arrays
+# (logits_fn, images [B, H, W, C] float32 in [0, 1], labels [B] or -1, more) -> arrays
 # [B, ...]; or what is compiled of it.
-RowsFn = Callable[..., dict[str, jax.Array]]
+Rows = dict[str, jax.Array]
+RowsFn = Callable[..., Rows]
 # Images that tell one data set from another at every start.
 _FINGERPRINT_IMAGES = 256
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A model, its data, and where finished work is kept.
+    """A model, its data, and where finished work is kept."""
 
-    Attributes:
-      config: complete config of the checkpoint, its data and evaluation perhaps the
-        caller's.
-      model: the network.
-      variables: its averaged weights, on every device.
-      mesh: the devices.
-      sources: "train", "eval", "test" and what `Options.ood` names.
-      fingerprints: of the same, as of `source_fingerprint`.
-      store: finished units.
-      options: of the command line.
-      show: progress.
-      judge: an independent classifier, or None.
-      gaussian: what seeds are drawn from; None where they are noise or read.
-      notes: what the report says about the data.
-    """
-
+    #: complete config of the checkpoint; data and evaluation may be the caller's
     config: ml_collections.ConfigDict
     model: nn.Module
-    variables: Any
+    variables: Any  #: averaged weights, on every device
     mesh: Mesh
-    sources: Mapping[str, data.Source]
-    fingerprints: Mapping[str, str]
-    store: Store
-    options: Options
+    sources: Mapping[str, data.Source]  #: "train", "eval", "test", those of Options.ood
+    #: of the sources, as of `fingerprint`
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    store: Store = dataclasses.field(default_factory=lambda: Store(None, {}))
+    options: Options = dataclasses.field(default_factory=Options)
     show: ShowFn = lambda name, done, total: None
     judge: Judge | None = None
-    gaussian: Gaussian | None = None
-    notes: tuple[str, ...] = ()
+    gaussian: Gaussian | None = None  #: of the seeds; None where they are noise or read
+    notes: tuple[str, ...] = ()  #: what the report says about the data
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return tuple(self.config.data.image_shape)
+
+    # Images of a source.
+
+    def limit(self, role: str) -> int:
+        """How many images of a source are looked at."""
+        size = len(self.sources[role])
+        return min(self.options.num_examples or size, size)
+
+    def preprocess(self, role: str) -> str:
+        """The operations for labelled images, or those for all others."""
+        settings = self.config.data
+        labelled = role in ("train", "eval", "test")
+        return settings.preprocess if labelled else settings.preprocess_seeds
+
+    def images(self, role: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images [N, H, W, C] uint8 spread over a source and labels [N] int32.
+
+        They are as the model sees them, the same in every process, N <= limit.
+        """
+        return data.materialise(
+            self.sources[role],
+            self.preprocess(role),
+            self.image_shape,
+            limit,
+            self.config.data.max_bad_images,
+        )
+
+    def batches(self, role: str, limit: int, start: int) -> Iterator[dict[str, Any]]:
+        """Batches of at most `limit` images spread over a source, from one on."""
+        settings = self.config.data
+        with data.eval_batches(
+            self.sources[role],
+            preprocess=self.preprocess(role),
+            batch_size=self.config.evaluate.batch_size,
+            image_shape=self.image_shape,
+            limit=limit,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=settings.num_threads,
+            max_bad_images=settings.max_bad_images,
+        ) as batches:
+            yield from batches
+
+    def fingerprint(self, role: str) -> str:
+        """SHA-256 of some images spread over a source, and of `data.content`'s digest.
+
+        Quick enough for every start: it tells another folder or version of the same
+        name, and an image of a folder whose file has another size.
+        """
+        source = self.sources[role]
+        digest = hashlib.sha256(str(len(source)).encode())
+        digest.update(data.content.describe(source)["content"].encode())
+        digest.update(_digests(*self.images(role, _FINGERPRINT_IMAGES)).tobytes())
+        return digest.hexdigest()
+
+    def digests(self, role: str) -> Arrays:
+        """SHA-256 of every image as the model sees it: "digests" [N, 32] uint8."""
+        everywhere = sharding.replicated(self.mesh)
+        gather = jax.jit(lambda variables, rows: rows, out_shardings=everywhere)
+
+        def digest(batch: Mapping[str, np.ndarray]) -> Arrays:
+            mine = {key: batch[key] for key in ("labels", "mask")}
+            mine["digests"] = _digests(batch["images"], batch["labels"])
+            return self.rows(gather, mine)
+
+        name = f"fingerprint of {role}"
+        return self.over_batches(name, role, self._store_of(name, role), digest)
+
+    def describe_data(self, role: str) -> dict[str, Any]:
+        """Which images a part saw: source, count, size, preprocessing and SHA-256."""
+        rows = self.digests(role)
+        return {
+            "source": self.sources[role].spec,
+            "num_images": len(rows["labels"]),
+            "num_in_source": len(self.sources[role]),
+            "image_shape": list(self.image_shape),
+            "preprocess": self.preprocess(role),
+            "sha256": hashlib.sha256(rows["digests"].tobytes()).hexdigest(),
+        }
+
+    # Functions of the images.
 
     def map_images(
         self,
@@ -93,7 +153,7 @@ class Context:
         role: str,
         function: RowsFn,
         *rest: Any,
-        only_first: Mapping[str, int] = MappingProxyType({}),
+        only_first: Mapping[str, int] = _NOTHING,
         **settings: Any,
     ) -> Arrays:
         """Applies a function to the images of a source, batch by batch.
@@ -103,24 +163,21 @@ class Context:
         Args:
           name: of the part, for progress and store.
           role: key of `sources`.
-          function: network, images and labels to arrays of one row an image;
-            unlabelled images have the label -1.
+          function: its arrays have one row an image.
           rest: what the function takes after the labels, weights of another network.
-          only_first: key -> number of rows that are kept, of arrays too large to be
-            kept for every image.
+          only_first: key -> number of rows that are kept, for large arrays.
           settings: everything else that decides the result.
 
         Returns:
           The arrays over all images that could be decoded, with "labels" [N].
         """
         compiled = self.compiled(function)
-        return self.over_batches(
-            name,
-            role,
-            self._store_of(name, role, only_first=dict(only_first), **settings),
-            lambda batch: self.rows(compiled, batch, *rest),
-            only_first,
-        )
+        store = self._store_of(name, role, only_first=dict(only_first), **settings)
+
+        def make(batch: Mapping[str, np.ndarray]) -> Arrays:
+            return self.rows(compiled, batch, *rest)
+
+        return self.over_batches(name, role, store, make, only_first)
 
     def _store_of(self, name: str, role: str, **settings: Any) -> Store:
         return self.store.within(
@@ -138,14 +195,12 @@ class Context:
         role: str,
         store: Store,
         make: Callable[[Mapping[str, np.ndarray]], Arrays],
-        only_first: Mapping[str, int] = MappingProxyType({}),
+        only_first: Mapping[str, int] = _NOTHING,
     ) -> Arrays:
-        """Units that are stored, then those that are made of the batches after."""
+        """`map_images` with any function of a batch, and a store for its units."""
         limit = self.limit(role)
         total = -(-limit // self.config.evaluate.batch_size)
-        parts: list[Arrays] = []
-        while len(parts) < total and (unit := store.load(f"{len(parts):06d}")):
-            parts.append(unit)
+        parts = list(itertools.islice(store.units(), total))
         self.show(name, len(parts), total)
         if len(parts) < total:
             for batch in self.batches(role, limit, len(parts)):
@@ -153,7 +208,7 @@ class Context:
                 before = sum(len(part["labels"]) for part in parts)
                 for key, number in only_first.items():
                     unit[key] = unit[key][: max(number - before, 0)]
-                store.save(f"{len(parts):06d}", unit)
+                store.save(len(parts), unit)
                 parts.append(unit)
                 self.show(name, len(parts), total)
         if not any(len(part["labels"]) for part in parts):
@@ -162,121 +217,50 @@ class Context:
             )
         return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
-    def limit(self, role: str) -> int:
-        """How many images of a source are looked at."""
-        size = len(self.sources[role])
-        return min(self.options.num_examples or size, size)
-
     def compiled(self, function: RowsFn) -> RowsFn:
         """Compiles a `RowsFn`; what it takes beside the images comes after them."""
 
-        def apply(
-            variables: Any, batch: Mapping[str, jax.Array], *rest: Any
-        ) -> dict[str, jax.Array]:
+        def apply(variables: Any, batch: Rows, *rest: Any) -> Rows:
             images = batch["images"].astype(jnp.float32) / 255.0
-
-            ready = models.prepare(self.model, variables, self.image_shape)
-
-            def features(x: jax.Array) -> jax.Array:
-                pooled = self.model.apply(ready, x, features=True)
-                assert isinstance(pooled, jax.Array)
-                return pooled
-
-            network = Network(models.logits_fn(self.model, ready), features)
-            rows = function(network, images, batch["labels"], *rest)
+            logits_fn = models.freeze(self.model, variables, self.image_shape)
+            rows = function(logits_fn, images, batch["labels"], *rest)
             return rows | {"labels": batch["labels"], "mask": batch["mask"]}
 
         return jax.jit(apply, out_shardings=sharding.replicated(self.mesh))
 
-    def rows(
-        self,
-        compiled: RowsFn,
-        batch: Mapping[str, Any],
-        *rest: Any,
-    ) -> Arrays:
+    def rows(self, compiled: RowsFn, batch: Mapping[str, Any], *rest: Any) -> Arrays:
         """What a compiled function makes of a batch's decoded images."""
-        placed = sharding.put_batch(batch, self.mesh)
-        rows = {
-            k: np.asarray(v) for k, v in compiled(self.variables, placed, *rest).items()
-        }
-        mask = rows.pop("mask")
-        return {key: value[mask] for key, value in rows.items()}
+        rows = compiled(self.variables, sharding.put_batch(batch, self.mesh), *rest)
+        host = {key: np.asarray(value) for key, value in rows.items()}
+        mask = host.pop("mask")
+        return {key: value[mask] for key, value in host.items()}
 
-    def preprocess(self, role: str) -> str:
-        """How images of a source come to the network's size."""
-        return preprocess_of(self.config, role)
+    # Samples.
 
-    def batches(self, role: str, limit: int, start: int) -> Iterator[dict[str, Any]]:
-        """Batches of at most so many images spread over a source, from one on."""
-        settings = self.config.data
-        with data.eval_batches(
-            self.sources[role],
-            preprocess=self.preprocess(role),
-            batch_size=self.config.evaluate.batch_size,
-            image_shape=self.image_shape,
-            limit=limit,
-            start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=settings.num_threads,
-            max_bad_images=settings.max_bad_images,
-        ) as batches:
-            yield from batches
-
-    def images(self, role: str) -> tuple[np.ndarray, np.ndarray]:
-        """Images of a source as the model sees them, in memory, and their labels.
-
-        Returns:
-          ([N, H, W, C] uint8, [N] int32), the same in every process.
-        """
-        return data.materialise(
-            self.sources[role],
-            self.preprocess(role),
-            self.image_shape,
-            self.limit(role),
-            self.config.data.max_bad_images,
+    def seeds_fn(self, seed: int) -> drawing.SeedsFn:
+        """Where samples begin, as `config.data.seeds` has it."""
+        return drawing.seeds_fn(
+            self.config.data.seeds,
+            seed,
+            self.config.data,
+            gaussian=self.gaussian,
+            source=self.sources.get("seeds"),
         )
 
-    def digests(self, role: str) -> Arrays:
-        """SHA-256 of every image, as the model sees it, with its label.
-
-        Returns:
-          {"digests" [N, 32] uint8, "labels" [N] int32}.
-        """
-        gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))
-
-        def digest(batch: Mapping[str, np.ndarray]) -> Arrays:
-            mine = {"digests": image_digests(batch["images"], batch["labels"])}
-            mine |= {key: batch[key] for key in ("labels", "mask")}
-            rows = gather(sharding.put_batch(mine, self.mesh))
-            host = {key: np.asarray(value) for key, value in rows.items()}
-            mask = host.pop("mask")
-            return {key: value[mask] for key, value in host.items()}
-
-        name = f"fingerprint of {role}"
-        return self.over_batches(name, role, self._store_of(name, role), digest)
-
-    def describe_data(self, role: str) -> dict[str, Any]:
-        """Which images a part saw: source, count, size, preprocessing and SHA-256."""
-        rows = self.digests(role)
-        return {
-            "source": self.sources[role].spec,
-            "num_images": len(rows["labels"]),
-            "num_in_source": len(self.sources[role]),
-            "image_shape": list(self.image_shape),
-            "preprocess": self.preprocess(role),
-            "sha256": hashlib.sha256(rows["digests"].tobytes()).hexdigest(),
-        }
+    def sample_grid(
+        self, path: epath.Path, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        """Draws samples, a column a class: title -> (images in [0, 1], labels)."""
+        pictures.sample_grid(
+            path,
+            blocks,
+            num_classes=self.config.model.num_classes,
+            num_rows=self.config.evaluate.samples.grid_rows,
+            class_names=self.sources["test"].class_names,
+        )
 
 
-def preprocess_of(config: ml_collections.ConfigDict, role: str) -> str:
-    """The operations for labelled images, or those for all others."""
-    settings = config.data
-    labelled = role in ("train", "eval", "test")
-    return settings.preprocess if labelled else settings.preprocess_seeds
-
-
-def image_digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """SHA-256 of each image [B, H, W, C] uint8 and label [B]: [B, 32] uint8."""
     hashes = [
         hashlib.sha256(image.tobytes() + np.int32(label).tobytes()).digest()
@@ -285,29 +269,8 @@ def image_digests(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), 32)
 
 
-def source_fingerprint(
-    source: data.Source, preprocess: str, image_shape: tuple, max_bad_images: int
-) -> str:
-    """SHA-256 of some images spread over a source, and of `data.content`'s digest.
-
-    Quick enough for every start: it tells another folder or version of the same name,
-    and of a folder an image whose file is of another size.
-    """
-    images, labels = data.materialise(
-        source, preprocess, image_shape, _FINGERPRINT_IMAGES, max_bad_images
-    )
-    digest = hashlib.sha256(str(len(source)).encode())
-    digest.update(data.content.describe(source)["content"].encode())
-    digest.update(image_digests(images, labels).tobytes())
-    return digest.hexdigest()
-
-
 def check_finite(what: str, *arrays: np.ndarray) -> None:
-    """Refuses what no figure can be made of.
-
-    Raises:
-      UserError: some values are NaN or infinite.
-    """
+    """Refuses NaN and infinite values with a `UserError`."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError(
             f"some {what} are NaN or infinite: the network has diverged; choose "
@@ -325,3 +288,8 @@ def figure(
     if count is not None:
         result["count"] = int(count)
     return result
+
+
+def share(hits: int, number: int) -> dict[str, Any]:
+    """A share of images as a figure, with Wilson's interval."""
+    return figure(hits / number, metrics.wilson_interval(hits, number), number)

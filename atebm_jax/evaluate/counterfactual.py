@@ -5,15 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy
 from etils import epath
 
 from atebm_jax import ascent, attacks, editing, energy, metrics, pictures
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
-from atebm_jax.evaluate.context import Context, Network, RowsFn, check_finite, figure
+from atebm_jax.evaluate.context import Context, RowsFn, check_finite, figure, share
 from atebm_jax.evaluate.extractors import Extractor
+from atebm_jax.evaluate.store import Arrays
+from atebm_jax.models import LogitsFn
 
 # Classes with fewer counterfactuals or real images have no Frechet distance.
 _SMALLEST_CLASS = 10
@@ -43,20 +45,12 @@ def targets_of(
       target: "next" (y + 1 modulo K), "runner_up" (the likeliest class besides y) or
         a class number, given to every image.
       num_classes: K.
-
-    Raises:
-      UserError: any other target.
     """
     if target == "next":
         return (labels + 1) % num_classes
     if target == "runner_up":
         others = jnp.arange(num_classes)[None, :] != labels[:, None]
         return jnp.where(others, logits, -jnp.inf).argmax(axis=-1).astype(labels.dtype)
-    if not target.isdecimal() or int(target) >= num_classes:
-        raise UserError(
-            f"--target is {target!r}: choose next, runner_up or a class from 0 to "
-            f"{num_classes - 1}."
-        )
     return jnp.full_like(labels, int(target))
 
 
@@ -71,11 +65,7 @@ def _target(context: Context) -> str:
 
 
 def check(context: Context) -> None:
-    """Refuses targets that are none, no radii, and features that are not there.
-
-    Raises:
-      UserError: says which.
-    """
+    """Refuses no radii, no target and features that are not there: a `UserError`."""
     if not context.options.radii:
         raise UserError("--radii is empty: give positive numbers, such as 1,2,4.")
     _target(context)
@@ -90,19 +80,19 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     real = context.map_images(
         "features of test",
         "test",
-        _features(extractor),
+        extractor.features,
         extractor.variables,
         extractor=extractor.fingerprint,
     )
     values: dict[str, Any] = {}
     per_class: dict[str, dict[str, Any]] = {}
-    found = {}
+    found: dict[float, Arrays] = {}
     for radius in context.options.radii:
         step_size = float(editing.counterfactual_step_size(longest, radius))
-        found[radius] = context.map_images(
+        rows = found[radius] = context.map_images(
             f"counterfactuals {radius:g}",
             "test",
-            _explain(context, extractor, radius, step_size),
+            _explain(context, extractor, target, radius, step_size),
             extractor.variables,
             context.judge.variables if context.judge else None,
             only_first={"images": _STRIPS, "originals": _STRIPS},
@@ -112,13 +102,13 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             num_steps=settings.num_steps,
             target=target,
         )
-        check_finite("features", real["features"], found[radius]["features"])
-        values |= _figures(context, radius, found[radius])
-        classes = _distances(context, found[radius], real)
-        if classes:
-            name = f"radius_{radius:g}/frechet_distance_{extractor.name}_features"
-            values[name] = _mean_of_classes([f["value"] for f in classes.values()])
-            per_class[f"radius_{radius:g}"] = classes
+        check_finite("features", real["features"], rows["features"])
+        figures = _figures(context, rows)
+        if distances := _distances(context, rows, real):
+            name = f"frechet_distance_{extractor.name}_features"
+            figures[name] = _mean_of_classes([d["value"] for d in distances.values()])
+            per_class[f"radius_{radius:g}"] = distances
+        values |= {f"radius_{radius:g}/{name}": f for name, f in figures.items()}
     _draw(context, out, found)
     protocol = {
         "target": target,
@@ -143,53 +133,35 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     }
 
 
-def _draw(
-    context: Context, out: epath.Path, found: dict[float, dict[str, np.ndarray]]
-) -> None:
+def _draw(context: Context, out: epath.Path, found: dict[float, Arrays]) -> None:
+    """Originals and counterfactuals below each other, the class change above."""
     number = context.config.model.num_classes
     names = classes.names_of(context.sources["test"].class_names, number)
     first = next(iter(found.values()))
-    found_at = {f"radius {radius:g}": rows["images"] for radius, rows in found.items()}
+    rows = {f"radius {radius:g}": images["images"] for radius, images in found.items()}
+    changes = zip(first["labels"][:_STRIPS], first["targets"][:_STRIPS])
     pictures.image_rows(
         out / "counterfactuals.png",
-        {"original": first["originals"]} | found_at,
-        [
-            f"{names[a]} to {names[b]}"
-            for a, b in zip(first["labels"][:_STRIPS], first["targets"][:_STRIPS])
-        ],
+        {"original": first["originals"]} | rows,
+        [f"{names[a]} to {names[b]}" for a, b in changes],
     )
 
 
-def _features(extractor: Extractor) -> RowsFn:
-    def extract(
-        network: Network, x: jax.Array, y: jax.Array, variables: Any
-    ) -> dict[str, jax.Array]:
-        del network, y
-        return {"features": extractor.apply(variables, x)[0]}
-
-    return extract
-
-
 def _explain(
-    context: Context, extractor: Extractor, radius: float, step_size: float
+    context: Context, extractor: Extractor, target: str, radius: float, step_size: float
 ) -> RowsFn:
-    num_steps = context.config.evaluate.samples.num_steps
-    num_classes, target = context.config.model.num_classes, _target(context)
+    config = context.config
 
     def explain(
-        network: Network,
-        x: jax.Array,
-        y: jax.Array,
-        variables: Any,
-        judge_variables: Any,
+        logits_fn: LogitsFn, x: jax.Array, y: jax.Array, variables: Any, judge: Any
     ) -> dict[str, jax.Array]:
-        targets = targets_of(network.logits(x), y, target, num_classes)
+        targets = targets_of(logits_fn(x), y, target, config.model.num_classes)
         result = attacks.attack(
-            lambda images: energy.score(network.logits(images), targets),
+            lambda images: energy.score(logits_fn(images), targets),
             x,
             attacks.l2(radius),
             step_size=step_size,
-            num_steps=num_steps,
+            num_steps=config.evaluate.samples.num_steps,
         )
         change = (result - x).reshape(x.shape[0], -1)
         rows = {
@@ -200,53 +172,39 @@ def _explain(
             "l1": jnp.abs(change).sum(axis=-1),
             "features": extractor.apply(variables, result)[0],
         }
-        rows |= _validity(network.logits(result), targets, "")
+        said = {"": logits_fn(result)}
         if context.judge is not None:
-            logits = context.judge.apply(judge_variables, result)
-            rows |= _validity(logits, targets, "judge_")
+            said["judge_"] = context.judge.apply(judge, result)
+        for prefix, logits in said.items():
+            probabilities = energy.class_probabilities(logits)
+            confidence = jnp.take_along_axis(probabilities, targets[:, None], axis=-1)
+            rows[f"{prefix}confidence"] = confidence[:, 0]
+            rows[f"{prefix}agrees"] = metrics.accuracy(logits, targets)
         return rows
 
     return explain
 
 
-def _validity(
-    logits: jax.Array, targets: jax.Array, prefix: str
-) -> dict[str, jax.Array]:
-    return {
-        f"{prefix}confidence": _confidence(logits, targets),
-        f"{prefix}agrees": metrics.accuracy(logits, targets),
-    }
-
-
-def _confidence(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    probabilities = energy.class_probabilities(logits)
-    return jnp.take_along_axis(probabilities, targets[:, None], axis=-1)[:, 0]
-
-
-def _figures(
-    context: Context, radius: float, rows: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    # An image that is of its target class already explains nothing.
+def _figures(context: Context, rows: Arrays) -> dict[str, Any]:
+    """Means and shares; an image of its target class already explains nothing."""
     asked = rows["targets"] != rows["labels"]
     if not asked.any():
         return {}
-    prefix = f"radius_{radius:g}"
-    values = {
-        f"{prefix}/{name}": _mean(context, rows[key][asked])
-        for name, key in _MEANS.items()
-        if key in rows
-    }
+    figures = {}
+    for name, key in _MEANS.items():
+        if key in rows:
+            values = rows[key][asked]
+            interval = metrics.bootstrap_interval(
+                np.mean, [values], paired=False, **context.options.resampling
+            )
+            figures[name] = figure(values.mean(), interval, len(values))
     for name, key in _SHARES.items():
         if key in rows:
-            hits, number = int(rows[key][asked].sum()), int(asked.sum())
-            interval = metrics.wilson_interval(hits, number)
-            values[f"{prefix}/{name}"] = figure(hits / number, interval, number)
-    return values
+            figures[name] = share(int(rows[key][asked].sum()), int(asked.sum()))
+    return figures
 
 
-def _distances(
-    context: Context, rows: dict[str, np.ndarray], real: dict[str, np.ndarray]
-) -> dict[str, dict[str, Any]]:
+def _distances(context: Context, rows: Arrays, real: Arrays) -> dict[str, Any]:
     """Frechet distance of each class that has enough images, by its number."""
     asked = rows["targets"] != rows["labels"]
     distances = {}
@@ -268,14 +226,3 @@ def _mean_of_classes(distances: list[float]) -> dict[str, Any]:
         return figure(mean, None, number)
     reach = scipy.stats.t.ppf(0.975, number - 1) * scipy.stats.sem(distances)
     return figure(mean, (max(mean - reach, 0.0), mean + reach), number)
-
-
-def _mean(context: Context, values: np.ndarray) -> dict[str, Any]:
-    interval = metrics.bootstrap_interval(
-        lambda a: float(a.mean()),
-        [values],
-        paired=False,
-        num_resamples=context.options.num_resamples,
-        seed=context.options.seed,
-    )
-    return figure(float(values.mean()), interval, len(values))

@@ -1,8 +1,6 @@
 """Held-out evaluation of a job: while it trains, and for its report."""
 
 import functools
-import importlib.metadata
-import platform
 from dataclasses import replace
 from typing import Any
 
@@ -14,20 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import (
-    ascent,
-    checkpoint,
-    data,
-    drawing,
-    pictures,
-    reachability,
-    recipes,
-    sharding,
-)
+from atebm_jax import checkpoint, drawing, pictures, reachability, recipes, sharding
 from atebm_jax import config as configuration
+from atebm_jax.data import Source
 from atebm_jax.evaluate import classification, cost, pixel_scores, report
 from atebm_jax.evaluate.context import Context, Options
-from atebm_jax.evaluate.store import Store
 from atebm_jax.metric_writer import read_metrics
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import ShowFn, parts, say
@@ -44,66 +33,42 @@ class Evaluation:
         workdir: epath.Path,
         mesh: Mesh,
         model: nn.Module,
-        sources: dict[str, data.Source],
+        sources: dict[str, Source],
         stop: StopSignal,
         gaussian: Gaussian | None = None,
     ):
-        self._config, self._workdir = config, workdir
-        self._sources, self._stop = sources, stop
-        self._context = Context(
-            config=config,
-            model=model,
-            variables=None,
-            mesh=mesh,
-            sources=sources,
-            fingerprints={},
-            store=Store(None, {}),
-            options=Options(),
-        )
+        self._config, self._workdir, self._stop = config, workdir, stop
+        # Without a store: an interrupted evaluation begins again.
+        self._context = Context(config, model, None, mesh, sources, gaussian=gaussian)
         attacked = classification.under_attack(config.evaluate.attack)
         self._attacked = self._context.compiled(attacked)
         self._recipe = recipes.of_config(config.evaluate.samples, seed=config.seed)
-        self._seeds_of = drawing.seeds_fn(
-            config.data.seeds,
-            config.seed,
-            config.data,
-            gaussian=gaussian,
-            source=sources.get("seeds"),
-        )
-        self._gaussian = gaussian
-        self._reference: pixel_scores.Reference | None = None
+        self._seeds_of = self._context.seeds_fn(config.seed)
         self._reachability: reachability.Reachability | None = None
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
         """Figures on `data.eval` and a grid of samples, with averaged weights."""
-        settings = self._config.evaluate
+        limit, num = (
+            self._config.evaluate.num_examples,
+            self._config.evaluate.samples.num,
+        )
         tell = self._told(lambda part, done, total: None, stage)
-        figures = self._accuracy("eval", variables, settings.num_examples, tell)
-        images, labels = self._draw(variables, settings.samples.num, tell)
-        if jax.process_index() == 0:
-            self._grid(
-                self._workdir / "samples" / f"{stage}_{step:08d}.png",
-                {f"{stage}, step {step}": (images, labels)},
-            )
-        figures |= pixel_scores.score(self._fitted_reference(), images, labels)
+        figures, drawn = self._evaluate("eval", variables, limit, num, tell)
+        path = self._workdir / "samples" / f"{stage}_{step:08d}.png"
+        self._context.sample_grid(path, {f"{stage}, step {step}": drawn})
         del figures["num_examples"]
         return figures
 
     def final(self, console: Console) -> dict[str, Any]:
         """Evaluates each stage's last weights on `data.test`; writes the report."""
-        folders = {
-            stage: folder
-            for stage in STAGES
-            if checkpoint.steps_in(
-                folder := checkpoint.stage_folder(self._workdir, stage)
-            )
-        }
+        folders = {s: checkpoint.stage_folder(self._workdir, s) for s in STAGES}
+        found = {stage: checkpoint.steps_in(f) for stage, f in folders.items()}
+        last = {stage: steps[-1] for stage, steps in found.items() if steps}
         result = report.read_stages(self._workdir)
-        steps = {stage: checkpoint.steps_in(f)[-1] for stage, f in folders.items()}
-        if result is None or not self._holds(result, steps):
-            say(console, self.cost_of_final(list(folders)))
+        if result is None or not self._holds(result, last):
+            say(console, self.cost_of_final(list(last)))
             with parts(console) as show:
-                result = self._measure(folders, show)
+                result = self._measure({stage: folders[stage] for stage in last}, show)
         if jax.process_index() == 0:
             report.show_stages(console, result)
             say(console, f"report, pictures and checkpoints are in {self._workdir}")
@@ -117,8 +82,7 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         config = checkpoint.as_json(self._config)
-        drawn = config["evaluate"]["samples"]
-        drawn["sampler"] = ascent.resolved(drawn["sampler"])
+        config["evaluate"]["samples"]["sampler"] = self._recipe.sampler
         return {
             "seed": config["seed"],
             "data": {k: config["data"][k] for k in ("train", "eval", "test", "seeds")},
@@ -127,46 +91,41 @@ class Evaluation:
 
     def cost_of_periodic(self, stage: str, total: int) -> str | None:
         """A sentence where evaluations while a stage trains cost much."""
-        num_eval = len(self._sources["eval"])
+        num_eval = len(self._context.sources["eval"])
         return cost.of_periodic(self._config, stage, total, num_eval)
 
     def cost_of_final(self, stages: list[str]) -> str:
         """What the evaluation at the end of a job costs, in a sentence."""
-        return cost.of_final(
-            self._config,
-            stages,
-            len(self._sources["test"]),
-            read_metrics(self._workdir),
-        )
+        num_test = len(self._context.sources["test"])
+        records = read_metrics(self._workdir)
+        return cost.of_final(self._config, stages, num_test, records)
 
     def measured_reachability(self) -> reachability.Reachability:
         """How far seeds are from training images, and how far steps go."""
         if self._reachability is None:
             self._reachability = reachability.of_config(
-                self._config, self._sources, self._gaussian
+                self._config, self._context.sources, self._context.gaussian
             )
         return self._reachability
 
     def _measure(self, folders: dict[str, epath.Path], show: ShowFn) -> dict[str, Any]:
         settings = self._config.evaluate
+        limit, num = settings.num_test_examples, settings.samples.num_test
         stages: dict[str, dict[str, Any]] = {}
-        drawn = {}
+        grids = {}
         for stage, folder in folders.items():
             weights, meta = checkpoint.load_weights(folder, together=True)
             variables = sharding.put_replicated(weights, self._context.mesh)
-            tell, limit = self._told(show, stage), settings.num_test_examples
-            figures = self._accuracy("test", variables, limit, tell)
-            drawn[stage] = self._draw(variables, settings.samples.num_test, tell)
-            figures |= pixel_scores.score(self._fitted_reference(), *drawn[stage])
+            tell = self._told(show, stage)
+            figures, drawn = self._evaluate("test", variables, limit, num, tell)
             reached = {"T": meta["T"]} if "ood" in STAGES[stage].streams else {}
             stages[stage] = {"step": meta["step"], **reached, **figures}
+            grids[f"samples after {stage}"] = drawn
         result = self._describe(stages)
         if jax.process_index() == 0:
-            titles = {f"samples after {stage}": drawn[stage] for stage in drawn}
-            self._grid(self._workdir / "samples.png", titles)
-            pictures.training_curves(
-                self._workdir / "curves.png", read_metrics(self._workdir)
-            )
+            self._context.sample_grid(self._workdir / "samples.png", grids)
+            records = read_metrics(self._workdir)
+            pictures.training_curves(self._workdir / "curves.png", records)
             report.write_stages(self._workdir, result)
         return result
 
@@ -180,33 +139,25 @@ class Evaluation:
         return tell
 
     def _describe(self, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        settings = self._config.evaluate
-        real, labels = self._images("test", settings.samples.num_test)
+        num_test = self._config.evaluate.samples.num_test
+        real, labels = self._context.images("test", num_test)
         reached = {}
         to_run = configuration.stages_to_run(self._config)
         if any("ood" in STAGES[name].streams for name in to_run):
-            reached = {"reachability": self.measured_reachability()._asdict()}
+            reached["reachability"] = self.measured_reachability()._asdict()
         return {
             "stages": stages,
             **reached,
-            "real_test": pixel_scores.score(self._fitted_reference(), real, labels),
+            "real_test": pixel_scores.score(self._reference, real, labels),
             **self._settings(),
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: importlib.metadata.version(name)
-                    for name in ("atebm_jax", "jax", "flax", "optax", "numpy")
-                },
-            },
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            **report.made_with("jax", "flax", "optax", "numpy"),
             "notes": self._notes(stages),
         }
 
     def _notes(self, stages: dict[str, dict[str, Any]]) -> list[str]:
         attack, sample = self._config.evaluate.attack, self._config.evaluate.samples
-        read = self._sources.get("seeds")
+        read = self._context.sources.get("seeds")
         seeds = self._config.data.seeds if read is None else read.spec
-        components = self._fitted_reference().pca.n_components_
         robust = (
             f"robust: {attack.num_steps}-step PGD, {attack.norm} radius "
             f"{attack.epsilon:g}, step {attack.step_size:g}, momentum "
@@ -215,38 +166,40 @@ class Evaluation:
         )
         drawn = (
             f"samples: {sample.num_test}, {sample.num_steps} steps of "
-            f"{sample.step_size:g} by {ascent.resolved(sample.sampler)} from "
+            f"{sample.step_size:g} by {self._recipe.sampler} from "
             f"{'uniform noise' if seeds == 'noise' else seeds}; distance: Frechet on "
-            f"{components} principal components of the training pixels (not FID)."
+            f"{self._reference.pca.n_components_} principal components of the training "
+            "pixels (not FID)."
         )
-        return [robust, drawn, *_gain_note(self._config, stages)]
+        notes, settings = [robust, drawn], self._config.data
+        trained_on_gen = {"gen" in STAGES[name].streams for name in stages}
+        if len(trained_on_gen) == 2 and settings.augment_gen != settings.augment_cls:
+            # Not all of stage 2's gain is that of the energy.
+            notes.append(
+                "Stage 2 also sees the training images under the weaker augmentation "
+                f"of the generative batch ({settings.augment_gen or 'none'} instead of "
+                f"{settings.augment_cls}): part of its gain over stage 1 comes from "
+                "that."
+            )
+        return notes
 
-    def _accuracy(
-        self, role: str, variables: Any, limit: int, show: ShowFn
-    ) -> dict[str, float]:
+    def _evaluate(
+        self, role: str, variables: Any, limit: int, num: int, show: ShowFn
+    ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+        """Figures of averaged weights, and the samples that they are of.
+
+        Returns:
+          (figures, (images [num, H, W, C] float32 in [0, 1], labels [num] int32)).
+        """
         options = Options(num_examples=limit)
         context = replace(
             self._context, variables=variables, options=options, show=show
         )
-        rows = context.over_batches(
-            "accuracy",
-            role,
-            context.store,
-            lambda batch: context.rows(self._attacked, batch),
-        )
-        return {
-            "num_examples": len(rows["labels"]),
-            "clean_accuracy": float(rows["clean"].mean()),
-            "robust_accuracy": float(rows["robust"].mean()),
-        }
-
-    def _draw(
-        self, variables: Any, num: int, show: ShowFn
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [num, H, W, C] float32 in [0, 1] and their labels [num] int32."""
+        make = functools.partial(context.rows, self._attacked)
+        rows = context.over_batches("accuracy", role, context.store, make)
         labels_of = drawing.cyclic_labels(self._config.model.num_classes)
         images = drawing.images(
-            self._context.model,
+            context.model,
             variables,
             self._recipe,
             num,
@@ -255,46 +208,17 @@ class Evaluation:
             together=True,
             show=functools.partial(show, "samples"),
         )
-        return images, labels_of(np.arange(num))
+        drawn = images, labels_of(np.arange(num))
+        figures = {
+            "num_examples": len(rows["labels"]),
+            "clean_accuracy": float(rows["clean"].mean()),
+            "robust_accuracy": float(rows["robust"].mean()),
+            **pixel_scores.score(self._reference, *drawn),
+        }
+        return figures, drawn
 
-    def _fitted_reference(self) -> pixel_scores.Reference:
-        if self._reference is None:
-            settings = self._config.evaluate.samples
-            images, labels = self._images("train", settings.num_reference)
-            self._reference = pixel_scores.make_reference(images, labels, settings)
-        return self._reference
-
-    def _images(self, role: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        settings = self._config.data
-        return data.materialise(
-            self._sources[role],
-            settings.preprocess,
-            tuple(settings.image_shape),
-            limit,
-            settings.max_bad_images,
-        )
-
-    def _grid(
-        self, path: epath.Path, blocks: dict[str, tuple[np.ndarray, np.ndarray]]
-    ) -> None:
-        pictures.sample_grid(
-            path,
-            blocks,
-            num_classes=self._config.model.num_classes,
-            num_rows=self._config.evaluate.samples.grid_rows,
-            class_names=self._sources["test"].class_names,
-        )
-
-
-def _gain_note(config: ml_collections.ConfigDict, stages: dict[str, Any]) -> list[str]:
-    """Says what part of stage 2's gain is not the energy's, where there is one."""
-    if len({"gen" in STAGES[name].streams for name in stages}) < 2:
-        return []
-    if config.data.augment_gen == config.data.augment_cls:
-        return []
-    gain = (
-        "Stage 2 also sees the training images under the weaker augmentation of the "
-        f"generative batch ({config.data.augment_gen or 'none'} instead of "
-        f"{config.data.augment_cls}): part of its gain over stage 1 comes from that."
-    )
-    return [gain]
+    @functools.cached_property
+    def _reference(self) -> pixel_scores.Reference:
+        settings = self._config.evaluate.samples
+        images, labels = self._context.images("train", settings.num_reference)
+        return pixel_scores.make_reference(images, labels, settings)

@@ -11,30 +11,35 @@ from PIL import Image
 from atebm_jax import sharding, trained
 from atebm_jax.convert import inception as weights_file
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context
+from atebm_jax.evaluate.context import Context, Rows
 from atebm_jax.models import inception
 
 
 class Extractor(NamedTuple):
-    """A network that scores images.
+    """A network that scores images."""
 
-    Attributes:
-      name: "inception", "model" (the one that is evaluated) or "network" (another).
-      fingerprint: SHA-256 of its weights.
-      variables: its weights; an argument of `apply`, not a constant in it.
-      apply: (variables, images [B, H, W, C] float32 in [0, 1]) -> (features [B, D],
-        logits [B, K]).
-      apply_inputs: (variables, inputs as of `score_inputs`) -> logits [B, 1008]; None
-        where the network is not Inception.
-      description: for the report.
-    """
-
-    name: str
-    fingerprint: str
-    variables: Any
+    name: str  #: "inception", "model" (the evaluated one) or "network" (another)
+    fingerprint: str  #: SHA-256 of its weights
+    variables: Any  #: its weights, an argument of `apply`
+    #: (variables, images [B, H, W, C] float32 in [0, 1]) -> features [B, D], logits
+    #: [B, K]
     apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
     apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
-    description: dict[str, Any]
+    description: dict[str, Any]  #: for the report
+
+    def features(
+        self, logits_fn: Any, images: Any, labels: Any, variables: Any
+    ) -> Rows:
+        """A `RowsFn` of the features alone."""
+        del logits_fn, labels
+        return {"features": self.apply(variables, images)[0]}
+
+    def sizes(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """D and K, without a run of the network."""
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        features, logits = jax.eval_shape(self.apply, self.variables, images)
+        return features.shape[1], logits.shape[1]
 
 
 def of(context: Context) -> Extractor:
@@ -101,31 +106,31 @@ def from_inception(path: str) -> Extractor:
         return outputs
 
     def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        grey = images.shape[-1] == 1
-        images = jnp.repeat(images, 3, axis=-1) if grey else images
+        if images.shape[-1] == 1:
+            images = jnp.repeat(images, 3, axis=-1)
         outputs = run(variables, inception.resized(images))
         return outputs.features, outputs.unbiased_logits
 
-    def apply_inputs(variables: Any, inputs: jax.Array) -> jax.Array:
-        return run(variables, inputs).unbiased_logits
-
     published = sha256 == weights_file.PUBLISHED_SHA256
-    described = {
-        "network": "Inception-v3 (2015-12-05)",
-        "file_sha256": sha256,
-        "is_the_published_file": "yes" if published else "no: compare the source",
-    }
-    fingerprint = trained.fingerprint(variables)
     return Extractor(
-        "inception", fingerprint, variables, apply, apply_inputs, described
+        name="inception",
+        fingerprint=trained.fingerprint(variables),
+        variables=variables,
+        apply=apply,
+        apply_inputs=lambda variables, inputs: run(variables, inputs).unbiased_logits,
+        description={
+            "network": "Inception-v3 (2015-12-05)",
+            "file_sha256": sha256,
+            "is_the_published_file": "yes" if published else "no: compare the source",
+        },
     )
 
 
 def score_inputs(images: np.ndarray) -> np.ndarray:
     """Inputs of Inception for its score, as the reference protocol makes them.
 
-    Pillow's bilinear resize (with antialiasing) of bytes, then (u8 - 128) / 128; the
-    Frechet distance has another resize, `models.inception.resized`.
+    Bytes are resized by Pillow (bilinear, with antialiasing) and become
+    (u8 - 128) / 128. The Frechet distance resizes by `models.inception.resized`.
 
     Args:
       images: [B, H, W, C] uint8, C 1 or 3.
@@ -133,10 +138,7 @@ def score_inputs(images: np.ndarray) -> np.ndarray:
     Returns:
       [B, 299, 299, 3] float32.
     """
-    side = (inception.SIZE, inception.SIZE)
-    pictures = [Image.fromarray(image.squeeze()).convert("RGB") for image in images]
-    resized = [
-        np.asarray(picture.resize(side, Image.Resampling.BILINEAR))
-        for picture in pictures
-    ]
-    return (np.stack(resized).astype(np.float32) - 128) / 128
+    side, bilinear = (inception.SIZE, inception.SIZE), Image.Resampling.BILINEAR
+    pictures = (Image.fromarray(image.squeeze()).convert("RGB") for image in images)
+    levels = np.stack([np.asarray(p.resize(side, bilinear)) for p in pictures])
+    return (levels.astype(np.float32) - 128) / 128

@@ -1,7 +1,7 @@
 """Telling images of other distributions apart, clean and attacked (section 6).
 
-Every score is higher for images that look in distribution. An attack raises the score
-in use on the out-of-distribution images, inside an L2 ball.
+All scores are higher for images that look in distribution. The attack raises the score
+in use on out-of-distribution images, inside an L2 ball.
 """
 
 from collections.abc import Callable
@@ -12,30 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, models, pictures
+from atebm_jax import attacks, energy, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Network, check_finite, figure
+from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, figure
+from atebm_jax.models import LogitsFn
 from atebm_jax.names import for_files, printable
 
-ScoreFn = Callable[[models.LogitsFn, jax.Array], jax.Array]
+ScoreFn = Callable[[LogitsFn, jax.Array], jax.Array]
 
 
-def max_softmax(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def max_softmax(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """Largest class probability (Hendrycks and Gimpel, 2017)."""
     return energy.class_probabilities(logits_fn(images)).max(axis=-1)
 
 
-def max_logit(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def max_logit(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """Largest logit (Hendrycks et al., 2022)."""
     return logits_fn(images).max(axis=-1)
 
 
-def log_density(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def log_density(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """-E(x), the unnormalised log-density (Liu et al., 2020)."""
     return energy.score(logits_fn(images))
 
 
-def negative_gradient_norm(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def negative_gradient_norm(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """-||grad_x log p(x)||_2: small gradients mean typical (Grathwohl et al., 2020)."""
     gradients = jax.grad(lambda x: energy.score(logits_fn(x)).sum())(images)
     # The offset keeps the attack's own gradient finite where this one is zero.
@@ -43,7 +44,7 @@ def negative_gradient_norm(logits_fn: models.LogitsFn, images: jax.Array) -> jax
     return -jnp.sqrt(squares + 1e-12)
 
 
-def away_from_uniform(logits_fn: models.LogitsFn, images: jax.Array) -> jax.Array:
+def away_from_uniform(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """KL(uniform || softmax f(x)), less a constant: what raises the max-softmax.
 
     Unlike the maximum itself it has a useful gradient everywhere.
@@ -82,7 +83,7 @@ def budget(image_shape: tuple[int, int, int]) -> Budget:
 
 
 def attack(
-    logits_fn: models.LogitsFn, images: jax.Array, detector: Detector, limits: Budget
+    logits_fn: LogitsFn, images: jax.Array, detector: Detector, limits: Budget
 ) -> jax.Array:
     """Raises a detector's score inside the ball: [B, H, W, C] -> [B, H, W, C]."""
     return attacks.attack(
@@ -95,11 +96,7 @@ def attack(
 
 
 def check(context: Context) -> None:
-    """Refuses to detect nothing.
-
-    Raises:
-      UserError: no set is named.
-    """
+    """Refuses to detect nothing with a `UserError`."""
     if not context.options.ood:
         raise UserError(
             "--ood is empty: give noise or a source, or leave out the metric ood."
@@ -109,25 +106,24 @@ def check(context: Context) -> None:
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """AUROC, AUPR and FPR at 95 % TPR of every score against every set."""
     limits = budget(context.image_shape)
-    inside = context.map_images("scores of test", "test", _clean_scores)
+    inside = context.map_images("scores of test", "test", _scores(None))
     check_finite("scores of test", *inside.values())
     values: dict[str, Any] = {}
     plots: list[str] = []
     for role in context.options.ood:
-        clean = context.map_images(f"scores of {role}", role, _clean_scores)
-        attacked = context.map_images(
-            f"attacked scores of {role}",
-            role,
-            _attacked_scores(limits),
-            **limits._asdict(),
-        )
-        sets = {"clean": clean, "attacked": attacked}
+        sets = {
+            "clean": context.map_images(f"scores of {role}", role, _scores(None)),
+            "attacked": context.map_images(
+                f"attacked scores of {role}", role, _scores(limits), **limits._asdict()
+            ),
+        }
         for moment, outside in sets.items():
             for name in DETECTORS:
                 prefix = f"{role}/{name}/{moment}"
                 values |= _figures(context, prefix, inside[name], outside[name])
-        name = f"ood_{_file_name(role)}.png"
-        plots.append(name if name not in plots else f"{len(plots)}_{name}")
+        name = for_files("".join(c if c.isalnum() else "_" for c in role))
+        plot = f"ood_{name}.png"
+        plots.append(plot if plot not in plots else f"{len(plots)}_{plot}")
         pictures.detection(
             out / plots[-1], printable(role), tuple(DETECTORS), inside, sets
         )
@@ -145,18 +141,16 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     return {"protocol": protocol, "figures": values, "plots": plots}
 
 
-def _clean_scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-    del y
-    return {name: d.score(network.logits, x) for name, d in DETECTORS.items()}
+def _scores(limits: Budget | None) -> RowsFn:
+    """Every score of images, attacked within limits or as they are."""
 
-
-def _attacked_scores(limits: Budget) -> Callable[..., dict[str, jax.Array]]:
-    def scores(network: Network, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    def scores(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
         del y
-        return {
-            name: d.score(network.logits, attack(network.logits, x, d, limits))
-            for name, d in DETECTORS.items()
-        }
+        rows = {}
+        for name, detector in DETECTORS.items():
+            images = x if limits is None else attack(logits_fn, x, detector, limits)
+            rows[name] = detector.score(logits_fn, images)
+        return rows
 
     return scores
 
@@ -180,16 +174,11 @@ def _figures(
             measure,
             [inside, outside],
             paired=False,
-            num_resamples=context.options.num_resamples,
-            seed=context.options.seed,
             bounds=(0.0, 1.0),
+            **context.options.resampling,
         )
         # Resampling cannot see beyond a perfect separation; Wilson's interval can.
         share = metrics.wilson_interval(round(value * number), number)
         widest = min(ends[0], share[0]), max(ends[1], share[1])
         result[f"{prefix}/{name}"] = figure(value, widest, sum(numbers))
     return result
-
-
-def _file_name(role: str) -> str:
-    return for_files("".join(c if c.isalnum() else "_" for c in role))

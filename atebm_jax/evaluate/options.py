@@ -1,59 +1,73 @@
-"""What an evaluation is asked for beside its config."""
+"""What an evaluation is asked for beside its config: fields that are flags too."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line asks for beside the config.
 
-    Attributes:
-      num_examples: images of each data set; 0 for all.
-      num_samples: generated images.
-      seed: of noise, attacks and resampling.
-      epsilons: radii of the curve of robust accuracy; () for those around the config's.
-      ood: sources of out-of-distribution images, "noise" among them.
-      radii: of counterfactuals, L2 pixels.
-      target: of counterfactuals: "next", "runner_up", or a class by place or name.
-      num_resamples: of each bootstrap interval.
-      norm, epsilon: threat of AutoAttack; None for that of config.evaluate.attack.
-      version: of AutoAttack.
-      attacks: of AutoAttack's version "custom", in their order.
-      save_adversarial: write AutoAttack's images.
-      feature_extractor: "inception", "model" or a checkpoint; "" for Inception where
-        its weights are given, else the model.
-      inception_weights: path of Inception's weights.
-      reference_statistics: an `.npz` with `mu` and `sigma` instead of `data.train`.
-      num_reference: images of data.train for the statistics; 0 for all.
-      num_pairs: images of each side where pairs are compared.
-      sweep: numbers of sampling steps to try below and above the config's; 0 for none.
-      sweep_samples: images for that.
-      quantise: a key of `recipes.QUANTISE`.
-      score_protocol: one of `metrics.SCORE_PROTOCOLS`.
-      cache_dir: of statistics of data sets; None for the user's cache.
+    The flag of a field has its name, default and text (`autoattack_version` for
+    `version`). `num_resamples`, of each bootstrap interval, has none.
     """
 
-    num_examples: int = 1000
-    num_samples: int = 1000
-    seed: int = 0
-    epsilons: Sequence[float] = ()
-    ood: Sequence[str] = ("noise",)
-    radii: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
-    target: str = "next"
+    num_examples: int = _option(1000, "Images of each data set; 0 for all.")
+    num_samples: int = _option(1000, "Generated images.")
+    seed: int = _option(0, "Of noise, attacks and resampling.")
+    epsilons: Sequence[float] = _option(
+        (), "Radii of the curve under PGD; default multiples of the config's."
+    )
+    ood: Sequence[str] = _option(
+        ("noise",), "Out-of-distribution sets: noise, sources."
+    )
+    radii: Sequence[float] = _option((1.0, 2.0, 4.0, 8.0), "Of counterfactuals, L2.")
+    target: str = _option(
+        "next", "Of counterfactuals: next, runner_up or a class by number or name."
+    )
     num_resamples: int = 200
-    norm: str | None = None
-    epsilon: float | None = None
-    version: str = "standard"
-    attacks: Sequence[str] = ()
-    save_adversarial: bool = False
-    feature_extractor: str = ""
-    inception_weights: str | None = None
-    reference_statistics: str | None = None
-    num_reference: int = 0
-    num_pairs: int = 5000
-    sweep: int = 3
-    sweep_samples: int = 2560
-    quantise: str = "reference"
-    score_protocol: str = "reference"
-    cache_dir: str | None = None
+    norm: str | None = _option(
+        None, "AutoAttack's: l2, linf or l1; default the config's."
+    )
+    epsilon: float | None = _option(None, "AutoAttack's radius, with --norm.")
+    version: str = _option("standard", "standard, plus, rand or custom.")
+    attacks: Sequence[str] = _option((), "Of --autoattack_version=custom, in order.")
+    save_adversarial: bool = _option(False, "Keep AutoAttack's images.")
+    feature_extractor: str = _option(
+        "",
+        "inception, model, or a checkpoint; default inception with "
+        "--inception_weights, else model.",
+    )
+    inception_weights: str | None = _option(
+        None, "Path of Inception-v3's weights, for FID."
+    )
+    reference_statistics: str | None = _option(
+        None, "An .npz with mu and sigma of real images, instead of data.train."
+    )
+    num_reference: int = _option(
+        0, "Real images for FID's statistics; 0 for all of data.train."
+    )
+    num_pairs: int = _option(5000, "Images of each side for precision and recall.")
+    sweep: int = _option(
+        3, "Numbers of sampling steps to try below and above the config's; 0 for none."
+    )
+    sweep_samples: int = _option(2560, "Samples for each of them.")
+    quantise: str = _option(
+        "reference", "Samples to bytes: reference (down) or nearest."
+    )
+    score_protocol: str = _option(
+        "reference", "Of the Inception Score: reference or torch_fidelity."
+    )
+    cache_dir: str | None = _option(
+        None, "Of statistics of data sets; default the user's cache."
+    )
+
+    @property
+    def resampling(self) -> dict[str, Any]:
+        """Arguments of `metrics.bootstrap_interval`."""
+        return {"num_resamples": self.num_resamples, "seed": self.seed}

@@ -1,9 +1,9 @@
-"""Two scores of samples, on pixels: they need no network.
+"""Two scores of samples on pixels, without a network.
 
 The sample distance is the Frechet distance between real images and samples on the
 principal components of the training pixels. It compares runs on one data set; it is
-not FID. The agreement is the share of samples that a classifier fitted on real images
-calls by the requested class.
+not FID. The agreement is the share of samples that a classifier fitted to real images
+assigns to the requested class.
 """
 
 from collections.abc import Callable
@@ -15,37 +15,25 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from atebm_jax import metrics
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 JUDGES: dict[str, Callable[[], Any]] = {"svc": lambda: SVC(gamma="scale")}
 
 
 class Reference(NamedTuple):
-    """What samples are compared with.
+    """What samples are compared with."""
 
-    Attributes:
-      pca: fitted on real training images, pixels in [0, 1].
-      mean, covariance: of the real images' components.
-      judge: fitted classifier of flattened pixels, or None.
-    """
-
-    pca: PCA
-    mean: np.ndarray
-    covariance: np.ndarray
-    judge: Any
+    pca: PCA  #: fitted to real training images, pixels in [0, 1]
+    mean: np.ndarray  #: of the real images' components
+    covariance: np.ndarray  #: of the same
+    judge: Any  #: fitted classifier of flattened pixels, or None
 
 
 def check_judge(judge: str) -> None:
-    """Refuses a judge that is neither a key of `JUDGES` nor empty.
-
-    Raises:
-      UserError: unknown judge.
-    """
-    if judge and judge not in JUDGES:
-        raise UserError(
-            f"unknown config.evaluate.samples.judge {judge!r}: choose one of "
-            f"{', '.join(JUDGES)}, or leave it empty."
-        )
+    """Refuses with a `UserError` a judge that is neither one of `JUDGES` nor empty."""
+    if judge:
+        field, of = "config.evaluate.samples.judge", " (leave it empty for none)"
+        check_choice(field, judge, JUDGES, of)
 
 
 def make_reference(
@@ -78,7 +66,7 @@ def make_reference(
 def score(
     reference: Reference, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-    """Distance and agreement of images with their requested labels.
+    """Distance of images to the reference, and agreement with their requested labels.
 
     Args:
       reference: as of `make_reference`.
@@ -86,22 +74,17 @@ def score(
       labels: [N] int.
 
     Returns:
-      {"sample_distance"} and, with a judge, {"sample_agreement"}; an infinite distance
-      where an image is not finite.
+      {"sample_distance"} and, with a judge, {"sample_agreement"}; the distance is
+      infinite if an image is not finite.
     """
-    pixels = _flatten(images)
-    if not np.isfinite(pixels).all():
-        pixels = np.nan_to_num(pixels)
-        result = {"sample_distance": float("inf")}
-    else:
-        mean, covariance = metrics.feature_statistics(reference.pca.transform(pixels))
-        result = {
-            "sample_distance": metrics.frechet_distance(
-                mean, covariance, reference.mean, reference.covariance
-            )
-        }
+    pixels, distance = _flatten(images), float("inf")
+    if np.isfinite(pixels).all():
+        of_samples = metrics.feature_statistics(reference.pca.transform(pixels))
+        real = reference.mean, reference.covariance
+        distance = metrics.frechet_distance(*of_samples, *real)
+    result = {"sample_distance": distance}
     if reference.judge is not None:
-        agrees = reference.judge.predict(pixels) == labels
+        agrees = reference.judge.predict(np.nan_to_num(pixels)) == labels
         result["sample_agreement"] = float(agrees.mean())
     return result
 

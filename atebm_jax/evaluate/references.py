@@ -2,16 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
 from atebm_jax import storage
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Network, check_finite
+from atebm_jax.evaluate.context import Context, check_finite
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.store import Arrays, Store
 from atebm_jax.metrics import Moments
@@ -23,43 +21,37 @@ _FEWEST = 20
 
 
 class Reference(NamedTuple):
-    """What real images look like to an extractor.
+    """What real images look like to an extractor."""
 
-    Attributes:
-      mean: [D] float64.
-      covariance: [D, D] float64.
-      features: [M, D] of images spread over the data set, or None where only
-        statistics were given.
-      description: for the report.
-    """
-
-    mean: np.ndarray
-    covariance: np.ndarray
+    mean: np.ndarray  #: [D] float64
+    covariance: np.ndarray  #: [D, D] float64
+    #: [M, D] of images spread over the data set; None if only statistics were given
     features: np.ndarray | None
-    description: dict[str, Any]
+    description: dict[str, Any]  #: for the report
 
 
-def load(context: Context, extractor: Extractor, dimensions: int) -> Reference:
+def load(context: Context, extractor: Extractor) -> Reference:
     """Statistics from a file, from the cache, or computed from `data.train`.
 
     Raises:
       UserError: the file cannot be used, or the data set is too small.
     """
-    given = context.options.reference_statistics
-    return (
-        read(given, dimensions) if given else _of_data(context, extractor, dimensions)
-    )
+    if given := context.options.reference_statistics:
+        return read(given, extractor.sizes(context.image_shape)[0])
+    described, cache = _cache_of(context, extractor)
+    stored = cache.load("statistics")
+    if stored is None:
+        stored = _compute(context, extractor, described["num_images"], cache)
+        cache.save("statistics", stored)
+    described["num_decoded"] = int(stored["number"])
+    return Reference(stored["mu"], stored["sigma"], stored["features"], described)
 
 
-def check(context: Context, extractor: Extractor, dimensions: int) -> None:
-    """Refuses statistics that could not be had or kept, before an image is looked at.
-
-    Raises:
-      UserError: as of `read`; too few images; the cache cannot be written.
-    """
+def check(context: Context, extractor: Extractor) -> None:
+    """Refuses with a `UserError` statistics that cannot be had or kept."""
     options, train = context.options, context.sources["train"]
     if options.reference_statistics:
-        read(options.reference_statistics, dimensions)
+        load(context, extractor)
         return
     if 0 < options.num_reference < _FEWEST:
         raise UserError(
@@ -76,7 +68,7 @@ def check(context: Context, extractor: Extractor, dimensions: int) -> None:
         cache.check_writable()
 
 
-def read(path: str, dimensions: int) -> Reference:
+def read(path: str, num_features: int) -> Reference:
     """Mean and covariance from an `.npz` of the usual tools (`mu`, `sigma`).
 
     Raises:
@@ -90,69 +82,43 @@ def read(path: str, dimensions: int) -> Reference:
             f"--reference_statistics={path} cannot be read ({error}): expected an .npz "
             "with the arrays mu [D] and sigma [D, D]."
         ) from error
-    if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-        raise UserError(
-            f"--reference_statistics={path} has shapes {mean.shape} and "
-            f"{covariance.shape} and the features have {dimensions} dimensions: give "
-            "statistics of the same network."
+    problem = ""
+    if mean.shape != (num_features,) or covariance.shape != (num_features,) * 2:
+        problem = (
+            f" has shapes {mean.shape} and {covariance.shape} and the features have "
+            f"{num_features} dimensions: give statistics of the same network."
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(
-            f"--reference_statistics={path} holds NaN or Inf: make it anew."
-        )
-    if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
-        raise UserError(
-            f"--reference_statistics={path}: sigma is not symmetric, so that it is no "
-            "covariance; make it anew."
-        )
-    described = {"file": str(path), "sha256": _sha256(mean, covariance)}
+    elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        problem = " holds NaN or Inf: make it anew."
+    elif not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
+        problem = ": sigma is not symmetric, so that it is no covariance; make it anew."
+    if problem:
+        raise UserError(f"--reference_statistics={path}{problem}")
+    sha256 = hashlib.sha256(mean.tobytes() + covariance.tobytes()).hexdigest()
+    described = {"file": str(path), "sha256": sha256}
     return Reference(mean, covariance, None, described)
-
-
-def _sha256(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def write(path: epath.Path, mean: np.ndarray, covariance: np.ndarray) -> None:
-    """Writes statistics as the usual tools read them (`mu`, `sigma`, float64)."""
-    storage.write_npz(path, {"mu": mean, "sigma": covariance})
-
-
-def _of_data(context: Context, extractor: Extractor, dimensions: int) -> Reference:
-    description, cache = _cache_of(context, extractor)
-    stored = cache.load("statistics")
-    if stored is None:
-        limit = description["num_images"]
-        stored = _compute(context, extractor, limit, cache, dimensions)
-        cache.save("statistics", stored)
-    described = description | {"num_decoded": int(stored["number"])}
-    return Reference(stored["mu"], stored["sigma"], stored["features"], described)
 
 
 def _cache_of(context: Context, extractor: Extractor) -> tuple[dict[str, Any], Store]:
     """Which images statistics are of, and where they are kept.
 
-    Shared by every evaluation of this user: other models, the same data.
+    Every evaluation of this user shares them: other models, the same data.
     """
     options, source = context.options, context.sources["train"]
-    description = {
+    described = {
         "source": source.spec,
         "num_images": min(options.num_reference or len(source), len(source)),
         "images_sha256": context.fingerprints["train"],
         "preprocess": context.preprocess("train"),
         "image_shape": list(context.image_shape),
     }
+    settings = described | {
+        "extractor": extractor.name,
+        "weights": extractor.fingerprint,
+        "kept": options.num_pairs,
+    }
     folder = storage.reached(options.cache_dir or _users_cache())
-    store = Store(folder, {}, "--cache_dir")
-    return description, store.within(
-        **description,
-        extractor=extractor.name,
-        weights=extractor.fingerprint,
-        kept=options.num_pairs,
-    )
+    return described, Store(folder, settings, "--cache_dir")
 
 
 def _users_cache() -> str:
@@ -166,26 +132,24 @@ def _users_cache() -> str:
 
 
 def _compute(
-    context: Context,
-    extractor: Extractor,
-    limit: int,
-    cache: Store,
-    dimensions: int,
+    context: Context, extractor: Extractor, limit: int, cache: Store
 ) -> Arrays:
     """Mean, covariance and some features, one pass in constant memory, resumable."""
-    saved = cache.load("unfinished")
-    if saved is None:
-        moments, kept, done = Moments.empty(dimensions), [], 0
-    else:
+    if saved := cache.load("unfinished"):
         moments = Moments(int(saved["number"]), saved["mean"], saved["scatter"])
         kept, done = [saved["kept"]], int(saved["done"])
-    for index, (features, first) in enumerate(
-        _features(context, extractor, limit, done), start=done
-    ):
+    else:
+        moments = Moments.empty(extractor.sizes(context.image_shape)[0])
+        kept, done = [], 0
+    compiled = context.compiled(extractor.features)
+    size = context.config.evaluate.batch_size
+    for index, batch in enumerate(context.batches("train", limit, done), start=done):
+        features = context.rows(compiled, batch, extractor.variables)["features"]
+        context.show("statistics of real images", index + 1, -(-limit // size))
         check_finite("features of real images", features)
         moments = moments.merge(Moments.of(features))
-        # Evenly over the set: the rows at which a share of what to keep fills up.
-        rows = first + np.arange(len(features) + 1)
+        # Keep rows evenly spread over the set: those at which the rounded share grows.
+        rows = index * size + np.arange(len(features) + 1)
         share = rows * min(context.options.num_pairs, limit) // limit
         kept.append(features[np.diff(share) > 0])
         if index % _SAVE_EVERY == _SAVE_EVERY - 1:
@@ -203,24 +167,3 @@ def _compute(
         "features": np.concatenate(kept),
         "number": np.asarray(moments.number),
     }
-
-
-def _features(
-    context: Context, extractor: Extractor, limit: int, start: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Features of batches from one on, with the position of their first image."""
-
-    def extract(
-        network: Network, x: jax.Array, y: jax.Array, variables: Any
-    ) -> dict[str, jax.Array]:
-        del network, y
-        return {"features": extractor.apply(variables, x)[0]}
-
-    size = context.config.evaluate.batch_size
-    total = -(-limit // size)
-    compiled = context.compiled(extract)
-    for index, batch in enumerate(context.batches("train", limit, start), start=start):
-        rows = context.rows(compiled, batch, extractor.variables)
-        context.show("statistics of real images", index + 1, total)
-        if len(rows["features"]):
-            yield rows["features"], index * size

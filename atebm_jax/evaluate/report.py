@@ -1,10 +1,13 @@
 """Reports: `report.json` of a job, with its stages; those of an evaluation."""
 
+import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from rich.console import Console
 from rich.table import Table
@@ -24,13 +27,22 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
+def made_with(*packages: str) -> dict[str, Any]:
+    """The versions of Python, this package and others, and the devices."""
+    versions = {"python": platform.python_version()}
+    for name in ("atebm_jax", *packages):
+        versions[name] = importlib.metadata.version(name)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"versions": versions, "device": device}
+
+
 def write_stages(workdir: epath.Path, report: Mapping[str, Any]) -> None:
     """Writes `report.json`, whole or not at all."""
     storage.write_json(workdir / "report.json", report)
 
 
 def read_stages(workdir: epath.Path) -> dict[str, Any] | None:
-    """The report of an earlier run of the same workdir; None if there is none whole."""
+    """The report of an earlier run in a workdir; None if it is absent or damaged."""
     try:
         report = json.loads((workdir / "report.json").read_text())
     except (OSError, ValueError):
@@ -40,21 +52,15 @@ def read_stages(workdir: epath.Path) -> dict[str, Any] | None:
 
 def show_stages(console: Console, report: Mapping[str, Any]) -> None:
     """Prints one row a stage, and what the figures mean below."""
-    columns = [
-        name
-        for name in COLUMNS
-        if any(name in stage for stage in report["stages"].values())
-    ]
+    stages = report["stages"].values()
+    columns = [name for name in COLUMNS if any(name in stage for stage in stages)]
     title = f"{report['data']['test']}, seed {report['seed']}"
     table = Table(title=Text(title, style="table.title"))
     table.add_column("after")
     for name in columns:
         table.add_column(COLUMNS[name][0], justify="right")
-    rows = {
-        f"{stage} ({figures['step']} steps)": figures
-        for stage, figures in report["stages"].items()
-    }
-    # What samples could reach: the scores of real held-out images.
+    rows = {f"{k} ({v['step']} steps)": v for k, v in report["stages"].items()}
+    # The best that samples could reach.
     rows["(real images)"] = report["real_test"]
     for title, figures in rows.items():
         cells = [
@@ -68,11 +74,7 @@ def show_stages(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def write_figures(folder: epath.Path, report: Mapping[str, Any]) -> None:
-    """Writes both files, each whole or not at all.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+    """Writes `report.json` and `report.md`, or says why not with a `UserError`."""
     with storage.writing(folder):
         storage.write_json(folder / "report.json", _finite(report), allow_nan=False)
         storage.replace_text(folder / "report.md", markdown(report))
@@ -82,24 +84,22 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: table, protocol and plots of each metric."""
     source, test = report["checkpoint"], report["data"]["test"]
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    weights = (
-        f"{source['path']}, {source['stage']} step {source['step']}, averaged weights, "
-        f"SHA-256 {source['averaged_weights_sha256']}"
-    )
-    lines = ["# Evaluation", ""]
-    lines += [
-        f"- Checkpoint {weights}.",
-        f"- Test images: {_data(test)}.",
-        f"- Seed {report['seed']}; {report['device']}; {versions}.",
-        *(f"- {note}" for note in report["notes"]),
+    facts = [
+        f"Checkpoint {source['path']}, {source['stage']} step {source['step']}, "
+        + f"averaged weights, SHA-256 {source['averaged_weights_sha256']}.",
+        f"Test images: {test['num_images']} of {test['num_in_source']} of "
+        + f"{test['source']}, {'x'.join(map(str, test['image_shape']))}, "
+        + f"preprocessing {test['preprocess'] or 'none'}, SHA-256 {test['sha256']}.",
+        f"Seed {report['seed']}; {report['device']}; {versions}.",
+        *report["notes"],
     ]
+    lines = ["# Evaluation", "", *(f"- {fact}" for fact in facts)]
     for name, result in report["metrics"].items():
         lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
         lines += ["|---|---:|---:|---:|"]
         for row in _rows(result["figures"]):
-            lines.append(
-                f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
-            )
+            cells = (cell.replace("|", "&#124;") for cell in row)
+            lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
         lines += [
             f"- Frechet distance per class, {name}: {_classes(figures)}"
@@ -119,16 +119,6 @@ def _classes(figures: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     more = len(figures) - len(shown)
     return ", ".join(shown) + (f"; {more} more in report.json" if more else "")
-
-
-def _data(described: Mapping[str, Any]) -> str:
-    shape = "x".join(map(str, described["image_shape"]))
-    return (
-        f"{described['num_images']} of {described['num_in_source']} of "
-        f"{described['source']}, {shape}, "
-        f"preprocessing {described['preprocess'] or 'none'}, SHA-256 "
-        f"{described['sha256']}"
-    )
 
 
 def show_figures(console: Console, report: Mapping[str, Any]) -> None:

@@ -1,28 +1,24 @@
 """Robust accuracy under AutoAttack (method: section 6), resumable."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import autoattack, metrics, sharding, storage
+from atebm_jax import autoattack, sharding, storage
 from atebm_jax.autoattack import versions
-from atebm_jax.evaluate.context import Context, figure
-from atebm_jax.evaluate.store import Store
+from atebm_jax.evaluate.context import Context, share
 
 
-def check(context: Context) -> None:
-    """Refuses what is no version, threat or attack of the ensemble.
+def plan(context: Context) -> versions.Plan:
+    """The attacks of the ensemble, and the threat.
 
     Raises:
-      UserError: says which.
+      UserError: a threat, version or attack that does not exist.
     """
-    _plan(context)
-
-
-def _plan(context: Context) -> versions.Plan:
     options, default = context.options, context.config.evaluate.attack
     norm = default.norm if options.norm is None else options.norm
     epsilon = default.epsilon if options.epsilon is None else options.epsilon
@@ -37,15 +33,15 @@ def _plan(context: Context) -> versions.Plan:
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Robust accuracy after each attack of the ensemble, as the original counts it.
 
-    Batches are split over the devices of all processes. Every finished one is stored;
-    `autoattack.npz` holds the adversarial images where they are asked for.
+    Batches are split over the devices of all processes, and finished ones are stored.
+    With `Options.save_adversarial`, `autoattack.npz` holds the adversarial images.
 
     Raises:
-      UserError: a threat, version or attack that there is not.
+      UserError: as of `plan`.
     """
-    options, plan = context.options, _plan(context)
-    norm, epsilon = plan.norm, plan.epsilon
-    images, labels = context.images("test")
+    options, planned = context.options, plan(context)
+    norm, epsilon = planned.norm, planned.epsilon
+    images, labels = context.images("test", context.limit("test"))
     store = context.store.within(
         part="autoattack",
         source=context.sources["test"].spec,
@@ -55,16 +51,10 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         epsilon=epsilon,
         version=options.version,
         attacks=list(options.attacks),
-        settings=plan.settings._asdict(),
+        settings=planned.settings._asdict(),
     )
-    units = list(_stored(store))
-    position = len(units)
-
-    def save(unit: autoattack.Unit) -> None:
-        nonlocal position
-        store.save(f"{position:06d}", unit._asdict())
-        position += 1
-
+    done = [_unit(arrays) for arrays in store.units()]
+    numbers = itertools.count(len(done))
     result = autoattack.run(
         jax.random.key(options.seed),
         jax.tree_util.Partial(context.model.apply, context.variables),
@@ -75,38 +65,35 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         attacks=options.attacks or None,
         batch_size=context.config.evaluate.batch_size,
         sharding=sharding.batched(context.mesh),
-        done=units,
-        on_unit=save,
+        done=done,
+        on_unit=lambda unit: store.save(next(numbers), unit._asdict()),
         on_progress=_shower(context),
     )
     if options.save_adversarial and jax.process_index() == 0:
         saved = {"images": result.adversarial, "labels": labels, "clean": result.clean}
         saved["robust"] = np.asarray(list(result.robust.values())[-1])
         storage.write_npz(out / "autoattack.npz", saved, compressed=True)
-    total = len(result.clean)
     masks = {"clean": result.clean} | result.robust
     return {
         "protocol": {
-            "attack": f"{plan.title} (native)",
+            "attack": f"{planned.title} (native)",
             "norm": norm,
             "epsilon": epsilon,
-            "attacks": list(plan.attacks),
-            "settings": plan.settings_in_use(),
+            "attacks": list(planned.attacks),
+            "settings": planned.settings_in_use(),
             "count": "correct after this attack and all before it",
             "interval": "Wilson",
             "notes": list(result.notes),
         },
         "figures": {
-            f"accuracy_after_{name}": figure(
-                mask.mean(), metrics.wilson_interval(int(mask.sum()), total), total
-            )
+            f"accuracy_after_{name}": share(int(mask.sum()), len(mask))
             for name, mask in masks.items()
         },
     }
 
 
 def _shower(context: Context) -> Callable[[autoattack.Progress], None]:
-    """Shows the round that runs and, as if no more images fell, the whole."""
+    """Shows the current round, and all rounds as if no more images fell."""
     before = 0
 
     def show(progress: autoattack.Progress) -> None:
@@ -121,14 +108,6 @@ def _shower(context: Context) -> Callable[[autoattack.Progress], None]:
     return show
 
 
-def _stored(store: Store) -> Iterator[autoattack.Unit]:
-    position = 0
-    while (arrays := store.load(f"{position:06d}")) is not None:
-        yield autoattack.Unit(
-            str(arrays["attack"]),
-            int(arrays["number"]),
-            arrays["indices"],
-            arrays["fooled"],
-            arrays["images"],
-        )
-        position += 1
+def _unit(stored: dict[str, Any]) -> autoattack.Unit:
+    words = {"attack": str(stored["attack"]), "number": int(stored["number"])}
+    return autoattack.Unit(**(stored | words))

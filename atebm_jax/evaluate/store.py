@@ -1,14 +1,15 @@
 """Finished pieces of an evaluation on disk, so that a stopped one goes on.
 
-A unit is a small dictionary of arrays in one `.npz`, written under another name and
-renamed: it is there whole or not at all. Units lie in a folder named by what decides
-their content (weights, data, settings); another protocol never meets them.
+A unit is a small dictionary of arrays in one `.npz`, which is there whole or not at
+all. Units lie in a folder named by what decides their content (weights, data,
+settings), so that no other protocol reads them.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,19 +22,13 @@ from atebm_jax.errors import UserError
 Arrays = dict[str, np.ndarray]
 
 
-def fingerprint(description: Any) -> str:
-    """Twelve hex digits of the SHA-256 of a JSON value."""
-    text = json.dumps(description, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 class Store:
     """Units of one protocol in one folder.
 
     Args:
       folder: made when the first unit is saved; None keeps nothing.
       settings: plain JSON that decides what the units hold.
-      flag: that gives another folder, for messages.
+      flag: the flag that gives another folder, for messages.
     """
 
     def __init__(
@@ -45,63 +40,67 @@ class Store:
         self._settings = dict(settings)
         self._base = folder
         self._flag = flag
-        self._folder = folder and folder / fingerprint(self._settings)
+        text = json.dumps(self._settings, sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._folder = folder and folder / name
 
     def within(self, **settings: Any) -> "Store":
         """The store of a part, with settings of its own beside these."""
         return Store(self._base, self._settings | settings, self._flag)
 
-    def load(self, name: str) -> Arrays | None:
-        """A unit, or None if it is absent or damaged (it is then made anew).
+    def load(self, name: str | int) -> Arrays | None:
+        """A unit by name or number; None if it is absent or damaged: make it anew.
 
-        The first process reads it and tells the others, whose disks need not have it:
-        all go on with the same.
+        The first process reads it and sends it to the others, whose disks need not
+        have it.
         """
         if self._folder is None:
             return None
-        path = self._folder / f"{name}.npz"
-        arrays = _read(path) if jax.process_index() == 0 else None
+        arrays = None
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                arrays = storage.read_npz(self._folder / _file(name))
         return sharding.from_first_process(arrays)
 
-    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a unit, whole or not at all; only the first process does.
+    def units(self) -> Iterator[Arrays]:
+        """Units 0, 1, ... up to the first one that is absent or damaged."""
+        for number in itertools.count():
+            unit = self.load(number)
+            if unit is None:
+                return
+            yield unit
 
-        Raises:
-          UserError: the folder cannot be written.
-        """
+    def save(self, name: str | int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a unit, in the first process; a `UserError` if it cannot be."""
         if jax.process_index() != 0 or self._folder is None:
             return
         with self._writing():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            storage.write_npz(self._folder / f"{name}.npz", arrays)
+            storage.write_npz(self._folder / _file(name), arrays)
 
     def check_writable(self) -> None:
-        """Looks whether a unit could be written, before the work that makes it.
+        """Refuses with a `UserError` a folder that cannot be written, before the work.
 
         Every process must call it.
-
-        Raises:
-          UserError: the folder cannot be made, or no file in it.
         """
         refusal = ""
         if jax.process_index() == 0 and self._folder is not None:
             try:
                 with self._writing():
-                    self._folder.mkdir(parents=True, exist_ok=True)
                     storage.probe(self._folder / "unit.npz", shared=True)
             except UserError as error:
                 refusal = str(error)
-        refusal = sharding.first_said(refusal)
-        if refusal:
+        if refusal := sharding.first_said(refusal):
             raise UserError(refusal)
 
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes the folder; a file that cannot be written is one clear sentence."""
+        assert self._folder is not None
         remedy = f"Make room or give another {self._flag}; what is finished is kept."
-        return storage.writing(str(self._folder), remedy)
+        with storage.writing(str(self._folder), remedy):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            yield
 
 
-def _read(path: epath.Path) -> Arrays | None:
-    try:
-        return storage.read_npz(path) if path.exists() else None
-    except OSError:
-        return None
+def _file(name: str | int) -> str:
+    return f"{name:06d}.npz" if isinstance(name, int) else f"{name}.npz"

@@ -1,11 +1,10 @@
 """The evaluation of a checkpoint: every protocol asked for, then the report."""
 
-import dataclasses
 import importlib.metadata
 import logging
 import math
-import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from etils import epath
 
 from atebm_jax import checkpoint, data, models, seeds, sharding, storage, trained
 from atebm_jax import config as configuration
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import (
     calibration,
     classification,
@@ -25,13 +24,7 @@ from atebm_jax.evaluate import (
     report,
     robustness,
 )
-from atebm_jax.evaluate.context import (
-    Context,
-    Judge,
-    Options,
-    preprocess_of,
-    source_fingerprint,
-)
+from atebm_jax.evaluate.context import Context, Judge, Options
 from atebm_jax.evaluate.store import Store
 from atebm_jax.progress import ShowFn
 from atebm_jax.trained import Trained
@@ -50,10 +43,10 @@ METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
     "counterfactual": counterfactual.run,
 }
 
-# What must hold before any of them begins: a mistake is told before hours of work.
-CHECKS: dict[str, Callable[[Context], None]] = {
+# Run before any metric begins, so that a mistake is told before hours of work.
+CHECKS: dict[str, Callable[[Context], object]] = {
     "pgd": classification.check_pgd,
-    "autoattack": robustness.check,
+    "autoattack": robustness.plan,
     "generation": generation.check,
     "ood": ood.check,
     "counterfactual": counterfactual.check,
@@ -61,9 +54,10 @@ CHECKS: dict[str, Callable[[Context], None]] = {
 
 # Sources that a metric needs beside the test images.
 _NEEDS = {"generation": ("train", "seeds"), "calibration": ("eval",)}
-
 # Of the noise among the out-of-distribution sets, unless there are more test images.
 _NOISE_IMAGES = 10_000
+# Whose versions the report names.
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn", "pillow")
 
 
 def evaluate(
@@ -103,29 +97,27 @@ def evaluate(
     Raises:
       UserError: what was asked for cannot be measured, or not be compared.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise UserError(
-            f"unknown metric {', '.join(map(repr, unknown)) or 'list, an empty one'}: "
-            f"choose all or some of {', '.join(METRICS)}."
-        )
+    # An empty list is refused as an empty name.
+    for name in metrics or ("",):
+        check_choice("metric", name, METRICS)
+    wanted = tuple(name for name in METRICS if name in metrics)
     loaded = trained.load(path, best_by=best_by)
     settings = _settings(loaded, config, data_dir)
-    wanted = tuple(name for name in METRICS if name in metrics)
     folder = storage.reached(out)
     _check_out(
         folder, checkpoint.absolute(path), checkpoint.find(path, best_by=best_by)
     )
-    context = _context(
-        loaded, settings, folder, options, show, wanted, classes_by_place
-    )
+    # By place, as for a network that does not name its classes.
+    names = None if classes_by_place else loaded.class_names
+    context = _context(loaded, settings, folder, options, show, wanted, names)
     if judge is not None:
-        context = _with_judge(context, judge, loaded.class_names, classes_by_place)
+        context = _with_judge(context, judge, names)
     for name in wanted:
-        CHECKS.get(name, lambda context: None)(context)
+        if name in CHECKS:
+            CHECKS[name](context)
     with held(folder, "--out", alone=False):
         if "generation" in wanted:
-            context = _with_gaussian(context, loaded, folder, classes_by_place)
+            context = _with_gaussian(context, loaded, names, folder)
         result = _measure(context, loaded, folder, wanted, path)
         if jax.process_index() == 0:
             report.write_figures(folder, result)
@@ -133,7 +125,7 @@ def evaluate(
 
 
 def _check_out(folder: epath.Path, evaluated: epath.Path, step: epath.Path) -> None:
-    """Refuses to write over a job's own report, or into a step, which will go."""
+    """Refuses to write over a job's report, or into a step, which the job deletes."""
     if folder == evaluated or folder.is_relative_to(step):
         raise UserError(
             f"the report would be written to {folder}, among the files of what is "
@@ -148,7 +140,7 @@ def _measure(
     wanted: Sequence[str],
     path: str | epath.Path,
 ) -> dict[str, Any]:
-    """Runs the protocols that are wanted; the report."""
+    """Runs the metrics that are wanted and makes the report of them."""
     results = {}
     for position, name in enumerate(wanted):
         results[name] = METRICS[name](context, folder)
@@ -163,16 +155,13 @@ def _measure(
         "data": {"test": context.describe_data("test")},
         "seed": context.options.seed,
         "metrics": results,
-        "versions": _versions(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        **report.made_with(*_PACKAGES),
         "notes": _notes(context),
     }
 
 
 def _settings(
-    loaded: Trained,
-    config: ml_collections.ConfigDict | None,
-    data_dir: str | None,
+    loaded: Trained, config: ml_collections.ConfigDict | None, data_dir: str | None
 ) -> ml_collections.ConfigDict:
     """The checkpoint's config, or the caller's with the checkpoint's network."""
     settings = loaded.config.copy_and_resolve_references()
@@ -199,23 +188,22 @@ def _check_same_network(
 ) -> None:
     """Refuses a config whose figures would not be those of the trained network.
 
-    The network is the checkpoint's in any case. Of one that was imported, for which no
-    config need exist, only what decides the images' size, normalisation and classes
-    is compared.
+    The network is the checkpoint's in any case. An imported one need not have a config:
+    only size, normalisation and classes of the images are compared.
     """
-    old, new = checkpoint.as_json(trained), checkpoint.as_json(given)
-    fields = [f for f in old["model"] if f not in ("conv_gradient", "remat", "dtype")]
-    if stage == checkpoint.IMPORTED:
-        fields = ["num_classes", "mean", "std"]
-    pairs = {f"model.{f}": (old["model"][f], new["model"].get(f)) for f in fields}
-    pairs["data.image_shape"] = (old["data"]["image_shape"], new["data"]["image_shape"])
-    for field, (before, now) in pairs.items():
+    configs = (checkpoint.as_json(trained), checkpoint.as_json(given))
+    old, new = (dict(configuration.flatten(config)) for config in configs)
+    fields = ["data.image_shape", "model.num_classes", "model.mean", "model.std"]
+    if stage != checkpoint.IMPORTED:
+        others = configuration.RUN_CONTROL | {"model.remat", "model.dtype"}
+        fields += [f for f in old if f.startswith("model.") and f not in others]
+    for field in fields:
+        before, now = old[field], new.get(field)
         if not _same(before, now):
             raise UserError(
                 f"config.{field} is {now} and the checkpoint was trained with "
-                f"{before}: "
-                "figures of another resolution, normalisation or network cannot be "
-                "compared; give the config it was trained with."
+                f"{before}: figures of another resolution, normalisation or network "
+                "cannot be compared; give the config it was trained with."
             )
 
 
@@ -235,60 +223,15 @@ def _context(
     options: Options,
     show: ShowFn,
     wanted: Sequence[str],
-    by_place: bool,
+    names: tuple[str, ...] | None,
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
         settings.evaluate.batch_size, mesh.size, "config.evaluate.batch_size"
     )
-    versions = _versions()
-    store = Store(
-        out / "units",
-        {
-            "weights": loaded.fingerprint,
-            "network": checkpoint.as_json(settings.model),
-            "image_shape": list(settings.data.image_shape),
-            "batch_size": settings.evaluate.batch_size,
-            "num_examples": options.num_examples,
-            "seed": options.seed,
-            # What other programs have made is not said to come from these.
-            "programs": [versions[name] for name in ("atebm_jax", "jax", "jaxlib")],
-            "platform": jax.default_backend(),
-        },
-    )
-    sources = _sources(settings, options, wanted)
-    notes = _follow_names(sources, loaded.class_names, by_place)
-    shape = tuple(settings.data.image_shape)
-    bad = settings.data.max_bad_images
-    return Context(
-        config=settings,
-        model=loaded.model,
-        variables=sharding.put_replicated(loaded.variables, mesh),
-        mesh=mesh,
-        sources=sources,
-        fingerprints={
-            role: source_fingerprint(source, preprocess_of(settings, role), shape, bad)
-            for role, source in sources.items()
-        },
-        store=store,
-        options=options,
-        show=show,
-        notes=notes,
-    )
-
-
-def _follow_names(
-    sources: dict[str, data.Source], names: tuple[str, ...] | None, by_place: bool
-) -> tuple[str, ...]:
-    """Has the labels mean what the network's outputs mean; what is to be said of it."""
     notes: list[str] = []
-    for role in ("test", "eval"):
-        if role in sources:
-            what = f"config.data.{role}={sources[role].spec}"
-            sources[role] = data.relabel.follow(
-                sources[role], names, what, by_place=by_place, note=notes.append
-            )
-    if by_place:
+    sources = _sources(settings, options, wanted, names, notes.append)
+    if names is not loaded.class_names:
         notes.append("Classes were compared by place, not by name.")
     elif names is None and sources["test"].class_names:
         notes.append(
@@ -298,28 +241,69 @@ def _follow_names(
     if jax.process_index() == 0:
         for text in notes:
             _log.warning(text)
-    return tuple(notes)
+    context = Context(
+        config=settings,
+        model=loaded.model,
+        variables=sharding.put_replicated(loaded.variables, mesh),
+        mesh=mesh,
+        sources=sources,
+        store=_store(loaded, settings, options, out / "units"),
+        options=options,
+        show=show,
+        notes=tuple(notes),
+    )
+    fingerprints = {role: context.fingerprint(role) for role in sources}
+    return replace(context, fingerprints=fingerprints)
+
+
+def _store(
+    loaded: Trained,
+    settings: ml_collections.ConfigDict,
+    options: Options,
+    folder: epath.Path,
+) -> Store:
+    """Finished units, apart from those of anything that would give other numbers."""
+    # Units of other versions are not taken.
+    programs = ("atebm_jax", "jax", "jaxlib")
+    decides = {
+        "weights": loaded.fingerprint,
+        "network": checkpoint.as_json(settings.model),
+        "image_shape": list(settings.data.image_shape),
+        "batch_size": settings.evaluate.batch_size,
+        "num_examples": options.num_examples,
+        "seed": options.seed,
+        "programs": [importlib.metadata.version(name) for name in programs],
+        "platform": jax.default_backend(),
+    }
+    return Store(folder, decides)
 
 
 def _sources(
-    settings: ml_collections.ConfigDict, options: Options, wanted: Sequence[str]
+    settings: ml_collections.ConfigDict,
+    options: Options,
+    wanted: Sequence[str],
+    names: tuple[str, ...] | None,
+    note: Callable[[str], None],
 ) -> dict[str, data.Source]:
-    """The test images, and what the metrics need beside."""
+    """The test images and what the metrics need beside, labelled as the network is."""
     sources: dict[str, data.Source] = {}
+    data_dir = settings.data.data_dir
     for role in ("test", *(role for name in wanted for role in _NEEDS.get(name, ()))):
         spec = settings.data[role]
         if role == "seeds" and spec in seeds.DRAWN:
             continue
-        sources[role] = data.open_source(spec, settings.data.data_dir)
-        classes = sources[role].num_classes
-        if role in ("test", "eval") and classes != settings.model.num_classes:
-            raise UserError(
-                f"config.data.{role}={spec} has {classes or 'no'} classes and the "
-                f"network {settings.model.num_classes}: they must be the same."
-            )
+        source, what = data.open_source(spec, data_dir), f"config.data.{role}={spec}"
+        if role in ("test", "eval"):
+            if source.num_classes != settings.model.num_classes:
+                raise UserError(
+                    f"{what} has {source.num_classes or 'no'} classes and the network "
+                    f"{settings.model.num_classes}: they must be the same."
+                )
+            source = data.relabel.follow(source, names, what, note=note)
+        sources[role] = source
     for spec in options.ood if "ood" in wanted else ():
         if spec != "noise":
-            sources[spec] = data.open_source(spec, settings.data.data_dir)
+            sources[spec] = data.open_source(spec, data_dir)
             continue
         # The network's sizes, so that no resizing smooths the noise.
         shape = tuple(settings.data.image_shape)
@@ -332,7 +316,7 @@ def _sources(
 
 
 def _with_gaussian(
-    context: Context, loaded: Trained, out: epath.Path, by_place: bool
+    context: Context, loaded: Trained, names: tuple[str, ...] | None, out: epath.Path
 ) -> Context:
     """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
     settings = context.config.data
@@ -340,28 +324,21 @@ def _with_gaussian(
         return context
     gaussian = loaded.gaussian
     if gaussian is None or loaded.config.data.seeds != settings.seeds:
-        # Of one a class each must be the class that the network draws from it.
+        # The Gaussian of a class must be that of the network's class.
+        what = f"config.data.train={settings.train}"
         train = data.relabel.follow(
-            context.sources["train"],
-            loaded.class_names,
-            f"config.data.train={settings.train}",
-            by_place=by_place,
-            note=_log.warning,
+            context.sources["train"], names, what, note=_log.warning
         )
-        # What was evaluated before does not go on here: the store keeps it apart.
+        # A fit of an earlier evaluation is not reused: the store keeps both apart.
         gaussian = seeds.of_source(
             settings.seeds, train, settings, out / seeds.FILE, anew=True
         )
-    return dataclasses.replace(
-        context,
-        gaussian=gaussian,
-        store=context.store.within(gaussian=gaussian.fingerprint()),
-    )
+    store = context.store.within(gaussian=gaussian.fingerprint())
+    return replace(context, gaussian=gaussian, store=store)
 
 
-def _with_judge(
-    context: Context, path: str, names: tuple[str, ...] | None, by_place: bool
-) -> Context:
+def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Context:
+    """With an independent classifier, its classes in the model's order."""
     loaded, number = trained.load(path), context.config.model.num_classes
     if (loaded.image_shape, loaded.num_classes) != (context.image_shape, number):
         raise UserError(
@@ -369,9 +346,9 @@ def _with_judge(
             f"{loaded.num_classes} classes and this model {context.image_shape} of "
             f"{number}: an independent classifier must take the same."
         )
-    order, own = None, loaded.class_names
-    if names and own and not by_place:
-        order = data.relabel.same_order(own, names, f"--judge={path}")
+    order = None
+    if names and loaded.class_names:
+        order = data.relabel.same_order(loaded.class_names, names, f"--judge={path}")
     sha256 = loaded.fingerprint
     if sha256 == trained.fingerprint(context.variables):
         raise UserError(
@@ -384,18 +361,9 @@ def _with_judge(
         return found if order is None else found[:, np.asarray(order)]
 
     placed = sharding.put_replicated(loaded.variables, context.mesh)
-    return dataclasses.replace(
-        context,
-        judge=Judge(logits, placed, sha256),
-        store=context.store.within(judge=sha256),
-    )
-
-
-def _versions() -> dict[str, str]:
-    ours = ("atebm_jax", "jax", "jaxlib", "flax")
-    theirs = ("numpy", "scipy", "scikit-learn", "pillow")
-    versions = {name: importlib.metadata.version(name) for name in ours + theirs}
-    return {"python": platform.python_version()} | versions
+    judge = Judge(logits, placed, sha256)
+    store = context.store.within(judge=sha256)
+    return replace(context, judge=judge, store=store)
 
 
 def _notes(context: Context) -> list[str]:

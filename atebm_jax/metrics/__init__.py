@@ -10,21 +10,19 @@ from atebm_jax.metrics.calibration import (
     reliability,
     temperature_error,
 )
-from atebm_jax.metrics.fidelity import psnr
 from atebm_jax.metrics.generation import (
+    SCORE_PROTOCOLS,
     Moments,
+    SplitSums,
     feature_statistics,
     frechet_distance,
+    inception_score,
     kernel_distance,
     precision_recall,
-)
-from atebm_jax.metrics.inception import PROTOCOLS as SCORE_PROTOCOLS
-from atebm_jax.metrics.inception import (
-    SplitSums,
-    inception_score,
+    score_spread,
     split_of_images,
 )
-from atebm_jax.metrics.inception import spread as score_spread
+from atebm_jax.metrics.images import psnr, spectral_distance
 from atebm_jax.metrics.intervals import (
     auroc_interval,
     bootstrap_interval,
@@ -38,7 +36,6 @@ from atebm_jax.metrics.ranking import (
     fpr_at_tpr,
     roc_curve,
 )
-from atebm_jax.metrics.spectrum import spectral_distance
 
 __all__ = [
     "SCORE_PROTOCOLS",

@@ -1,12 +1,13 @@
 """Calibration: do predicted probabilities come true? (method: section 6).
 
-Everywhere, logits are [N, K] float, finite, N >= 1, and labels are [N] int in 0..K-1.
-Shapes, labels or values that do not fit are a ValueError.
+All functions take logits [N, K] float, finite, N >= 1, and labels [N] int in 0..K-1.
+They raise a ValueError for anything else.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 
 from atebm_jax.metrics import reals
 
@@ -46,9 +47,7 @@ def calibration(
 ) -> Calibration:
     """ECE (Naeini et al., 2015), adaptive ECE (Nguyen and O'Connor, 2015), and more.
 
-    Args:
-      logits, labels: as everywhere.
-      num_bins: bins of each diagram; always report it with the number.
+    The bins are those of each diagram: report their number with the figures.
     """
     equal_width = reliability(logits, labels, num_bins)
     equal_count = reliability(logits, labels, num_bins, adaptive=True)
@@ -71,17 +70,15 @@ def reliability(
     """Bins predictions by their maximum softmax.
 
     Args:
-      logits, labels: as everywhere.
+      logits, labels: as above.
       num_bins: how many bins, >= 1.
       adaptive: bins of equal count instead of equal width. Quantiles of the confidences
         bound them. Equal confidences stay together, so there may be fewer bins.
     """
-    import scipy.special  # slow to import
-
     logits, labels = _checked(logits, labels)
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}: it must be at least 1.")
-    # Float32 in its own precision, as a classifier in use would see it.
+    # Float32 logits keep float32 confidences, as those of a classifier in use.
     confidence = scipy.special.softmax(logits, axis=1).max(axis=1)
     correct = logits.argmax(axis=1) == labels
     edges = np.linspace(0, 1, num_bins + 1)
@@ -89,21 +86,14 @@ def reliability(
         quantiles = np.unique(np.quantile(confidence, edges))
         edges = np.concatenate([[0.0], quantiles[1:-1], [1.0]])
     index = np.clip(np.searchsorted(edges, confidence) - 1, 0, len(edges) - 2)
-    counts = np.bincount(index, minlength=len(edges) - 1)
-    sums = [
-        np.bincount(index, weights=w, minlength=len(edges) - 1)
-        for w in (confidence.astype(np.float64), correct)
-    ]
-    means = [
-        np.divide(s, counts, np.full(len(s), np.nan), where=counts > 0) for s in sums
-    ]
-    return Reliability(edges, counts, *means)
+    values = np.ones(len(labels)), confidence.astype(np.float64), correct
+    counts, *sums = (np.bincount(index, x, len(edges) - 1) for x in values)
+    with np.errstate(invalid="ignore"):  # empty bins
+        return Reliability(edges, counts.astype(int), *(x / counts for x in sums))
 
 
 def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over images of sum_k (p_k - [k = y])^2 (Brier, 1950), in [0, 2]."""
-    import scipy.special  # slow to import
-
     logits, labels = _checked(logits, labels)
     difference = scipy.special.softmax(logits.astype(np.float64), axis=1)
     difference[np.arange(len(labels)), labels] -= 1
@@ -112,8 +102,6 @@ def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean cross-entropy in nats."""
-    import scipy.special  # slow to import
-
     logits, labels = _checked(logits, labels)
     logs = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
     return float(-logs[np.arange(len(labels)), labels].mean())
@@ -126,11 +114,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     what the calibration is then reported for.
 
     Returns:
-      T in [e^-5, e^5]. It is a bound where the data would move it without end, as when
-      every prediction is right.
+      T in [e^-5, e^5]. It is one of these bounds if the likelihood has no maximum, as
+      when every prediction is right.
     """
-    import scipy.optimize  # slow to import
-
     logits, labels = _checked(logits, labels)
     result = scipy.optimize.minimize_scalar(
         lambda log_t: negative_log_likelihood(logits / np.exp(log_t), labels),
@@ -152,14 +138,12 @@ def temperature_error(
     is true.
 
     Args:
-      logits, labels: as everywhere.
+      logits, labels: as above.
       temperature: what `fit_temperature` returned for them.
 
     Returns:
       The error in the unit of T; infinite where the data do not determine T.
     """
-    import scipy.special  # slow to import
-
     logits, labels = _checked(logits, labels)
     logits, temperature = logits.astype(np.float64), float(temperature)
     share = scipy.special.softmax(logits / temperature, axis=1)

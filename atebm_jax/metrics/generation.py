@@ -1,16 +1,23 @@
 """Scores of generated images from their features (method: section 6).
 
-All sums run in float64. A running sum (`Moments`) takes any number of images in
-constant memory. Precision and recall compare every pair, for samples of limited size.
+All sums are in float64. `Moments` and `SplitSums` take any number of images in constant
+memory. Precision, recall and kernel distance compare all pairs of a limited number.
+
+Features are [N, D] and logits [N, K]. Other shapes, too few images, NaN and infinite
+values are a ValueError.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 
+from atebm_jax.errors import check_choice
 from atebm_jax.metrics import reals
 
+#: Of the Inception Score.
+SCORE_PROTOCOLS = ("reference", "torch_fidelity")
 _ROWS_AT_ONCE = 1024
 
 
@@ -50,11 +57,7 @@ class Moments(NamedTuple):
         )
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [D] and covariance [D, D], normalised by N - 1.
-
-        Raises:
-          ValueError: fewer than two images.
-        """
+        """Mean [D] and covariance [D, D], normalised by N - 1; N >= 2."""
         if self.number < 2:
             raise ValueError(
                 f"there are features of {self.number} images: a mean and a covariance "
@@ -64,20 +67,14 @@ class Moments(NamedTuple):
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D, D] (normalised by N - 1) of features [N, D].
-
-    Raises:
-      ValueError: fewer than two rows.
-    """
+    """Mean [D] and covariance [D, D] (normalised by N - 1) of features; N >= 2."""
     features = reals.floats(features)
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(
             f"features have shape {features.shape}: a mean and a covariance need at "
             "least two rows [N, D]."
         )
-    return features.mean(axis=0), np.cov(features, rowvar=False).reshape(
-        features.shape[1], features.shape[1]
-    )
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
 def frechet_distance(
@@ -95,12 +92,7 @@ def frechet_distance(
 
     Returns:
       The distance, >= 0 up to rounding; float64 throughout.
-
-    Raises:
-      ValueError: shapes that do not fit, NaN or infinite values.
     """
-    import scipy.linalg  # slow to import
-
     arrays = [reals.floats(x) for x in (mean_a, cov_a, mean_b, cov_b)]
     mean_a, cov_a, mean_b, cov_b = arrays
     shapes = [array.shape for array in arrays]
@@ -131,25 +123,20 @@ def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
       real, fake: [N, D] and [M, D] features, N, M >= 2.
 
     Returns:
-      The estimate; it may be slightly negative.
-
-    Raises:
-      ValueError: features that do not fit.
+      The estimate, which may be slightly negative.
     """
     real, fake = _pair(real, fake, smallest=2)
+
+    def total(a: np.ndarray, b: np.ndarray) -> float:
+        """Sum of the kernel over all pairs."""
+        return sum(((x @ b.T / b.shape[1] + 1) ** 3).sum() for x in _blocks(a))
+
     means = []
-    for features in (real, fake):
-        total = sum(_kernel(b, features).sum() for b in _blocks(features))
-        diagonal = (
-            (np.square(features).sum(axis=1) / features.shape[1] + 1) ** 3
-        ).sum()
-        means.append((total - diagonal) / (len(features) * (len(features) - 1)))
-    cross = sum(_kernel(block, fake).sum() for block in _blocks(real))
+    for x in (real, fake):
+        to_itself = ((np.square(x).sum(axis=1) / x.shape[1] + 1) ** 3).sum()
+        means.append((total(x, x) - to_itself) / (len(x) * (len(x) - 1)))
+    cross = total(real, fake)
     return float(means[0] + means[1] - 2 * cross / (len(real) * len(fake)))
-
-
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 def precision_recall(
@@ -167,9 +154,6 @@ def precision_recall(
 
     Returns:
       (precision, recall), each in [0, 1].
-
-    Raises:
-      ValueError: features that do not fit.
     """
     if num_neighbours < 1:
         raise ValueError(f"num_neighbours is {num_neighbours}: it must be positive.")
@@ -181,21 +165,21 @@ def precision_recall(
 
 def neighbour_radii(features: np.ndarray, num_neighbours: int) -> np.ndarray:
     """Distance of each point to its k-th nearest other point: [N, D] -> [N]."""
-
-    from scipy.spatial.distance import cdist  # slow to import
-
-    def radii(block: np.ndarray) -> np.ndarray:
+    radii = []
+    for block in _blocks(features):
+        distances = scipy.spatial.distance.cdist(block, features)
         # The nearest of all is the point itself.
-        nearest = np.partition(cdist(block, features), num_neighbours, axis=1)
-        return nearest[:, num_neighbours]
-
-    return np.concatenate([radii(block) for block in _blocks(features)])
+        nearest = np.partition(distances, num_neighbours, axis=1)
+        radii.append(nearest[:, num_neighbours])
+    return np.concatenate(radii)
 
 
 def _inside(centres: np.ndarray, radii: np.ndarray, points: np.ndarray) -> np.ndarray:
-    from scipy.spatial.distance import cdist  # slow to import
-
-    found = [(cdist(b, centres) <= radii[None]).any(axis=1) for b in _blocks(points)]
+    """Which points lie in a ball around a centre: [M, D], [M], [N, D] -> [N] bool."""
+    found = []
+    for block in _blocks(points):
+        distances = scipy.spatial.distance.cdist(block, centres)
+        found.append((distances <= radii).any(axis=1))
     return np.concatenate(found)
 
 
@@ -217,3 +201,86 @@ def _pair(
     if not all(np.isfinite(a).all() for a in arrays):
         raise ValueError("some features are NaN or infinite: they have no distance.")
     return arrays[0], arrays[1]
+
+
+class SplitSums(NamedTuple):
+    """Sums over the images of each split seen so far."""
+
+    counts: np.ndarray  #: [S] images
+    probabilities: np.ndarray  #: [S, K] sums of p(y|x)
+    entropies: np.ndarray  #: [S] sums of the entropy of p(y|x), nats
+
+    @classmethod
+    def empty(cls, num_splits: int, num_classes: int) -> "SplitSums":
+        """The sums of no image."""
+        shape = (num_splits, num_classes)
+        return cls(np.zeros(num_splits), np.zeros(shape), np.zeros(num_splits))
+
+    def add(self, logits: np.ndarray, splits: np.ndarray) -> "SplitSums":
+        """The sums with more images: logits [N, K] and the split [N] of each."""
+        logits = reals.floats(logits)
+        if not np.isfinite(logits).all():
+            raise ValueError("some logits are NaN or infinite: they have no score.")
+        probabilities = scipy.special.softmax(logits, axis=1)
+        entropies = scipy.special.entr(probabilities).sum(axis=1)
+        sums = [total.copy() for total in self]
+        for total, values in zip(sums, (1.0, probabilities, entropies)):
+            np.add.at(total, splits, values)
+        return SplitSums(*sums)
+
+    def scores(self) -> np.ndarray:
+        """exp(mean_x KL(p(y|x) || p(y))) of every split: [S]."""
+        marginal = self.probabilities / self.counts[:, None]
+        information = scipy.special.entr(marginal).sum(axis=1)
+        return np.exp(information - self.entropies / self.counts)
+
+
+def split_of_images(number: int, num_splits: int, protocol: str) -> np.ndarray:
+    """The split of each of N images in order: [N] int in 0..S-1.
+
+    Args:
+      number: N >= 2 * num_splits.
+      num_splits: S, how many at most.
+      protocol: "reference", chunks of ceil(N / S) images as in torchmetrics, or
+        "torch_fidelity", chunks that begin at floor(i N / S); a ValueError otherwise.
+    """
+    check_choice("protocol", protocol, SCORE_PROTOCOLS)
+    if num_splits < 1 or number < 2 * num_splits:
+        raise ValueError(
+            f"there are logits of {number} images: {num_splits} splits need [N, K] "
+            f"with N >= {2 * num_splits}."
+        )
+    if protocol == "reference":
+        return np.arange(number) // -(-number // num_splits)
+    bounds = np.arange(1, num_splits) * number // num_splits
+    return np.searchsorted(bounds, np.arange(number), side="right")
+
+
+def score_spread(scores: np.ndarray, protocol: str) -> float:
+    """Standard deviation over splits: with n - 1 in the reference protocol, else n."""
+    unbiased = protocol == "reference" and len(scores) > 1
+    return float(np.std(reals.floats(scores), ddof=int(unbiased)))
+
+
+def inception_score(
+    logits: np.ndarray, num_splits: int = 10, *, protocol: str = "reference"
+) -> tuple[float, float]:
+    """Inception Score and its spread over splits of consecutive images.
+
+    Args:
+      logits: [N, K] of the Inception network (without its last bias in the reference
+        protocol) or of any classifier; N >= 2 * num_splits. Shuffle the images first
+        if their order means something, as both protocols do.
+      num_splits: how many.
+      protocol: as of `split_of_images`.
+
+    Returns:
+      (mean, standard deviation) over the splits.
+    """
+    logits = np.asarray(logits)
+    if logits.ndim != 2:
+        raise ValueError(f"logits have shape {logits.shape}: expected [N, K].")
+    splits = split_of_images(len(logits), num_splits, protocol)
+    sums = SplitSums.empty(splits[-1] + 1, logits.shape[1]).add(logits, splits)
+    scores = sums.scores()
+    return float(np.mean(scores)), score_spread(scores, protocol)

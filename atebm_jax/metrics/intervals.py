@@ -1,54 +1,49 @@
-"""95 % intervals: of shares and areas, by bootstrap, by a jackknife over groups."""
+"""95 % intervals: of shares and areas, by bootstrap, by a jackknife over groups.
+
+Arguments out of their range are a ValueError.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 
 from atebm_jax.metrics import reals
 
+# How many standard errors a normal interval of 95 % reaches to either side.
+_REACH = 1.959963984540054
 
-def wilson_interval(
-    hits: int, number: int, confidence: float = 0.95
-) -> tuple[float, float]:
+
+def wilson_interval(hits: int, number: int) -> tuple[float, float]:
     """Interval of a proportion (Wilson, 1927); stays in [0, 1] and is never a point.
 
     Args:
       hits: successes, 0 <= hits <= number.
       number: trials >= 1.
-      confidence: coverage, in (0, 1).
-
-    Raises:
-      ValueError: impossible counts.
     """
-    import scipy.stats  # slow to import
-
     hits, number = _counts(hits, number)
     if not (number >= 1 and 0 <= hits <= number):
         raise ValueError(
             f"{hits} hits of {number}: expected 0 <= hits <= number and number >= 1."
         )
-    result = scipy.stats.binomtest(hits, number).proportion_ci(confidence, "wilson")
+    result = scipy.stats.binomtest(hits, number).proportion_ci(method="wilson")
     return float(result.low), float(result.high)
 
 
 def auroc_interval(
-    area: float, num_positive: int, num_negative: int, confidence: float = 0.95
+    area: float, num_positive: int, num_negative: int
 ) -> tuple[float, float]:
     """Interval of an area under the ROC curve (Newcombe, 2006, method 5).
 
-    It holds every area from which the one that was found is not too many standard
-    errors away. The variance is that of Hanley and McNeil (1982) for groups of the mean
-    size. Like Wilson's it stays in [0, 1] and is never a point, not even for a perfect
-    area.
+    It holds every area from which the measured one is at most 1.96 standard errors
+    away. The variance is that of Hanley and McNeil (1982) for groups of the mean size.
+    Like Wilson's interval it stays in [0, 1] and is never a point, not even for a
+    perfect area.
 
     Args:
       area: in [0, 1].
       num_positive, num_negative: scores of each kind, >= 1.
-      confidence: coverage, in (0, 1).
-
-    Raises:
-      ValueError: an impossible area or impossible numbers.
     """
     area = float(area)
     num_positive, num_negative = _counts(num_positive, num_negative)
@@ -57,28 +52,24 @@ def auroc_interval(
             f"area {area} of {num_positive} positive and {num_negative} negative "
             "scores: expected an area in [0, 1] and at least one of each."
         )
-    quantile = _quantile(confidence)
     more = (num_positive + num_negative) / 2 - 1
 
     def excess(candidate: float) -> float:
+        """Negative at the area itself, positive at the ends of [0, 1]."""
         shape = (1 - candidate) / (2 - candidate) + candidate / (1 + candidate)
         variance = candidate * (1 - candidate) * (1 + more * shape)
         variance /= num_positive * num_negative
-        return (area - candidate) ** 2 - quantile**2 * variance
+        return (area - candidate) ** 2 - _REACH**2 * variance
 
-    # Negative at the area itself, positive at the ends of [0, 1].
-    low = 0.0 if area == 0 else _root(excess, 0.0, area)
-    high = 1.0 if area == 1 else _root(excess, 1.0, area)
-    return low, high
+    def bound(end: float) -> float:
+        """The root between an end of [0, 1] and the area."""
+        if area == end:
+            return end
+        # Start beside the area: the variance of a perfect one is zero.
+        beside = area + 1e-9 * (end - area)
+        return float(scipy.optimize.brentq(excess, end, beside))
 
-
-def _root(excess: Callable[[float], float], end: float, area: float) -> float:
-    """Where `excess` changes its sign between an end of [0, 1] and the area."""
-    # Beside the area: the variance of a perfect one is zero.
-    import scipy.optimize  # slow to import
-
-    beside = area + 1e-9 * (end - area)
-    return float(scipy.optimize.brentq(excess, end, beside))
+    return bound(0.0), bound(1.0)
 
 
 def bootstrap_interval(
@@ -87,28 +78,23 @@ def bootstrap_interval(
     *,
     paired: bool,
     num_resamples: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
     bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> tuple[Any, Any]:
     """Normal interval with the bootstrap's standard error (Efron, 1979).
 
-    It lies around the statistic itself. The repetitions of a resample shift many
-    statistics, such as a calibration error or an area with ties, away from it.
+    Its middle is the statistic itself: the repeated rows of resamples shift many
+    statistics, such as a calibration error or an area with ties.
 
     Args:
       statistic: called with as many resampled arrays as are given; one number or
         several.
-      arrays: [N, ...] each.
-      paired: rows of the arrays belong together (logits and labels); otherwise each
-        array is resampled by itself (positive and negative scores).
+      arrays: [N, ...] each, N >= 1.
+      paired: rows of the arrays belong together (logits and labels), so N is the same;
+        otherwise each array is resampled by itself (positive and negative scores).
       num_resamples: how many, >= 1.
-      confidence: coverage, in (0, 1).
       seed: of the resampling; the same interval for the same seed.
-      bounds: what the statistic cannot leave, and the interval does not.
-
-    Raises:
-      ValueError: an empty array, paired ones of different lengths, or no resample.
+      bounds: of the statistic; the interval is cut there.
     """
     if num_resamples < 1:
         raise ValueError(f"num_resamples is {num_resamples}: it must be positive.")
@@ -129,12 +115,12 @@ def bootstrap_interval(
         chosen = [array[index] for array, index in zip(arrays, rows)]
         values.append(reals.floats(statistic(*chosen)))
     value = reals.floats(statistic(*arrays))
-    ends = _normal(value, np.std(values, axis=0), confidence)
-    return np.clip(ends[0], *bounds), np.clip(ends[1], *bounds)
+    reach = _REACH * np.std(values, axis=0)
+    return np.clip(value - reach, *bounds), np.clip(value + reach, *bounds)
 
 
 def jackknife_interval(
-    value: float, without_group: Sequence[float], confidence: float = 0.95
+    value: float, without_group: Sequence[float]
 ) -> tuple[float, float]:
     """Normal interval from a statistic recomputed without each group (Tukey, 1958).
 
@@ -143,33 +129,16 @@ def jackknife_interval(
     Args:
       value: the statistic of everything, the middle of the interval.
       without_group: [G] the statistic of everything but group g, G >= 2.
-      confidence: coverage, in (0, 1).
-
-    Raises:
-      ValueError: fewer than two groups.
     """
     values = reals.floats(without_group)
     if len(values) < 2:
         raise ValueError(
             f"there are {len(values)} groups: a jackknife needs two or more."
         )
-    spread = np.sqrt((len(values) - 1) * np.var(values))
-    low, high = _normal(float(value), spread, confidence)
-    return float(low), float(high)
-
-
-def _normal(value: Any, error: Any, confidence: float) -> tuple[Any, Any]:
-    reach = _quantile(confidence) * error
-    return value - reach, value + reach
-
-
-def _quantile(confidence: float) -> float:
-    """How many standard errors a normal interval reaches to either side."""
-    import scipy.special  # slow to import
-
-    return float(scipy.special.ndtri((1 + float(confidence)) / 2))
+    reach = float(_REACH * np.sqrt((len(values) - 1) * np.var(values)))
+    return float(value) - reach, float(value) + reach
 
 
 def _counts(*numbers: Any) -> tuple[int, ...]:
-    """Python's ints: a product of counts of 8, or even 32 bits, would overflow."""
+    """Python's ints, as a product of counts would overflow narrow dtypes."""
     return tuple(int(reals.whole(number, "counts")) for number in numbers)

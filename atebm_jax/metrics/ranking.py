@@ -1,7 +1,8 @@
 """How well a score ranks: accuracy, ROC and precision-recall of two sets of scores.
 
-In-distribution images are the positive ones, and a higher score means more in
-distribution.
+Positive scores [P], P >= 1, are those of images in distribution, negative ones [N],
+N >= 1, those of others. A higher score means more in distribution. Scores are real
+numbers of any dtype; an empty set is a ValueError, and outside `auroc` NaN is too.
 """
 
 from typing import Any
@@ -26,31 +27,20 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def auroc(positive: Any, negative: Any) -> Any:
     """Area under the ROC curve: P(positive > negative) + P(equal) / 2.
 
-    Counts by sorting, so that ties are exact and memory stays linear; works under jit.
-
-    Args:
-      positive: [P] scores of what should rank higher, P >= 1, of any real dtype.
-      negative: [N] scores of what should rank lower, N >= 1.
+    It sorts and counts: ties are exact, and memory is linear. Works under jit.
 
     Returns:
       [] in [0, 1]; NaN if any score is NaN. Under jit in the scores' dtype, at least
-      float32; otherwise float64, of scores that are compared as they are.
-
-    Raises:
-      ValueError: an empty set, or scores that are no real numbers.
+      float32; otherwise float64, and scores are compared without rounding.
     """
-    if not np.size(positive) or not np.size(negative):
-        raise ValueError(
-            f"there are {np.size(positive)} positive and {np.size(negative)} negative "
-            "scores: an area needs at least one of each."
-        )
+    _check_not_empty(positive, negative)
     if reals.on_host(positive, negative):
         return _auroc(*reals.comparable(positive, negative))
     positive, negative = reals.traced(jnp.asarray(positive), jnp.asarray(negative))
     ranked = jnp.sort(negative)
     below = jnp.searchsorted(ranked, positive, side="left")
     not_above = jnp.searchsorted(ranked, positive, side="right")
-    # Numbers of scores: half precision ends at 65,504, and whole numbers at 255.
+    # Counts in the scores' own half precision would end at 65,504, in uint8 at 255.
     counted = reals.promoted(positive.dtype, np.float32)
     wins = 0.5 * (below + not_above).astype(counted)
     # Compiled means multiply by a rounded 1 / P, which can end beyond 1.
@@ -60,7 +50,7 @@ def auroc(positive: Any, negative: Any) -> Any:
 
 
 def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.float64:
-    """The same of arrays on the host."""
+    """`auroc` of arrays on the host."""
     if reals.count_nan(positive) or reals.count_nan(negative):
         return np.float64(np.nan)
     ranked = np.sort(negative)
@@ -73,15 +63,8 @@ def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.float64:
 def average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
     """Area under the precision-recall curve as a sum of steps, without interpolation.
 
-    Args:
-      positive: [P] scores of what should rank higher, P >= 1.
-      negative: [N] scores of what should rank lower, N >= 1.
-
     Returns:
       A number in (0, 1]; P / (P + N) where all scores are equal.
-
-    Raises:
-      ValueError: an empty set or a NaN.
     """
     from sklearn.metrics import average_precision_score  # slow to import
 
@@ -94,18 +77,13 @@ def roc_curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """False and true positive rates at every threshold, from (0, 0) to (1, 1).
 
-    Arguments and errors as of `average_precision`.
-
     Returns:
       ([M], [M]) float64, both ascending.
     """
-    from sklearn import metrics as sklearn_metrics  # slow to import
+    from sklearn.metrics import roc_curve  # slow to import
 
     scores, truth = _joined(positive, negative)
-    false_rate, true_rate, _ = sklearn_metrics.roc_curve(
-        truth, scores, drop_intermediate=False
-    )
-    return false_rate, true_rate
+    return roc_curve(truth, scores, drop_intermediate=False)[:2]
 
 
 def fpr_at_tpr(
@@ -116,7 +94,7 @@ def fpr_at_tpr(
     Every distinct score is a threshold; nothing is interpolated between them.
 
     Args:
-      positive, negative: scores; errors as of `average_precision`.
+      positive, negative: scores.
       true_positive_rate: share of positives to be kept, in (0, 1].
     """
     if not 0 < true_positive_rate <= 1:
@@ -130,15 +108,21 @@ def fpr_at_tpr(
 def _joined(
     positive: np.ndarray, negative: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of all scores, and 1 for the positive ones and 0 for the negative."""
     positive, negative = reals.comparable(positive, negative)
-    if not len(positive) or not len(negative):
-        raise ValueError(
-            f"there are {len(positive)} positive and {len(negative)} negative scores: "
-            "a ranking needs at least one of each."
-        )
+    _check_not_empty(positive, negative)
     scores = np.concatenate([positive, negative])
     if broken := reals.count_nan(scores):
         raise ValueError(f"{broken} scores are NaN: none has a rank.")
     # scikit-learn refuses infinite scores; their ranks say the same.
     ranks = np.unique(scores, return_inverse=True)[1]
     return ranks, np.repeat([1, 0], [len(positive), len(negative)])
+
+
+def _check_not_empty(positive: Any, negative: Any) -> None:
+    numbers = np.size(positive), np.size(negative)
+    if not all(numbers):
+        raise ValueError(
+            f"there are {numbers[0]} positive and {numbers[1]} negative scores: a "
+            "ranking needs at least one of each."
+        )

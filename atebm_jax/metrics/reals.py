@@ -1,6 +1,6 @@
 """Real numbers of any dtype, without rounding.
 
-Outside of compiled functions, statistics are NumPy's and in float64: JAX would round
+Outside compiled functions, statistics are computed by NumPy in float64: JAX would round
 float64 to float32, and would count in half precision.
 """
 
@@ -15,7 +15,7 @@ _LARGEST_EXACT = 2**53
 
 
 def on_host(*arrays: Any) -> bool:
-    """Whether none of these is part of a compiled function or spread over processes."""
+    """Whether none is traced by a compiled function or spread over processes."""
     return not any(
         isinstance(x, jax.core.Tracer)
         or (isinstance(x, jax.Array) and not x.is_fully_addressable)
@@ -24,27 +24,21 @@ def on_host(*arrays: Any) -> bool:
 
 
 def real(values: Any) -> np.ndarray:
-    """The same numbers: whole ones in 64 bits, others in float64 or more.
-
-    Args:
-      values: bools, ints or floats of any width, an array or what becomes one.
+    """Bools, ints or floats: whole ones in 64 bits, others in float64 or more.
 
     Raises:
       ValueError: they are no real numbers.
     """
     array = np.asarray(values)
     if jnp.issubdtype(array.dtype, np.floating):
-        return array.astype(np.promote_types(np.float64, _as_numpy(array.dtype)))
+        # bfloat16 and the like are none of NumPy's own dtypes; float32 holds them.
+        own = array.dtype if array.dtype.kind == "f" else np.float32
+        return array.astype(np.promote_types(np.float64, own))
     if array.dtype == np.uint64:
         return array
     if array.dtype == np.bool_ or jnp.issubdtype(array.dtype, np.integer):
         return array.astype(np.int64)
     raise ValueError(f"an array is of dtype {array.dtype}: expected real numbers.")
-
-
-def _as_numpy(dtype: np.dtype) -> Any:
-    """A float dtype of NumPy's own: bfloat16 and the like fit into float32."""
-    return dtype if dtype.kind == "f" else np.float32
 
 
 def floats(values: Any) -> np.ndarray:
@@ -56,7 +50,7 @@ def whole(values: Any, what: str) -> np.ndarray:
     """As `real`, int64.
 
     Raises:
-      ValueError: some are no whole numbers, or too large.
+      ValueError: some are no whole numbers, or too large for it.
     """
     array = real(values)
     with np.errstate(invalid="ignore"):
@@ -81,7 +75,7 @@ def comparable(one: Any, other: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_nan(numbers: np.ndarray) -> int:
-    """How many of the numbers that `comparable` gives are NaN."""
+    """How many numbers are NaN, of an array as of `comparable`."""
     with np.errstate(over="ignore"):
         return int(np.isnan(numbers.astype(np.float64)).sum())
 
@@ -93,10 +87,7 @@ def _exact_as_float(array: np.ndarray) -> bool:
 
 
 def traced(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two arrays of a compiled function in a common dtype.
-
-    Half precision is compared with other dtypes in float32.
-    """
+    """Two traced arrays in a common dtype: float32 for half precision and another."""
     common = promoted(one.dtype, other.dtype)
     if one.dtype != other.dtype and jnp.issubdtype(common, np.floating):
         common = promoted(common, np.float32)
@@ -104,6 +95,6 @@ def traced(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def promoted(one: Any, other: Any) -> Any:
-    """JAX's common dtype of two, also where implicit promotion is forbidden."""
+    """JAX's common dtype, also where implicit promotion is forbidden."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, other)

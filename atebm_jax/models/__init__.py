@@ -9,23 +9,14 @@ import jax.numpy as jnp
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models import convnext, resnet, vit, wide_resnet
-from atebm_jax.models.family import Family
+from atebm_jax.models.families import BUILT_IN, FAMILIES
 from atebm_jax.models.layers import FROZEN
+
+__all__ = ["BUILT_IN", "DTYPES", "FAMILIES", "LogitsFn"]
+__all__ += ["build", "freeze", "logits_fn", "prepare", "variable_shapes"]
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
-
-#: Families of networks by `config.model.name`. Your own network is one more entry.
-FAMILIES: dict[str, Family] = {
-    "wide_resnet": wide_resnet.FAMILY,
-    "resnet": resnet.FAMILY,
-    "convnext": convnext.FAMILY,
-    "vit": vit.FAMILY,
-}
-
-#: The families of this package.
-BUILT_IN = frozenset(FAMILIES)
 
 DTYPES = ("float32", "bfloat16")
 

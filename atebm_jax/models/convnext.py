@@ -6,7 +6,6 @@ residual branches is float32 also where the branches compute in bfloat16.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,15 +16,14 @@ import ml_collections
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
 from atebm_jax.models.layers import (
+    INIT,
     Dense,
     LayerNorm,
     at_least_float32,
-    dense_after,
-    gelu,
     layer_norm,
+    mlp,
 )
 from atebm_jax.models.stem import (
-    INIT,
     STEMS,
     ConvStem,
     PatchStem,
@@ -61,15 +59,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        dense = partial(Dense, dtype=self.dtype, kernel_init=INIT)
         y = biased_conv(
             channels, 7, padding=3, groups=channels, dtype=self.dtype, name="depthwise"
         )(x)
-        y = dense_after(LayerNorm(name="norm"), dense(4 * channels, name="fc1"), y)
         init = nn.initializers.constant(1e-6)
         gamma = lambda: self.param("gamma", init, (channels,), jnp.float32)
-        y = dense(channels, name="fc2")(gelu(y), then=gamma)
-        return x + at_least_float32(y)
+        return x + mlp(y, self.dtype, LayerNorm(name="norm"), gamma)
 
 
 class Downsample(nn.Module):
@@ -212,6 +207,8 @@ FAMILY = family.Family(
         usual=lambda model: family.AS_THEY_ARE if model["stem"] == "conv" else None,
         who="--normalization=imagenet (timm, torchvision, the authors, Liu2023) or "
         "--normalization=none (DAT and others trained on pixels as they are)",
+        published="the authors, timm, torchvision; Liu2023 and Singh2023 (ConvStem) of "
+        "RobustBench; DAT for ImageNet",
         aliases=tuple(_aliases()),
         bare={"gamma": 1},
         look_alikes={"a ConvNeXt V2": r".*\.grn\.(weight|bias|gamma|beta)"},

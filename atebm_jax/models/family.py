@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atebm_jax.models.layers import normalize
 
@@ -19,6 +20,11 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10 = {
     "mean": (0.4913997551666284, 0.48215855929893703, 0.4465309133731618),
     "std": (0.24703225141799082, 0.24348516474564, 0.26158783926049628),
+}
+#: Of DeepMind's networks, by the number of classes: CIFAR-10's and CIFAR-100's.
+DEEPMIND: dict[int, dict[str, tuple[float, ...]]] = {
+    10: {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)},
+    100: {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
 }
 AS_THEY_ARE: dict[str, tuple[float, ...]] = {"mean": (), "std": ()}
 
@@ -86,8 +92,14 @@ class TorchNames:
       usual: the input normalisation that all public weights of a network expect; None
         where they differ.
       who: where they differ, the flags to give for whose weights.
+      activation: assumed where the family has several and no file says which.
+      unsaid: `fields` to those of them that names and shapes leave open, so that they
+        are what is usual, and to how a user gives others. An export writes them beside
+        the weights.
       aliases: whole names in other sources, and our source's names for them; {leaf} is
         "weight" or "bias".
+      settle: a whole file's arrays to those of a file whose names translate one by one:
+        for sources that number or divide layers otherwise.
       bare: parameters that are no layer's weight or bias and keep their layout: the
         last part of their name, and their number of axes. PyTorch's may have further
         axes of length one at the end.
@@ -95,6 +107,7 @@ class TorchNames:
       look_alikes: other networks with this family's names, or that users take for it: a
         description, and a pattern of a name that only they have, or a test of the
         shapes.
+      published: whose public weights have these names, for the list of families.
     """
 
     rules: Rules
@@ -104,12 +117,16 @@ class TorchNames:
     side: Callable[[ModelFields], int]
     usual: Callable[[ModelFields], Mapping[str, tuple[float, ...]] | None]
     who: str = ""
+    activation: str = "relu"
+    unsaid: Callable[[ModelFields], Mapping[str, str]] = lambda fields: {}
     aliases: Rules = ()
+    settle: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")
     look_alikes: Mapping[str, str | Callable[[Shapes], bool]] = field(
         default_factory=dict
     )
+    published: str = ""
 
 
 @dataclass(frozen=True)

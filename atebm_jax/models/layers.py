@@ -6,6 +6,7 @@ convolutions run in `dtype` (float32 or bfloat16).
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -116,13 +117,13 @@ AffineFn = Callable[[], tuple[jax.Array, jax.Array]]
 
 
 class Conv(nn.Module):
-    """2-D convolution with symmetric zero padding.
+    """2-D convolution with zero padding, the same in both directions.
 
     Attributes:
       features: output channels.
       kernel_size: side of the square window.
       stride: the same in both directions.
-      padding: zeros on every side.
+      padding: zeros on every side, or (zeros above and left, zeros below and right).
       groups: channel groups.
       use_bias: adds a learned vector.
       dtype: compute dtype; the parameters are float32.
@@ -133,7 +134,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: int
     stride: int = 1
-    padding: int = 0
+    padding: int | tuple[int, int] = 0
     groups: int = 1
     use_bias: bool = False
     dtype: Any = jnp.float32
@@ -168,7 +169,9 @@ class Conv(nn.Module):
             return kernel.astype(self.dtype), bias
 
         kernel, bias = prepared(self, weights)
-        around = (self.padding, self.padding)
+        around = self.padding
+        if isinstance(around, int):
+            around = (around, around)
         x = conv(
             images.astype(self.dtype),
             kernel,
@@ -179,6 +182,53 @@ class Conv(nn.Module):
         if bias is None:
             return x
         return x.astype(bias.dtype) + per_channel(bias, x)
+
+
+def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
+    """Zeros around what a 3x3 convolution sees.
+
+    Args:
+      stride: 1 or 2.
+      same: at stride 2, pad below and on the right alone. Networks that were first
+        written for TensorFlow or Haiku do so ("SAME", for even sides).
+    """
+    return (0, 1) if same and stride == 2 else 1
+
+
+def check_sides(images: jax.Array, halvings: int) -> None:
+    """Refuses images that padding as of `padding_3x3(2, same=True)` does not fit.
+
+    At odd sides a 3x3 convolution makes one pixel less than the 1x1 beside it.
+
+    Raises:
+      UserError: sides that cannot be halved so often.
+    """
+    sides = images.shape[1:3]
+    if any(side % 2**halvings for side in sides):
+        raise UserError(
+            f"image_shape begins with {sides}: both sides must be multiples of "
+            f"{2**halvings} for a network that pads as DeepMind's do."
+        )
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales channels by gates that their means over the image open (Hu et al., 2018).
+
+    Attributes:
+      features: channels between the two layers.
+      dtype: compute dtype of the layers.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(Conv, kernel_size=1, use_bias=True, dtype=self.dtype)
+        gates = at_least_float32(x).mean(axis=(1, 2), keepdims=True)
+        gates = nn.relu(dense(self.features, name="fc1")(gates))
+        gates = dense(x.shape[-1], name="fc2")(gates)
+        return x * nn.sigmoid(at_least_float32(gates)).astype(x.dtype)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -238,7 +288,9 @@ def normed(conv: Conv, norm: BatchNorm, images: jax.Array) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, eps 1e-6, in float32 at least."""
+    """Layer normalisation over the last axis, in float32 at least."""
+
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -246,7 +298,7 @@ class LayerNorm(nn.Module):
         features = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-        x = standardized(x)
+        x = standardized(x, self.epsilon)
         return x * per_channel(scale, x) + per_channel(bias, x)
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
@@ -254,16 +306,16 @@ class LayerNorm(nn.Module):
         return self.get_variable("params", "scale"), self.get_variable("params", "bias")
 
 
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
+def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
     """A `LayerNorm` of this name in the calling module, applied."""
-    return LayerNorm(name=name)(x)
+    return LayerNorm(epsilon, name=name)(x)
 
 
-def standardized(x: jax.Array) -> jax.Array:
-    """Mean 0 and variance 1 over the last axis, eps 1e-6, in float32 at least."""
+def standardized(x: jax.Array, epsilon: float) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis, in float32 at least."""
     x = at_least_float32(x)
     x = x - x.mean(axis=-1, keepdims=True)
-    return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+    return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
 
 
 class Dense(nn.Module):
@@ -271,11 +323,13 @@ class Dense(nn.Module):
 
     Attributes:
       features: outputs.
+      use_bias: adds a learned vector.
       dtype: compute dtype; the parameters are float32.
       kernel_init: of the kernel; the bias begins at zero.
     """
 
     features: int
+    use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
@@ -297,8 +351,9 @@ class Dense(nn.Module):
         def weights() -> tuple[jax.Array, jax.Array]:
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-            zeros = nn.initializers.zeros
-            bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            zeros, bias = nn.initializers.zeros, jnp.zeros(self.features)
+            if self.use_bias:
+                bias = self.param("bias", zeros, (self.features,), jnp.float32)
             if after is not None:
                 scale, shift = after()
                 bias = bias + shift @ kernel
@@ -313,16 +368,78 @@ class Dense(nn.Module):
         return y + per_channel(bias, y)
 
 
-def dense_after(norm: LayerNorm, dense: Dense, x: jax.Array) -> jax.Array:
+def dense_after(norm: LayerNorm | None, dense: Dense, x: jax.Array) -> jax.Array:
     """dense(norm(x)), with the norm's scale and shift in the dense layer's weights.
 
     Args:
-      norm, dense: layers of the calling module.
+      norm, dense: layers of the calling module; no norm for dense(x).
       x: [..., I].
     """
+    if norm is None:
+        return dense(x)
     if dense.is_initializing():
         return dense(norm(x))
-    return dense(standardized(x), after=norm.affine)
+    return dense(standardized(x, norm.epsilon), after=norm.affine)
+
+
+#: Of every convolution and dense layer of ConvNeXts and transformers.
+INIT = nn.initializers.truncated_normal(0.02)
+
+#: Query, key and value [..., tokens, heads, channels a head] -> the same shape.
+AttendFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def self_attention(
+    x: jax.Array,
+    heads: int,
+    dtype: Any,
+    attend: AttendFn = jax.nn.dot_product_attention,
+    norm: LayerNorm | None = None,
+) -> jax.Array:
+    """Dense layers "qkv" and "proj" around attention [..., tokens, channels].
+
+    Call it once inside a module's compact method.
+
+    Args:
+      x: [..., tokens, channels].
+      heads: their number, which divides the channels.
+      dtype: compute dtype.
+      attend: makes the values of each token from those of others.
+      norm: before it.
+
+    Returns:
+      [..., tokens, channels], in float32 at least.
+    """
+    channels = x.shape[-1]
+    dense = partial(Dense, dtype=dtype, kernel_init=INIT)
+    # Query, key and value follow one another, each as [heads, channels a head].
+    y = dense_after(norm, dense(3 * channels, name="qkv"), x)
+    y = y.reshape(*x.shape[:-1], 3, heads, channels // heads)
+    y = attend(*jnp.unstack(y, axis=-3)).reshape(x.shape)
+    return at_least_float32(dense(channels, name="proj")(y))
+
+
+def mlp(
+    x: jax.Array,
+    dtype: Any,
+    norm: LayerNorm | None = None,
+    scale: Callable[[], jax.Array] | None = None,
+) -> jax.Array:
+    """Dense layers "fc1" and "fc2", four times as wide between, with GELU.
+
+    Call it once inside a module's compact method. The result, [..., channels] as the
+    input, is in float32 at least.
+
+    Args:
+      x: [..., channels].
+      dtype: compute dtype.
+      norm: before it.
+      scale: () -> factors [channels] of the result.
+    """
+    channels = x.shape[-1]
+    dense = partial(Dense, dtype=dtype, kernel_init=INIT)
+    y = gelu(dense_after(norm, dense(4 * channels, name="fc1"), x))
+    return at_least_float32(dense(channels, name="fc2")(y, then=scale))
 
 
 def normalize(

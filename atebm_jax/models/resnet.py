@@ -2,7 +2,8 @@
 
 ResNet-50 and Wide-ResNet-50-4 are two of the paper's ImageNet networks. The stride of a
 bottleneck is in its 3x3 convolution, as in all public weights. The network normalises
-its input, and its global average pooling fits any image size.
+its input, and its global average pooling fits any image size. ResNets for small images
+are an option; their names are in `small_resnet`.
 """
 
 from collections.abc import Callable
@@ -81,11 +82,14 @@ class ResNet(family.Network):
       base_width: channels inside the first stage's bottlenecks: 64, for wide networks
         128 or 256.
       activation: "relu", "swish" or "gelu".
+      small: for small images: the first convolution is 3x3 with stride 1, and no
+        pooling follows.
     """
 
     depth: int
     base_width: int = 64
     activation: str = "relu"
+    small: bool = False
 
     @nn.compact
     def __call__(
@@ -96,9 +100,10 @@ class ResNet(family.Network):
         bottleneck = self.depth >= _BOTTLENECK_DEPTH
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         x = self.normalised(images)
-        first = Conv(64, 7, 2, 3, dtype=self.dtype, name="conv1")
-        x = normed(first, batch_norm("bn1", train), x).astype(self.dtype)
-        x = max_pool(activation(x), 3, 2, 1)
+        side, stride = (3, 1) if self.small else (7, 2)
+        first = Conv(64, side, stride, side // 2, dtype=self.dtype, name="conv1")
+        x = activation(normed(first, batch_norm("bn1", train), x).astype(self.dtype))
+        x = x if self.small else max_pool(x, 3, 2, 1)
         for stage, num_blocks in enumerate(STAGES[self.depth]):
             planes = 64 * 2**stage
             for index in range(num_blocks):
@@ -137,7 +142,8 @@ def build(config: ml_collections.ConfigDict) -> ResNet:
     return ResNet(**family.network_fields(config, "depth", "base_width", "activation"))
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
+def fields(shapes: family.Shapes) -> dict[str, Any]:
+    """Depth and width that the blocks have; those for small images share the names."""
     template = "layer{}.{{}}.conv1.weight"
     blocks = tuple(family.count(shapes, template.format(s)) for s in range(1, 5))
     bottleneck = "layer1.0.conv3.weight" in shapes
@@ -185,17 +191,12 @@ FAMILY = family.Family(
         ),
         mark="layer1.0.conv1.weight",
         first=("conv1.weight",),
-        fields=_fields,
+        fields=fields,
         side=lambda model: 256,
         usual=lambda model: family.IMAGENET,
+        published="torchvision, timm; Engstrom2019, Salman2020 and Wong2020 of "
+        "RobustBench for ImageNet; DAT for ImageNet",
         look_alikes={
-            "a WideResNet with biases in its convolutions (JEM's, with leaky ReLU)": (
-                r"layer\d\.\d+\.conv\d\.bias"
-            ),
-            (
-                "a ResNet for small images (a PreActResNet, say, or pytorch-cifar's "
-                "ResNet)"
-            ): r"layer\d\.\d+\.shortcut\.\d\.weight",
             "a ResNet with squeeze and excitation": r"layer\d\.\d+\.se\..*",
             "a ResNet-D (three convolutions first)": r"conv1\.\d\.weight",
             "a ResNet V2 (BiT)": (

@@ -1,4 +1,4 @@
-"""First layers of ConvNeXts and ViTs: patches, or a stack of convolutions (ConvStem).
+"""First layers of ConvNeXts and transformers: patches, or convolutions (ConvStem).
 
 A ConvStem makes networks more robust than patches do (Singh, Croce and Hein, 2023,
 Revisiting adversarial training for ImageNet).
@@ -12,12 +12,9 @@ import flax.linen as nn
 import jax
 
 from atebm_jax.models.family import Rules
-from atebm_jax.models.layers import Conv, gelu, layer_norm
+from atebm_jax.models.layers import INIT, Conv, gelu, layer_norm
 
 STEMS = ("patch", "conv")
-
-#: Of every convolution and dense layer of ConvNeXts and ViTs.
-INIT = nn.initializers.truncated_normal(0.02)
 
 biased_conv = partial(Conv, use_bias=True, kernel_init=INIT)
 
@@ -29,19 +26,21 @@ class PatchStem(nn.Module):
       features: output channels.
       patch: side of the patches.
       norm: normalise the result.
+      epsilon: of the norm.
     """
 
     features: int
     patch: int
     norm: bool
     dtype: Any
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         side = self.patch
         conv = biased_conv(self.features, side, side, dtype=self.dtype, name="proj")
         x = conv(images)
-        return layer_norm(x, "norm") if self.norm else x
+        return layer_norm(x, "norm", self.epsilon) if self.norm else x
 
 
 class ConvStem(nn.Module):

@@ -8,7 +8,6 @@ where the branches compute in bfloat16.
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,14 +18,15 @@ import ml_collections
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
 from atebm_jax.models.layers import (
+    INIT,
     Dense,
     LayerNorm,
     at_least_float32,
-    dense_after,
-    gelu,
     layer_norm,
+    mlp,
+    self_attention,
 )
-from atebm_jax.models.stem import INIT, STEMS, ConvStem, PatchStem, conv_stem_rules
+from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
 
 # Channels and attention heads.
 SIZES: dict[str, tuple[int, int]] = {"small": (384, 6), "base": (768, 12)}
@@ -46,16 +46,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        dense = partial(Dense, dtype=self.dtype, kernel_init=INIT)
-        y = dense_after(LayerNorm(name="norm1"), dense(3 * channels, name="qkv"), x)
-        # Query, key and value follow one another, each as [heads, channels a head].
-        split = y.reshape(*y.shape[:2], 3, self.heads, channels // self.heads)
-        y = jax.nn.dot_product_attention(*jnp.unstack(split, axis=2))
-        x = x + at_least_float32(dense(channels, name="proj")(y.reshape(x.shape)))
-        y = dense_after(LayerNorm(name="norm2"), dense(4 * channels, name="fc1"), x)
-        y = gelu(y)
-        return x + at_least_float32(dense(channels, name="fc2")(y))
+        first, second = LayerNorm(name="norm1"), LayerNorm(name="norm2")
+        x = x + self_attention(x, self.heads, self.dtype, norm=first)
+        return x + mlp(x, self.dtype, second)
 
 
 class ViT(family.Network):
@@ -210,13 +203,11 @@ FAMILY = family.Family(
         who="--normalization=imagenet (DeiT, torchvision), --mean=0.5 --std=0.5 "
         "(Google's and timm's augreg weights) or --normalization=none (pixels as they "
         "are)",
+        published="DeiT, Google's augreg weights, timm, torchvision; Singh2023 "
+        "(ConvStem) of RobustBench",
         aliases=tuple(_aliases()),
         bare={"cls_token": 3, "pos_embed": 3},
         look_alikes={
-            "an XCiT (cross-covariance attention)": (
-                r"(cls_attn_blocks|pos_embed(er)?\.token_projection|"
-                r"blocks\.\d+\.local_mp)\..*"
-            ),
             "a CaiT (class attention)": r"blocks_token_only\..*",
             "a distilled DeiT (a second token and head)": r"dist_token|head_dist\..*",
             "a ViT with register tokens": r"(reg_token|register_tokens)",
@@ -224,8 +215,8 @@ FAMILY = family.Family(
             "a ViT with layer scale (BEiT, DeiT III)": (
                 r"blocks\.\d+\.(ls1\.gamma|gamma_1)"
             ),
-            "a transformer with relative positions (Swin, say)": (
-                r".*\.relative_position_bias_table"
+            "a transformer with relative positions": (
+                lambda shapes: "blocks.0.attn.relative_position_bias_table" in shapes
             ),
             "an EVA transformer": (
                 r"blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)"

@@ -4,7 +4,7 @@ WRN-34-10 is the paper's CIFAR network. Depth is 6n + 4, the width any. The netw
 normalises its input, and its global average pooling fits any image size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,16 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import ACTIVATIONS, Conv, Dense, batch_norm, normed
+from atebm_jax.models.layers import (
+    ACTIVATIONS,
+    Conv,
+    Dense,
+    SqueezeExcitation,
+    batch_norm,
+    check_sides,
+    normed,
+    padding_3x3,
+)
 
 # Tracing a deeper network would seem to hang; nobody trains one.
 _DEEPEST = 1000
@@ -24,59 +33,105 @@ class Block(nn.Module):
     """Two 3x3 convolutions after norm and activation, with a shortcut.
 
     Where the width changes, the shortcut is a 1x1 convolution of the activated input.
+
+    Attributes:
+      features: output channels.
+      stride: of the first convolution and of the shortcut.
+      same_padding: as of `layers.padding_3x3`.
+      squeeze: channels of squeeze and excitation after the convolutions; 0 for none.
     """
 
     features: int
     stride: int
     activation: Callable[[jax.Array], jax.Array]
     dtype: Any
+    same_padding: bool = False
+    squeeze: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
         active = self.activation(batch_norm("bn1", train)(x).astype(self.dtype))
-        first = conv(3, self.stride, 1, name="conv1")
+        around = padding_3x3(self.stride, self.same_padding)
+        first = conv(3, self.stride, around, name="conv1")
         y = normed(first, batch_norm("bn2", train), active).astype(self.dtype)
         y = self.activation(y)
         y = conv(3, 1, 1, name="conv2")(y)
+        if self.squeeze:
+            y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
         if x.shape[-1] == self.features:
             return x + y
         return y + conv(1, self.stride, name="shortcut")(active)
 
 
-class WideResNet(family.Network):
-    """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
+class PreActivated(family.Network, kw_only=True):
+    """Groups of `Block`s, each group after the first at half the resolution.
+
+    Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
-      depth: 6n + 4, number of convolutions.
-      widen_factor: width k; the groups have 16k, 32k and 64k channels.
       activation: "relu", "swish" or "gelu".
+      same_padding: as of `layers.padding_3x3`.
     """
 
-    depth: int
-    widen_factor: int
     activation: str = "relu"
+    same_padding: bool = False
+
+    def num_blocks(self) -> Sequence[int]:
+        """Number of blocks of each group."""
+        raise NotImplementedError
+
+    def channels(self) -> Sequence[int]:
+        """Channels of the first convolution, then of each group."""
+        raise NotImplementedError
+
+    def squeezed(self, width: int) -> int:
+        """Channels of squeeze and excitation in blocks of a width; 0 for none."""
+        return 0
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, features: bool = False
     ) -> jax.Array:
-        """Logits, or the pooled features [B, 64 k] before them."""
+        """Logits, or the pooled features [B, last width] before them."""
         activation = ACTIVATIONS[self.activation]
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        stem, *widths = self.channels()
+        if self.same_padding:
+            check_sides(images, len(widths) - 1)
         x = self.normalised(images)
-        x = Conv(16, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
-        for group, stride in enumerate((1, 2, 2)):
-            for index in range((self.depth - 4) // 6):
+        x = Conv(stem, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
+        for group, number in enumerate(self.num_blocks()):
+            for index in range(number):
                 x = block(
-                    features=16 * self.widen_factor * 2**group,
-                    stride=stride if index == 0 else 1,
+                    features=widths[group],
+                    stride=2 if group > 0 and index == 0 else 1,
                     activation=activation,
                     dtype=self.dtype,
+                    same_padding=self.same_padding,
+                    squeeze=self.squeezed(widths[group]),
                     name=f"block{group + 1}_{index}",
                 )(x, train)
         x = activation(batch_norm("bn1", train)(x)).mean(axis=(1, 2))
         return x if features else Dense(self.num_classes, name="fc")(x)
+
+
+class WideResNet(PreActivated):
+    """Three groups of as many blocks, each twice as wide as the one before.
+
+    Attributes:
+      depth: 6n + 4, number of convolutions.
+      widen_factor: width k; the groups have 16k, 32k and 64k channels.
+    """
+
+    depth: int
+    widen_factor: int
+
+    def num_blocks(self) -> Sequence[int]:
+        return ((self.depth - 4) // 6,) * 3
+
+    def channels(self) -> Sequence[int]:
+        return (16, *(self.widen_factor * width for width in (16, 32, 64)))
 
 
 def build(config: ml_collections.ConfigDict) -> WideResNet:
@@ -85,19 +140,26 @@ def build(config: ml_collections.ConfigDict) -> WideResNet:
     Raises:
       UserError: depth not 6n + 4, no width, unknown activation.
     """
-    if not 10 <= config.depth <= _DEEPEST or (config.depth - 4) % 6:
-        raise UserError(
-            f"model.depth is {config.depth}: a WideResNet has depth 6n + 4, such as "
-            f"10, 16, 22, 28 or 34, and at most {_DEEPEST}."
-        )
-    if config.widen_factor < 1:
-        raise UserError(
-            f"model.widen_factor is {config.widen_factor}: it must be positive."
-        )
+    check_size(config.depth, config.widen_factor)
     check_choice("model.activation", config.activation, ACTIVATIONS)
     return WideResNet(
         **family.network_fields(config, "depth", "widen_factor", "activation")
     )
+
+
+def check_size(depth: int, widen_factor: int) -> None:
+    """Refuses what no WideResNet has.
+
+    Raises:
+      UserError: depth not 6n + 4, or no width.
+    """
+    if not 10 <= depth <= _DEEPEST or (depth - 4) % 6:
+        raise UserError(
+            f"model.depth is {depth}: a WideResNet has depth 6n + 4, such as 10, 16, "
+            f"22, 28 or 34, and at most {_DEEPEST}."
+        )
+    if widen_factor < 1:
+        raise UserError(f"model.widen_factor is {widen_factor}: it must be positive.")
 
 
 def _fields(shapes: family.Shapes) -> dict[str, Any]:
@@ -150,11 +212,8 @@ FAMILY = family.Family(
         who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
         "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
         "(Hendrycks2019)",
+        published="TRADES, MART, AWP, Carmon2019, Hendrycks2019 and others of "
+        "RobustBench; DAT for CIFAR",
         unused=_unused,
-        look_alikes={
-            "DeepMind's WideResNet (Gowal2020, Rebuffi2021, Wang2023)": (
-                r"init_conv\.weight|layer\.\d+\.block\.\d+\.conv_0\.weight"
-            ),
-        },
     ),
 )

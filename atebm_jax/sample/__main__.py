@@ -20,21 +20,19 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     Raises:
       UserError: a flag, the checkpoint, an image or the folder cannot be used.
     """
-    # The commands are imported late, so that --help and a misspelt flag answer at once.
     console = console or Console()
-    command, rest = (arguments[0] if arguments else ""), arguments[1:]
     parsers = {"explain": flags.of_explain, "edit": flags.of_edit}
-    if command in parsers:
-        given = parsers[command]().parse_args(rest)
-        check_platform()
-        from atebm_jax.sample import edit
-
-        return edit.run(command, given, console)
-    given = flags.of_sampling().parse_args(arguments)
+    command = next((word for word in arguments[:1] if word in parsers), None)
+    parser = parsers[command]() if command else flags.of_sampling()
+    given = parser.parse_args(arguments[1:] if command else arguments)
     check_platform()
-    from atebm_jax.sample import draw
+    # Imported late, so that --help and a misspelt flag answer at once.
+    from atebm_jax.sample import draw, edit
 
-    return draw.run(given, console)
+    if command:
+        edit.run(command, given, console)
+    else:
+        draw.run(given, console)
 
 
 def cli() -> None:

@@ -1,10 +1,10 @@
 """What flags ask for: classes by number or name, and radii."""
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
 
 from atebm_jax import data
@@ -19,29 +19,21 @@ _log = logging.getLogger(__name__)
 def class_names(loaded: Trained, flags: argparse.Namespace) -> list[str]:
     """K names: those of the checkpoint, or numbers where it has none.
 
-    With --classes_by_place such a checkpoint takes them from the config's test images,
-    where these are here.
+    With --classes_by_place, a checkpoint without names takes those of the config's test
+    images if these are here.
     """
-    number = loaded.num_classes
-    if loaded.class_names is not None:
-        return list(loaded.class_names)
-    if flags.classes_by_place:
-        found = _names_of_data(loaded.config, flags.data_dir)
-        if len(found) == number:
-            return list(found)
-    _log.warning(
-        "the checkpoint does not name its classes: they go by their numbers, 0 to %d",
-        number - 1,
-    )
-    return [str(k) for k in range(number)]
-
-
-def _names_of_data(config: ml_collections.ConfigDict, data_dir: str) -> tuple[str, ...]:
-    try:
-        source = data.open_source(config.data.test, data_dir or config.data.data_dir)
-    except (UserError, ImportError):
-        return ()
-    return source.class_names or ()
+    names, config = loaded.class_names, loaded.config.data
+    if names is None and flags.classes_by_place:
+        with contextlib.suppress(UserError, ImportError):
+            source = data.open_source(config.test, flags.data_dir or config.data_dir)
+            names = source.class_names
+    if names is None or len(names) != loaded.num_classes:
+        _log.warning(
+            "the checkpoint does not name its classes: they go by their numbers, 0 to "
+            "%d",
+            loaded.num_classes - 1,
+        )
+    return classes.names_of(names, loaded.num_classes)
 
 
 def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
@@ -53,11 +45,8 @@ def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
     if text == "all":
         classes.check_keyword(flag, text, names)
         return np.arange(len(names), dtype=np.int32)
-    words = (
-        [text]
-        if of_class(text) in names
-        else [part.strip() for part in text.split(",")]
-    )
+    alone = of_class(text) in names
+    words = [text] if alone else [part.strip() for part in text.split(",")]
     return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
 
 
@@ -68,14 +57,12 @@ def parse_radii(text: str) -> list[float]:
       UserError: anything else.
     """
     try:
-        # Those that would have one name are one.
-        radii = list(
-            {f"{(r := float(word)):g}": r for word in text.split(",")}.values()
-        )
+        radii = [float(word) for word in text.split(",")]
     except ValueError:
         radii = []
     if not radii or not all(0 < radius < np.inf for radius in radii):
         raise UserError(
             f"--radius={text}: expected positive numbers with commas, such as 1,2,4."
         )
-    return radii
+    # Files are named by the radius: two radii of one name are one.
+    return list({f"{radius:g}": radius for radius in radii}.values())

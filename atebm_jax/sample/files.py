@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,23 @@ _SHEET_IMAGES = 100
 
 
 def claim(
-    folder: Path,
+    path: Path,
     protocol: Mapping[str, Any],
-    clash: Sequence[str],
     *,
-    name: str = "samples.json",
-    what: str = "samples",
-    keep: Sequence[str] = (),
+    free: Collection[str],
+    keep: str,
+    what: str,
     check: Callable[[Mapping[str, Any]], None] = lambda before: None,
 ) -> dict[str, Any]:
-    """Makes the folder, or refuses one with images of another protocol.
+    """Writes the protocol, or refuses a folder with images of another one.
 
     Args:
-      folder: where images go.
-      protocol: plain JSON, written beside them.
-      clash: keys whose values must be those of the images that are there.
-      name: of the file with the protocol.
-      what: lies there, for messages.
-      keep: other keys of that file, which stay as they are.
-      check: is given what stands in that file, and raises if the folder's images do not
-        go with those to come.
+      path: of the JSON file with the protocol; its folder is made.
+      protocol: plain JSON.
+      free: keys whose values may differ from those of the images that are there.
+      keep: another key of the file, which stays as it is.
+      what: lies in the folder, for messages.
+      check: of what stands in the file, where images are there; raises `UserError`.
 
     Returns:
       What stands in the file now.
@@ -44,8 +41,8 @@ def claim(
     Raises:
       UserError: other images are there, or it cannot be written.
     """
-    path = folder / name
-    before = None
+    folder = path.parent
+    before: dict[str, Any] = {}
     with storage.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # A protocol alone is of a command that ended before its first image.
@@ -55,10 +52,16 @@ def claim(
                     f"{folder} holds images of something else: give an empty --out."
                 )
             before = _read_json(path)
-            _check_same(folder, before, protocol, clash, what)
+            # As it reads after it was written: tuples become lists.
+            for key, now in json.loads(json.dumps(protocol)).items():
+                if key not in free and before.get(key) != now:
+                    raise UserError(
+                        f"{folder} holds {what} with {key} {_short(before.get(key))} "
+                        f"and now it is {_short(now)}: give another --out, or the same "
+                        "settings to go on."
+                    )
             check(before)
-        kept = {key: before[key] for key in keep if before and key in before}
-        content = {**protocol, **kept}
+        content = {**protocol, **{k: before[k] for k in before if k == keep}}
         storage.write_json(path, content, allow_nan=False)
     return content
 
@@ -74,24 +77,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             "are; give an empty --out."
         )
     return content
-
-
-def _check_same(
-    folder: Path,
-    before: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    clash: Sequence[str],
-    what: str,
-) -> None:
-    for key in clash:
-        # As it reads after it was written: tuples become lists.
-        now = json.loads(json.dumps(protocol[key]))
-        if before.get(key) != now:
-            raise UserError(
-                f"{folder} holds {what} with {key} {_short(before.get(key))} and now "
-                f"it is {_short(now)}: give another --out, or the same settings to go "
-                "on."
-            )
 
 
 def _short(value: Any) -> str:
@@ -111,7 +96,7 @@ def check_outside(out: Path, source: str | Path) -> None:
       UserError: `out` is the folder or lies in it.
     """
     folder = Path(os.path.expanduser(str(source).removeprefix("folder:")))
-    # Of `os.path`: those of `Path` fail of loops of links and of names too long.
+    # `os.path` takes loops of links and names that are too long; `Path` does not.
     inside = Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder))
     if os.path.isdir(folder) and inside:
         raise UserError(
@@ -124,18 +109,6 @@ def told(out: Path) -> contextlib.AbstractContextManager[None]:
     """Says in one sentence that something cannot be written."""
     remedy = "Make room or give another --out; the same command goes on."
     return storage.writing(out, remedy)
-
-
-def as_bytes(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] to the nearest of 256 levels, uint8."""
-    return np.round(images * np.float32(255)).astype(np.uint8)
-
-
-def image_path(folder: Path, index: int, label: int | None) -> Path:
-    """`000012_class3.png`; without a class for unconditional samples."""
-    return folder / (
-        f"{index:06d}" + ("" if label is None else f"_class{label}") + ".png"
-    )
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

@@ -1,25 +1,19 @@
 """The flags of the sample commands; imports nothing slow, so that --help is quick."""
 
-import argparse
-
 from atebm_jax.command_line import Parser
 from atebm_jax.evaluate.options import Options
-
-_PROGRAM = "python -m atebm_jax.sample"
 
 
 def of_sampling() -> Parser:
     """Flags of the command without a name: sampling."""
-    parser = Parser(
-        prog=_PROGRAM,
-        description="Draws images from a trained model by descent of its energy. Image "
-        "i is the same whatever --count and the number of devices. Other commands: "
-        "explain IMAGE, edit IMAGE (each with --help).",
-        allow_abbrev=False,
+    parser = _parser(
+        "",
+        "Draws images from a trained model by descent of its energy. Image i is the "
+        "same whatever --count and the number of devices. Other commands: explain "
+        "IMAGE, edit IMAGE (each with --help).",
+        out="PNG files, grid.png and samples.npz",
     )
-    _add_model(parser)
     add = parser.add_argument
-    add("--out", required=True, help="folder for PNG files, grid.png and samples.npz")
     add("--count", type=int, default=64, help="images, default 64")
     add("--classes", help="3,7 or names: these classes in turn; default all")
     add("--unconditional", action="store_true", help="no class, by E(x)")
@@ -29,18 +23,8 @@ def of_sampling() -> Parser:
         "(config.data.seeds) or a source; default as in training where these were "
         "drawn, noise where they were read",
     )
-    add("--data_dir", default="", help="where TFDS data sets lie")
-    add(
-        "--sampler",
-        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
-        "default: the config's",
-    )
-    add("--schedule", default="constant", help="constant, linear or cosine")
-    add("--step_size", type=float, help="default: the config's")
-    add("--num_steps", type=int, help="default: the config's")
     add("--target_energy", type=float, help="an image stops at this energy")
     add("--smooth", type=float, default=0.0, help="Gaussian blur of the seeds, pixels")
-    add("--seed", type=int, default=0, help="of noise")
     add(
         "--quantise",
         default=Options.quantise,
@@ -51,16 +35,14 @@ def of_sampling() -> Parser:
 
 def of_explain() -> Parser:
     """Flags of `explain`."""
-    parser = Parser(
-        prog=f"{_PROGRAM} explain",
-        description="Counterfactuals: what an image would look like as another class, "
-        "in a ball around it.",
-        allow_abbrev=False,
+    parser = _parser(
+        " explain",
+        "Counterfactuals: what an image would look like as another class, in a ball "
+        "around it.",
+        out="strips, results and explain.json",
     )
-    _add_model(parser)
     _add_images(parser)
     add = parser.add_argument
-    add("--out", required=True, help="folder for strips, results and explain.json")
     add("--target", required=True, help="3,7 or names of classes, or all")
     add("--radius", default="4", help="1,2,4: pixels of the norm; default 4")
     return parser
@@ -68,16 +50,14 @@ def of_explain() -> Parser:
 
 def of_edit() -> Parser:
     """Flags of `edit`."""
-    parser = Parser(
-        prog=f"{_PROGRAM} edit",
-        description="Edits images by descent of the energy under a constraint: "
-        "inpainting, class translation, denoising, super-resolution.",
-        allow_abbrev=False,
+    parser = _parser(
+        " edit",
+        "Edits images by descent of the energy under a constraint: inpainting, class "
+        "translation, denoising, super-resolution.",
+        out="strips, results and edit.json",
     )
-    _add_model(parser)
     _add_images(parser)
     add = parser.add_argument
-    add("--out", required=True, help="folder for strips, results and edit.json")
     add("--task", required=True, help="inpaint, translate, denoise or superres")
     add(
         "--target",
@@ -86,11 +66,7 @@ def of_edit() -> Parser:
     )
     add("--mask", help="image file, white where pixels may change")
     add("--fill", help="inpaint: of the hole at first: mean (default), noise or image")
-    add(
-        "--radius",
-        type=float,
-        help="stay in this ball around the image too; default of translate 4",
-    )
+    add("--radius", type=float, help="stay in this ball too; default of translate 4")
     add(
         "--sigma",
         type=float,
@@ -105,8 +81,8 @@ def of_edit() -> Parser:
     add(
         "--degrade",
         action="store_true",
-        help="images are the truth: add the noise or "
-        "make them small first, and compare",
+        help="images are the truth: add the noise or make them small first, and "
+        "compare",
     )
     add(
         "--reference",
@@ -118,7 +94,10 @@ def of_edit() -> Parser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _parser(command: str, description: str, out: str) -> Parser:
+    """With the flags of all commands: model, folders, sampler."""
+    program = f"python -m atebm_jax.sample{command}"
+    parser = Parser(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--workdir", required=True, help="workdir, or one of its checkpoints")
     add("--best_by", help="robust_accuracy or sample_distance: that checkpoint")
@@ -127,9 +106,25 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="class k of data sets is class k of the network, whatever their names",
     )
+    add("--out", required=True, help=f"folder for {out}")
+    add("--data_dir", default="", help="where TFDS data sets lie")
+    add(
+        "--sampler",
+        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
+        "default: the config's; in balls pgd, in linf balls sign",
+    )
+    add("--schedule", default="constant", help="constant, linear or cosine")
+    add(
+        "--step_size",
+        type=float,
+        help="default: the config's; in balls radius / 5 if that is less",
+    )
+    add("--num_steps", type=int, help="default: the config's")
+    add("--seed", type=int, default=0, help="of noise")
+    return parser
 
 
-def _add_images(parser: argparse.ArgumentParser) -> None:
+def _add_images(parser: Parser) -> None:
     add = parser.add_argument
     add(
         "images",
@@ -138,15 +133,5 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         help="files, folders, or data sets such as digits:test",
     )
     add("--index", help="0,5,10:20 or all: which images of folders and data sets")
-    add("--data_dir", default="", help="where TFDS data sets lie")
     add("--resize", action="store_true", help="scale and cut files of other sizes")
     add("--norm", default="l2", help="of the ball: l2 or linf")
-    add("--step_size", type=float, help="default: the config's, or radius / 5 if less")
-    add("--num_steps", type=int, help="default: the config's")
-    add(
-        "--sampler",
-        help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
-        "default: the config's, in balls pgd, in linf balls sign",
-    )
-    add("--schedule", default="constant", help="constant, linear or cosine")
-    add("--seed", type=int, default=0, help="of noise")

@@ -5,13 +5,14 @@ shows them: turned as their EXIF entry says. Data sets pass through the config's
 `data.preprocess`, as in the evaluation.
 """
 
+import argparse
 import hashlib
 import logging
 import os
 import re
-import struct
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +23,12 @@ from atebm_jax import data, names
 from atebm_jax.data import decoding
 from atebm_jax.errors import UserError
 from atebm_jax.names import printable
+from atebm_jax.trained import Trained
 
 _log = logging.getLogger(__name__)
 
 # 32 bits a value, and no range that is known.
 _MODES_WITHOUT_RANGE = ("I", "F")
-
-
-# What Pillow raises for it: nearly anything.
-_DAMAGED_EXIF = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError),
-    *(SyntaxError, TypeError, ValueError, struct.error),
-)
 
 
 class Picture(NamedTuple):
@@ -54,53 +49,42 @@ class Picture(NamedTuple):
     path: Path | None = None
 
 
-def pictures(
-    named: Sequence[str],
-    index: str | None,
-    config: Any,
-    *,
-    data_dir: str = "",
-    resize: bool = False,
-    class_names: Sequence[str] | None = None,
-    by_place: bool = False,
-) -> list[Picture]:
-    """The images that the command line names.
-
-    Args:
-      named: paths of files or folders, or data sets.
-      index: "0,5,10:20" or "all", of each folder and data set; None for all images of
-        folders, and for none of a data set.
-      config: complete config of the network.
-      data_dir: where TFDS data sets lie; "" for the config's.
-      resize: whether files of another size are brought to the network's.
-      class_names: of the network, by number; None where it has none.
-      by_place: class k of a data set is class k of the network.
+def pictures(given: argparse.Namespace, loaded: Trained) -> list[Picture]:
+    """The images that the flags of `edit` or `explain` name.
 
     Raises:
-      UserError: one is not there, or `index` does not fit.
+      UserError: one is not there, or --index does not fit.
     """
+    config = loaded.config
     found: list[Picture] = []
-    for text in named:
+    for text in given.images:
         path = Path(os.path.expanduser(text))
         if text.startswith(data.KINDS):
-            source = data.open_source(text, data_dir or config.data.data_dir)
-            if source.num_classes == config.model.num_classes:
+            source = data.open_source(text, given.data_dir or config.data.data_dir)
+            if source.num_classes == loaded.num_classes:
                 source = data.relabel.follow(
-                    source, class_names, text, by_place=by_place, note=_log.warning
+                    source,
+                    loaded.class_names,
+                    text,
+                    by_place=given.classes_by_place,
+                    note=_log.warning,
                 )
-            found += _of_source(source, index, config)
-        elif os.path.isdir(path):
+            found += _of_source(source, given.index, config)
+            continue
+        if os.path.isdir(path):
             source = data.FolderSource(text)
-            places = _places(index or "all", len(source), text)
+            places = _places(given.index or "all", len(source), text)
             files = [Path(source.path(place)) for place in places]
-            found += [_of_file(file, config, resize) for file in files]
         elif os.path.isfile(path):
-            found.append(_of_file(path, config, resize))
+            files = [path]
         else:
             raise UserError(
                 f"there is no image {text!r}: give files, folders or a data set such "
                 "as digits:test."
             )
+        for file in files:
+            read = partial(read_file, file, config=config, resize=given.resize)
+            found.append(Picture("", printable(str(file)), None, read, file))
     return _with_unique_names(found)
 
 
@@ -108,31 +92,16 @@ def read_file(path: Path, shape: tuple[int, ...], config: Any, resize: bool) -> 
     """[H, W, C] uint8 of an image file.
 
     Colour becomes grey by its luminance, grey becomes RGB by repetition, 16 bits become
-    8 by their upper half.
-
-    Args:
-      path: of the file.
-      shape: (H, W, C) that is wanted.
-      config: its `data.preprocess` serves where it leads to the shape.
-      resize: bring other sizes to this one: by `data.preprocess` where there is one,
-        otherwise scaled to cover it (bicubic, antialiased), then cut in the middle.
+    8 by their upper half. With `resize`, files of other sizes pass through the config's
+    `data.preprocess`, or, without one, are scaled to cover the shape (bicubic,
+    antialiased) and cut in the middle.
 
     Raises:
       UserError: no image, transparent, animated, or of another size without `resize`.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            opened = decoding.open_image(path.read_bytes())
-            _check_readable(path, opened)
-            deep = decoding.has_16_bits(opened)
-            picture = _turned(opened)
-            alpha = "A" in picture.getbands() or "transparency" in picture.info
-            if alpha and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
-                raise UserError(
-                    f"{path} has transparent pixels: the network knows none, flatten "
-                    "it onto a background first."
-                )
-            array = data.decode(_bytes(picture, deep), shape[-1])
+            array = data.decode(_levels(path), shape[-1])
     except (UserError, MemoryError):
         raise
     except Exception as error:  # broken files raise nearly anything in Pillow
@@ -181,58 +150,53 @@ def fingerprint(image: np.ndarray) -> str:
     return hashlib.sha256(described + image.tobytes()).hexdigest()
 
 
-def _turned(opened: Image.Image) -> Image.Image:
-    """An image as its EXIF entry says; as it is where that cannot be read."""
-    try:
-        return ImageOps.exif_transpose(opened)
-    except _DAMAGED_EXIF:
-        return opened
-
-
-def _check_readable(path: Path, opened: Image.Image) -> None:
+def _levels(path: Path) -> np.ndarray:
+    """Pixels of an image file as a viewer shows them, uint8: [H, W], [H, W, 1 or 3]."""
+    opened = decoding.open_image(path.read_bytes())
     # Telephones put a preview behind the image, as MPO.
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
         raise UserError(f"{path} has several frames: give one of them as a file.")
-    if opened.mode in _MODES_WITHOUT_RANGE and not decoding.has_16_bits(opened):
+    deep = decoding.has_16_bits(opened)
+    if opened.mode in _MODES_WITHOUT_RANGE and not deep:
         raise UserError(
             f"{path} has 32 bits a value (mode {opened.mode}), whose range is not "
             "known: save it with 8 or 16 bits."
         )
-
-
-def _bytes(picture: Image.Image, deep: bool) -> Any:
-    """What `data.decode` takes, without a detour where nothing is to be converted."""
-    if picture.mode in ("L", "RGB"):
-        array = np.asarray(picture)
-        return array[..., None] if array.ndim == 2 else array
+    picture = _turned(opened)
+    alpha = "A" in picture.getbands() or "transparency" in picture.info
+    if alpha and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+        raise UserError(
+            f"{path} has transparent pixels: the network knows none, flatten it onto "
+            "a background first."
+        )
     if deep:
         return decoding.high_bytes(picture)
-    return np.asarray(picture.convert("RGB"))
+    plain = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+    return decoding.from_pillow(plain)
+
+
+def _turned(opened: Image.Image) -> Image.Image:
+    """An image as its EXIF entry says; as it is where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(opened)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  (a damaged entry raises nearly anything)
+        return opened
 
 
 def _resized(array: np.ndarray, shape: tuple[int, ...], config: Any) -> np.ndarray:
-    whole = tuple(config.data.image_shape[:2])
-    if config.data.preprocess and whole == tuple(shape[:2]):
+    height, width = shape[:2]
+    if config.data.preprocess and tuple(config.data.image_shape[:2]) == (height, width):
         prepare = data.parse(config.data.preprocess)
         return prepare(array, np.random.default_rng(0))
-    grey = array.shape[-1] == 1
-    picture = Image.fromarray(array[..., 0] if grey else array)
-    fitted = ImageOps.fit(
-        picture, (shape[1], shape[0]), method=Image.Resampling.BICUBIC
-    )
-    result = np.asarray(fitted)
-    return result[..., None] if grey else result
+    method = Image.Resampling.BICUBIC
+    fitted = ImageOps.fit(decoding.to_pillow(array), (width, height), method=method)
+    return decoding.from_pillow(fitted)
 
 
 def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]} x {shape[0]}"
-
-
-def _of_file(path: Path, config: Any, resize: bool) -> Picture:
-    def read(shape: tuple[int, ...]) -> np.ndarray:
-        return read_file(path, shape, config, resize)
-
-    return Picture(names.for_files(path.stem), printable(str(path)), None, read, path)
 
 
 def _of_source(source: data.Source, index: str | None, config: Any) -> list[Picture]:
@@ -248,32 +212,28 @@ def _of_source(source: data.Source, index: str | None, config: Any) -> list[Pict
     prefix = names.for_files(re.sub(r"[^\w.-]+", "_", spec))
 
     def picture(place: int) -> Picture:
+        origin = source.describe(place)
+
         def read(shape: tuple[int, ...]) -> np.ndarray:
-            origin = source.describe(place)
             made = images.make(place, np.random.default_rng(place))
             if made is None:
                 raise UserError(f"{origin} cannot be decoded: leave it out.")
-            image = made[0]
-            if image.shape != tuple(shape):
+            if made[0].shape != tuple(shape):
                 raise UserError(
-                    f"{origin} has {_size(image.shape)} pixels and {_size(shape)} are "
-                    "needed: give files of that size."
+                    f"{origin} has {_size(made[0].shape)} pixels and {_size(shape)} "
+                    "are needed: give files of that size."
                 )
-            return image
+            return made[0]
 
-        label = _label(source, place) if labelled else None
-        return Picture(f"{prefix}_{place:06d}", source.describe(place), label, read)
+        try:
+            label = source[place]["label"] if labelled else None
+        except data.content.UNREADABLE as error:
+            raise UserError(
+                f"{origin} cannot be read ({error}): leave it out."
+            ) from error
+        return Picture(f"{prefix}_{place:06d}", origin, label, read)
 
     return [picture(place) for place in _places(index, len(source), spec)]
-
-
-def _label(source: data.Source, place: int) -> int:
-    try:
-        return source[place]["label"]
-    except data.content.UNREADABLE as error:
-        raise UserError(
-            f"{source.describe(place)} cannot be read ({error}): leave it out."
-        ) from error
 
 
 def _places(index: str, length: int, what: str) -> list[int]:

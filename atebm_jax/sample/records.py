@@ -1,17 +1,17 @@
-"""Finished results of the commands that edit, image by image, in one JSON file.
+"""What the commands write about models, images and results, as plain JSON.
 
-An image's results are a hidden file of their own, written after its pictures, until
-the command ends and gathers all: stopped at any moment, the next one goes on.
+Results of edits are kept image by image: those of each image are a hidden file, written
+after its pictures, until the command ends and gathers all in one file. The next command
+goes on from there, whenever this one was stopped.
 """
 
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from atebm_jax import storage
@@ -20,6 +20,9 @@ from atebm_jax.errors import UserError
 from atebm_jax.trained import Trained
 
 _PARTS = ".results"
+
+#: Name of an image -> its results.
+Done = dict[str, Sequence[dict[str, Any]]]
 
 
 def described(loaded: Trained, path: str) -> dict[str, Any]:
@@ -36,8 +39,8 @@ def named(k: int, names: Sequence[str]) -> dict[str, Any]:
     return {"class": int(k), "name": names[k]}
 
 
-def finished(folder: Path, content: dict[str, Any]) -> dict[tuple, list[Any]]:
-    """Results of images that are done: (name, sha256) -> its results.
+def finished(folder: Path, content: Mapping[str, Any]) -> Done:
+    """Results of images whose files are all there.
 
     Args:
       folder: of the command.
@@ -46,75 +49,57 @@ def finished(folder: Path, content: dict[str, Any]) -> dict[tuple, list[Any]]:
     Raises:
       UserError: a part is damaged.
     """
-    done: dict[tuple, list[Any]] = {}
+    done: dict[str, Any] = {}
     for result in content.get("results", []):
-        done.setdefault(_identity(result), []).append(result)
+        done.setdefault(result["image"], []).append(result)
     for path in sorted((folder / _PARTS).glob("*.json")):
         try:
             part = json.loads(path.read_text())
-            done[_identity(part[0])] = part
+            done[part[0]["image"]] = part
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): delete it, and the same command makes "
                 "its images again."
             ) from error
     return {
-        key: found
-        for key, found in done.items()
+        image: found
+        for image, found in done.items()
         if all((folder / name).exists() for r in found for name in r["files"].values())
     }
 
 
-def _identity(result: dict[str, Any]) -> tuple[str, str]:
-    """An image by name and content: its file may have changed since."""
-    return result["image"], result["sha256"]
-
-
-def write(folder: Path, image: str, results: Sequence[Any]) -> None:
-    """Says that an image is done; its pictures are there."""
+def write(folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Keeps the results of one image, whose pictures are there."""
     (folder / _PARTS).mkdir(exist_ok=True)
-    path = folder / _PARTS / f"{image}.json"
-    storage.write_json(path, list(results), allow_nan=False)
+    path = folder / _PARTS / f"{results[0]['image']}.json"
+    storage.write_json(path, results, allow_nan=False)
 
 
-def gather(folder: Path, name: str, content: dict[str, Any]) -> list[Any]:
+def gather(path: Path, content: Mapping[str, Any], done: Done) -> list[dict[str, Any]]:
     """Writes all results into the JSON file, by name; returns them.
 
     Args:
-      folder: of the command.
-      name: of its JSON file.
-      content: of that file, with results of earlier commands.
+      path: of the file.
+      content: of the file, beside the results.
+      done: all of them.
     """
-    done = finished(folder, content)
-    latest = {image: found for (image, _), found in done.items()}
-    results = [result for image in sorted(latest) for result in latest[image]]
-    whole = content | {"results": results}
-    storage.write_json(folder / name, whole, allow_nan=False)
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    results = [result for image in sorted(done) for result in done[image]]
+    storage.write_json(path, {**content, "results": results}, allow_nan=False)
+    shutil.rmtree(path.parent / _PARTS, ignore_errors=True)
     return results
 
 
-def of_image(
-    item: Any, edited: Edited, number: int, names: Sequence[str]
-) -> dict[str, Any]:
-    """What every record has: image, classes, confidences, energies, distance, path.
+def of_edit(edited: Edited, names: Sequence[str]) -> dict[str, Any]:
+    """What every result has: classes, confidences, energies, distance, path.
 
     Args:
-      item: a `process.Item`.
-      edited: results [V, ...] of the image.
-      number: which of them.
+      edited: of one image.
       names: of the classes.
     """
-    path = jax.tree.map(lambda array: array[number], edited.path)
-    change = edited.images[number] - edited.start[number]
-    label = item.picture.label
+    path, change = edited.path, edited.images - edited.start
     return {
-        "image": item.picture.name,
-        "origin": item.picture.origin,
-        "sha256": item.sha256,
-        "label": None if label is None else named(label, names),
-        "original": named(edited.originals[number], names),
-        "target": named(edited.targets[number], names),
+        "original": named(edited.originals, names),
+        "target": named(edited.targets, names),
         "predicted": named(path.predicted[-1], names),
         "original_confidence": _ends(path.original_confidence),
         "target_confidence": _ends(path.target_confidence),
@@ -124,8 +109,8 @@ def of_image(
             "linf": reading(np.abs(change).max()),
         },
         "path": {
-            name: path_of.tolist() if name == "predicted" else reading(path_of.tolist())
-            for name, path_of in path._asdict().items()
+            name: values.tolist() if name == "predicted" else reading(values.tolist())
+            for name, values in path._asdict().items()
         },
     }
 

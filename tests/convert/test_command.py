@@ -186,7 +186,8 @@ def test_stage_2_starts_from_imported_weights_of_the_same_function(small, tmp_pa
     arrays = names.to_torch("wide_resnet", random_variables(1, num_classes=10))
     run(*write(arrays), "--mean=0.5", "--std=0.5", "--image_size=8")
     made = str(tmp_path / "out")
-    model = {"model.mean": (0.5,), "model.std": (0.5,)}
+    model = {"model.name": "wide_resnet"}
+    model |= {"model.mean": (0.5,), "model.std": (0.5,)}
 
     def start(**changes):
         settings = tiny.config(init_from=made, **(model | changes))
@@ -199,7 +200,7 @@ def test_stage_2_starts_from_imported_weights_of_the_same_function(small, tmp_pa
     for field, value in others.items():
         with pytest.raises(UserError, match=rf"config.model.{field} is .*trained with"):
             start(**{f"model.{field}": value})
-    settings = tiny.config(init_from=made)
+    settings = tiny.config(init_from=made, **{"model.name": "wide_resnet"})
     with pytest.raises(UserError, match="config.model.mean is .*trained with"):
         tiny.run(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -219,8 +220,10 @@ def changed(network, **changes):
 def test_left_over_missing_and_misshapen_are_refused_by_name(network, tmp_path):
     torch, _ = torch_networks.torch_and_timm()
     cases = {
-        r"left over: 1 \(head2.weight\)": {"head2.weight": torch.ones(3, 3)},
-        r"missing: 1 \(block2.layer.0.bn2.bias\)": {"block2.layer.0.bn2.bias": None},
+        r"left over: 1 \(head2.weight \(3, 3\)\)": {"head2.weight": torch.ones(3, 3)},
+        r"missing: 1 \(block2.layer.0.bn2.bias \(32,\)\)": {
+            "block2.layer.0.bn2.bias": None
+        },
         r"block2.layer.0.conv2.weight \(32, 32, 1, 1\) instead of \(32, 32, 3, 3\)": {
             "block2.layer.0.conv2.weight": torch.ones(32, 32, 1, 1)
         },
@@ -230,6 +233,35 @@ def test_left_over_missing_and_misshapen_are_refused_by_name(network, tmp_path):
         with pytest.raises(UserError, match=message):
             run(f"--from={file}", f"--to={tmp_path / 'out'}")
         assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_many_differences_are_counted_and_the_first_is_named(network, tmp_path):
+    torch, _ = torch_networks.torch_and_timm()
+    changes = {name: None for name in network.state_dict() if name.startswith("block3")}
+    changes |= {f"head{k}.weight": torch.ones(3, k) for k in range(2, 40)}
+    file = save(changed(network, **changes), tmp_path / "w.pt")
+    message = (
+        r"missing: 11 \(block3\S+ \(\d+,\), ...\); left over: 38 \(head2.weight \("
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        run(f"--from={file}", f"--to={tmp_path / 'out'}")
+    assert len(str(caught.value)) < 300
+
+
+def test_list_says_of_every_family_how_it_is_told_and_normalised():
+    printed = io.StringIO()
+    main(["--list"], Console(file=printed, width=1000))
+    rows = printed.getvalue().split("├")
+    for row, (family, torch, marks) in zip(rows, names.families(), strict=True):
+        assert f"│ {family} " in row
+        assert f"--arch: {' '.join(models.FAMILIES[family].archs)} " in row
+        assert f"recognised by: {' or '.join(sorted(marks))} " in row
+        assert torch.published and f"published: {torch.published} " in row
+    assert "input normalisation: give --normalization=none (TRADES" in rows[0]
+    vit = rows[list(models.FAMILIES).index("vit")]
+    assert "\n" in vit and "vit_s_cvst: imagenet is assumed" in vit
+    said = printed.getvalue().splitlines()[-1]
+    assert said.startswith("Mean and std that a file holds are used")
 
 
 @pytest.mark.parametrize(
@@ -489,7 +521,8 @@ def test_verbose_lists_every_parameter(small):
 
 
 def test_mistakes_end_with_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path):
-    for flags in (["--to=x"], ["--from=nothing.pt", f"--to={tmp_path / 'x'}"], ["--x"]):
+    nothing = ["--from=nothing.pt", f"--to={tmp_path / 'x'}"]
+    for flags in ([], ["--to=x"], ["--from=x"], nothing, ["--x"]):
         monkeypatch.setattr("sys.argv", ["convert", *flags])
         with pytest.raises(SystemExit) as caught:
             cli()

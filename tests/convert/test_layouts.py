@@ -393,14 +393,13 @@ def test_second_first_group_is_dropped_where_it_is_that():
 @pytest.mark.parametrize(
     ("family", "name", "what"),
     [
-        ("vit", "cls_attn_blocks.0.attn.q.weight", "an XCiT"),
-        ("vit", "pos_embeder.token_projection.weight", "an XCiT"),
         ("vit", "module.dist_token", "a distilled DeiT"),
-        ("vit", "layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+        ("vit", "blocks.0.attn.relative_position_bias_table", "relative positions"),
+        ("swin", "layers.0.blocks.0.attn.logit_scale", "a Swin V2"),
+        ("swin", "layers.0.blocks.0.mlp.meansparse1.running_mean", "MeanSparse"),
+        ("swin", "absolute_pos_embed", "a Swin with absolute positions"),
         ("convnext", "stages.0.blocks.0.mlp.grn.weight", "a ConvNeXt V2"),
-        ("wide_resnet", "layer.0.block.0.conv_0.weight", "DeepMind's WideResNet"),
-        ("resnet", "layer2.0.shortcut.0.weight", "a ResNet for small images"),
-        ("resnet", "layer1.0.conv1.bias", "JEM's"),
+        ("resnet", "layer1.0.se.fc1.weight", "a ResNet with squeeze"),
         ("resnet", "layer1.0.conv2.weight", "a ResNeXt"),
         ("resnet", "conv1.0.weight", "a ResNet-D"),
         ("vit", "blocks.0.mlp.fc1_g.weight", "an EVA"),
@@ -418,8 +417,76 @@ def test_network_that_is_not_built_here_is_called_what_it_is(
         importing._architecture("w.pt", "auto", shapes)
 
 
+def narrow(depth, widen_factor, **more):
+    return archs.model_config("wrn16_4", depth=depth, widen_factor=widen_factor, **more)
+
+
+@pytest.fixture
+def narrow_family(monkeypatch):
+    """WideResNets with small networks alone, as each is traced."""
+    sizes = {"wrn10_1": (10, 1), "wrn10_2": (10, 2), "wrn16_1": (16, 1)}
+    networks = {
+        name: {"depth": depth, "widen_factor": width, "num_classes": 1000}
+        for name, (depth, width) in sizes.items()
+    }
+    family = dataclasses.replace(models.FAMILIES["wide_resnet"], archs=networks)
+    monkeypatch.setitem(models.FAMILIES, "wide_resnet", family)
+
+
+@pytest.mark.usefixtures("narrow_family")
+def test_unknown_file_is_told_what_it_is_most_like_and_what_differs():
+    shapes = torch_shapes(narrow(10, 2, num_classes=7))
+    others = {n.replace("block1.layer", "stage"): x for n, x in shapes.items()}
+    others["conv1.weight"] = (16, 3, 5, 5)
+    with pytest.raises(UserError, match="w.pt is no network that is built") as caught:
+        importing._architecture("w.pt", "auto", others)
+    said = str(caught.value)
+    renamed = len(shapes.keys() - others.keys())
+    assert (
+        f"; it is most like wrn10_2: {len(shapes) - renamed - 1} of its {len(shapes)} "
+        "arrays fit; other shapes: 1 (conv1.weight (16, 3, 5, 5) instead of "
+        f"(16, 3, 3, 3)); missing: {renamed} (block1.layer.0.bn1.bias (16,), ...); "
+        f"left over: {renamed} (stage.0."
+    ) in said
+    assert "--list prints" in said and "docs/convert.md" in said
+    assert "\n" not in said and len(said) < 600
+
+
+@pytest.mark.usefixtures("narrow_family")
+def test_size_that_is_not_built_is_told_what_it_is_most_like(monkeypatch):
+    family = models.FAMILIES["wide_resnet"]
+    torch = dataclasses.replace(family.torch, fields=lambda shapes: {"depth": 10})
+    family = dataclasses.replace(family, torch=torch)
+    monkeypatch.setitem(models.FAMILIES, "wide_resnet", family)
+    shapes = torch_shapes(narrow(16, 1)) | {"extra.weight": (3, 3)}
+    message = "is a wide_resnet of a size that is not built here; it is most like wrn16"
+    with pytest.raises(UserError, match=f"{message}.*1 .extra.weight .3, 3.") as caught:
+        importing._architecture("w.pt", "auto", shapes)
+    assert "missing" not in str(caught.value)
+
+
+def test_of_two_families_that_have_the_names_the_plainer_is_nearest(monkeypatch):
+    plain = models.FAMILIES["wide_resnet"]
+    rules = (("block{g}.layer.{b}.se", "block{g}_{b}/se"), *plain.torch.rules)
+    more = dataclasses.replace(
+        plain, torch=dataclasses.replace(plain.torch, rules=rules)
+    )
+    monkeypatch.setattr(names, "FAMILIES", {"more": more, "plain": plain})
+    shapes = {name: value.shape for name, value in network().items()}
+    assert names.nearest(shapes) == "plain"
+    shapes["block1.layer.0.se.weight"] = (2, 2, 1, 1)
+    assert names.nearest(shapes) == "more"
+
+
+def test_names_that_no_network_has_are_said_to_be_like_none():
+    with pytest.raises(
+        UserError, match=r"its names \(a, b, \.\.\.\) are like those of"
+    ):
+        importing._architecture("w.pt", "auto", {"b": (1,), "a": (2, 2)})
+
+
 class Plain(nn.Module):
-    """JEM's kind: biases, no norm, leaky ReLU, normalisation of its own."""
+    """No norm, leaky ReLU, normalisation of its own."""
 
     width: int
     num_classes: int
@@ -436,10 +503,10 @@ PLAIN_FAMILY = Family(
     sized_by=("plain_width",),
     activation="leaky_relu",
     torch=TorchNames(
-        rules=(("layer1.0.conv1", "conv"), ("energy", "fc")),
-        mark="layer1.0.conv1.bias",
-        first=("layer1.0.conv1.weight",),
-        fields=lambda shapes: {"plain_width": outputs(shapes, "layer1.0.conv1.bias")},
+        rules=(("layer1.0.se", "conv"), ("energy", "fc")),
+        mark="layer1.0.se.bias",
+        first=("layer1.0.se.weight",),
+        fields=lambda shapes: {"plain_width": outputs(shapes, "layer1.0.se.bias")},
         side=lambda model: 8,
         usual=lambda model: AS_THEY_ARE,
     ),
@@ -449,15 +516,15 @@ PLAIN_FAMILY = Family(
 def test_family_is_its_file_and_one_line(monkeypatch):
     """Its names go first where another family takes them for a look-alike's."""
     arrays = {
-        "layer1.0.conv1.weight": np.ones((4, 3, 3, 3), np.float32),
-        "layer1.0.conv1.bias": np.ones(4, np.float32),
+        "layer1.0.se.weight": np.ones((4, 3, 3, 3), np.float32),
+        "layer1.0.se.bias": np.ones(4, np.float32),
         "energy.weight": np.ones((7, 4), np.float32),
         "energy.bias": np.ones(7, np.float32),
     }
     source = AsIs({"model": under("net", arrays) | under("net_ema", arrays)})
     monkeypatch.setattr(importing, "open_source", lambda path: source)
     monkeypatch.setattr(importing, "probe_logits", lambda *_: np.zeros(7))
-    with pytest.raises(UserError, match="JEM's.*not built here"):
+    with pytest.raises(UserError, match="squeeze and excitation.*not built here"):
         importing.read("w.pt")
     monkeypatch.setitem(models.FAMILIES, "plain", PLAIN_FAMILY)
     with pytest.raises(UserError, match="--activation=relu: a plain has leaky_relu"):
@@ -499,20 +566,26 @@ def test_arrays_of_a_network_that_is_not_built_here_can_be_read():
     )
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
-def test_networks_that_are_built_here_are_not_called_others(family):
-    model = archs.model_config(
-        next(n for n, a in archs.ARCHS.items() if a["name"] == family)
-    )
+def torch_shapes(model):
+    """The shapes of a network's state dict, by PyTorch's names."""
     expected = models.variable_shapes(models.build(model), (224, 224, 3))
     flat = flax.traverse_util.flatten_dict(expected, sep="/")
     torchs = {}
     for path, x in flat.items():
         like = np.broadcast_to(np.False_, x.shape)
-        name, array = names.one_to_torch(family, path, like)
+        name, array = names.one_to_torch(model.name, path, like)
         torchs[name] = array.shape
+    return torchs
+
+
+@pytest.mark.parametrize("family", sorted(models.BUILT_IN))
+def test_networks_that_are_built_here_are_not_called_others(family):
+    model = archs.model_config(
+        next(n for n, a in archs.ARCHS.items() if a["name"] == family)
+    )
+    torchs = torch_shapes(model)
     assert names.recognise(torchs) == (family, None)
-    assert not any(names.look_alike(other, torchs) for other in models.FAMILIES)
+    assert not any(names.look_alike(other, torchs) for other in models.BUILT_IN)
     assert names.looks_like_network(f"a.b.{name}" for name in torchs)
 
 

@@ -25,6 +25,7 @@ def decide(asked, in_file, arch="wrn28_10", channels=3):
         ("wrn16_4", 1, "none.*MNIST"),
         ("convnext_large", 3, "imagenet .timm, torchvision.*none .DAT"),
         ("vit_b", 3, "imagenet .DeiT.*mean=0.5 --std=0.5.*none"),
+        ("xcit_s12", 3, "none .Debenedetti2022. or .*imagenet"),
         ("resnet50", 1, "none.*MNIST"),
     ],
 )
@@ -43,6 +44,9 @@ def test_where_two_conventions_are_common_one_must_be_given(arch, channels, who)
         ("convnext_base_cvst", ()),
         ("vit_s_cvst", IMAGENET["mean"]),
         ("vit_b_cvst", ()),
+        ("xcit_m12", ()),
+        ("xcit_s12_p4", (0.4914, 0.4822, 0.4465)),
+        ("swin_b", IMAGENET["mean"]),
     ],
 )
 def test_where_all_agree_it_is_assumed_and_said(arch, mean):

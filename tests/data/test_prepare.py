@@ -70,9 +70,9 @@ def test_images_are_never_enlarged(folder, tmp_path):
 
 def test_finished_shards_are_kept(folder, tmp_path):
     make(folder, tmp_path / "set")
-    kept = tmp_path / "set" / prepared.shard_name(0, 4)
+    kept = prepared.shard_paths(tmp_path / "set", 4)[0]
     before = kept.stat().st_mtime_ns
-    lost = tmp_path / "set" / prepared.shard_name(2, 4)
+    lost = prepared.shard_paths(tmp_path / "set", 4)[2]
     content = lost.read_bytes()
     lost.with_name(lost.name + ".json").unlink()
     (tmp_path / "set" / prepared.INDEX).unlink()
@@ -93,7 +93,7 @@ def test_unreadable_images_are_listed_and_limited(folder, tmp_path):
 def test_images_of_a_damaged_shard_are_unreadable_ones(folder, tmp_path):
     make(folder, tmp_path / "set")
     source = data.open_source(f"prepared:{tmp_path / 'set'}")
-    shard = tmp_path / "set" / prepared.shard_name(1, 4)
+    shard = prepared.shard_paths(tmp_path / "set", 4)[1]
     shard.write_bytes(shard.read_bytes()[:-5])
     index = prepare.prepare(source, tmp_path / "other", size=8)
     assert index["num_images"] + index["num_bad_images"] == 10
@@ -103,7 +103,7 @@ def test_images_of_a_damaged_shard_are_unreadable_ones(folder, tmp_path):
 def test_damaged_shard_is_found(folder, tmp_path):
     make(folder, tmp_path / "set")
     assert prepare.check(tmp_path / "set") == 10
-    shard = tmp_path / "set" / prepared.shard_name(1, 4)
+    shard = prepared.shard_paths(tmp_path / "set", 4)[1]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UserError, match="not as it was written"):
         prepare.check(tmp_path / "set")
@@ -122,9 +122,10 @@ def test_folder_of_other_settings_is_refused(folder, tmp_path):
 def stop_before(folder, to, shard, **options):
     """As if the command had been stopped before it wrote that shard."""
     make(folder, to, **options)
-    name = prepared.shard_name(shard, 4)
-    for path in (to / name, to / f"{name}.json", to / prepared.INDEX):
-        path.unlink()
+    records = prepared.shard_paths(to, 4)[shard]
+    records.unlink()
+    records.with_name(f"{records.name}.json").unlink()
+    (to / prepared.INDEX).unlink()
 
 
 def swap_classes(folder):

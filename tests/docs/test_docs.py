@@ -101,7 +101,7 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 
 @functools.cache
 def flags_of(command: str) -> set[str]:
-    """Names that the source of a command has as a string, its flags among them."""
+    """Names that the source of a command has as a string or field, flags among them."""
     if command.endswith(".sh"):
         text = (ROOT / command).read_text() + (ROOT / "launch/lib.sh").read_text()
         return set(FLAG.findall(text)) | flags_of("atebm_jax.main")
@@ -114,7 +114,11 @@ def flags_of(command: str) -> set[str]:
         files.append(ROOT / "benchmarks" / "options.py")
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     strings = [n.value for n in nodes if isinstance(n, ast.Constant)]
-    return {s.removeprefix("--") for s in strings if isinstance(s, str)} | {"help"}
+    # Options of the evaluation are fields with the text of their flag.
+    targets = [n.target for n in nodes if isinstance(n, ast.AnnAssign)]
+    fields = {target.id for target in targets if isinstance(target, ast.Name)}
+    named = {s.removeprefix("--") for s in strings if isinstance(s, str)}
+    return named | fields | {"help"}
 
 
 def commands(page: Path) -> list[tuple[str, set[str]]]:
@@ -171,7 +175,7 @@ def test_every_module_stands_in_the_api_reference() -> None:
 def test_the_method_page_has_the_rows_of_the_configs() -> None:
     page = (ROOT / "docs" / "method.md").read_text()
     rows = re.findall(r"^\| `(\w+\.py:\w+)` .*$", page, re.MULTILINE)
-    assert len(rows) == 17
+    assert len(rows) == 20
     for row in rows:
         assert table_row(row) in page
 

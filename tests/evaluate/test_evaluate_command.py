@@ -1,30 +1,27 @@
 """The command as a user starts it: in a process of its own, killed and gone on with."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import tiny
 
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    settings = {"stage1.num_steps": 2, "evaluate.batch_size": 8}
-    tiny.run(tiny.config(stages="stage1", **settings), folder)
-    return folder
+from atebm_jax.evaluate import __main__ as command
+from atebm_jax.evaluate import suite
+from atebm_jax.evaluate.options import Options
 
 
 def start(workdir, out, *more):
-    arguments = [f"--workdir={workdir}", f"--out={out}", *more]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    """Starts the command, on as many devices as there are here."""
+    arguments = (f"--workdir={workdir}", f"--out={out}", *more)
+    environment = tiny.environment(jax.device_count())
     environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "atebm_jax.evaluate", *arguments],
+        tiny.command("atebm_jax.evaluate", *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -32,41 +29,48 @@ def start(workdir, out, *more):
     )
 
 
-def test_killed_command_ends_with_the_same_report(workdir, tmp_path):
-    what = ("--metrics=accuracy,pgd", "--num_examples=100")
-    whole = start(workdir, tmp_path / "whole", *what)
-    assert "report and plots are in" in whole.communicate(timeout=200)[0]
-    assert whole.returncode == 0
-    out = tmp_path / "stopped"
-    for number, code, units in ((signal.SIGKILL, -9, 20), (signal.SIGTERM, 143, 40)):
-        stopped = start(workdir, out, *what)
-        while len(list(out.rglob("units/*/*.npz"))) < units and stopped.poll() is None:
+def units_in(out):
+    return len(list(out.rglob("units/*/*.npz")))
+
+
+def test_killed_command_ends_with_the_same_report(trained, tmp_path):
+    metrics, options = ("accuracy", "pgd"), Options(epsilons=(0.25,))
+    flags = ("--metrics=accuracy,pgd", "--epsilons=0.25")
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    expected = suite.evaluate(trained, whole, metrics=metrics, options=options)
+    # Of a fingerprint, logits and two attacks, nine batches each.
+    assert units_in(whole) == 36
+    for number, code, units in ((signal.SIGKILL, -9, 12), (signal.SIGTERM, 143, 20)):
+        stopped = start(trained, out, *flags)
+        while units_in(out) < units and stopped.poll() is None:
             time.sleep(0.005)
         stopped.send_signal(number)
         said = stopped.communicate(timeout=200)[0]
         assert stopped.returncode == code, said
         assert "Traceback" not in said and not (out / "report.json").exists()
-    again = start(workdir, out, *what)
-    assert "report and plots are in" in again.communicate(timeout=200)[0]
-    texts = [(f / "report.json").read_text() for f in (tmp_path / "whole", out)]
-    assert json.loads(texts[0]) == json.loads(texts[1])
+    last = start(trained, out, *flags)
+    assert "report and plots are in" in last.communicate(timeout=200)[0]
+    assert last.returncode == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(json.dumps(expected))
+    # Nothing was made a second time under another name.
+    assert units_in(out) == units_in(whole)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--help"], 0, "--inception_weights"),
-        (["--metric=all"], 2, "Unknown command line flag"),
-        (["--workdir=nowhere"], 2, "there is no checkpoint at nowhere"),
-    ],
-)
-def test_command_line_is_answered(arguments, code, message):
+def test_help_names_the_flags(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command._parse(["evaluate", "--help"])
+    assert stopped.value.code == 0
+    assert "--inception_weights" in capsys.readouterr().out
+
+
+def test_mistake_ends_the_process_with_2():
     done = subprocess.run(
-        [sys.executable, "-m", "atebm_jax.evaluate", *arguments],
+        [sys.executable, "-m", "atebm_jax.evaluate", "--workdir=nowhere"],
         check=False,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code, done.stderr
-    said = done.stdout + done.stderr
-    assert message in said and "Traceback" not in said
+    assert done.returncode == 2, done.stderr
+    assert "there is no checkpoint at nowhere" in done.stderr
+    assert "Traceback" not in done.stderr

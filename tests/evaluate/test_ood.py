@@ -1,5 +1,7 @@
 """Scores of out-of-distribution images, clean and attacked."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,38 +52,43 @@ def test_budget_follows_the_resolution():
     assert ood.budget((256, 256, 3)) == (3.0, 1.0, 10)
 
 
+@functools.cache
+def programs(name):
+    """Score and attack of a detector, for any weights."""
+    detector, network = ood.DETECTORS[name], reference.network()
+
+    def attack(weights, images):
+        logits_fn = models.logits_fn(network, weights)
+        return ood.attack(logits_fn, images, detector, ood.budget((32, 32, 3)))
+
+    def measure(weights, images):
+        return detector.score(models.logits_fn(network, weights), images)
+
+    return jax.jit(measure), jax.jit(attack)
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("weights", ["wrn_state_dict", "autoattack_state_dict"])
 def test_scores_and_attacks_equal_the_reference(golden, weights):
     stored = golden("ood")
     name = {"wrn_state_dict": "random_wrn", "autoattack_state_dict": "trained_wrn"}
-    prefix = name[weights]
-    network, variables = reference.network(), reference.variables(golden(weights))
-    logits_fn = models.logits_fn(network, variables)
+    prefix, variables = name[weights], reference.variables(golden(weights))
     cases = {"max_softmax": "uniform_target", "log_density": "logsumexp_ascent"}
     for score, attack in cases.items():
-        detector = ood.DETECTORS[score]
         key = {"log_density": "logsumexp"}.get(score, score)
-
-        def measure(images, detector=detector):
-            return np.asarray(jax.jit(lambda x: detector.score(logits_fn, x))(images))
-
-        inside = measure(stored["in_images"])
-        outside = measure(stored["noise_images"])
+        measure, attack_fn = programs(score)
+        inside = measure(variables, stored["in_images"])
+        outside = measure(variables, stored["noise_images"])
         np.testing.assert_allclose(inside, stored[f"{prefix}/in/{key}"], atol=1e-5)
         np.testing.assert_allclose(outside, stored[f"{prefix}/clean/{key}"], atol=1e-5)
-        attacked = jax.jit(
-            lambda x, detector=detector: ood.attack(
-                logits_fn, x, detector, ood.budget((32, 32, 3))
-            )
-        )(stored["noise_images"])
+        attacked = attack_fn(variables, stored["noise_images"])
         if f"{prefix}/{attack}/x_adv" in stored:
             expected = stored[f"{prefix}/{attack}/x_adv"]
             distance = np.linalg.norm((attacked - expected).reshape(16, -1), axis=1)
             # Units that flip send single images elsewhere.
             assert np.median(distance) < 1e-4 and distance.max() < 0.2
-        raised = measure(attacked)
+        raised = measure(variables, attacked)
         for moment, values in {"clean": outside, "adv": raised}.items():
-            area = float(metrics.auroc(jnp.asarray(inside), jnp.asarray(values)))
+            area = float(metrics.auroc(inside, values))
             name_ = f"{prefix}/ood_detection_{key}_{moment}_auroc"
             assert area == pytest.approx(float(stored[name_]), abs=2e-2), name_

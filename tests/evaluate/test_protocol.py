@@ -176,7 +176,8 @@ def test_gaussians_of_classes_follow_the_names_of_the_network(
     monkeypatch.setattr(suite.seeds, "of_source", fit)
     before = SimpleNamespace(data=SimpleNamespace(seeds="noise"))
     loaded = SimpleNamespace(gaussian=None, config=before, class_names=("cat", "dog"))
-    suite._with_gaussian(context, loaded, tmp_path, by_place)
+    names = None if by_place else loaded.class_names
+    suite._with_gaussian(context, loaded, names, tmp_path)
     assert fitted == [[0, 1] if by_place else [1, 0]]
 
 
@@ -206,6 +207,15 @@ def test_network_of_an_imported_checkpoint_is_its_own():
     given.model.mean = (0.5,)
     with pytest.raises(UserError, match="config.model.mean is"):
         suite._check_same_network(trained, given, "imported")
+
+
+def test_field_that_only_earlier_versions_had_is_not_compared():
+    trained = tiny.config()
+    trained.model.conv_gradient = "auto"
+    suite._check_same_network(trained, tiny.config(), "stage1")
+    with pytest.raises(UserError, match="config.model.activation is"):
+        given = tiny.config(**{"model.activation": "swish"})
+        suite._check_same_network(trained, given, "stage1")
 
 
 def test_the_model_is_no_judge_of_itself(workdir, tmp_path):

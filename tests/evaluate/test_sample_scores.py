@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +10,24 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, load, metrics, recipes, workdir_lock
+from atebm_jax import UserError, checkpoint, load, metrics, recipes, workdir_lock
 from atebm_jax.evaluate import extractors, generation, references, suite
 from atebm_jax.evaluate.context import Options
+from atebm_jax.evaluate.store import Store
 from atebm_jax.sample import __main__ as sample
+
+
+def settings_of(**overrides):
+    """A network of 64 features, more than there are samples."""
+    return tiny.config(**{"model.widen_factor": 4} | overrides)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "digits"
-    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.only_the_loop(patch)
+        tiny.run(settings_of(stages="stage1", **{"stage1.num_steps": 2}), folder)
     return folder
 
 
@@ -83,7 +92,7 @@ def test_sample_command_gives_the_bytes_that_were_scored(scored, workdir, tmp_pa
 def test_sampler_of_the_config_is_scored_and_told(workdir, options, tmp_path):
     """Its noise goes on through the sweep of steps, and is that of `sample`."""
     settings = {"sampler": "sgld(noise=0.05)", "step_size": 0.1}
-    config = tiny.config(**{f"evaluate.samples.{k}": v for k, v in settings.items()})
+    config = settings_of(**{f"evaluate.samples.{k}": v for k, v in settings.items()})
     out = tmp_path / "evaluation"
     report = suite.evaluate(
         workdir, out, metrics=("generation",), config=config, options=options
@@ -117,7 +126,7 @@ def test_written_statistics_serve_as_reference(scored, workdir, options, tmp_pat
     # The samples' own statistics are at no distance.
     given = replace(options, reference_statistics=str(out / "sample_statistics.npz"))
     given = replace(given, sweep=0)
-    config = tiny.config()
+    config = settings_of()
     config.evaluate.samples.num_steps = result["protocol"]["num_steps"]
     same = suite.evaluate(
         workdir,
@@ -141,10 +150,52 @@ def test_statistics_of_a_data_set_are_computed_once(
     assert report["metrics"]["generation"]["figures"] == scored[0]["figures"]
 
 
+def test_statistics_go_on_after_a_batch_of_which_no_image_was_decoded(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(references, "_SAVE_EVERY", 1)
+    parts = np.split(np.random.default_rng(0).normal(size=(40, 3)), [10, 10, 20, 30])
+    extractor = SimpleNamespace(
+        sizes=lambda shape: (3, 2), features=None, variables=None
+    )
+    seen = []
+
+    def compute(folder, stop):
+        def show(name, done, total):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        def rows(compiled, batch, variables):
+            seen.append(batch)
+            return {"features": parts[batch]}
+
+        context = SimpleNamespace(
+            image_shape=(8, 8, 1),
+            options=Options(num_pairs=20),
+            config=tiny.config(**{"evaluate.batch_size": 10}),
+            compiled=lambda function: function,
+            batches=lambda role, limit, start: range(start, len(parts)),
+            rows=rows,
+            show=show,
+        )
+        store = Store(checkpoint.absolute(folder), {})
+        return references._compute(context, extractor, 50, store)
+
+    whole = compute(tmp_path / "whole", None)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "stopped", 3)
+    again = compute(tmp_path / "stopped", None)
+    assert seen == [0, 1, 2, 2, 3, 4]
+    for key, values in whole.items():
+        np.testing.assert_array_equal(again[key], values)
+    assert whole["number"] == 40 and len(whole["features"]) == 16
+
+
 def test_statistics_do_not_depend_on_the_size_of_batches(
     scored, workdir, options, tmp_path
 ):
-    config = tiny.config()
+    config = settings_of()
     config.evaluate.batch_size = 16
     other = replace(options, cache_dir=str(tmp_path / "cache"))
     suite.evaluate(
@@ -200,7 +251,7 @@ def test_user_without_a_home_is_told_what_helps(monkeypatch):
 
 
 def test_data_set_too_small_for_statistics_is_named(workdir, options, tmp_path):
-    config = tiny.config()
+    config = settings_of()
     folder = folder_of_seeds(tmp_path / "few", 10, bad=2)
     config.data.train = f"folder:{folder}"
     with pytest.raises(UserError, match="config.data.train=folder:.* has 10 images"):
@@ -221,7 +272,7 @@ def test_one_evaluation_writes_into_a_folder_at_a_time(workdir, options, tmp_pat
 
 
 def test_photographs_can_be_the_seeds(workdir, options, tmp_path):
-    config = tiny.config()
+    config = settings_of()
     config.data.seeds = "digits:test"
     config.data.preprocess_seeds = config.data.preprocess
     figures = suite.evaluate(
@@ -273,8 +324,8 @@ def test_another_network_names_its_scores(workdir, options, tmp_path):
         ({"num_samples": 10**12}, "num_samples is 1000000000000: .*are the most"),
         ({"sweep": 10**9}, "sweep is 1000000000: at most 100"),
         ({"sweep_samples": 1}, "sweep_samples is 1: .*or give --sweep=0"),
-        ({"quantise": "up"}, "quantise is 'up': choose"),
-        ({"score_protocol": "mine"}, "score_protocol is 'mine': choose"),
+        ({"quantise": "up"}, "unknown --quantise 'up': choose"),
+        ({"score_protocol": "mine"}, "unknown --score_protocol 'mine': choose"),
         ({"feature_extractor": "inception"}, "needs --inception_weights"),
         ({"inception_weights": "nowhere.pth"}, "no Inception weights at"),
         ({"reference_statistics": "nowhere.npz"}, "cannot be read"),

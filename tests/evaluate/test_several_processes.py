@@ -10,7 +10,6 @@ from pathlib import Path
 import evaluate_worker
 import numpy as np
 import pytest
-import tiny
 
 ROOT = Path(__file__).parents[2]
 METRICS = "accuracy,pgd,autoattack,generation,calibration,ood,counterfactual"
@@ -44,14 +43,6 @@ def evaluate_in_two(workdir, folder, metrics):
     return json.loads((folder / "0" / "report.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    settings = {"stage1.num_steps": 4, "evaluate.attack.num_steps": 2}
-    tiny.run(tiny.config(stages="stage1", **settings), folder)
-    return folder
-
-
 def assert_same(one, two):
     assert one["data"] == two["data"]
     for name, metric in one["metrics"].items():
@@ -65,9 +56,9 @@ def assert_same(one, two):
     ["accuracy,autoattack", pytest.param(METRICS, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
-def test_two_processes_report_what_one_does(workdir, tmp_path, metrics):
-    one = evaluate_worker.evaluate(workdir, str(tmp_path / "one"), metrics.split(","))
-    assert_same(one, evaluate_in_two(workdir, tmp_path, metrics))
+def test_two_processes_report_what_one_does(trained, tmp_path, metrics):
+    one = evaluate_worker.evaluate(trained, str(tmp_path / "one"), metrics.split(","))
+    assert_same(one, evaluate_in_two(trained, tmp_path, metrics))
     with (
         np.load(tmp_path / "one" / "autoattack.npz") as a,
         np.load(tmp_path / "0" / "autoattack.npz") as b,
@@ -79,9 +70,9 @@ def test_two_processes_report_what_one_does(workdir, tmp_path, metrics):
 
 
 @pytest.mark.slow
-def test_stopped_processes_go_on_with_what_the_first_one_has(workdir, tmp_path):
-    whole = evaluate_in_two(workdir, tmp_path, METRICS)
+def test_stopped_processes_go_on_with_what_the_first_one_has(trained, tmp_path):
+    whole = evaluate_in_two(trained, tmp_path, METRICS)
     for path in sorted((tmp_path / "0" / "units").rglob("*.npz"))[::2]:
         path.unlink()
     (tmp_path / "0" / "report.json").unlink()
-    assert_same(whole, evaluate_in_two(workdir, tmp_path, METRICS))
+    assert_same(whole, evaluate_in_two(trained, tmp_path, METRICS))

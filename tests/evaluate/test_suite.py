@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_program_an_attack")
 QUICK = {"num_steps": 3, "num_queries": 5, "targets": 2, "fab_targets": 2}
 OPTIONS = Options(
     num_examples=80,
+    epsilons=(0.25, 1.0),
     radii=(1.0, 4.0),
     num_resamples=20,
     num_samples=60,
@@ -47,11 +48,8 @@ def quick_autoattack():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    settings = {"stage1.num_steps": 4, "evaluate.attack.num_steps": 3}
-    tiny.run(tiny.config(stages="stage1", **settings), folder)
-    return folder
+def workdir(trained):
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +98,7 @@ def test_accuracy_is_that_of_the_model(report, workdir):
 def test_robust_accuracy_falls_with_the_radius(report):
     figures = report[0]["metrics"]["pgd"]["figures"]
     values = [figure["value"] for figure in figures.values()]
-    assert len(values) == 5 and values == sorted(values, reverse=True)
+    assert len(values) == 3 and values == sorted(values, reverse=True)
 
 
 def test_each_attack_leaves_no_more_than_those_before(report):
@@ -212,7 +210,7 @@ def test_targets_are_other_classes(target, expected):
     ("arguments", "message"),
     [
         ({"metrics": ("fid",)}, "unknown metric 'fid': choose"),
-        ({"metrics": ()}, "an empty one"),
+        ({"metrics": ()}, "unknown metric '': choose"),
         (
             {"metrics": ("ood",), "options": Options(ood=("folder:/nowhere",))},
             "nowhere",

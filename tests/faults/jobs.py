@@ -16,6 +16,8 @@ from etils import epath
 from atebm_jax import checkpoint, checksums
 
 ROOT = Path(__file__).parents[2]
+# Config files, as they are named from there. The second one's network compiles fast.
+DIGITS, SMALL = "configs/digits.py", "tests/small.py"
 STAGES = ("stage1", "stage2")
 
 SETTINGS = (
@@ -36,10 +38,10 @@ SETTINGS = (
 )
 
 
-def arguments(workdir: Path, *flags: str) -> list[str]:
+def arguments(workdir: Path, *flags: str, config: str = DIGITS) -> list[str]:
     """The command line of the small job, without the interpreter."""
-    config = "--config=configs/digits.py"
-    return ["atebm_jax.main", config, f"--workdir={workdir}", *SETTINGS, *flags]
+    where = (f"--config={config}", f"--workdir={workdir}")
+    return ["atebm_jax.main", *where, *SETTINGS, *flags]
 
 
 def joined(count: int) -> list[tuple[str, ...]]:
@@ -67,11 +69,11 @@ def environment(workdir: Path) -> dict[str, str]:
     return cache | os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
-def start(workdir: Path, *flags: str) -> subprocess.Popen:
+def start(workdir: Path, *flags: str, config: str = DIGITS) -> subprocess.Popen:
     """Starts the job by its command, in a process group of its own, or goes on."""
     log = log_of(workdir).open("a")
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments(workdir, *flags)],
+        [sys.executable, "-m", *arguments(workdir, *flags, config=config)],
         cwd=ROOT,
         stdout=log,
         stderr=log,
@@ -80,9 +82,11 @@ def start(workdir: Path, *flags: str) -> subprocess.Popen:
     )
 
 
-def start_joined(workdir: Path, count: int, *flags: str) -> list[subprocess.Popen]:
+def start_joined(
+    workdir: Path, count: int, *flags: str, config: str = DIGITS
+) -> list[subprocess.Popen]:
     """Starts the job by its command in `count` processes."""
-    return [start(workdir, *flags, *own) for own in joined(count)]
+    return [start(workdir, *flags, *own, config=config) for own in joined(count)]
 
 
 class Forked:
@@ -91,7 +95,8 @@ class Forked:
     Five CPU seconds less a start; otherwise what the command does.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: str = DIGITS):
+        self._config = config
         os.environ.update(environment(folder / "any"))
         os.environ["PYTHONPATH"] = str(ROOT)
         os.chdir(ROOT)
@@ -104,7 +109,7 @@ class Forked:
         """Starts the job in `count` processes."""
         processes = []
         for own in joined(count):
-            command = arguments(workdir, *flags, *own)
+            command = arguments(workdir, *flags, *own, config=self._config)
             process = self._context.Process(
                 target=_run_command, args=(command, log_of(workdir))
             )

@@ -132,9 +132,11 @@ def kill_over_and_over(
     return tally
 
 
-def compare(folder: Path, kills: int, seed: int, count: int = 1) -> Tally:
+def compare(
+    folder: Path, kills: int, seed: int, count: int = 1, config: str = jobs.DIGITS
+) -> Tally:
     """Runs both jobs in a folder, on `count` processes."""
-    forked = jobs.Forked(folder)
+    forked = jobs.Forked(folder, config)
     alone, killed = folder / "alone", folder / "killed"
     # It also fills the compilation cache.
     finish(forked, alone, count)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import tiny
 from budget import budget
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from atebm_jax import UserError, config, data, job, models, sharding, train
+from atebm_jax import UserError, ascent, config, data, job, models, sharding, train
+from atebm_jax.models import resnet
 from atebm_jax.stages import joint
 
 _IMAGES = 40
@@ -37,9 +39,12 @@ _TUPLES = st.one_of(
 
 # What a field understands, so that more than its refusal is seen.
 _WORDS: dict[str, tuple[str, ...]] = {
-    "name": (*models.FAMILIES, "wide-resnet"),
-    "size": ("tiny", "small", "base", "large"),
+    "name": (*sorted(models.BUILT_IN), "wide-resnet"),
+    "size": ("tiny", "small", "base", "medium", "large"),
     "stem": ("patch", "conv"),
+    "blocks": ("1-1-1", "1-2-1", "1-0-1", "1-1"),
+    "widths": ("4-4-8-8", "8-4-4-4", "1-1-1", "0-1-1-1"),
+    "shortcut": ("active", "raw"),
     "activation": ("relu", "swish", "gelu"),
     "dtype": (*models.DTYPES, "float16", "float64", "int8"),
     "norm": ("l2", "linf", "unbounded", "L2"),
@@ -48,6 +53,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "stages": ("auto", "stage1", "stage2", "stage1,stage2", "stage2,stage1"),
     "contrastive_objective": (*joint.CONTRASTIVE_OBJECTIVES, "joint"),
     "judge": ("svc", "mlp"),
+    "sampler": (*ascent.RULES, "sgld(noise=0.1)", "sgld(nois=1)"),
     "mesh": ("data:-1", "data:-1,fsdp:2", "fsdp:-1", "data:3", "fsdp:0", "data:99"),
     "init_from": ("nowhere", "/", "~", "gs://nowhere/x", "file://x"),
     "data_dir": ("nowhere", "/dev/null"),
@@ -83,11 +89,37 @@ _FIELDS = dict(config.flatten(tiny.config()))
 # Tracing a deep network takes long and says no more.
 _FAMILIES: tuple[dict[str, Any], ...] = (
     {"model.name": "wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "dm_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "jem_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {
+        "model.name": "ra_wide_resnet",
+        "model.blocks": "1-1-1",
+        "model.widths": "4-4-8-8",
+    },
+    {
+        "model.name": "ra_resnet",
+        "model.blocks": "1-1-1-1",
+        "model.widths": "4-8-8-16-16",
+    },
+    {"model.name": "preact_resnet", "model.depth": 18},
+    {"model.name": "dm_preact_resnet", "model.depth": 18},
+    {"model.name": "small_resnet", "model.depth": 18},
     {"model.name": "resnet", "model.depth": 18},
     {"model.name": "resnet", "model.depth": 50, "model.base_width": 4},
     {"model.name": "convnext", "model.size": "tiny"},
     {"model.name": "vit", "model.size": "small", "model.position_grid": 2},
+    {"model.name": "xcit", "model.size": "tiny", "model.depth": 1, "model.patch": 4},
+    {"model.name": "swin", "model.size": "tiny", "model.position_grid": 8},
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """Every kind of layer, few of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        reference.shallow(patch)
+        patch.setitem(resnet.STAGES, 50, (1, 1, 1, 1))
+        yield
 
 
 @st.composite
@@ -207,7 +239,7 @@ _OF_STEPS = sorted(
 @st.composite
 def small_jobs(draw: Any) -> dict[str, Any]:
     """A network that compiles fast, and fields of its updates at random."""
-    chosen = dict(_FAMILIES[0])
+    chosen = {"model.name": "small", "model.depth": 10, "model.widen_factor": 1}
     side = st.integers(1, 9)
     chosen["data.image_shape"] = draw(st.tuples(side, side, st.sampled_from((1, 3))))
     chosen["model.num_classes"] = draw(st.sampled_from((1, 2, 10)))
@@ -281,7 +313,8 @@ def test_config_takes_a_step_or_is_refused(tmp_path_factory, chosen, stage, turn
     ],
 )
 def test_what_once_broke_a_job_is_refused_by_name(tmp_path, field, value, message):
-    settings = configured({"data.augment_cls": "", field: value})
+    usual = {"data.augment_cls": "", "model.name": "wide_resnet"}
+    settings = configured(usual | {field: value})
     with pytest.raises(UserError, match=message):
         job.run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()

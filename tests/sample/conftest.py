@@ -1,11 +1,13 @@
-"""A trained model for the sample commands."""
+"""A trained model for the sample commands, and two devices to draw on."""
 
 import pytest
-import tiny
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "digits"
-    tiny.run(tiny.config(stages="stage1", **{"stage1.num_steps": 2}), folder)
-    return folder
+def workdir(trained):
+    return trained
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_two(two_devices):
+    return two_devices

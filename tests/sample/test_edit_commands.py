@@ -331,7 +331,10 @@ def test_results_go_to_a_local_folder_that_is_named(
         (["explain", "{d}/0.png", "--target=1", "--norm=l1"], "choose one of l2, linf"),
         (["explain", "{d}/0.png", "--target=1", "--norm=linf"], "at most 1"),
         (["explain", "{d}/0.png", "--target=1", "--step_size=0"], "positive"),
-        (["edit", "{d}/0.png", "--task=paint"], "--task is 'paint': choose one of"),
+        (
+            ["edit", "{d}/0.png", "--task=paint"],
+            "unknown --task 'paint': choose one of",
+        ),
         (["edit", "{d}/0.png", "--task=inpaint"], "needs --mask"),
         (["edit", "{d}/0.png", "--task=inpaint", "--mask=m.png"], "no mask 'm.png'"),
         (

@@ -1,5 +1,6 @@
 """Images that users name: formats, sizes, names."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from atebm_jax import UserError, data
 from atebm_jax.sample import files, inputs
+from atebm_jax.trained import Trained
 
 CONFIG = tiny.config()
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -18,6 +20,13 @@ COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
 
 def read(path, shape=(8, 8, 1), resize=False, config=CONFIG):
     return inputs.read_file(Path(path), shape, config, resize)
+
+
+def pictures(named, index=None, config=CONFIG, names=None, **flags):
+    """What the command line names, without loading a network."""
+    given = {"data_dir": "", "resize": False, "classes_by_place": False} | flags
+    given = argparse.Namespace(images=named, index=index, **given)
+    return inputs.pictures(given, Trained(None, None, config, {}, None, names))
 
 
 def saved(folder, image, name="x.png", **options):
@@ -147,7 +156,7 @@ def test_names_of_files_tell_images_apart(tmp_path):
 
     def names(*paths):
         chosen = [str(tmp_path / path) for path in paths]
-        return [p.name for p in inputs.pictures(chosen, None, CONFIG)]
+        return [p.name for p in pictures(chosen)]
 
     assert names("a/cat.png", "b/dog.png") == ["cat", "dog"]
     assert names("b/dog.png", "b/dog.bmp") == ["dog.png", "dog.bmp"]
@@ -160,7 +169,7 @@ def test_names_of_results_are_short_and_can_be_written_everywhere(tmp_path):
     for name in given:
         path = os.path.join(os.fsencode(tmp_path), name + b".png")
         Image.fromarray(GREY).save(os.fsdecode(path))
-    found = inputs.pictures([str(tmp_path)], None, CONFIG)
+    found = pictures([str(tmp_path)])
     made = {picture.name for picture in found}
     assert len(made) == 4 and "caf\\xe9" in made
     for name in made:
@@ -174,15 +183,15 @@ def test_labels_of_data_sets_follow_the_names_of_the_network():
     names = [str(9 - k) for k in range(10)]
 
     def chosen(**options):
-        return inputs.pictures(["digits:test"], "0:4", CONFIG, **options)
+        return pictures(["digits:test"], "0:4", **options)
 
     own = [picture.label for picture in chosen()]
-    followed = [picture.label for picture in chosen(class_names=names)]
+    followed = [picture.label for picture in chosen(names=names)]
     assert followed == [9 - label for label in own]
     names[0] = "nine"
     with pytest.raises(UserError, match="'nine' and '9' say"):
-        chosen(class_names=names)
-    by_place = chosen(class_names=names, by_place=True)
+        chosen(names=names)
+    by_place = chosen(names=names, classes_by_place=True)
     assert [picture.label for picture in by_place] == own
 
 
@@ -192,21 +201,21 @@ def test_link_to_nowhere_in_a_data_set_is_named(tmp_path):
         saved(tmp_path / str(label), Image.fromarray(GREY))
     (tmp_path / "3" / "y.png").symlink_to("nowhere")
     with pytest.raises(UserError, match="3/y.png cannot be read.*leave it out"):
-        inputs.pictures([f"folder:{tmp_path}"], "all", CONFIG)
-    found = inputs.pictures([f"folder:{tmp_path}"], "0:4,5", CONFIG)
+        pictures([f"folder:{tmp_path}"], "all")
+    found = pictures([f"folder:{tmp_path}"], "0:4,5")
     assert [picture.label for picture in found] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_data_sets_of_every_kind_are_no_files(kind):
     with pytest.raises(UserError) as refused:
-        inputs.pictures([f"{kind}nowhere"], "0", CONFIG)
+        pictures([f"{kind}nowhere"], "0")
     for wrong in ("there is no image", "unknown data source"):
         assert wrong not in str(refused.value)
 
 
 def test_places_are_numbers_and_runs():
-    chosen = inputs.pictures(["digits:test"], "7,0:3,2", CONFIG)
+    chosen = pictures(["digits:test"], "7,0:3,2")
     numbers = [int(p.name.rpartition("_")[2]) for p in chosen]
     assert numbers == [7, 0, 1, 2]
 
@@ -216,7 +225,7 @@ def test_paths_that_lead_nowhere_are_told(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path / ("n" * 300), tmp_path / "loop", tmp_path / "loop" / "x"):
         with pytest.raises(UserError, match="there is no image"):
-            inputs.pictures([str(path)], None, CONFIG)
+            pictures([str(path)])
         with pytest.raises(UserError, match="there is no mask"):
             inputs.read_mask(path, (8, 8, 1), CONFIG, False)
         files.check_outside(path, tmp_path / "other")

@@ -1,9 +1,9 @@
-"""The least distance between two sets of images, by their spectra."""
+"""How near images are to others: PSNR, and a bound by spectra."""
 
 import numpy as np
 import pytest
 
-from atebm_jax.metrics import spectral_distance
+from atebm_jax.metrics import psnr, spectral_distance
 
 
 def test_distance_of_two_greys_and_of_a_checkerboard_is_worked_by_hand():
@@ -44,5 +44,25 @@ def test_large_images_pass_in_chunks(monkeypatch):
     rng = np.random.default_rng(0)
     first, second = rng.random((7, 8, 8, 3)), 0.5 * rng.random((5, 8, 8, 3))
     whole = spectral_distance(first, second)
-    monkeypatch.setattr("atebm_jax.metrics.spectrum._CHUNK_SIZE", 8 * 8 * 3 * 2)
+    monkeypatch.setattr("atebm_jax.metrics.images._CHUNK_SIZE", 8 * 8 * 3 * 2)
     assert spectral_distance(first, second) == pytest.approx(whole, rel=1e-6)
+
+
+def test_psnr_is_worked_by_hand():
+    truth = np.zeros((2, 2, 2, 1), np.float32)
+    images = truth.copy()
+    images[0] = 0.1
+    images[1, 0, 0] = 0.2
+    # Mean squares 0.01 and 0.04 / 4 = 0.01.
+    assert psnr(images, truth) == pytest.approx([20.0, 20.0], rel=1e-6)
+
+
+def test_psnr_of_the_same_image_is_infinite_and_falls_with_noise():
+    rng = np.random.default_rng(0)
+    truth = rng.random((1, 8, 8, 3))
+    values = [
+        psnr(truth + sigma * rng.normal(size=truth.shape), truth)[0]
+        for sigma in (0.0, 0.01, 0.1)
+    ]
+    assert values[0] == np.inf
+    assert values[1:] == pytest.approx([40.0, 20.0], abs=1.5)

@@ -1,17 +1,4 @@
-"""A lower bound on the distance between two sets of images, from their spectra.
-
-Cut images into orthogonal parts, here rings of equal frequency in each channel. For
-any way of pairing images x with images y, Minkowski's inequality gives
-
-    sqrt(E |x - y|^2) >= sqrt(sum_g (a_g(x) - a_g(y))^2),
-
-where a_g is the root mean square length of part g over a set. The images of one set
-must move at least so many L2 pixels to become like those of the other. Uniform noise
-has too much in the high frequencies, a grey image too little in all but the lowest. The
-bound needs no density, and few images are enough.
-"""
-
-from typing import NamedTuple
+"""How near an image is to its original, and one set of images to another."""
 
 import numpy as np
 
@@ -21,18 +8,33 @@ from atebm_jax.metrics import reals
 _CHUNK_SIZE = 2**21
 
 
-class _Lengths(NamedTuple):
-    """Root mean square lengths of the parts, and their variances as estimates."""
+def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio, -10 log10 of the mean squared error.
 
-    mean: np.ndarray  # [R, C]
-    variance: np.ndarray  # [R, C]
+    Args:
+      images, truth: [N, ...] in [0, 1].
+
+    Returns:
+      [N] float64, decibels; infinite where both are the same.
+    """
+    error = np.square(reals.floats(images) - reals.floats(truth))
+    mean = error.reshape(len(error), -1).mean(axis=1)
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(mean)
 
 
 def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """The least L2 distance between two sets of images, by their spectra.
+    """A lower bound on the L2 distance between two sets of images, by their spectra.
 
-    The mean square by which two samples of one set would differ is subtracted, so that
-    few images do not look far apart.
+    Cut images into orthogonal parts, here rings of equal frequency in each channel. For
+    any pairing of images x with images y, Minkowski's inequality gives
+
+        sqrt(E |x - y|^2) >= sqrt(sum_g (a_g(x) - a_g(y))^2),
+
+    where a_g is the root mean square length of part g over a set. Uniform noise has too
+    much in the high frequencies, a grey image too little in all but the lowest. The
+    bound needs no density. The square by which two samples of one set would differ is
+    subtracted, so that few images do not look far apart.
 
     Args:
       first: [N, H, W, C] in [0, 1].
@@ -41,13 +43,14 @@ def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
     Returns:
       L2 pixels, at least 0.
     """
-    one, other = _lengths(first), _lengths(second)
-    by_chance = (one.variance + other.variance).sum()
-    square = np.square(one.mean - other.mean).sum() - by_chance
+    (one, variance), (other, other_variance) = _lengths(first), _lengths(second)
+    by_chance = (variance + other_variance).sum()
+    square = np.square(one - other).sum() - by_chance
     return float(np.sqrt(max(square, 0.0)))
 
 
-def _lengths(images: np.ndarray) -> _Lengths:
+def _lengths(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Root mean square lengths [R, C] of the rings, and their variances [R, C]."""
     _, height, width, _ = images.shape
     ring, weight = _rings(height, width)
     order = np.argsort(ring, axis=None)
@@ -65,9 +68,9 @@ def _lengths(images: np.ndarray) -> _Lengths:
     # [N, R, C], squared lengths.
     energy = np.concatenate(energies).astype(np.float64)
     mean = energy.mean(axis=0)
-    # The root's variance to first order; of an empty part, or one image, it is zero.
+    # The root's variance to first order; zero for an empty ring or a single image.
     scale = 4 * max(len(energy) - 1, 1) * np.where(mean > 0, mean, 1)
-    return _Lengths(np.sqrt(mean), energy.var(axis=0) / scale)
+    return np.sqrt(mean), energy.var(axis=0) / scale
 
 
 def _rings(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +78,6 @@ def _rings(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     down = np.fft.fftfreq(height)[:, None]
     across = np.fft.rfftfreq(width)[None, :]
     ring = np.rint(np.hypot(down, across) * max(height, width)).astype(int)
-    # All but the first column, and the last of an even width, stand for two.
+    # Each column stands for two, except the first and the last of an even width.
     alone = (across == 0) | (across == 0.5)
     return ring, np.broadcast_to(np.where(alone, 1.0, 2.0), ring.shape)

@@ -1,0 +1,68 @@
+"""DeepMind's PreActResNet (Rebuffi et al., 2021), RobustBench's "R18".
+
+Its shortcuts are 3x3 convolutions of a block's input, and it pads as Haiku does.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from atebm_jax.models import dm_wide_resnet, family, preact_resnet
+
+
+def build(config: ml_collections.ConfigDict) -> preact_resnet.PreActResNet:
+    """Builds a DeepMind PreActResNet from `config.model`.
+
+    Raises:
+      UserError: as of `preact_resnet.build`.
+    """
+    network = preact_resnet.build(config)
+    return network.clone(final_norm=True, shortcut="raw", deepmind=True)
+
+
+def _block_rules() -> family.Rules:
+    """PyTorch's names number stages and norms from 0, ours from 1."""
+    theirs = {"batchnorm_0": "bn1", "conv_2d_1": "conv1", "batchnorm_1": "bn2"}
+    theirs |= {"conv_2d_2": "conv2", "shortcut": "shortcut"}
+    return tuple(
+        (f"layer_{stage}.{{b}}.{name}", f"layer{stage + 1}_{{b}}/{ours}")
+        for stage in range(4)
+        for name, ours in theirs.items()
+    )
+
+
+def _arch(depth: int) -> dict[str, Any]:
+    return {
+        "depth": depth,
+        "activation": "swish",
+        "num_classes": 10,
+        **family.DEEPMIND[10],
+    }
+
+
+FAMILY = family.Family(
+    build=build,
+    sized_by=("depth",),
+    archs={
+        "dm_preact_resnet18": _arch(18),
+        "dm_preact_resnet34": _arch(34),
+    },
+    torch=family.TorchNames(
+        rules=(
+            ("conv_2d", "conv1"),
+            *_block_rules(),
+            ("batchnorm", "bn"),
+            ("logits", "fc"),
+        ),
+        published="DeepMind's R18: Rebuffi2021, Gowal2021, Rade2021",
+        mark="layer_0.0.conv_2d_1.weight",
+        first=("conv_2d.weight",),
+        fields=lambda shapes: preact_resnet.depth_of(
+            shapes, "layer_{s}.{}.conv_2d_1.weight"
+        ),
+        side=lambda model: 32,
+        usual=dm_wide_resnet.usual,
+        who=dm_wide_resnet.WHO,
+        activation="swish",
+    ),
+)

@@ -1,0 +1,87 @@
+"""DeepMind's WideResNet (Gowal et al., 2020): most robust classifiers of CIFAR.
+
+It is a WideResNet with Swish that pads as Haiku does, and has names of its own in
+PyTorch. Its authors and those after them normalise inside the network.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from atebm_jax.models import family, wide_resnet
+
+
+def build(config: ml_collections.ConfigDict) -> wide_resnet.WideResNet:
+    """Builds a DeepMind WideResNet from `config.model`.
+
+    Raises:
+      UserError: as of `wide_resnet.build`.
+    """
+    return wide_resnet.build(config).clone(same_padding=True)
+
+
+def block_rules() -> family.Rules:
+    """PyTorch's names number groups and a block's layers from 0, ours from 1."""
+    theirs = {"batchnorm_0": "bn1", "conv_0": "conv1", "batchnorm_1": "bn2"}
+    theirs |= {"conv_1": "conv2", "shortcut": "shortcut"}
+    return tuple(
+        (f"layer.{group}.block.{{b}}.{name}", f"block{group + 1}_{{b}}/{ours}")
+        for group in range(3)
+        for name, ours in theirs.items()
+    )
+
+
+RULES: family.Rules = (
+    ("init_conv", "conv1"),
+    *block_rules(),
+    ("batchnorm", "bn1"),
+    ("logits", "fc"),
+)
+
+
+def usual(model: family.ModelFields) -> Mapping[str, tuple[float, ...]] | None:
+    """The normalisation of CIFAR-10 or CIFAR-100, by the number of classes."""
+    return family.DEEPMIND.get(model["num_classes"])
+
+
+WHO = "the --mean and --std of the data it was trained on (10 and 100 classes: CIFAR's)"
+
+
+def _fields(shapes: family.Shapes) -> dict[str, Any]:
+    width = family.outputs(shapes, "layer.0.block.0.conv_0.weight")
+    blocks = family.count(shapes, "layer.0.block.{}.conv_0.weight")
+    return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
+
+
+def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
+    sizes = {"depth": depth, "widen_factor": widen_factor}
+    return {**sizes, "activation": "swish", "num_classes": 10, **family.DEEPMIND[10]}
+
+
+FAMILY = family.Family(
+    build=build,
+    sized_by=("depth", "widen_factor"),
+    archs={
+        "dm_wrn28_10": _arch(28, 10),
+        "dm_wrn34_10": _arch(34, 10),
+        "dm_wrn34_20": _arch(34, 20),
+        "dm_wrn70_16": _arch(70, 16),
+        "dm_wrn82_8": _arch(82, 8),
+        "dm_wrn94_16": _arch(94, 16),
+        "dm_wrn106_16": _arch(106, 16),
+    },
+    # The names of the authors' PyTorch port, and of RobustBench.
+    torch=family.TorchNames(
+        rules=RULES,
+        published="DeepMind's: Gowal2020, Gowal2021, Rebuffi2021, Rade2021, "
+        "Pang2022, Wang2023, Bartoldson2024",
+        mark="layer.0.block.0.conv_0.weight",
+        first=("init_conv.weight",),
+        fields=_fields,
+        side=lambda model: 32,
+        usual=usual,
+        who=WHO,
+        activation="swish",
+    ),
+)

@@ -1,0 +1,53 @@
+"""WideResNets with groups of chosen depths and widths (Huang et al., 2021).
+
+WRN-34-R has fewer channels in its last group, which makes it more robust.
+"""
+
+import ml_collections
+
+from atebm_jax.models import family, ra_wide_resnet
+
+
+def build(config: ml_collections.ConfigDict) -> ra_wide_resnet.RaWideResNet:
+    """Builds a RobustWideResNet from `config.model`.
+
+    Raises:
+      UserError: as of `ra_wide_resnet.build`.
+    """
+    return ra_wide_resnet.build(config).clone(ratio=0.0, same_padding=False)
+
+
+def rules(shortcut: str, last_norm: str) -> family.Rules:
+    """PyTorch's names number groups from 0, ours from 1."""
+    theirs = {"bn{k}": "bn{k}", "conv{k}": "conv{k}", shortcut: "shortcut"}
+    blocks = tuple(
+        (f"blocks.{group}.layer.{{b}}.{name}", f"block{group + 1}_{{b}}/{ours}")
+        for group in range(3)
+        for name, ours in theirs.items()
+    )
+    return (("stem_conv", "conv1"), *blocks, (last_norm, "bn1"), ("fc", "fc"))
+
+
+BLOCKS = [f"blocks.{group}.layer.{{}}.conv1.weight" for group in range(3)]
+
+FAMILY = family.Family(
+    build=build,
+    sized_by=("blocks", "widths"),
+    archs={
+        "wrn34_r": {
+            "blocks": "5-5-5",
+            "widths": "16-320-640-512",
+            "num_classes": 10,
+            **family.AS_THEY_ARE,
+        },
+    },
+    torch=family.TorchNames(
+        rules=rules("convShortcut", "bn1"),
+        published="Huang2021 (WRN-34-R)",
+        mark="blocks.0.layer.0.conv1.weight",
+        first=("stem_conv.weight",),
+        fields=lambda shapes: ra_wide_resnet.fields(shapes, "stem_conv.weight", BLOCKS),
+        side=lambda model: 32,
+        usual=lambda model: family.AS_THEY_ARE,
+    ),
+)
