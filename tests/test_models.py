@@ -52,7 +52,7 @@ def test_evaluation_mode_matches_the_reference(golden, weights, form):
 def test_double_precision_matches_the_reference_to_rounding(golden, monkeypatch):
     wrn = golden("wrn")
     with jax.enable_x64(True):
-        network = reference.double_network(monkeypatch)
+        network = reference.double_network()
         made = readings(
             network,
             reference.variables(reference.double(golden("wrn_state_dict"))),

@@ -241,14 +241,12 @@ class BatchNorm(nn.BatchNorm):
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """Scale and shift of the evaluation mode, [C] each."""
-        scale = self.get_variable("params", "scale")
-        bias = self.get_variable("params", "bias")
-        mean = self.get_variable("batch_stats", "mean")
-        variance = self.get_variable("batch_stats", "var")
-        scale = scale * lax.rsqrt(variance + self.epsilon)
-        return scale, bias - mean * scale
+        weights = self.variables["params"]
+        statistics = self.variables["batch_stats"]
+        scale = weights["scale"] * lax.rsqrt(statistics["var"] + self.epsilon)
+        return scale, weights["bias"] - statistics["mean"] * scale
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """[..., C] -> [..., C], float32 at least."""
         x = at_least_float32(x)
         if not self.use_running_average or self.is_initializing():
@@ -258,7 +256,7 @@ class BatchNorm(nn.BatchNorm):
 
 
 def batch_norm(name: str, train: bool) -> BatchNorm:
-    """Batch normalisation in float32, eps 1e-5, statistics averaged with weight 0.1.
+    """Batch normalisation, eps 1e-5, statistics averaged with weight 0.1.
 
     `train=False` uses the running statistics and leaves them alone: that is both the
     evaluation mode and the frozen mode of stage 2. In training the statistics are
@@ -269,7 +267,6 @@ def batch_norm(name: str, train: bool) -> BatchNorm:
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=jnp.float32,
         use_fast_variance=False,
         name=name,
     )
@@ -319,18 +316,19 @@ def standardized(x: jax.Array, epsilon: float) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias over the last axis, in the compute dtype.
+    """x @ kernel + bias over the last axis.
 
     Attributes:
       features: outputs.
       use_bias: adds a learned vector.
-      dtype: compute dtype; the parameters are float32.
+      dtype: compute dtype; None for that of the input, float32 at least. The parameters
+        are float32.
       kernel_init: of the kernel; the bias begins at zero.
     """
 
     features: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: Any = None
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
@@ -348,6 +346,8 @@ class Dense(nn.Module):
           then: () -> factors [features] of the result, folded likewise.
         """
 
+        dtype = at_least_float32(x).dtype if self.dtype is None else self.dtype
+
         def weights() -> tuple[jax.Array, jax.Array]:
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
@@ -361,10 +361,10 @@ class Dense(nn.Module):
             if then is not None:
                 factors = then()
                 kernel, bias = kernel * factors[None], bias * factors
-            return kernel.astype(self.dtype), bias.astype(self.dtype)
+            return kernel.astype(dtype), bias.astype(dtype)
 
         kernel, bias = prepared(self, weights)
-        y = x.astype(self.dtype) @ kernel
+        y = x.astype(dtype) @ kernel
         return y + per_channel(bias, y)
 
 
