@@ -64,6 +64,38 @@ def double_network() -> WideResNet:
     return network(dtype=jnp.float64, mean=mean, std=std)
 
 
+def compiled(lowered: Any) -> Any:
+    """Compiles as users do: tests have most of the optimisations turned off."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
+
+
+def logits_and_gradient(
+    network: nn.Module, weights: Any, images: np.ndarray, label: int
+) -> tuple[jax.Array, jax.Array]:
+    """Logits, and the image gradient of those with one label."""
+
+    def score(x: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
+        logits = network.apply(weights, x)
+        return logits[:, label].sum(), logits
+
+    # The compiler would fold constant weights, for longer than all else takes.
+    gradient, logits = jax.jit(jax.grad(score, has_aux=True))(images, weights)
+    return logits, gradient
+
+
+def assert_relative(actual: Any, expected: np.ndarray, tolerance: float) -> None:
+    """Refuses differences above a share of the largest value that is expected."""
+    np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=tolerance * np.abs(expected).max()
+    )
+
+
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the smallest networks of fixed sizes shallow, so that they compile fast.
 

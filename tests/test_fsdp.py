@@ -80,7 +80,7 @@ def runs():
     for spec in MESHES:
         mesh = sharding.make_mesh(spec)
         step, state = update_on(mesh)
-        compiled = step.lower(state, batch_on(mesh)).compile()
+        compiled = reference.compiled(step.lower(state, batch_on(mesh)))
         before = device_bytes(state)
         history = []
         for seed in range(2):

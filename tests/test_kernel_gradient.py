@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from reference import conv_xla
+from reference import compiled, conv_xla
 
 from atebm_jax import sharding
 from atebm_jax.hlo import Program, collectives
@@ -74,16 +74,14 @@ def test_devices_exchange_one_sum_after_the_loop():
     cotangent = jnp.zeros((batch, *size, 5))
     mesh = sharding.make_mesh()
     split = NamedSharding(mesh, PartitionSpec("data"))
-    program = Program(
-        jax.jit(
-            lambda x, g: kernel_gradient(x, g, *arguments),
-            in_shardings=split,
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
-        .lower(images, cotangent)
-        .compile()
-        .as_text()
+    function = jax.jit(
+        lambda x, g: kernel_gradient(x, g, *arguments),
+        in_shardings=split,
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
+    program = Program(compiled(function.lower(images, cotangent)).as_text())
     assert program.loop_bodies()
     assert not any(collectives(body) for body in program.loop_bodies())
-    assert collectives(program.everything()) == [("all-reduce", 3 * 3 * 3 * 5)]
+    assert collectives(program.everything()) == [
+        ("all-reduce", 3 * 3 * 3 * 5, 8 * 3 * 3 * 3 * 5)
+    ]

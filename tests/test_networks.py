@@ -16,6 +16,8 @@ from atebm_jax.models.family import IMAGENET
 NETWORKS = [
     ("wrn16_4", {"depth": 10, "widen_factor": 1}, 64),
     ("dm_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
+    ("mean_sparse_wrn70_16", {"depth": 10, "widen_factor": 1}, 64),
+    ("mean_sparse_ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("wrn34_r", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("wrn_a4", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
@@ -51,6 +53,9 @@ MILLIONS = {
     "dm_wrn82_8": 79.125466,
     "dm_wrn94_16": 365.915610,
     "dm_wrn106_16": 415.475162,
+    "mean_sparse_wrn70_16": 266.796506,
+    "mean_sparse_wrn94_16": 365.915610,
+    "mean_sparse_ra_wrn70_16": 267.240802,
     "ra_wrn70_16": 267.240802,
     "wrn34_r": 68.116698,
     "wrn_a4": 147.291738,

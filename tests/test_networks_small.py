@@ -14,7 +14,7 @@ import torch_small
 
 from atebm_jax import UserError, archs, ascent, convert, models
 from atebm_jax.convert import exporting, files, importing, layouts, names, normalization
-from atebm_jax.models import resnet
+from atebm_jax.models import layers, resnet
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, DEEPMIND
 
 ONE = (1, 1, 1, 1)
@@ -33,6 +33,20 @@ KINDS = {
         "dm_wrn28_10",
         WIDE | {"activation": "relu"},
         lambda: torch_small.deepmind((1, 1, 1), (16, 16, 32, 64), "relu"),
+    ),
+    "mean sparse": (
+        "mean_sparse_wrn70_16",
+        WIDE,
+        lambda: torch_small.deepmind(
+            (1, 1, 1), (16, 16, 32, 64), "swish", threshold=0.5
+        ),
+    ),
+    "mean sparse ra": (
+        "mean_sparse_ra_wrn70_16",
+        RA,
+        lambda: torch_small.deepmind(
+            (1, 2, 1), (8, 12, 16, 24), "swish", 0.25, threshold=0.5
+        ),
     ),
     "ra": (
         "ra_wrn70_16",
@@ -106,8 +120,9 @@ SMOOTH = [
     name
     for name, (arch, fields, _) in KINDS.items()
     if (archs.arch(arch) | fields).get("activation") in ("swish", "gelu")
-    # Its stem has ReLU.
+    # Its stem has ReLU; and where a value becomes the mean is a jump.
     and arch != "ra_wrn101_2"
+    and not arch.startswith("mean_sparse")
 ]
 
 
@@ -127,22 +142,6 @@ def pictures(seed=0, side=16):
     return np.random.default_rng(seed).random((2, side, side, 3), np.float32)
 
 
-def logits_and_gradient(network, weights, images, label):
-    def score(x, weights):
-        logits = network.apply(weights, x)
-        return logits[:, label].sum(), logits
-
-    # The compiler would fold constant weights, for longer than all else takes.
-    gradient, logits = jax.jit(jax.grad(score, has_aux=True))(images, weights)
-    return logits, gradient
-
-
-def assert_relative(actual, expected, tolerance):
-    np.testing.assert_allclose(
-        actual, expected, rtol=0, atol=tolerance * np.abs(expected).max()
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_pytorchs_in_double_precision(kind):
     theirs = KINDS[kind][2]().double()
@@ -153,9 +152,9 @@ def test_logits_and_gradients_are_pytorchs_in_double_precision(kind):
     with jax.enable_x64(True):
         weights = convert.from_torch(model.name, torch_networks.state_dict(theirs))
         network = models.build(model).clone(dtype=jnp.float64)
-        made = logits_and_gradient(network, weights, images, 3)
+        made = reference.logits_and_gradient(network, weights, images, 3)
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-11)
+        reference.assert_relative(actual, value, 1e-11)
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -164,9 +163,9 @@ def test_logits_and_gradients_of_smooth_networks_are_pytorchs(kind):
     expected = torch_networks.logits_and_gradient(theirs, pictures(), 3)
     model = described(kind)
     weights = convert.from_torch(model.name, torch_networks.state_dict(theirs))
-    made = logits_and_gradient(models.build(model), weights, pictures(), 3)
+    made = reference.logits_and_gradient(models.build(model), weights, pictures(), 3)
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-5)
+        reference.assert_relative(actual, value, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +187,7 @@ def test_saved_file_is_recognised_and_loads_back_strictly(kind, tmp_path):
     image = importing.probe_image(made.config.data.image_shape)
     with torch.no_grad():
         expected = theirs(torch.tensor(image).permute(2, 0, 1)[None])[0].numpy()
-    assert_relative(made.record["probe"]["logits"], expected, 1e-5)
+    reference.assert_relative(made.record["probe"]["logits"], expected, 1e-5)
     back = convert.to_torch(model.name, made.variables)
     state = {name: torch.tensor(value) for name, value in back.items()}
     theirs.load_state_dict(state, strict=True)
@@ -266,6 +265,28 @@ def test_deepminds_normalisation_and_swish_are_assumed_and_said(kind, monkeypatc
     made = read(ones(kind) | image, monkeypatch, activation="relu")
     assert made.config.model.mean == (0.5, 0.25, 0.5)
     assert made.config.model.activation == "relu" and not made.record["assumed"]
+
+
+def test_what_only_gathers_statistics_of_sparse_activations_is_dropped(monkeypatch):
+    tree = ones("mean sparse")
+    kept = read(tree, monkeypatch)
+    for place in ("layer.0.block.0.meansparse_0", "meansparse_end"):
+        tree[f"{place}.flag_update_statistics"] = np.array(0)
+        tree[f"{place}.batch_num"] = np.array(0, np.float32)
+    made = read(tree, monkeypatch)
+    assert made.record["unwrapped"] == [
+        "dropped 4 arrays that only count while MeanSparse gathers its statistics"
+    ]
+    reference.assert_same_bits(made.variables, kept.variables)
+
+
+def test_sparse_activations_change_only_values_close_to_their_mean():
+    """Mean 1 and standard deviation 2, half of which is close."""
+    stats = {"mean": [1.0, 0.0], "var": [4.0, 4.0], "threshold": 0.5}
+    stats = {name: jnp.float32(value) for name, value in stats.items()}
+    x = jnp.float32([[1.9, 1.0], [2.0, -0.9], [0.1, -1.1]])
+    made = layers.MeanSparse().apply({"batch_stats": stats}, x)
+    np.testing.assert_array_equal(made, np.float32([[1, 1], [2, 0], [1, -1.1]]))
 
 
 def test_deepminds_normalisation_follows_the_classes(monkeypatch):

@@ -38,22 +38,6 @@ def build(name, num_classes=1000, **options):
     return block.name, models.build(block).clone(**options)
 
 
-def logits_and_gradient(network, weights, images, label):
-    def score(x, weights):
-        logits = network.apply(weights, x)
-        return logits[:, label].sum(), logits
-
-    # The compiler would fold constant weights, for longer than all else takes.
-    gradient, logits = jax.jit(jax.grad(score, has_aux=True))(images, weights)
-    return logits, gradient
-
-
-def assert_relative(actual, expected, tolerance):
-    np.testing.assert_allclose(
-        actual, expected, rtol=0, atol=tolerance * np.abs(expected).max()
-    )
-
-
 @pytest.mark.parametrize(("theirs", "ours", "size"), CASES)
 def test_logits_and_gradients_are_timms(theirs, ours, size):
     options = {"dynamic_img_size": True} if theirs.startswith("vit") else {}
@@ -65,10 +49,10 @@ def test_logits_and_gradients_are_timms(theirs, ours, size):
     expected = torch_networks.logits_and_gradient(network, images, 3)
     family, twin = build(ours, num_classes=20)
     weights = convert.from_torch(family, torch_networks.state_dict(network))
-    made = logits_and_gradient(twin, weights, images, 3)
+    made = reference.logits_and_gradient(twin, weights, images, 3)
     assert expected[0].std() > 0.1
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-4)
+        reference.assert_relative(actual, value, 1e-4)
 
 
 @pytest.mark.usefixtures("optimized")
@@ -82,9 +66,9 @@ def test_resnets_are_timms_to_rounding_in_double_precision(name, size):
     family, twin = build(name, num_classes=20, dtype=jnp.float64)
     with jax.enable_x64(True):
         weights = convert.from_torch(family, torch_networks.state_dict(network))
-        made = logits_and_gradient(twin, weights, images, 3)
+        made = reference.logits_and_gradient(twin, weights, images, 3)
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-10)
+        reference.assert_relative(actual, value, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +116,6 @@ def test_torchvisions_names_are_read(theirs, ours):
     expected = torch_networks.logits_and_gradient(network, images, 3)
     family, twin = build(ours, num_classes=20)
     weights = convert.from_torch(family, torch_networks.state_dict(network))
-    made = logits_and_gradient(twin, weights, images, 3)
+    made = reference.logits_and_gradient(twin, weights, images, 3)
     for actual, value in zip(made, expected, strict=True):
-        assert_relative(actual, value, 1e-4)
+        reference.assert_relative(actual, value, 1e-4)

@@ -154,12 +154,6 @@ def timms(case, arrays):
     return network.eval()
 
 
-def assert_relative(actual, expected, tolerance):
-    np.testing.assert_allclose(
-        actual, expected, rtol=0, atol=tolerance * np.abs(expected).max()
-    )
-
-
 @pytest.fixture(scope="module", params=CASES)
 def computed(request):
     """(case, family, weights, images, logits and gradients in both precisions)."""
@@ -179,8 +173,8 @@ def test_logits_and_gradients_are_those_of_the_definition(computed):
     assert expected[0].std() > 0.1 and np.abs(expected[1]).max() > 1e-3
     for single, double, value in zip(made, doubled, expected, strict=True):
         assert double.dtype == np.float64
-        assert_relative(single, value, 1e-5)
-        assert_relative(double, value, 1e-11)
+        reference.assert_relative(single, value, 1e-5)
+        reference.assert_relative(double, value, 1e-11)
 
 
 def in_double(network, monkeypatch):
@@ -204,11 +198,11 @@ def test_export_loads_strictly_into_timms_which_computes_the_same(
     twin = timms(case, tensors(family, weights, torch.float32))
     with torch.no_grad():
         logits = twin(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
-    assert_relative(made[0], logits, 1e-5)
+    reference.assert_relative(made[0], logits, 1e-5)
     expected = theirs(in_double(twin, monkeypatch), images)
     for single, double, value in zip(made, doubled, expected, strict=True):
-        assert_relative(single, value, 1e-5)
-        assert_relative(double, value, 1e-11)
+        reference.assert_relative(single, value, 1e-5)
+        reference.assert_relative(double, value, 1e-11)
 
 
 def test_position_code_is_one_turn_of_sines_and_cosines():

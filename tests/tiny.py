@@ -80,6 +80,9 @@ def _key_of_step(config: ConfigDict, name: str, *rest: Any) -> Hashable:
 
 def _meaning(function: Callable) -> Hashable:
     """The same for two functions of one text and equal values around it."""
+    if hasattr(function, "__self__"):
+        # The text of a method says nothing of its object.
+        return function
     around = getattr(function, "__closure__", None) or ()
     try:
         meaning = function.__code__, tuple(cell.cell_contents for cell in around)

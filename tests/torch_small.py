@@ -58,6 +58,25 @@ def norm(channels: int) -> Any:
     return pytest.importorskip("torch").nn.BatchNorm2d(channels)
 
 
+def mean_sparse(channels: int) -> Any:
+    """Values close to their channel's mean become the mean (Amini et al., 2024)."""
+    torch, _ = torch_networks.torch_and_timm()
+
+    class MeanSparse(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+            self.register_buffer("threshold", torch.tensor(0.0))
+
+        def forward(self, x: Any) -> Any:
+            mean = self.running_mean[:, None, None].expand_as(x)
+            distance = self.threshold * self.running_var.sqrt()[:, None, None]
+            return torch.where((x - mean).abs() < distance, mean, x)
+
+    return MeanSparse()
+
+
 def linear(inputs: int, outputs: int) -> Any:
     return pytest.importorskip("torch").nn.Linear(inputs, outputs)
 
@@ -74,8 +93,9 @@ def deepmind(
     act: str,
     squeeze: float = 0.0,
     classes: int = 10,
+    threshold: float = 0.0,
 ) -> Any:
-    """DeepMind's WideResNet; with a squeeze ratio RaWideResNet."""
+    """DeepMind's WideResNet; with a squeeze ratio RaWideResNet; or sparse."""
     layers: Layers = {"init_conv": conv(3, widths[0], 3)}
     plan = []
     inputs = widths[0]
@@ -94,26 +114,42 @@ def deepmind(
                 inner = round(squeeze * width)
                 layers[f"{name}.se.fc1"] = conv(width, inner, 1, bias=True)
                 layers[f"{name}.se.fc2"] = conv(inner, width, 1, bias=True)
+            if threshold:
+                for place, channels in enumerate((inputs, width, width)):
+                    layers[f"{name}.meansparse_{place}"] = mean_sparse(channels)
             inputs = width
     layers |= {"batchnorm": norm(inputs), "logits": linear(inputs, classes)}
+    if threshold:
+        layers["meansparse_end"] = mean_sparse(inputs)
     f = activation(act)
 
+    def sparse(get: Get, name: str, x: Any) -> Any:
+        return get(name)(x) if threshold else x
+
     def block(get: Get, name: str, stride: int, widens: bool, x: Any) -> Any:
-        inner = f(get(f"{name}.batchnorm_0")(x))
+        inner = get(f"{name}.batchnorm_0")(x)
+        inner = f(sparse(get, f"{name}.meansparse_0", inner))
         y = get(f"{name}.conv_0")(corner(inner, stride))
-        y = get(f"{name}.conv_1")(f(get(f"{name}.batchnorm_1")(y)))
+        y = sparse(get, f"{name}.meansparse_1", get(f"{name}.batchnorm_1")(y))
+        y = get(f"{name}.conv_1")(f(y))
         if squeeze:
             gate = activation("relu")(get(f"{name}.se.fc1")(y.mean((2, 3), True)))
             y = y * get(f"{name}.se.fc2")(gate).sigmoid()
-        return y + (get(f"{name}.shortcut")(inner) if widens else x)
+        y = y + (get(f"{name}.shortcut")(inner) if widens else x)
+        return sparse(get, f"{name}.meansparse_2", y)
 
     def forward(get: Get, x: Any) -> Any:
         x = get("init_conv")(x)
         for name, stride, widens in plan:
             x = block(get, name, stride, widens, x)
-        return get("logits")(f(get("batchnorm")(x)).mean((2, 3)))
+        x = sparse(get, "meansparse_end", get("batchnorm")(x))
+        return get("logits")(f(x).mean((2, 3)))
 
-    return assembled(layers, forward)
+    network = assembled(layers, forward)
+    for name, value in network.named_buffers():
+        if name.endswith("threshold"):
+            value.fill_(threshold)
+    return network
 
 
 def jem(blocks: int, width: int, classes: int = 10) -> Any:

@@ -24,6 +24,7 @@ _LAYOUTS: dict[tuple[str, int], tuple[str, str, tuple[int, ...]]] = {
     ("bias", 1): ("params", "bias", (0,)),
     ("running_mean", 1): ("batch_stats", "mean", (0,)),
     ("running_var", 1): ("batch_stats", "var", (0,)),
+    ("threshold", 0): ("batch_stats", "threshold", ()),
 }
 _LAYOUTS_BACK = {
     (collection, ours, len(axes)): (theirs, tuple(map(int, np.argsort(axes))))
@@ -204,7 +205,7 @@ def to_torch(family: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     made = (one_to_torch(family, path, np.asarray(x)) for path, x in flat.items())
-    return {name: np.ascontiguousarray(value) for name, value in made}
+    return {name: np.asarray(value, order="C") for name, value in made}
 
 
 def begins_network(part: str) -> bool:

@@ -109,7 +109,9 @@ def evaluate(
     )
     # By place, as for a network that does not name its classes.
     names = None if classes_by_place else loaded.class_names
-    context = _context(loaded, settings, folder, options, show, wanted, names)
+    context = _context(
+        loaded, settings, folder, options, show, wanted, names, classes_by_place
+    )
     if judge is not None:
         context = _with_judge(context, judge, names)
     for name in wanted:
@@ -224,6 +226,7 @@ def _context(
     show: ShowFn,
     wanted: Sequence[str],
     names: tuple[str, ...] | None,
+    by_place: bool,
 ) -> Context:
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
@@ -231,7 +234,7 @@ def _context(
     )
     notes: list[str] = []
     sources = _sources(settings, options, wanted, names, notes.append)
-    if names is not loaded.class_names:
+    if by_place:
         notes.append("Classes were compared by place, not by name.")
     elif names is None and sources["test"].class_names:
         notes.append(
@@ -267,7 +270,7 @@ def _store(
     programs = ("atebm_jax", "jax", "jaxlib")
     decides = {
         "weights": loaded.fingerprint,
-        "network": checkpoint.as_json(settings.model),
+        "network": _unusual(settings.model),
         "image_shape": list(settings.data.image_shape),
         "batch_size": settings.evaluate.batch_size,
         "num_examples": options.num_examples,
@@ -276,6 +279,16 @@ def _store(
         "platform": jax.default_backend(),
     }
     return Store(folder, decides)
+
+
+def _unusual(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of `config.model` that are not at their defaults.
+
+    So a field that a later version adds tells no network from itself.
+    """
+    usual = checkpoint.as_json(configuration.default().model)
+    fields = checkpoint.as_json(model).items()
+    return {name: x for name, x in fields if name not in usual or x != usual[name]}
 
 
 def _sources(

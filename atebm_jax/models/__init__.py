@@ -74,7 +74,7 @@ def prepare(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Any
 
 
 def freeze(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> LogitsFn:
-    """The network in evaluation mode on weights that are made ready once.
+    """`logits_fn` on weights that are made ready once, outside of any loop.
 
     Args:
       model, variables, image_shape: as of `prepare`.
@@ -85,12 +85,7 @@ def freeze(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Logi
 def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:
     """The network in evaluation mode: images [B, H, W, C] -> logits [B, K].
 
-    Normalisation layers use the running statistics in `variables`.
+    Normalisation layers use the running statistics in `variables`. The function is a
+    pytree of them: where a compiled function takes it, they are arguments.
     """
-
-    def apply(images: jax.Array) -> jax.Array:
-        logits = model.apply(variables, images)
-        assert isinstance(logits, jax.Array)
-        return logits
-
-    return apply
+    return jax.tree_util.Partial(model.apply, variables)

@@ -5,6 +5,7 @@ PyTorch. Its authors and those after them normalise inside the network.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ml_collections
@@ -48,12 +49,6 @@ def usual(model: family.ModelFields) -> Mapping[str, tuple[float, ...]] | None:
 WHO = "the --mean and --std of the data it was trained on (10 and 100 classes: CIFAR's)"
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
-    width = family.outputs(shapes, "layer.0.block.0.conv_0.weight")
-    blocks = family.count(shapes, "layer.0.block.{}.conv_0.weight")
-    return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
-
-
 def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
     sizes = {"depth": depth, "widen_factor": widen_factor}
     return {**sizes, "activation": "swish", "num_classes": 10, **family.DEEPMIND[10]}
@@ -78,7 +73,7 @@ FAMILY = family.Family(
         "Pang2022, Wang2023, Bartoldson2024",
         mark="layer.0.block.0.conv_0.weight",
         first=("init_conv.weight",),
-        fields=_fields,
+        fields=partial(wide_resnet.fields, block="layer.0.block.{}.conv_0.weight"),
         side=lambda model: 32,
         usual=usual,
         who=WHO,

@@ -5,6 +5,7 @@ from atebm_jax.models import (
     dm_preact_resnet,
     dm_wide_resnet,
     jem_wide_resnet,
+    mean_sparse_wide_resnet,
     preact_resnet,
     ra_resnet,
     ra_wide_resnet,
@@ -25,6 +26,8 @@ from atebm_jax.models.family import Family
 FAMILIES: dict[str, Family] = {
     "wide_resnet": wide_resnet.FAMILY,
     "ra_wide_resnet": ra_wide_resnet.FAMILY,
+    "mean_sparse_ra_wide_resnet": mean_sparse_wide_resnet.RA_FAMILY,
+    "mean_sparse_wide_resnet": mean_sparse_wide_resnet.FAMILY,
     "dm_wide_resnet": dm_wide_resnet.FAMILY,
     "dm_preact_resnet": dm_preact_resnet.FAMILY,
     "wrn_a": wrn_a.FAMILY,

@@ -81,12 +81,6 @@ def build(config: ml_collections.ConfigDict) -> JEMWideResNet:
     return JEMWideResNet(**family.network_fields(config, "depth", "widen_factor"))
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
-    width = family.outputs(shapes, "layer1.0.conv1.weight")
-    blocks = family.count(shapes, "layer1.{}.conv1.weight")
-    return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
-
-
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
@@ -111,7 +105,7 @@ FAMILY = family.Family(
         published="JEM (Grathwohl et al., 2020)",
         mark="layer1.0.conv1.bias",
         first=("conv1.weight",),
-        fields=_fields,
+        fields=partial(wide_resnet.fields, block="layer1.{}.conv1.weight"),
         side=lambda model: 32,
         usual=lambda model: _NORMALIZATION,
         aliases=(("fc.{leaf}", "linear.{leaf}"),),

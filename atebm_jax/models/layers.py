@@ -75,10 +75,15 @@ def gelu(x: jax.Array) -> jax.Array:
     return (wide * (0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
+def swish(x: jax.Array) -> jax.Array:
+    """x sigmoid(x), rounded once as `gelu` is."""
+    return nn.swish(at_least_float32(x)).astype(x.dtype)
+
+
 #: What `config.model.activation` may be; PyTorch calls swish SiLU.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
-    "swish": nn.swish,
+    "swish": swish,
     "gelu": gelu,
 }
 
@@ -270,6 +275,33 @@ def batch_norm(name: str, train: bool) -> BatchNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+class MeanSparse(nn.Module):
+    """Values close to their channel's mean become the mean (Amini et al., 2024).
+
+    Close is less than `threshold` standard deviations away. Statistics and threshold
+    are constants of a published network: training here leaves them alone, and a new
+    network has threshold 0, which changes nothing.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> the same shape and dtype."""
+        wide = at_least_float32(x)
+
+        def constant(name: str, shape: tuple[int, ...]) -> jax.Array:
+            made = self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32)
+            return made.value.astype(wide.dtype)
+
+        def interval() -> tuple[jax.Array, jax.Array]:
+            mean, var = constant("mean", x.shape[-1:]), constant("var", x.shape[-1:])
+            return mean, constant("threshold", ()) * jnp.sqrt(var)
+
+        mean, distance = (
+            jnp.broadcast_to(v, x.shape) for v in prepared(self, interval)
+        )
+        return jnp.where(jnp.abs(wide - mean) < distance, mean.astype(x.dtype), x)
 
 
 def normed(conv: Conv, norm: BatchNorm, images: jax.Array) -> jax.Array:

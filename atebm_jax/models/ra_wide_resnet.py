@@ -99,6 +99,14 @@ def fields(shapes: family.Shapes, first: str, blocks: Sequence[str]) -> dict[str
 
 _BLOCKS = [f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3)]
 
+RULES: family.Rules = (
+    *(
+        (f"layer.{group}.block.{{b}}.se.fc{{k}}", f"block{group + 1}_{{b}}/se/fc{{k}}")
+        for group in range(3)
+    ),
+    *dm_wide_resnet.RULES,
+)
+
 
 FAMILY = family.Family(
     build=build,
@@ -113,16 +121,7 @@ FAMILY = family.Family(
         },
     },
     torch=family.TorchNames(
-        rules=(
-            *(
-                (
-                    f"layer.{group}.block.{{b}}.se.fc{{k}}",
-                    f"block{group + 1}_{{b}}/se/fc{{k}}",
-                )
-                for group in range(3)
-            ),
-            *dm_wide_resnet.RULES,
-        ),
+        rules=RULES,
         published="Peng2023 for CIFAR-10",
         mark="layer.0.block.0.se.fc1.weight",
         first=("init_conv.weight",),
@@ -131,5 +130,8 @@ FAMILY = family.Family(
         usual=dm_wide_resnet.usual,
         who=dm_wide_resnet.WHO,
         activation="swish",
+        look_alikes={
+            "a network with sparse activations (MeanSparse)": r"meansparse_end\..*"
+        },
     ),
 )

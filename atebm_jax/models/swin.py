@@ -10,7 +10,7 @@ of the residual branches is float32 also where the branches compute in bfloat16.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,9 +50,6 @@ _MERGED = 8
 _MASKED = -100.0
 
 
-_Array = TypeVar("_Array", jax.Array, np.ndarray)
-
-
 def window_sides(window: int, position_grid: int) -> tuple[int, ...]:
     """Side of the windows of each stage, in its patches.
 
@@ -74,7 +71,7 @@ def offsets(side: int) -> np.ndarray:
     return down * (2 * side - 1) + right
 
 
-def windows(x: _Array, side: int) -> _Array:
+def windows(x: Any, side: int) -> Any:
     """[B, H, W, C] -> [B, windows, side^2, C]; the sides of x are multiples of side."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)

@@ -18,6 +18,7 @@ from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
     Dense,
+    MeanSparse,
     SqueezeExcitation,
     batch_norm,
     check_sides,
@@ -39,6 +40,7 @@ class Block(nn.Module):
       stride: of the first convolution and of the shortcut.
       same_padding: as of `layers.padding_3x3`.
       squeeze: channels of squeeze and excitation after the convolutions; 0 for none.
+      sparse: whether `MeanSparse` follows each norm and the block.
     """
 
     features: int
@@ -47,35 +49,43 @@ class Block(nn.Module):
     dtype: Any
     same_padding: bool = False
     squeeze: int = 0
+    sparse: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
-        active = self.activation(batch_norm("bn1", train)(x).astype(self.dtype))
+        active = self.sparsified(1, batch_norm("bn1", train)(x)).astype(self.dtype)
+        active = self.activation(active)
         around = padding_3x3(self.stride, self.same_padding)
         first = conv(3, self.stride, around, name="conv1")
-        y = normed(first, batch_norm("bn2", train), active).astype(self.dtype)
-        y = self.activation(y)
+        y = self.sparsified(2, normed(first, batch_norm("bn2", train), active))
+        y = self.activation(y.astype(self.dtype))
         y = conv(3, 1, 1, name="conv2")(y)
         if self.squeeze:
             y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
         if x.shape[-1] == self.features:
-            return x + y
-        return y + conv(1, self.stride, name="shortcut")(active)
+            return self.sparsified(3, x + y)
+        return self.sparsified(3, y + conv(1, self.stride, name="shortcut")(active))
+
+    def sparsified(self, place: int, x: jax.Array) -> jax.Array:
+        """The activations of a place, sparse where the network is."""
+        return MeanSparse(name=f"sparse{place}")(x) if self.sparse else x
 
 
 class PreActivated(family.Network, kw_only=True):
-    """Groups of `Block`s, each group after the first at half the resolution.
+    """Groups of blocks, each group after the first at half the resolution.
 
     Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
       activation: "relu", "swish" or "gelu".
       same_padding: as of `layers.padding_3x3`.
+      sparse: whether `MeanSparse` follows each norm and each block.
     """
 
     activation: str = "relu"
     same_padding: bool = False
+    sparse: bool = False
 
     def num_blocks(self) -> Sequence[int]:
         """Number of blocks of each group."""
@@ -110,9 +120,12 @@ class PreActivated(family.Network, kw_only=True):
                     dtype=self.dtype,
                     same_padding=self.same_padding,
                     squeeze=self.squeezed(widths[group]),
+                    sparse=self.sparse,
                     name=f"block{group + 1}_{index}",
                 )(x, train)
-        x = activation(batch_norm("bn1", train)(x)).mean(axis=(1, 2))
+        x = batch_norm("bn1", train)(x)
+        x = MeanSparse(name="sparse")(x) if self.sparse else x
+        x = activation(x).mean(axis=(1, 2))
         return x if features else Dense(self.num_classes, name="fc")(x)
 
 
@@ -162,9 +175,15 @@ def check_size(depth: int, widen_factor: int) -> None:
         raise UserError(f"model.widen_factor is {widen_factor}: it must be positive.")
 
 
-def _fields(shapes: family.Shapes) -> dict[str, Any]:
-    width = family.outputs(shapes, "block1.layer.0.conv1.weight")
-    blocks = family.count(shapes, "block1.layer.{}.conv1.weight")
+def fields(shapes: family.Shapes, block: str) -> dict[str, Any]:
+    """Depth and width that the shapes have.
+
+    Args:
+      shapes: by PyTorch name.
+      block: first convolution of the first group's blocks, "{}" for their number.
+    """
+    width = family.outputs(shapes, block.format(0))
+    blocks = family.count(shapes, block)
     return {"depth": 6 * blocks + 4, "widen_factor": max(width // 16, 1)}
 
 
@@ -206,7 +225,7 @@ FAMILY = family.Family(
         ),
         mark="block1.layer.0.conv1.weight",
         first=("conv1.weight",),
-        fields=_fields,
+        fields=partial(fields, block="block1.layer.{}.conv1.weight"),
         side=lambda model: 32,
         usual=lambda model: None,
         who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "

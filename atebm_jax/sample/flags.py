@@ -111,13 +111,14 @@ def _parser(command: str, description: str, out: str) -> Parser:
     add(
         "--sampler",
         help="a rule of atebm_jax.ascent, with settings: 'sgld(noise=0.005)'; "
-        "default: the config's; in balls pgd, in linf balls sign",
+        "default: the config's" + (command and "; in balls pgd, in linf balls sign"),
     )
     add("--schedule", default="constant", help="constant, linear or cosine")
     add(
         "--step_size",
         type=float,
-        help="default: the config's; in balls radius / 5 if that is less",
+        help="default: the config's"
+        + (command and "; in balls radius / 5 if that is less"),
     )
     add("--num_steps", type=int, help="default: the config's")
     add("--seed", type=int, default=0, help="of noise")

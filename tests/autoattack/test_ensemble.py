@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax.tree_util import Partial
 
 from atebm_jax import UserError, autoattack, hlo, losses, sharding
@@ -347,7 +348,7 @@ def test_devices_have_nothing_to_say_to_each_other(attack):
     task = ensemble._Task(network, key, images, labels, plan, target)
     batch = ensemble._batch(task, versions.Round(attack, 1), np.arange(8), 8)
     program = programs.Program(False, attack, "l2", plan.settings.heeded_by(attack))
-    compiled = programs.attack.lower(program, network, batch).compile()
+    compiled = reference.compiled(programs.attack.lower(program, network, batch))
     text = hlo.Program(compiled.as_text())
     assert text.loop_bodies()
     assert not hlo.collectives(text.everything())

