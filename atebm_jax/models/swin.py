@@ -28,6 +28,7 @@ from atebm_jax.models.layers import (
     at_least_float32,
     layer_norm,
     mlp,
+    prepared,
     self_attention,
 )
 from atebm_jax.models.stem import PatchStem
@@ -132,11 +133,16 @@ class Block(nn.Module):
     def _attend(self, height: int, width: int, shift: tuple[int, int]) -> AttendFn:
         """Attention in windows, with the bias for positions and what a shift hides."""
         shape = ((2 * self.side - 1) ** 2, self.heads)
-        table = self.param("relative_position_bias_table", INIT, shape)
-        bias = table[offsets(self.side)].transpose(2, 0, 1)[None]
-        if any(shift):
+
+        def biases() -> jax.Array:
+            table = self.param("relative_position_bias_table", INIT, shape)
+            bias = table[offsets(self.side)].transpose(2, 0, 1)[None]
+            if not any(shift):
+                return bias
             hidden = jnp.asarray(mask(height, width, self.side, shift), table.dtype)
-            bias = (bias + hidden[:, None])[:, None]
+            return (bias + hidden[:, None])[:, None]
+
+        bias = prepared(self, biases)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             # By windows: all images of a batch have the same biases.

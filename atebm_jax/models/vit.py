@@ -24,6 +24,7 @@ from atebm_jax.models.layers import (
     at_least_float32,
     layer_norm,
     mlp,
+    prepared,
     self_attention,
 )
 from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
@@ -107,9 +108,13 @@ class ViT(family.Network):
         kept = self.param("pos_embed", INIT, shape)
         if grid == (side, side):
             return kept
-        patches = kept[:, 1:].reshape(1, side, side, channels)
-        resized = jax.image.resize(patches, (1, *grid, channels), "bicubic")
-        return jnp.concatenate([kept[:, :1], resized.reshape(1, -1, channels)], axis=1)
+
+        def resized() -> jax.Array:
+            patches = kept[:, 1:].reshape(1, side, side, channels)
+            made = jax.image.resize(patches, (1, *grid, channels), "bicubic")
+            return jnp.concatenate([kept[:, :1], made.reshape(1, -1, channels)], axis=1)
+
+        return prepared(self, resized)
 
 
 def build(config: ml_collections.ConfigDict) -> ViT:

@@ -34,6 +34,7 @@ from atebm_jax.models.layers import (
     layer_norm,
     mlp,
     normed,
+    prepared,
     self_attention,
 )
 from atebm_jax.models.stem import biased_conv
@@ -233,9 +234,9 @@ class XCiT(family.Network):
         channels, heads = SIZES[self.size]
         x = self.normalised(images)
         x = Stem(channels, STRIDES[self.patch], self.dtype, name="stem")(x, train)
+        conv = biased_conv(channels, 1, dtype=self.dtype, name="position")
         code = jnp.asarray(position_code(*x.shape[1:3]), x.dtype)
-        position = biased_conv(channels, 1, dtype=self.dtype, name="position")(code)
-        x = x + at_least_float32(position)
+        x = x + prepared(self, lambda: at_least_float32(conv(code)))
         for index in range(self.depth):
             x = block(heads, self.dtype, name=f"block{index}")(x, train)
         shape = (1, 1, channels)
