@@ -400,7 +400,7 @@ def _attacker(model: nn.Module, **settings: Any) -> Callable:
         step_size: jax.Array,
         num_steps: jax.Array,
     ) -> jax.Array:
-        logits_fn = models.logits_fn(model, variables)
+        logits_fn = models.freeze(model, variables, x.shape[1:])
         return adversary(logits_fn, x, y, step_size=step_size, num_steps=num_steps)
 
     return jax.jit(attack)

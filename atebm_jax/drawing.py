@@ -322,7 +322,7 @@ def _program(
         key = jax.random.fold_in(jax.random.key(seed), _STEPS)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
         start = recipes.smooth(seeds, recipe.smooth) if recipe.smooth else seeds
-        logits_fn = models.logits_fn(model, variables)
+        logits_fn = models.freeze(model, variables, seeds.shape[1:])
 
         def objective(x: jax.Array) -> jax.Array:
             return energy.score(logits_fn(x), labels if recipe.conditional else None)

@@ -283,7 +283,7 @@ def _program(
     ) -> Edited:
         key = jax.random.key(seed)
         return descend(
-            models.logits_fn(model, variables),
+            models.freeze(model, variables, rows.constraint.start.shape[1:]),
             rows.constraint,
             rows.labels,
             jnp.broadcast_to(key, rows.step_sizes.shape),

@@ -69,7 +69,7 @@ class JaxSide:
         stage = self.config.stage2
 
         def loop(variables, seeds, labels, num_steps):
-            logits_fn = models.logits_fn(self.model, variables)
+            logits_fn = models.freeze(self.model, variables, seeds.shape[1:])
             return ascent.climb(
                 lambda x: energy.score(logits_fn(x), labels),
                 seeds,

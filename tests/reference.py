@@ -21,7 +21,6 @@ from atebm_jax.models import (
     resnet,
     swin,
     vit,
-    wide_resnet,
 )
 from atebm_jax.models.wide_resnet import WideResNet
 
@@ -56,31 +55,24 @@ def conv_xla(
         return layers.conv(images, kernel, strides, padding, groups)
 
 
-def double_network(monkeypatch: pytest.MonkeyPatch) -> WideResNet:
+def double_network() -> WideResNet:
     """`network` in float64, where the reference rounded mean and std to float32.
 
-    Normalisation layers are float32 by design: a test that wants more replaces them.
+    Normalisation follows its input: float32 at least.
     """
-
-    double_norms(monkeypatch, wide_resnet)
     mean, std = ([float(np.float32(x)) for x in values] for values in (MEAN, STD))
     return network(dtype=jnp.float64, mean=mean, std=std)
 
 
-def double_norms(monkeypatch: pytest.MonkeyPatch, family: Any) -> None:
-    """Batch normalisation in float64 in a family's networks."""
-
-    def batch_norm(name: str, train: bool) -> nn.BatchNorm:
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=jnp.float64,
-            use_fast_variance=False,
-            name=name,
-        )
-
-    monkeypatch.setattr(family, "batch_norm", batch_norm)
+def compiled(lowered: Any) -> Any:
+    """Compiles as users do: tests have most of the optimisations turned off."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
 
 
 def logits_and_gradient(

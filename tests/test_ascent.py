@@ -2,13 +2,13 @@
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
-from atebm_jax import UserError, ascent, attacks, sharding
+from atebm_jax import UserError, ascent, attacks, hlo, sharding
 
 SHAPE = (4, 5, 3)
 BEST = 0.25
@@ -172,7 +172,7 @@ def test_devices_have_nothing_to_say_to_each_other(name):
             target=-0.1,
         )
 
-    compiled = hlo.compiled(jax.jit(sample).lower(seeds, keys, jnp.int32(3)))
+    compiled = reference.compiled(jax.jit(sample).lower(seeds, keys, jnp.int32(3)))
     program = hlo.Program(compiled.as_text())
     assert program.loop_bodies() and not hlo.collectives(program.everything())
 

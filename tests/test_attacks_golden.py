@@ -146,7 +146,7 @@ def test_free_run_in_float64_ends_where_the_reference_does(case, golden, monkeyp
     if f"{name}/final_f64" not in stored:
         pytest.skip("reference outputs are not here (pgd.npz)")
     with jax.enable_x64(True):
-        network = reference.double_network(monkeypatch)
+        network = reference.double_network()
         weights = reference.variables(reference.double(golden("wrn_state_dict")))
         attack = make_attack(name, reference.double(stored), network, weights)
         last = attack(stored[f"{name}/traj_steps"][-1])

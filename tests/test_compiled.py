@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from jax.sharding import AxisType
 from atebm_jax import (
     ascent,
     energy,
+    hlo,
     models,
     optim,
     sharding,
@@ -81,7 +81,7 @@ def program():
     # The form of accelerators, where each convolution is one operation.
     with cpu.forms("xla"):
         lowered = jitted(step, mesh).lower(*placed(state, mesh))
-    return hlo.Program(hlo.compiled(lowered).as_text())
+    return hlo.Program(reference.compiled(lowered).as_text())
 
 
 def pgd_bodies(program):
@@ -125,7 +125,7 @@ def test_loop_with_parameter_gradients_would_be_seen():
         lowered = jax.jit(wrong).lower(
             weights["params"], batch["x_ood"], batch["y_gen"], jnp.int32(3)
         )
-    program = hlo.Program(hlo.compiled(lowered).as_text())
+    program = hlo.Program(reference.compiled(lowered).as_text())
     (body,) = pgd_bodies(program)
     assert len(hlo.convolutions(body)) == 3 * 2
 
@@ -153,7 +153,7 @@ def test_stage1_communicates_statistics_and_gradients_outside_its_loop():
     step, state = update_of(reference.TwoLayers(), "stage1")
     with cpu.forms("xla"):
         lowered = jitted(step, mesh).lower(*placed(state, mesh))
-    program = hlo.Program(hlo.compiled(lowered).as_text())
+    program = hlo.Program(reference.compiled(lowered).as_text())
     (body,) = pgd_bodies(program)
     assert hlo.collectives(body) == []
     found = hlo.collectives(program.outside_loops())
@@ -181,7 +181,7 @@ def test_bfloat16_split_state_and_parts_leave_the_loops_quiet(monkeypatch):
         placement = sharding.state_shardings(state, mesh)
         compiled = train.jit_step(step, placement, mesh)
         lowered = compiled.lower(state, placed((), mesh)[1])
-    program = hlo.Program(hlo.compiled(lowered).as_text())
+    program = hlo.Program(reference.compiled(lowered).as_text())
     inner = [b for b in pgd_bodies(program) if not any(" while(" in x for x in b)]
     assert len(inner) == 2
     for body in inner:
@@ -209,7 +209,7 @@ def test_loop_that_communicates_would_be_seen():
         return ascent.climb(objective, images, step_size=0.1, num_steps=3)
 
     lowered = jax.jit(wrong).lower(state, batch["x_ood"], batch["y_gen"])
-    (body,) = pgd_bodies(hlo.Program(hlo.compiled(lowered).as_text()))
+    (body,) = pgd_bodies(hlo.Program(reference.compiled(lowered).as_text()))
     assert {c.kind for c in hlo.collectives(body)} == {"all-reduce"}
 
 

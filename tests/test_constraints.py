@@ -1,12 +1,12 @@
 """Constraints: sets of images, and the way back to them."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
-from atebm_jax import UserError, ascent, constraints, sharding
+from atebm_jax import UserError, ascent, constraints, hlo, sharding
 
 SHAPE = (3, 4, 6, 2)
 MASK = np.zeros(SHAPE[1:3], bool)
@@ -174,7 +174,7 @@ def test_split_images_have_nothing_to_say_to_each_other(name):
             project=constraint.project,
         )
 
-    compiled = hlo.compiled(jax.jit(edit).lower(constraint, images))
+    compiled = reference.compiled(jax.jit(edit).lower(constraint, images))
     program = hlo.Program(compiled.as_text())
     assert program.loop_bodies() and not hlo.collectives(program.everything())
     np.testing.assert_allclose(

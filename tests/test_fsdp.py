@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from atebm_jax import (
     UserError,
     checkpoint,
     dry_run,
+    hlo,
     optim,
     sharding,
     stages,
@@ -80,7 +80,7 @@ def runs():
     for spec in MESHES:
         mesh = sharding.make_mesh(spec)
         step, state = update_on(mesh)
-        compiled = hlo.compiled(step.lower(state, batch_on(mesh)))
+        compiled = reference.compiled(step.lower(state, batch_on(mesh)))
         before = device_bytes(state)
         history = []
         for seed in range(2):

@@ -54,6 +54,7 @@ ORDER = (
     "evaluate",
     "sample",
     "train",
+    "hlo",
     "dry_run",
     "job",
     "main",
@@ -63,7 +64,7 @@ ORDER = (
 
 # Rooms that may know less than their place in the order allows.
 FREE = ("energy", "losses", "metrics", "models", "curriculum", "optim")
-FREE += ("calls", "health")
+FREE += ("calls", "health", "hlo")
 FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
 KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {

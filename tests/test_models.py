@@ -9,7 +9,7 @@ import reference
 from ml_collections import ConfigDict
 
 from atebm_jax import UserError, config, convert, energy, models
-from atebm_jax.models import cpu, layers
+from atebm_jax.models import cpu, layers, wide_resnet
 from atebm_jax.models.wide_resnet import WideResNet
 
 
@@ -52,7 +52,7 @@ def test_evaluation_mode_matches_the_reference(golden, weights, form):
 def test_double_precision_matches_the_reference_to_rounding(golden, monkeypatch):
     wrn = golden("wrn")
     with jax.enable_x64(True):
-        network = reference.double_network(monkeypatch)
+        network = reference.double_network()
         made = readings(
             network,
             reference.variables(reference.double(golden("wrn_state_dict"))),
@@ -106,6 +106,44 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(golden, weights):
     away = np.abs(np.asarray(logits) - exact)
     assert 1e-4 < away.max() < 0.05
     np.testing.assert_array_equal(logits.argmax(axis=1), exact.argmax(axis=1))
+
+
+def far_from_exact(wrn, made):
+    """Root mean square of differences, as shares of what is exact in float64."""
+    names = ("logits_eval", "grad_fy", "grad_logsumexp")
+    exact = [wrn[f"{name}_f64"] for name in names]
+    return [
+        np.sqrt(np.square(made[name] - value).mean() / np.square(value).mean())
+        for name, value in zip(names, exact, strict=True)
+    ]
+
+
+def test_bfloat16_with_norms_in_kernels_is_as_exact_as_layer_by_layer(
+    golden, weights, monkeypatch
+):
+    wrn, network = golden("wrn"), reference.network(dtype=jnp.bfloat16)
+    arguments = network, weights, wrn["images"], wrn["labels"].astype(np.int32)
+    folded = far_from_exact(wrn, readings(*arguments))
+    apart = lambda conv, norm, x: norm(conv(x))
+    monkeypatch.setattr(wide_resnet, "normed", apart)
+    for ours, theirs in zip(
+        folded, far_from_exact(wrn, readings(*arguments)), strict=True
+    ):
+        assert 1e-4 < ours < 1.02 * theirs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_network_made_ready_is_the_network(golden, weights, dtype):
+    """Also of weights in training: what is made ready is made of them, not kept."""
+    network, images = reference.network(dtype=jnp.dtype(dtype)), golden("wrn")["images"]
+    ready = jax.jit(lambda v, x: models.freeze(network, v, x.shape[1:])(x))
+    plain = jax.jit(lambda v, x: models.logits_fn(network, v)(x))
+    doubled = jax.tree.map(lambda x: 2 * x, weights)
+    for variables in (weights, doubled):
+        expected = plain(variables, images)
+        np.testing.assert_allclose(
+            ready(variables, images), expected, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_full_size_network_matches_the_reference(golden):

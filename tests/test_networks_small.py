@@ -14,7 +14,7 @@ import torch_small
 
 from atebm_jax import UserError, archs, ascent, convert, models
 from atebm_jax.convert import exporting, files, importing, layouts, names, normalization
-from atebm_jax.models import layers, preact_resnet, ra_resnet, resnet, wide_resnet
+from atebm_jax.models import layers, resnet
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, DEEPMIND
 
 ONE = (1, 1, 1, 1)
@@ -142,18 +142,12 @@ def pictures(seed=0, side=16):
     return np.random.default_rng(seed).random((2, side, side, 3), np.float32)
 
 
-def double_norms(monkeypatch):
-    for family in (wide_resnet, resnet, preact_resnet, ra_resnet):
-        reference.double_norms(monkeypatch, family)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_pytorchs_in_double_precision(kind, monkeypatch):
+def test_logits_and_gradients_are_pytorchs_in_double_precision(kind):
     theirs = KINDS[kind][2]().double()
     images = pictures().astype(np.float64)
     expected = torch_networks.logits_and_gradient(theirs, images, 3)
     assert expected[0].std() > 0.01
-    double_norms(monkeypatch)
     model = described(kind)
     with jax.enable_x64(True):
         weights = convert.from_torch(model.name, torch_networks.state_dict(theirs))

@@ -1,20 +1,36 @@
-"""What is computed in bfloat16, and what never is: read off the traced update."""
+"""What is computed in bfloat16 and what in no loop: read off the traced update."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import reference
 import tiny
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Literal, jaxprs_in_params
 
-from atebm_jax import config, models, train
+from atebm_jax import (
+    api,
+    config,
+    constraints,
+    drawing,
+    editing,
+    models,
+    recipes,
+    sharding,
+    train,
+)
+from atebm_jax.autoattack import programs
+from atebm_jax.evaluate import classification
+from atebm_jax.evaluate.context import Context
 
 BATCH_SIZE = 8
 
 NETWORKS = {
     "wide_resnet": ({"depth": 10, "widen_factor": 1}, (8, 8, 3)),
+    "mean_sparse_wide_resnet": ({"depth": 10, "widen_factor": 1}, (8, 8, 3)),
     "resnet": ({"depth": 18}, (8, 8, 3)),
     "convnext": ({"size": "tiny", "stem": "conv"}, (32, 32, 3)),
     "vit": ({"size": "small", "position_grid": 2, "stem": "conv"}, (32, 32, 3)),
@@ -33,6 +49,36 @@ def equations(jaxpr) -> Iterator:
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
+
+
+# Where numbers are written, not what they are; kernels are flipped within products.
+PLACING = {"reshape", "broadcast_in_dim", "squeeze", "transpose", "rev", "slice"}
+
+
+def weight_work(jaxpr, weights) -> tuple[list, list]:
+    """What a program computes of weights alone: primitives, and flags of its results.
+
+    Args:
+      jaxpr: the program.
+      weights: a flag for each of its inputs, whether it depends on weights alone.
+    """
+    known, work = dict(zip(jaxpr.invars, weights, strict=True)), []
+    for equation in jaxpr.eqns:
+        inputs = [v for v in equation.invars if not isinstance(v, Literal)]
+        alone = bool(inputs) and all(known.get(v, False) for v in inputs)
+        results = [alone] * len(equation.outvars)
+        inner = list(jaxprs_in_params(equation.params))
+        if len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
+            flags = [
+                not isinstance(v, Literal) and known.get(v, False)
+                for v in equation.invars
+            ]
+            found, results = weight_work(inner[0], flags)
+            work += found
+        elif alone and equation.primitive.name not in PLACING:
+            work.append(equation.primitive.name)
+        known |= dict(zip(equation.outvars, results, strict=True))
+    return work, [known.get(v, False) for v in jaxpr.outvars]
 
 
 def floats(variables) -> list:
@@ -134,3 +180,78 @@ def test_norms_and_losses_are_float32(traced):
         if equation.primitive.name in IN_FLOAT32:
             kinds = set(floats(equation.invars))
             assert kinds <= {jnp.dtype("float32")}, equation
+
+
+def weight_work_of_turns(program) -> list[str]:
+    """What the inner loops compute of weights alone, in every turn again.
+
+    Whatever is constant in a loop and neither a number nor of a batch is weights.
+    """
+    work = []
+    for loop in inner_loops(program):
+        body, before = loop.params["body_jaxpr"], loop.params["cond_nconsts"]
+        constants = loop.invars[before : before + loop.params["body_nconsts"]]
+        flags = [v.aval.ndim > 0 and v.aval.shape[0] != BATCH_SIZE for v in constants]
+        flags += [False] * (len(body.jaxpr.invars) - len(flags))
+        work += weight_work(body.jaxpr, flags)[0]
+    return work
+
+
+def test_what_depends_on_the_weights_alone_is_computed_before_the_loops(traced):
+    assert weight_work_of_turns(traced[3]) == []
+
+
+SHAPE = (8, 8, 3)
+READERS = ("sampler", "edit", "attack", "autoattack", "evaluation")
+
+
+def reader(name, model, variables):
+    """A compiled function that reads a network in a loop, and its arguments."""
+    images = jax.ShapeDtypeStruct((BATCH_SIZE, *SHAPE), jnp.float32)
+    labels = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32)
+    one, steps = jnp.float32(1), jnp.int32(3)
+    settings = tiny.config().evaluate.attack
+    if name == "sampler":
+        program = drawing._program(model, recipes.Recipe(), None)
+        traced = (np.uint32(0), one, steps[None], None)
+        return program, ((variables, None), traced, labels, labels, images)
+    if name == "edit":
+        program = editing._program(model, "pgd", "constant", 4)
+        ball = constraints.ball(np.zeros(images.shape, np.float32))
+        rows = editing.Rows(ball, labels, jnp.ones(BATCH_SIZE))
+        return program, (variables, np.uint32(0), steps, rows)
+    if name == "attack":
+        fixed = {
+            k: v for k, v in settings.items() if k not in ("step_size", "num_steps")
+        }
+        return api._attacker(model, **fixed), (variables, images, labels, one, steps)
+    if name == "autoattack":
+        network = jax.eval_shape(lambda v: models.freeze(model, v, SHAPE), variables)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        batch = programs.Batch(images, labels, labels, one, steps, key)
+        attack = programs.Program(False, "apgd-ce", "l2")
+        return lambda *rest: programs.attack(attack, *rest), (network, batch)
+    mesh = sharding.make_mesh()
+    context = SimpleNamespace(model=model, image_shape=SHAPE, mesh=mesh)
+    program = Context.compiled(context, classification.under_attack(settings))
+    batch = {"images": images, "labels": labels, "mask": labels}
+    return program, (variables, batch)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whoever_reads_a_network_in_a_loop_makes_it_ready_before(name):
+    model = reference.network(dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        variables = models.variable_shapes(model, SHAPE)
+        program, arguments = reader(name, model, variables)
+        found = jax.make_jaxpr(program)(*arguments).jaxpr
+    assert inner_loops(found)
+    assert weight_work_of_turns(found) == []
+
+
+def test_network_that_is_not_made_ready_would_be_seen(monkeypatch):
+    """The deliberate mistake: conversions, and a scale and a shift for each norm."""
+    unready = lambda model, variables, shape: models.logits_fn(model, variables)
+    monkeypatch.setattr(models, "freeze", unready)
+    work = weight_work_of_turns(trace_of("wide_resnet")[3])
+    assert {"convert_element_type", "rsqrt", "mul", "sub"} <= set(work)

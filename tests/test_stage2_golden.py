@@ -196,7 +196,7 @@ def test_gradients_in_float64_match_to_the_rounding_of_the_reference(
 ):
     # Here argmax is int64 and labels are int32, which only the strict rule minds.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        network = reference.double_network(monkeypatch)
+        network = reference.double_network()
         for made, expected in gradients_of_steps(golden, network, reference.double):
             reference.assert_close(made, expected, atol=2e-6)
 

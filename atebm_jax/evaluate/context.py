@@ -222,7 +222,7 @@ class Context:
 
         def apply(variables: Any, batch: Rows, *rest: Any) -> Rows:
             images = batch["images"].astype(jnp.float32) / 255.0
-            logits_fn = models.logits_fn(self.model, variables)
+            logits_fn = models.freeze(self.model, variables, self.image_shape)
             rows = function(logits_fn, images, batch["labels"], *rest)
             return rows | {"labels": batch["labels"], "mask": batch["mask"]}
 

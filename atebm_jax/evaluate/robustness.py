@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from atebm_jax import autoattack, sharding, storage
+from atebm_jax import autoattack, models, sharding, storage
 from atebm_jax.autoattack import versions
 from atebm_jax.evaluate.context import Context, share
 
@@ -57,7 +57,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     numbers = itertools.count(len(done))
     result = autoattack.run(
         jax.random.key(options.seed),
-        jax.tree_util.Partial(context.model.apply, context.variables),
+        models.freeze(context.model, context.variables, context.image_shape),
         images.astype(np.float32) / np.float32(255),
         labels,
         threat=(norm, epsilon),

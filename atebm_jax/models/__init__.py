@@ -10,9 +10,10 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models.families import BUILT_IN, FAMILIES
+from atebm_jax.models.layers import FROZEN
 
 __all__ = ["BUILT_IN", "DTYPES", "FAMILIES", "LogitsFn"]
-__all__ += ["build", "logits_fn", "variable_shapes"]
+__all__ += ["build", "freeze", "logits_fn", "prepare", "variable_shapes"]
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -48,15 +49,43 @@ def variable_shapes(model: nn.Module, image_shape: Sequence[int]) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
+def prepare(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Any:
+    """Makes once what layers need of the weights alone, for `model.apply`.
+
+    Call it outside of the loops that differentiate by images: compilers do not move all
+    of it out of them. Made are kernels in the compute dtype, with the normalisation
+    after them folded in, and the scale and shift of the other normalisations.
+
+    Args:
+      model: a network of `build`; of any other one only its layers from `layers`.
+      variables: its weights and running statistics.
+      image_shape: [H, W, C] of the images to come.
+
+    Returns:
+      The variables with the collection `layers.FROZEN` beside them.
+    """
+
+    def made(variables: Any) -> Any:
+        # The compiler drops the pass itself, as nobody reads its logits.
+        blank = jnp.zeros((1, *image_shape), jnp.float32)
+        return model.apply(variables, blank, mutable=[FROZEN])[1]
+
+    return {**variables, **jax.jit(made)(variables)}
+
+
+def freeze(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> LogitsFn:
+    """`logits_fn` on weights that are made ready once, outside of any loop.
+
+    Args:
+      model, variables, image_shape: as of `prepare`.
+    """
+    return logits_fn(model, prepare(model, variables, image_shape))
+
+
 def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:
     """The network in evaluation mode: images [B, H, W, C] -> logits [B, K].
 
-    Normalisation layers use the running statistics in `variables`.
+    Normalisation layers use the running statistics in `variables`. The function is a
+    pytree of them: where a compiled function takes it, they are arguments.
     """
-
-    def apply(images: jax.Array) -> jax.Array:
-        logits = model.apply(variables, images)
-        assert isinstance(logits, jax.Array)
-        return logits
-
-    return apply
+    return jax.tree_util.Partial(model.apply, variables)

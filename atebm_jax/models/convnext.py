@@ -15,7 +15,14 @@ import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import INIT, at_least_float32, layer_norm, mlp
+from atebm_jax.models.layers import (
+    INIT,
+    Dense,
+    LayerNorm,
+    at_least_float32,
+    layer_norm,
+    mlp,
+)
 from atebm_jax.models.stem import (
     STEMS,
     ConvStem,
@@ -55,10 +62,9 @@ class Block(nn.Module):
         y = biased_conv(
             channels, 7, padding=3, groups=channels, dtype=self.dtype, name="depthwise"
         )(x)
-        y = mlp(layer_norm(y, "norm"), self.dtype)
         init = nn.initializers.constant(1e-6)
-        gamma = self.param("gamma", init, (channels,), jnp.float32)
-        return x + y * gamma[None, None, None, :]
+        gamma = lambda: self.param("gamma", init, (channels,), jnp.float32)
+        return x + mlp(y, self.dtype, LayerNorm(name="norm"), gamma)
 
 
 class Downsample(nn.Module):
@@ -115,7 +121,7 @@ class ConvNeXt(family.Network):
             for index in range(num_blocks):
                 x = block(dtype=self.dtype, name=f"stage{stage}_{index}")(x)
         x = layer_norm(x.mean(axis=(1, 2)), "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
+        fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
 

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from atebm_jax.models import family, wide_resnet
-from atebm_jax.models.layers import Conv, at_least_float32
+from atebm_jax.models.layers import Conv, Dense, at_least_float32
 
 _leaky_relu = partial(nn.leaky_relu, negative_slope=0.2)
 
@@ -68,7 +68,7 @@ class JEMWideResNet(family.Network):
                     name=f"block{group + 1}_{index}",
                 )(x)
         x = _leaky_relu(at_least_float32(x)).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 def build(config: ml_collections.ConfigDict) -> JEMWideResNet:

@@ -75,12 +75,50 @@ def gelu(x: jax.Array) -> jax.Array:
     return (wide * (0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
+def swish(x: jax.Array) -> jax.Array:
+    """x sigmoid(x), rounded once as `gelu` is."""
+    return nn.swish(at_least_float32(x)).astype(x.dtype)
+
+
 #: What `config.model.activation` may be; PyTorch calls swish SiLU.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
-    "swish": nn.swish,
+    "swish": swish,
     "gelu": gelu,
 }
+
+
+#: Collection of what layers make of their weights alone, before any loop.
+FROZEN = "frozen"
+
+
+def prepared(layer: nn.Module, make: Callable[[], Any]) -> Any:
+    """What a layer makes of its weights alone, or what was made of them before.
+
+    Call it once in a layer. Where the collection `FROZEN` is mutable, the layer leaves
+    there what it made; where it has something, the layer's weights are not looked at.
+
+    Args:
+      layer: a bound module.
+      make: () -> tree of arrays.
+    """
+    if layer.is_initializing():
+        return make()
+    if layer.has_variable(FROZEN, "weights"):
+        return layer.get_variable(FROZEN, "weights")
+    made = make()
+    if layer.is_mutable_collection(FROZEN):
+        layer.put_variable(FROZEN, "weights", made)
+    return made
+
+
+def per_channel(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector [C] with the rank of an array [..., C]."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+#: () -> (scale, shift), [C] each, of the map scale * x + shift.
+AffineFn = Callable[[], tuple[jax.Array, jax.Array]]
 
 
 class Conv(nn.Module):
@@ -110,24 +148,45 @@ class Conv(nn.Module):
     )
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, then: AffineFn | None = None) -> jax.Array:
+        """[B, H, W, I] -> [B, H', W', features] in the compute dtype.
+
+        Args:
+          images: of any float dtype.
+          then: an affine map of the result, folded into kernel and bias. The result is
+            then float32 at least, as the map's would be.
+        """
         window = (self.kernel_size, self.kernel_size)
         shape = (*window, images.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+
+        def weights() -> tuple[jax.Array, jax.Array | None]:
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+            bias = None
+            if self.use_bias:
+                zeros = nn.initializers.zeros
+                bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            if then is not None:
+                scale, shift = then()
+                kernel = kernel * per_channel(scale, kernel)
+                bias = shift if bias is None else bias * scale + shift
+            elif bias is not None:
+                bias = bias.astype(self.dtype)
+            return kernel.astype(self.dtype), bias
+
+        kernel, bias = prepared(self, weights)
         around = self.padding
         if isinstance(around, int):
             around = (around, around)
         x = conv(
             images.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             (self.stride, self.stride),
             (around, around),
             self.groups,
         )
-        if not self.use_bias:
+        if bias is None:
             return x
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return x + bias.astype(self.dtype)[None, None, None, :]
+        return x.astype(bias.dtype) + per_channel(bias, x)
 
 
 def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
@@ -182,19 +241,37 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 
-def batch_norm(name: str, train: bool) -> nn.BatchNorm:
-    """Batch normalisation in float32, eps 1e-5, statistics averaged with weight 0.1.
+class BatchNorm(nn.BatchNorm):
+    """Batch normalisation whose evaluation mode is one multiply-add a channel."""
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift of the evaluation mode, [C] each."""
+        weights = self.variables["params"]
+        statistics = self.variables["batch_stats"]
+        scale = weights["scale"] * lax.rsqrt(statistics["var"] + self.epsilon)
+        return scale, weights["bias"] - statistics["mean"] * scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """[..., C] -> [..., C], float32 at least."""
+        x = at_least_float32(x)
+        if not self.use_running_average or self.is_initializing():
+            return super().__call__(x)
+        scale, shift = prepared(self, self.affine)
+        return x * per_channel(scale, x) + per_channel(shift, x)
+
+
+def batch_norm(name: str, train: bool) -> BatchNorm:
+    """Batch normalisation, eps 1e-5, statistics averaged with weight 0.1.
 
     `train=False` uses the running statistics and leaves them alone: that is both the
     evaluation mode and the frozen mode of stage 2. In training the statistics are
     those of the whole global batch, and the running variance averages the biased
     batch variance (PyTorch: unbiased, a relative difference of 1/(B H W - 1)).
     """
-    return nn.BatchNorm(
+    return BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=jnp.float32,
         use_fast_variance=False,
         name=name,
     )
@@ -217,19 +294,124 @@ class MeanSparse(nn.Module):
             made = self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32)
             return made.value.astype(wide.dtype)
 
-        mean, var = constant("mean", x.shape[-1:]), constant("var", x.shape[-1:])
-        distance = constant("threshold", ()) * jnp.sqrt(var)
-        mean, distance = (jnp.broadcast_to(v, x.shape) for v in (mean, distance))
+        def interval() -> tuple[jax.Array, jax.Array]:
+            mean, var = constant("mean", x.shape[-1:]), constant("var", x.shape[-1:])
+            return mean, constant("threshold", ()) * jnp.sqrt(var)
+
+        mean, distance = (
+            jnp.broadcast_to(v, x.shape) for v in prepared(self, interval)
+        )
         return jnp.where(jnp.abs(wide - mean) < distance, mean.astype(x.dtype), x)
 
 
-def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
-    """Layer normalisation over the last axis, in float32 at least.
+def normed(conv: Conv, norm: BatchNorm, images: jax.Array) -> jax.Array:
+    """norm(conv(images)), float32 at least; in evaluation mode as one convolution.
 
-    Call it inside a module's compact method, under a name of its own.
+    Args:
+      conv, norm: layers of the calling module.
+      images: [B, H, W, I].
     """
+    if not norm.use_running_average or norm.is_initializing():
+        return norm(conv(images))
+    return conv(images, norm.affine)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32 at least."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> [..., C], float32 at least."""
+        features = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        x = standardized(x, self.epsilon)
+        return x * per_channel(scale, x) + per_channel(bias, x)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift after the standardisation, [C] each."""
+        return self.get_variable("params", "scale"), self.get_variable("params", "bias")
+
+
+def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
+    """A `LayerNorm` of this name in the calling module, applied."""
+    return LayerNorm(epsilon, name=name)(x)
+
+
+def standardized(x: jax.Array, epsilon: float) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis, in float32 at least."""
     x = at_least_float32(x)
-    return nn.LayerNorm(epsilon, dtype=x.dtype, use_fast_variance=False, name=name)(x)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last axis.
+
+    Attributes:
+      features: outputs.
+      use_bias: adds a learned vector.
+      dtype: compute dtype; None for that of the input, float32 at least. The parameters
+        are float32.
+      kernel_init: of the kernel; the bias begins at zero.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        after: AffineFn | None = None,
+        then: Callable[[], jax.Array] | None = None,
+    ) -> jax.Array:
+        """[..., I] -> [..., features].
+
+        Args:
+          x: of any float dtype.
+          after: an affine map of the inputs, folded into kernel and bias.
+          then: () -> factors [features] of the result, folded likewise.
+        """
+
+        dtype = at_least_float32(x).dtype if self.dtype is None else self.dtype
+
+        def weights() -> tuple[jax.Array, jax.Array]:
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+            zeros, bias = nn.initializers.zeros, jnp.zeros(self.features)
+            if self.use_bias:
+                bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            if after is not None:
+                scale, shift = after()
+                bias = bias + shift @ kernel
+                kernel = scale[:, None] * kernel
+            if then is not None:
+                factors = then()
+                kernel, bias = kernel * factors[None], bias * factors
+            return kernel.astype(dtype), bias.astype(dtype)
+
+        kernel, bias = prepared(self, weights)
+        y = x.astype(dtype) @ kernel
+        return y + per_channel(bias, y)
+
+
+def dense_after(norm: LayerNorm | None, dense: Dense, x: jax.Array) -> jax.Array:
+    """dense(norm(x)), with the norm's scale and shift in the dense layer's weights.
+
+    Args:
+      norm, dense: layers of the calling module; no norm for dense(x).
+      x: [..., I].
+    """
+    if norm is None:
+        return dense(x)
+    if dense.is_initializing():
+        return dense(norm(x))
+    return dense(standardized(x, norm.epsilon), after=norm.affine)
 
 
 #: Of every convolution and dense layer of ConvNeXts and transformers.
@@ -244,6 +426,7 @@ def self_attention(
     heads: int,
     dtype: Any,
     attend: AttendFn = jax.nn.dot_product_attention,
+    norm: LayerNorm | None = None,
 ) -> jax.Array:
     """Dense layers "qkv" and "proj" around attention [..., tokens, channels].
 
@@ -254,29 +437,41 @@ def self_attention(
       heads: their number, which divides the channels.
       dtype: compute dtype.
       attend: makes the values of each token from those of others.
+      norm: before it.
 
     Returns:
       [..., tokens, channels], in float32 at least.
     """
     channels = x.shape[-1]
-    dense = partial(nn.Dense, dtype=dtype, kernel_init=INIT)
+    dense = partial(Dense, dtype=dtype, kernel_init=INIT)
     # Query, key and value follow one another, each as [heads, channels a head].
-    y = dense(3 * channels, name="qkv")(x)
+    y = dense_after(norm, dense(3 * channels, name="qkv"), x)
     y = y.reshape(*x.shape[:-1], 3, heads, channels // heads)
     y = attend(*jnp.unstack(y, axis=-3)).reshape(x.shape)
     return at_least_float32(dense(channels, name="proj")(y))
 
 
-def mlp(x: jax.Array, dtype: Any) -> jax.Array:
+def mlp(
+    x: jax.Array,
+    dtype: Any,
+    norm: LayerNorm | None = None,
+    scale: Callable[[], jax.Array] | None = None,
+) -> jax.Array:
     """Dense layers "fc1" and "fc2", four times as wide between, with GELU.
 
     Call it once inside a module's compact method. The result, [..., channels] as the
     input, is in float32 at least.
+
+    Args:
+      x: [..., channels].
+      dtype: compute dtype.
+      norm: before it.
+      scale: () -> factors [channels] of the result.
     """
     channels = x.shape[-1]
-    dense = partial(nn.Dense, dtype=dtype, kernel_init=INIT)
-    y = gelu(dense(4 * channels, name="fc1")(x))
-    return at_least_float32(dense(channels, name="fc2")(y))
+    dense = partial(Dense, dtype=dtype, kernel_init=INIT)
+    y = gelu(dense_after(norm, dense(4 * channels, name="fc1"), x))
+    return at_least_float32(dense(channels, name="fc2")(y, then=scale))
 
 
 def normalize(

@@ -17,9 +17,11 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
+    Dense,
     at_least_float32,
     batch_norm,
     check_sides,
+    normed,
     padding_3x3,
 )
 
@@ -52,10 +54,10 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
         around = padding_3x3(self.stride, self.deepmind)
-        active = self.activation(batch_norm("bn1", train)(at_least_float32(x)))
-        y = conv(3, self.stride, around, name="conv1")(active)
-        y = self.activation(batch_norm("bn2", train)(at_least_float32(y)))
-        y = conv(3, 1, 1, name="conv2")(y)
+        active = self.activation(batch_norm("bn1", train)(x).astype(self.dtype))
+        first = conv(3, self.stride, around, name="conv1")
+        y = normed(first, batch_norm("bn2", train), active).astype(self.dtype)
+        y = conv(3, 1, 1, name="conv2")(self.activation(y))
         if self.stride == 1 and x.shape[-1] == self.features:
             return x + y
         seen = x if self.shortcut == "raw" else active
@@ -107,7 +109,7 @@ class PreActResNet(family.Network):
         if self.final_norm:
             x = activation(batch_norm("bn", train)(x))
         x = x.mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 def build(config: ml_collections.ConfigDict) -> PreActResNet:

@@ -18,9 +18,11 @@ from atebm_jax.models import family, ra_wide_resnet
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
+    Dense,
     SqueezeExcitation,
     at_least_float32,
     batch_norm,
+    normed,
 )
 
 # Of the 3x3 convolutions.
@@ -45,18 +47,19 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, dtype=self.dtype)
-        norm = lambda name, y: batch_norm(name, train)(at_least_float32(y))
         inner = self.features // 4
         y = self.activation(conv(inner, 1, name="conv1")(x))
-        y = conv(inner, 3, self.stride, 1, _GROUPS, name="conv2")(y)
-        y = self.activation(norm("bn2", y))
+        second = conv(inner, 3, self.stride, 1, _GROUPS, name="conv2")
+        y = normed(second, batch_norm("bn2", train), y).astype(self.dtype)
+        y = self.activation(y)
         gates = max(round(x.shape[-1] / 4), 1)
         y = SqueezeExcitation(gates, self.dtype, name="se")(y)
-        y = norm("bn3", conv(self.features, 1, name="conv3")(y))
+        third = conv(self.features, 1, name="conv3")
+        y = normed(third, batch_norm("bn3", train), y)
         if self.stride > 1 or x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x)
-            x = norm("shortcut_bn", x)
-        return self.activation(y + x.astype(y.dtype)).astype(self.dtype)
+            shortcut = conv(self.features, 1, self.stride, name="shortcut")
+            x = normed(shortcut, batch_norm("shortcut_bn", train), x)
+        return self.activation((y + x.astype(y.dtype)).astype(self.dtype))
 
 
 class RaResNet(family.Network):
@@ -80,8 +83,8 @@ class RaResNet(family.Network):
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         stem, *widths = self.widths
         x = self.normalised(images)
-        x = Conv(stem, 7, 2, 3, dtype=self.dtype, name="conv1")(x)
-        x = nn.relu(batch_norm("bn1", train)(at_least_float32(x))).astype(self.dtype)
+        first = Conv(stem, 7, 2, 3, dtype=self.dtype, name="conv1")
+        x = nn.relu(normed(first, batch_norm("bn1", train), x).astype(self.dtype))
         for stage, number in enumerate(self.blocks):
             for index in range(number):
                 x = block(
@@ -92,7 +95,7 @@ class RaResNet(family.Network):
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
         x = at_least_float32(x).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 def build(config: ml_collections.ConfigDict) -> RaResNet:

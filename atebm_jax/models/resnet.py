@@ -19,9 +19,11 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
+    Dense,
     at_least_float32,
     batch_norm,
     max_pool,
+    normed,
 )
 
 # Blocks of each of the four stages.
@@ -63,13 +65,13 @@ class Block(nn.Module):
             layers.append((self.features, 1, 1))
         y = x
         for index, (channels, side, stride) in enumerate(layers, start=1):
-            y = self.activation(y) if index > 1 else y
-            y = conv(channels, side, stride, side // 2, name=f"conv{index}")(y)
-            y = batch_norm(f"bn{index}", train)(at_least_float32(y))
+            y = self.activation(y.astype(self.dtype)) if index > 1 else y
+            layer = conv(channels, side, stride, side // 2, name=f"conv{index}")
+            y = normed(layer, batch_norm(f"bn{index}", train), y)
         if self.stride > 1 or x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x)
-            x = batch_norm("shortcut_bn", train)(at_least_float32(x))
-        return self.activation(y + x.astype(y.dtype)).astype(self.dtype)
+            layer = conv(self.features, 1, self.stride, name="shortcut")
+            x = normed(layer, batch_norm("shortcut_bn", train), x)
+        return self.activation((y + x.astype(y.dtype)).astype(self.dtype))
 
 
 class ResNet(family.Network):
@@ -99,9 +101,8 @@ class ResNet(family.Network):
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         x = self.normalised(images)
         side, stride = (3, 1) if self.small else (7, 2)
-        x = Conv(64, side, stride, side // 2, dtype=self.dtype, name="conv1")(x)
-        x = activation(batch_norm("bn1", train)(at_least_float32(x)))
-        x = x.astype(self.dtype)
+        first = Conv(64, side, stride, side // 2, dtype=self.dtype, name="conv1")
+        x = activation(normed(first, batch_norm("bn1", train), x).astype(self.dtype))
         x = x if self.small else max_pool(x, 3, 2, 1)
         for stage, num_blocks in enumerate(STAGES[self.depth]):
             planes = 64 * 2**stage
@@ -116,7 +117,7 @@ class ResNet(family.Network):
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
         x = at_least_float32(x).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 def build(config: ml_collections.ConfigDict) -> ResNet:

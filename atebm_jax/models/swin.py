@@ -23,9 +23,12 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     INIT,
     AttendFn,
+    Dense,
+    LayerNorm,
     at_least_float32,
     layer_norm,
     mlp,
+    prepared,
     self_attention,
 )
 from atebm_jax.models.stem import PatchStem
@@ -125,16 +128,21 @@ class Block(nn.Module):
         y = self_attention(windows(y, self.side), self.heads, self.dtype, attend)
         y = from_windows(y, self.side, height, width)
         x = x + jnp.roll(y, (down, right), axis=(1, 2))
-        return x + mlp(layer_norm(x, "norm2", self.epsilon), self.dtype)
+        return x + mlp(x, self.dtype, LayerNorm(self.epsilon, name="norm2"))
 
     def _attend(self, height: int, width: int, shift: tuple[int, int]) -> AttendFn:
         """Attention in windows, with the bias for positions and what a shift hides."""
         shape = ((2 * self.side - 1) ** 2, self.heads)
-        table = self.param("relative_position_bias_table", INIT, shape)
-        bias = table[offsets(self.side)].transpose(2, 0, 1)[None]
-        if any(shift):
+
+        def biases() -> jax.Array:
+            table = self.param("relative_position_bias_table", INIT, shape)
+            bias = table[offsets(self.side)].transpose(2, 0, 1)[None]
+            if not any(shift):
+                return bias
             hidden = jnp.asarray(mask(height, width, self.side, shift), table.dtype)
-            bias = (bias + hidden[:, None])[:, None]
+            return (bias + hidden[:, None])[:, None]
+
+        bias = prepared(self, biases)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             # By windows: all images of a batch have the same biases.
@@ -158,7 +166,7 @@ class Merge(nn.Module):
         # The patches of the left column come first, from top to bottom.
         x = x.transpose(0, 1, 3, 4, 2, 5)
         x = x.reshape(batch, height // 2, width // 2, 4 * channels)
-        dense = nn.Dense(
+        dense = Dense(
             2 * channels,
             use_bias=False,
             dtype=self.dtype,
@@ -219,7 +227,7 @@ class Swin(family.Network):
                     **common,
                 )(x)
         x = layer_norm(x, "norm", self.norm_epsilon).mean(axis=(1, 2))
-        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
+        fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
 

@@ -19,9 +19,12 @@ from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
 from atebm_jax.models.layers import (
     INIT,
+    Dense,
+    LayerNorm,
     at_least_float32,
     layer_norm,
     mlp,
+    prepared,
     self_attention,
 )
 from atebm_jax.models.stem import STEMS, ConvStem, PatchStem, conv_stem_rules
@@ -44,8 +47,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self_attention(layer_norm(x, "norm1"), self.heads, self.dtype)
-        return x + mlp(layer_norm(x, "norm2"), self.dtype)
+        first, second = LayerNorm(name="norm1"), LayerNorm(name="norm2")
+        x = x + self_attention(x, self.heads, self.dtype, norm=first)
+        return x + mlp(x, self.dtype, second)
 
 
 class ViT(family.Network):
@@ -89,7 +93,7 @@ class ViT(family.Network):
         for index in range(DEPTH):
             x = block(heads, self.dtype, name=f"block{index}")(x)
         x = layer_norm(x[:, 0], "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
+        fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
     def _stem(self, channels: int) -> nn.Module:
@@ -104,9 +108,13 @@ class ViT(family.Network):
         kept = self.param("pos_embed", INIT, shape)
         if grid == (side, side):
             return kept
-        patches = kept[:, 1:].reshape(1, side, side, channels)
-        resized = jax.image.resize(patches, (1, *grid, channels), "bicubic")
-        return jnp.concatenate([kept[:, :1], resized.reshape(1, -1, channels)], axis=1)
+
+        def resized() -> jax.Array:
+            patches = kept[:, 1:].reshape(1, side, side, channels)
+            made = jax.image.resize(patches, (1, *grid, channels), "bicubic")
+            return jnp.concatenate([kept[:, :1], made.reshape(1, -1, channels)], axis=1)
+
+        return prepared(self, resized)
 
 
 def build(config: ml_collections.ConfigDict) -> ViT:

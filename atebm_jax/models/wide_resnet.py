@@ -17,10 +17,12 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
+    Dense,
     MeanSparse,
     SqueezeExcitation,
     batch_norm,
     check_sides,
+    normed,
     padding_3x3,
 )
 
@@ -52,10 +54,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
-        active = self.activation(self.sparsified(1, batch_norm("bn1", train)(x)))
+        active = self.sparsified(1, batch_norm("bn1", train)(x)).astype(self.dtype)
+        active = self.activation(active)
         around = padding_3x3(self.stride, self.same_padding)
-        y = conv(3, self.stride, around, name="conv1")(active)
-        y = self.activation(self.sparsified(2, batch_norm("bn2", train)(y)))
+        first = conv(3, self.stride, around, name="conv1")
+        y = self.sparsified(2, normed(first, batch_norm("bn2", train), active))
+        y = self.activation(y.astype(self.dtype))
         y = conv(3, 1, 1, name="conv2")(y)
         if self.squeeze:
             y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
@@ -122,7 +126,7 @@ class PreActivated(family.Network, kw_only=True):
         x = batch_norm("bn1", train)(x)
         x = MeanSparse(name="sparse")(x) if self.sparse else x
         x = activation(x).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else Dense(self.num_classes, name="fc")(x)
 
 
 class WideResNet(PreActivated):

@@ -26,11 +26,15 @@ from atebm_jax.models import family
 from atebm_jax.models.layers import (
     INIT,
     Conv,
+    Dense,
+    LayerNorm,
     at_least_float32,
     batch_norm,
     gelu,
     layer_norm,
     mlp,
+    normed,
+    prepared,
     self_attention,
 )
 from atebm_jax.models.stem import biased_conv
@@ -79,8 +83,8 @@ class Stem(nn.Module):
         for index, stride in enumerate(self.strides):
             channels = self.features >> (len(self.strides) - 1 - index)
             conv = Conv(channels, 3, stride, 1, dtype=self.dtype, name=f"conv{index}")
-            x = conv(gelu(x) if index else x)
-            x = batch_norm(f"bn{index}", train)(at_least_float32(x))
+            x = gelu(x) if index else x
+            x = normed(conv, batch_norm(f"bn{index}", train), x)
         return x
 
 
@@ -137,7 +141,7 @@ class Block(nn.Module):
         y = gelu(conv(name="local1")(layer_norm(x, "norm3")))
         y = conv(name="local2")(batch_norm("local_bn", train)(at_least_float32(y)))
         x = x + scales[2] * at_least_float32(y)
-        return x + scales[1] * mlp(layer_norm(x, "norm2"), self.dtype)
+        return x + scales[1] * mlp(x, self.dtype, LayerNorm(name="norm2"))
 
 
 class ClassBlock(nn.Module):
@@ -167,7 +171,7 @@ class ClassBlock(nn.Module):
     def _read(self, x: jax.Array) -> jax.Array:
         """What the first token takes from all of them: [B, 1, channels]."""
         channels = x.shape[-1]
-        dense = partial(nn.Dense, channels, dtype=self.dtype, kernel_init=INIT)
+        dense = partial(Dense, channels, dtype=self.dtype, kernel_init=INIT)
         parts = {"q": x[:, :1], "k": x, "v": x}
         query, key, value = (
             dense(name=name)(y).reshape(*y.shape[:2], self.heads, -1)
@@ -230,9 +234,9 @@ class XCiT(family.Network):
         channels, heads = SIZES[self.size]
         x = self.normalised(images)
         x = Stem(channels, STRIDES[self.patch], self.dtype, name="stem")(x, train)
+        conv = biased_conv(channels, 1, dtype=self.dtype, name="position")
         code = jnp.asarray(position_code(*x.shape[1:3]), x.dtype)
-        position = biased_conv(channels, 1, dtype=self.dtype, name="position")(code)
-        x = x + at_least_float32(position)
+        x = x + prepared(self, lambda: at_least_float32(conv(code)))
         for index in range(self.depth):
             x = block(heads, self.dtype, name=f"block{index}")(x, train)
         shape = (1, 1, channels)
@@ -242,7 +246,7 @@ class XCiT(family.Network):
         for index in range(CLASS_BLOCKS):
             x = class_block(heads, self.dtype, name=f"class{index}")(x)
         x = layer_norm(x[:, 0], "norm")
-        fc = nn.Dense(self.num_classes, kernel_init=INIT, name="fc")
+        fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)
 
 

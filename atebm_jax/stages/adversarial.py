@@ -29,7 +29,7 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         key: None, variables: Variables, extra: Any, batch: Batch
     ) -> dict[str, jax.Array]:
         del key, extra
-        logits_fn = models.logits_fn(model, variables)
+        logits_fn = models.freeze(model, variables, batch["x_cls"].shape[1:])
         return {"x_adv": adversary(logits_fn, batch["x_cls"], batch["y_cls"])}
 
     def loss(

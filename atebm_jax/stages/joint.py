@@ -52,7 +52,8 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     ) -> dict[str, jax.Array]:
         del key
         num_steps = extra.num_steps
-        logits_fn = models.logits_fn(model, variables)
+        shape = batch["x_ood"].shape[1:]
+        logits_fn = models.freeze(model, variables, shape)
         labels = batch["y_gen"] if conditional else None
         x_contrastive = ascent.climb(
             lambda x: energy.score(logits_fn(x), labels),

@@ -1,13 +1,13 @@
 """The ensemble on small linear classifiers: its edges, its order, its resumption."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax.tree_util import Partial
 
-from atebm_jax import UserError, autoattack, losses, sharding
+from atebm_jax import UserError, autoattack, hlo, losses, sharding
 from atebm_jax.autoattack import checks, ensemble, objectives, programs, versions
 
 # Results do not depend on batches, which `test_batches_do_not_matter` looks at.
@@ -348,7 +348,7 @@ def test_devices_have_nothing_to_say_to_each_other(attack):
     task = ensemble._Task(network, key, images, labels, plan, target)
     batch = ensemble._batch(task, versions.Round(attack, 1), np.arange(8), 8)
     program = programs.Program(False, attack, "l2", plan.settings.heeded_by(attack))
-    compiled = hlo.compiled(programs.attack.lower(program, network, batch))
+    compiled = reference.compiled(programs.attack.lower(program, network, batch))
     text = hlo.Program(compiled.as_text())
     assert text.loop_bodies()
     assert not hlo.collectives(text.everything())

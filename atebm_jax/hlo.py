@@ -1,0 +1,257 @@
+"""Reads the text of a compiled program: loops, collectives, kernels, estimated cycles.
+
+The text is what `compiled.as_text()` returns for a CPU, GPU or TPU.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_REFERENCE = re.compile(
+    r"(?:calls|to_apply|condition|body|branch_computations|called_computations)="
+    r"\{?((?:%[\w.\-]+(?:, )?)+)\}?"
+)
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"
+    r"collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(")
+_BITS = re.compile(r"\d+")
+# What runs on a GPU as kernels of its own; all else is bookkeeping.
+_KERNELS = frozenset(
+    {"fusion", "custom-call", "copy", "dot", "convolution", "sort", "reduce", "scatter"}
+    | {
+        "gather",
+        "reduce-window",
+        "select-and-scatter",
+        "transpose",
+        "rng-bit-generator",
+    }
+)
+
+
+class Collective(NamedTuple):
+    """One communication: its kind, and elements and bytes of its largest result."""
+
+    kind: str
+    elements: int
+    bytes: int = 0
+
+
+class Loop(NamedTuple):
+    """One `while`: the scope it was traced in, its turns if known, its body's name."""
+
+    scope: str
+    turns: int | None
+    body: str
+
+
+class Program:
+    """The computations of a compiled program by name."""
+
+    def __init__(self, text: str):
+        self._lines: dict[str, list[str]] = {}
+        self._entry = ""
+        # Inputs whose memory an output takes over.
+        self.num_aliases = text.partition("\n")[0].count("-alias)")
+        name = ""
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            if header:
+                name = header[1]
+                self._lines[name] = []
+                if line.startswith("ENTRY"):
+                    self._entry = name
+            elif name:
+                self._lines[name].append(line)
+
+    def everything(self) -> list[str]:
+        """The instructions of the whole program."""
+        return [_code(line) for lines in self._lines.values() for line in lines]
+
+    def loop_bodies(self) -> list[list[str]]:
+        """The instructions of every loop body with all that it calls."""
+        return [
+            self.reachable(loop.body)
+            for name in self._lines
+            for loop in self.loops(name)
+        ]
+
+    def outside_loops(self) -> list[str]:
+        """All instructions that are in no loop body."""
+        inside = {line for body in self.loop_bodies() for line in body}
+        return [line for line in self.everything() if line not in inside]
+
+    def loops(self, name: str = "") -> list[Loop]:
+        """The loops that a computation (by default the main one) runs, in order."""
+        found = []
+        for line in self._lines[name or self._entry]:
+            body = re.search(r"body=%([\w.\-]+)", line) if " while(" in line else None
+            if body:
+                scope = re.search(r'op_name="([^"]*)"', line)
+                turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                found.append(
+                    Loop(
+                        scope[1] if scope else "",
+                        int(turns[1]) if turns else None,
+                        body[1],
+                    )
+                )
+        return found
+
+    def cycles(self, name: str = "", skip: Sequence[str] = ()) -> int:
+        """A TPU compiler's estimate of a computation, nested loops included.
+
+        A loop whose turns are not known counts as one turn.
+
+        Args:
+          name: of the computation; by default the main one.
+          skip: bodies of loops that shall not count.
+        """
+        total = sum(
+            int(found[1])
+            for line in self._lines[name or self._entry]
+            if " while(" not in line
+            and (found := re.search(r'"estimated_cycles":"(\d+)"', line))
+        )
+        for loop in self.loops(name):
+            if loop.body not in skip:
+                total += (loop.turns or 1) * self.cycles(loop.body, skip)
+        return total
+
+    def kernels(self, name: str = "") -> list[str]:
+        """The instructions of a computation that a GPU launches kernels for."""
+        lines = self._lines[name or self._entry]
+        found = ((line, _RESULT.match(line)) for line in lines)
+        return [line for line, match in found if match and match[3] in _KERNELS]
+
+    def kernel_costs(self, name: str = "") -> Iterator[tuple[int, int]]:
+        """(FLOPs, bytes) of each kernel: of its products, and read and written once."""
+        sizes = {
+            match[1]: _bytes(match[2])
+            for line in self._lines[name or self._entry]
+            if (match := _RESULT.match(line))
+        }
+        for line in self.kernels(name):
+            match = _RESULT.match(line)
+            assert match is not None
+            operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
+            moved = sizes[match[1]] + sum(
+                sizes.get(o, 0) for o in dict.fromkeys(operands)
+            )
+            yield self._flops(line, name), moved
+
+    def _flops(self, line: str, name: str) -> int:
+        """Of convolutions and products, those inside a fusion included."""
+        shapes = {
+            match[1]: match[2]
+            for other in self._lines[name or self._entry]
+            if (match := _RESULT.match(other))
+        }
+        inner = [line]
+        for names in _REFERENCE.findall(line):
+            for called in re.findall(r"%([\w.\-]+)", names):
+                for other in self._lines.get(called, ()):
+                    if match := _RESULT.match(other):
+                        shapes[match[1]] = match[2]
+                    inner.append(other)
+        return sum(_product_flops(other, shapes) for other in inner)
+
+    def reachable(self, start: str) -> list[str]:
+        """The instructions of a computation and of all that it calls."""
+        seen: dict[str, None] = {}
+        waiting = [start]
+        while waiting:
+            name = waiting.pop()
+            if name in seen or name not in self._lines:
+                continue
+            seen[name] = None
+            for line in self._lines[name]:
+                for names in _REFERENCE.findall(line):
+                    waiting += re.findall(r"%([\w.\-]+)", names)
+        return [_code(line) for name in seen for line in self._lines[name]]
+
+
+def convolutions(lines: Iterable[str]) -> list[tuple[int, ...]]:
+    """The result shapes of the convolutions among some instructions."""
+    return [
+        _sizes(line.partition(" convolution(")[0])[-1]
+        for line in lines
+        if " convolution(" in line
+    ]
+
+
+def collectives(lines: Iterable[str]) -> list[Collective]:
+    """The communications among some instructions."""
+    found = [match for line in lines if (match := _COLLECTIVE.search(line))]
+    return [
+        Collective(match[2], max(map(math.prod, _sizes(match[1]))), _bytes(match[1]))
+        for match in found
+    ]
+
+
+def _code(line: str) -> str:
+    """Without metadata, which names Python functions and could be taken for code."""
+    return line.partition(", metadata=")[0]
+
+
+def _arguments(rest: str) -> str:
+    """What stands before the parenthesis that closes an instruction's operands."""
+    depth = 1
+    for index, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return rest[:index]
+    return rest
+
+
+def _sizes(text: str) -> list[tuple[int, ...]]:
+    return [
+        tuple(int(n) for n in sizes.split(",") if n)
+        for _, sizes in _SHAPE.findall(text)
+    ]
+
+
+def _bytes(text: str) -> int:
+    """Bytes of all arrays of a result's type."""
+    total = 0
+    for kind, sizes in _SHAPE.findall(text):
+        bits = _BITS.search(kind)
+        width = 1 if kind == "pred" or bits is None else max(int(bits[0]) // 8, 1)
+        total += width * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
+
+
+def _product_flops(line: str, shapes: dict[str, str]) -> int:
+    """FLOPs of one convolution or product; 0 for any other instruction."""
+    match = _RESULT.match(line)
+    if match is None:
+        return 0
+    operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
+    if not operands or operands[-1] not in shapes and len(operands) < 2:
+        return 0
+    result = max(_sizes(match[2]), key=math.prod, default=())
+    if "dim_labels=" in line:
+        kernel = _sizes(shapes.get(operands[1], ""))
+        labels = re.search(r"dim_labels=\w+_(\w+)->", line)
+        if not kernel or labels is None:
+            return 0
+        outputs = kernel[0][labels[1].index("o")]
+        # Backward passes by the image: the roles of image and result are exchanged.
+        wide = (
+            _sizes(shapes.get(operands[0], ""))[0]
+            if "BackwardInput" in line
+            else result
+        )
+        return 2 * math.prod(wide) * math.prod(kernel[0]) // max(outputs, 1)
+    if match[3] == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", line)
+        left = _sizes(shapes.get(operands[0], ""))
+        if contracted is None or not left:
+            return 0
+        dims = (left[0][int(n)] for n in contracted[1].split(","))
+        return 2 * math.prod(result) * math.prod(dims)
+    return 0
