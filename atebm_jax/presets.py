@@ -165,8 +165,9 @@ def _fixed_t(config: ConfigDict) -> None:
 
 
 def _jem(config: ConfigDict) -> None:
-    """The same network without normalisation layers, as JEM's; SGLD draws samples."""
+    """The same network without normalisation layers; samples are chains from noise."""
     config.stages = "jem"
+    config.data.seeds = "noise"
     channels = config.data.image_shape[-1]
     config.model.name = "jem_wide_resnet"
     config.model.mean = config.model.std = (0.5,) * channels

@@ -198,7 +198,7 @@ class Torch:
         value.backward()
         optimizer.step()
         after = {name: x.detach().numpy() for name, x in self.params.items()}
-        return float(value), after
+        return float(value.detach()), after
 
 
 BUFFER = np.random.default_rng(1).random((BATCH_SIZE, 1, *SHAPE), np.float32)
