@@ -153,6 +153,7 @@ def adversary(
     num_steps: int,
     momentum: float = 0.0,
     keep_best: bool = False,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.cross_entropy,
 ) -> Callable[..., jax.Array]:
     """The adversary that maximises the cross-entropy inside a ball.
 
@@ -162,6 +163,7 @@ def adversary(
     Args:
       norm, epsilon: as of `threat`.
       step_size, num_steps, momentum, keep_best: as of `attack`.
+      loss: (logits [B, K], labels [B]) -> [B], what it maximises instead.
 
     Returns:
       (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
@@ -188,7 +190,7 @@ def adversary(
         num_steps: jax.Array | int = own_num_steps,
     ) -> jax.Array:
         return attack(
-            lambda x: losses.cross_entropy(logits_fn(x), labels),
+            lambda x: loss(logits_fn(x), labels),
             images,
             ball,
             step_size=step_size,

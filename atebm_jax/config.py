@@ -13,7 +13,10 @@ from typing import Any
 import ml_collections
 
 from atebm_jax.errors import UserError
-from atebm_jax.stages import STAGES
+from atebm_jax.stages import PAPER, STAGES
+
+#: The `init_from` that stands for random weights, whatever a stage starts from.
+RANDOM = "random"
 
 #: Fields that cannot change what is computed: a workdir may be continued with others.
 RUN_CONTROL = frozenset(
@@ -36,9 +39,11 @@ def default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     # Seed of the parameters, the data order, the augmentation and all noise.
     config.seed = 0
-    # "auto" (both; only stage2 with init_from), "stage1", "stage2", "stage1,stage2".
+    # "auto" (stage1 and stage2; only stage2 with init_from), or any of the methods of
+    # `atebm_jax.stages`: "stage1", "stage1,stage2".
     config.stages = "auto"
-    # Workdir or checkpoint whose averaged weights the first stage starts from.
+    # Workdir or checkpoint whose averaged weights the first stage starts from; "random"
+    # for stage2 from scratch.
     config.init_from = ""
     # Devices of all processes: "data:-1" splits the batch over them, "data:-1,fsdp:4"
     # also parameters, averages and optimiser over groups of 4; -1 is what is left.
@@ -48,7 +53,8 @@ def default() -> ml_collections.ConfigDict:
     # Steps in a row with NaN or Inf after which the job rolls back.
     config.max_skipped_in_row = 10
     # When the network dies (`atebm_jax.health`): "rollback" to the last good
-    # checkpoint, "stop", or "note" to go on with nothing but a line.
+    # checkpoint, "stop", "note" to go on with nothing but a line, or "report" to end
+    # the stage at its last good checkpoint and have the report say so, as of NaN.
     config.on_dying = "rollback"
     # Rollbacks of a stage after which the job gives up.
     config.max_rollbacks = 3
@@ -183,7 +189,8 @@ def _stage() -> ml_collections.ConfigDict:
     # Length, one of the two: passes over the training set, or steps; the other is 0.
     stage.num_epochs = 0.0
     stage.num_steps = 0
-    # "sgd" (Nesterov 0.9, coupled decay) or "adamw" (0.9, 0.95, decoupled decay).
+    # "sgd" (Nesterov 0.9, coupled decay), "adamw" (0.9, 0.95, decoupled decay) or
+    # "adam" (0.9, 0.999).
     stage.optimizer = "sgd"
     stage.learning_rate = 0.1
     # "constant", "cosine" (to 0) or "step".
@@ -242,8 +249,7 @@ def stages_to_run(config: ml_collections.ConfigDict) -> tuple[str, ...]:
       UserError: an unknown name.
     """
     if config.stages == "auto":
-        own = (name for name in STAGES if STAGES[name].starts_from)
-        return tuple(own if config.init_from else STAGES)
+        return PAPER[1:] if config.init_from else PAPER
     names = tuple(name.strip() for name in config.stages.split(","))
     if not names or names != tuple(name for name in STAGES if name in names):
         raise UserError(
@@ -362,7 +368,7 @@ _SMALLEST: dict[str, float] = {
 
 
 #: What a job may do when the network dies.
-ON_DYING = ("rollback", "stop", "note")
+ON_DYING = ("rollback", "stop", "note", "report")
 
 
 def _check_dying(config: ml_collections.ConfigDict) -> None:

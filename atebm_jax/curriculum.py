@@ -35,10 +35,10 @@ def window_length(window_images: int, batch_size: int) -> int:
     return -(-window_images // batch_size)
 
 
-def init(length: int) -> Curriculum:
-    """T = 0 and an empty window of `length` steps."""
+def init(length: int, num_steps: int = 0) -> Curriculum:
+    """T = 0, or another start, and an empty window of `length` steps."""
     return Curriculum(
-        num_steps=jnp.zeros((), jnp.int32),
+        num_steps=jnp.full((), num_steps, jnp.int32),
         window=jnp.zeros((length,), jnp.float32),
         count=jnp.zeros((), jnp.int32),
     )

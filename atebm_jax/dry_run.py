@@ -161,7 +161,7 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     shape = tuple(config.data.image_shape)
     variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(plan.new_state, variables)
-    batch = _batch(stage, shape, 1)
+    batch, turns = _batch(stage, shape, 1), _turns(config, name)
     gradient = _bytes(variables["params"])
     return Cost(
         parameters=sum(
@@ -172,10 +172,10 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
         image_bytes=2 * _bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
         loss_bytes=_slope(lambda n: _kept_by_loss(stage, variables, shape, n)),
         pgd_bytes=_slope(lambda n: _kept_by_pgd(model, variables, shape, n)),
-        flops=_flops(stage, model, variables, batch),
-        turns=_turns(config, name),
+        flops=_flops(stage, model, variables, batch, turns),
+        turns=turns,
         gathered_bytes=0 if fsdp == 1 else gradient,
-        whole_batch=plan.method.whole_batch and "batch_stats" in variables,
+        whole_batch=plan.method.whole_batch(plan.block) and "batch_stats" in variables,
     )
 
 
@@ -190,10 +190,7 @@ def _bytes_of_a_part(tree: Any, count: int) -> int:
 
 
 def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
-    adversary = {"adversary step": config[name].adversary.num_steps, "loss gradient": 1}
-    if "ood" not in stages.STAGES[name].streams:
-        return adversary
-    return {"contrastive step": config[name].t_max, "seed scores": 1} | adversary
+    return stages.STAGES[name].turns(config[name]) | {"loss gradient": 1}
 
 
 def _batch(
@@ -208,15 +205,24 @@ def _batch(
 
 
 def _made(stage: stages.Stage, variables: Any, batch: Any) -> Any:
-    key = jax.eval_shape(lambda: jax.random.key(0)) if stage.needs_key else None
-    extra = jax.eval_shape(stage.init)
-    return jax.eval_shape(stage.adversaries, key, variables, extra, batch)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    number, *shape = batch["x_cls"].shape
+    extra = jax.eval_shape(lambda key: stage.init(key, tuple(shape)), key)
+    if stage.split_extra:
+        extra = jax.tree.map(lambda x: x.update(shape=(number, *x.shape[1:])), extra)
+    return jax.eval_shape(
+        stage.adversaries, key if stage.needs_key else None, variables, extra, batch
+    )
 
 
 def _flops(
-    stage: stages.Stage, model: nn.Module, variables: Any, batch: Any
+    stage: stages.Stage,
+    model: nn.Module,
+    variables: Any,
+    batch: Any,
+    turns: dict[str, int],
 ) -> dict[str, float]:
-    """FLOPs of each part for one image of each stream."""
+    """FLOPs of each part that has turns, for one image of each stream."""
     image, label = batch["x_cls"], batch["y_cls"]
 
     def score(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -236,10 +242,9 @@ def _flops(
         "adversary step": (jax.grad(cross_entropy, 1), (variables, image, label)),
         "loss gradient": (jax.grad(loss), (variables["params"], stats, batch, made)),
     }
-    if "ood" not in stage.streams:
-        del parts["contrastive step"], parts["seed scores"]
     result = {}
-    for part, (function, arguments) in parts.items():
+    for part in (name for name in parts if name in turns):
+        function, arguments = parts[part]
         analysis = jax.jit(function).lower(*arguments).cost_analysis() or {}
         result[part] = float(analysis["flops"])
     return result
@@ -414,7 +419,7 @@ def _estimate(
         cost = measure(config, name, _fsdp(config, machine))
         figures[name] = _figures(config, name, cost, machine)
         _show(console, config, name, figures[name])
-        if "ood" in stages.STAGES[name].streams:
+        if stages.STAGES[name].curriculum:
             figures[name]["reachability"] = _reachability(config, console)
     return figures
 

@@ -212,7 +212,7 @@ def _remember(watch: Watch, metrics: Mapping[str, float], setting: Setting) -> W
         return watch
     entropy = entropy_evidence(metrics["loss_ce"], setting, _BETWEEN, _LEARNT)
     accuracy = accuracy_evidence(
-        metrics["accuracy_adv"], setting, _BETWEEN_ODDS, _LEARNT_ODDS
+        _accuracy(metrics), setting, _BETWEEN_ODDS, _LEARNT_ODDS
     )
     return replace(
         watch,
@@ -237,9 +237,7 @@ def _gains(
         )
     if watch.better_accuracy >= 1:
         gains["accuracy"] = _limited(
-            accuracy_evidence(
-                metrics["accuracy_adv"], setting, _BETWEEN_ODDS, _CHANCE_ODDS
-            )
+            accuracy_evidence(_accuracy(metrics), setting, _BETWEEN_ODDS, _CHANCE_ODDS)
         )
     if watch.spreads:
         least = _NO_SPREAD * _median(watch.spreads)
@@ -296,6 +294,11 @@ def _windows(
     return replace(watch, window=(steps, 0, 0.0)), gains
 
 
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    """On adversarial images, or on clean ones where the method makes no others."""
+    return metrics.get("accuracy_adv", metrics.get("accuracy", math.nan))
+
+
 def _size(metrics: Mapping[str, float]) -> float:
     """How large scores and logits are; contrastive ones, as seeds drift by design."""
     names = ("score_real", "score_contrastive", "logit_spread")
@@ -329,7 +332,8 @@ def _text(
         "cross_entropy": "cross-entropy at chance or above "
         f"({metrics['loss_ce']:.3g}, ln {number} = {math.log(number):.3g}) after it "
         "was better",
-        "accuracy": f"adversarial accuracy at chance ({metrics['accuracy_adv']:.2g}, "
+        "accuracy": f"{'adversarial ' * ('accuracy_adv' in metrics)}accuracy at chance "
+        f"({_accuracy(metrics):.2g}, "
         f"1 / {number}) after it was better",
         "logit_spread": "all images of a batch get the same logits (spread "
         f"{metrics['logit_spread']:.2g}, {_median(watch.spreads or [0.0]):.2g} before)",

@@ -142,9 +142,11 @@ def _run(
         )
         _greet(console, job)
         _tell_ahead(job, plans, evaluation)
+        diverged = None
         for plan in plans:
-            train.train_stage(job, plan, origins[plan.name])
-        return evaluation.final(console)
+            # A stage that starts from a diverged one would say nothing.
+            diverged = diverged or train.train_stage(job, plan, origins[plan.name])
+        return evaluation.final(console, diverged)
     finally:
         writer.close()
         stop.restore()
@@ -229,6 +231,8 @@ def _known_meta(
         stage: checkpoint.newest_meta(checkpoint.stage_folder(workdir, stage))
         for stage in STAGES
     }
+    if config.init_from == configuration.RANDOM:
+        return metas[stages[0]]
     if config.init_from and metas[stages[0]] is None:
         try:
             folder = checkpoint.find(config.init_from)
@@ -432,7 +436,7 @@ def _tell_ahead(job: Job, plans: Sequence[Plan], evaluation: Evaluation) -> None
     to_run = {plan.name for plan in plans}
     evaluated = [s for s in reached if reached[s] or s in to_run]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
-    if any("ood" in p.method.streams and not reached[p.name] for p in to_train):
+    if any(p.method.curriculum and not reached[p.name] for p in to_train):
         for line in reachability.lines(evaluation.measured_reachability()):
             say(job.console, line)
 
@@ -450,7 +454,7 @@ def _origins(
 ) -> dict[str, Callable[[], Any]]:
     """For each stage what makes the variables that it starts from.
 
-    The first stage to run starts from `init_from`, if there is one. Otherwise a stage
+    The first stage to run starts from `init_from`, if that is given. Otherwise a stage
     starts from the averaged weights of the one before in the workdir, or at random.
     What is there already must fit.
     """
@@ -477,15 +481,18 @@ def _origins(
         if checkpoint.steps_in(folder):
             begun[stage], damaged[stage] = intact.newest(folder)
             loaded(folder / str(begun[stage]), together=True)
+    drawn = jax.jit(lambda: _random_variables(model, config))
     origins: dict[str, Callable[[], Any]] = {
         name: partial(loaded, folders[method.starts_from], together=True)
         if method.starts_from
-        else jax.jit(lambda: _random_variables(model, config))
+        else drawn
         for name, method in STAGES.items()
     }
     first = configuration.stages_to_run(config)[0]
     before = STAGES[first].starts_from
-    if config.init_from:
+    if config.init_from == configuration.RANDOM:
+        origins[first] = drawn
+    elif config.init_from:
         # Once the stage has begun, its source is needed no more.
         if first not in begun:
             given()

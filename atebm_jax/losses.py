@@ -1,5 +1,6 @@
-"""The three terms of the training objective (paper, section 4)."""
+"""The terms of the training objectives (paper, section 4)."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,15 @@ def contrastive_bce(real_scores: jax.Array, contrastive_scores: jax.Array) -> ja
         [-jax.nn.log_sigmoid(real_scores), -jax.nn.log_sigmoid(-contrastive_scores)]
     )
     return losses.mean()
+
+
+def from_uniform(logits: jax.Array) -> jax.Array:
+    """KL(uniform || softmax f(x)), [B, K] -> [B] in nats (Augustin et al., 2020).
+
+    Unlike the largest probability it has a useful gradient everywhere.
+    """
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    return -math.log(logits.shape[-1]) - log_probabilities.mean(axis=-1)
 
 
 def r1(score_fn: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,6 +57,8 @@ def adamw(
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": sgd,
     "adamw": adamw,
+    # Kingma and Ba's b2.
+    "adam": partial(adamw, b2=0.999),
 }
 
 

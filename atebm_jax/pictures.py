@@ -260,6 +260,50 @@ def curve(
     _save(figure, path)
 
 
+class Line(NamedTuple):
+    """A line of a panel; lines of one label share its place in the legend."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    marker: str = ""  #: "o", say, for points instead of a line
+    crossed: bool = False  #: whether the last point is marked by a cross
+
+
+def panels(
+    path: epath.Path,
+    lines: Mapping[str, Sequence[Line]],
+    named: tuple[str, str],
+    logarithmic: Sequence[str] = (),
+) -> None:
+    """Panels of many lines beside each other.
+
+    Args:
+      path: of the PNG file.
+      lines: title of a panel -> its lines.
+      named: what x and y are.
+      logarithmic: titles of panels where y is, near zero linear.
+    """
+    figure, axes = _figure(1, len(lines), (4.5 * len(lines) + 0.5, 3.8))
+    for axis, (title, drawn) in zip(axes.flat, lines.items(), strict=True):
+        for line in drawn:
+            points = {"marker": line.marker, "linestyle": "", "alpha": 0.7}
+            style = points if line.marker else {"linewidth": 0.8}
+            axis.plot(line.x, line.y, color=line.colour, label=line.label, **style)
+            if line.crossed and len(line.x):
+                axis.plot(line.x[-1], line.y[-1], "x", color=line.colour, markersize=9)
+        if title in logarithmic:
+            axis.set_yscale("symlog")
+        axis.set(xlabel=named[0], ylabel=named[1])
+        axis.set_title(title, fontsize=9)
+        handles, labels = axis.get_legend_handles_labels()
+        once = dict(zip(labels, handles))
+        if once:
+            axis.legend(once.values(), once.keys(), fontsize=7)
+    _save(figure, path)
+
+
 def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Losses, T, AUC, scores and held-out evaluation over the steps of both stages.
 
@@ -270,7 +314,7 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
       records: the lines of `metrics.jsonl`.
     """
     panels = {
-        "losses": ("loss_ce", "loss_bce"),
+        "losses": ("loss_ce", "loss_bce", "loss_energy", "loss_uniform"),
         "T (contrastive steps)": ("T",),
         "AUC, real against": ("auc", "auc_seeds"),
         "mean score s(x)": ("score_real", "score_contrastive", "score_seeds"),
@@ -334,6 +378,26 @@ def reliability(path: epath.Path, diagrams: Mapping[str, Reliability]) -> None:
         share.set_ylabel("share of images", color="C1", fontsize=8)
         axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         axis.set_title(f"{title}: ECE {diagram.expected_error:.3f}", fontsize=9)
+    _save(figure, path)
+
+
+def risk_coverage(
+    path: epath.Path,
+    curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+) -> None:
+    """Error against the share that is answered, one panel a moment.
+
+    Args:
+      path: of the PNG file.
+      curves: title -> name of a score -> as of `metrics.risk_coverage`.
+    """
+    figure, axes = _figure(1, len(curves), (4.2 * len(curves), 3.6))
+    for axis, (title, scores) in zip(axes.flat, curves.items()):
+        for name, (coverage, risk) in scores.items():
+            axis.plot(coverage, risk, label=f"{name}, area {risk.mean():.3f}")
+        axis.set(xlim=(0, 1), ylim=(0, None), xlabel="coverage", ylabel="error")
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from atebm_jax import seeds
 from atebm_jax.archs import model_config
-from atebm_jax.config import adversary, default
+from atebm_jax.config import RANDOM, adversary, default
 from atebm_jax.errors import UserError
 
 CIFAR_SIZE = "resize(32)|center_crop(32)"
@@ -117,6 +117,81 @@ def _small_stage2(config: ConfigDict) -> None:
     config.stage2.contrastive_step_size = 0.2
     config.stage2.t_max = 25
     config.stage2.auc_threshold = 0.7
+
+
+def methods(base: Callable[[], ConfigDict]) -> dict[str, Callable[[], ConfigDict]]:
+    """Rows of a config file that differ from one row in the method alone.
+
+    Args:
+      base: makes the config of that row, both stages of the paper's method.
+    """
+
+    def row(change: Callable[[ConfigDict], None]) -> Callable[[], ConfigDict]:
+        def changed() -> ConfigDict:
+            config = base()
+            change(config)
+            return config
+
+        return changed
+
+    return {name: row(change) for name, change in _METHODS.items()}
+
+
+def _at(config: ConfigDict) -> None:
+    config.stages = "stage1"
+
+
+def _one_stage(config: ConfigDict) -> None:
+    config.stages = "stage2"
+    config.init_from = RANDOM
+    config.stage2.normalization = "batch"
+
+
+def _batchnorm(config: ConfigDict) -> None:
+    config.stage2.normalization = "batch"
+
+
+def _clean(config: ConfigDict) -> None:
+    config.stage2.adversary.num_steps = 0
+
+
+def _r1(config: ConfigDict) -> None:
+    _clean(config)
+    config.stage2.weight_r1 = 1.0
+
+
+def _fixed_t(config: ConfigDict) -> None:
+    config.stage2.t_start = config.stage2.t_max
+
+
+def _jem(config: ConfigDict) -> None:
+    """The same network without normalisation layers; samples are chains from noise."""
+    config.stages = "jem"
+    config.data.seeds = "noise"
+    channels = config.data.image_shape[-1]
+    config.model.name = "jem_wide_resnet"
+    config.model.mean = config.model.std = (0.5,) * channels
+    config.evaluate.samples.sampler = f"sgld(noise={config.jem.sgld_noise})"
+    config.evaluate.samples.step_size = config.jem.sgld_step_size
+
+
+def _ratio(config: ConfigDict) -> None:
+    config.stages = "ratio"
+    config.ratio.adversary = config.stage1.adversary
+    config.ratio.learning_rate = config.stage1.learning_rate
+
+
+# Name of a row -> what it changes; method: sections 3 and 9.
+_METHODS: dict[str, Callable[[ConfigDict], None]] = {
+    "at": _at,
+    "dat_one_stage": _one_stage,
+    "dat_batchnorm": _batchnorm,
+    "dat_clean": _clean,
+    "dat_r1": _r1,
+    "dat_fixed_t": _fixed_t,
+    "jem": _jem,
+    "ratio": _ratio,
+}
 
 
 def imagenet(arch: str, size: int = 256) -> ConfigDict:

@@ -67,6 +67,8 @@ _SHOWN = (
     ("auc", "AUC {:.2f}"),
     ("loss_ce", "CE {:.3f}"),
     ("loss_bce", "BCE {:.3f}"),
+    ("loss_energy", "s(x_q) - s(x) {:.3f}"),
+    ("loss_uniform", "KL {:.3f}"),
     ("images_per_second", "{:.0f} img/s"),
 )
 

@@ -28,6 +28,7 @@ from atebm_jax import (
     train_state,
     train_step,
 )
+from atebm_jax.config import RANDOM
 from atebm_jax.errors import UserError
 from atebm_jax.metric_writer import MetricWriter
 from atebm_jax.preemption import Interrupted, StopSignal
@@ -105,7 +106,9 @@ class _Run(NamedTuple):
     checkpoints: ocp.CheckpointManager
 
 
-def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
+def train_stage(
+    job: Job, plan: Plan, initial: Callable[[], Any]
+) -> dict[str, Any] | None:
     """Trains one stage to its end; goes on from its last checkpoint if there is one.
 
     Killing the process at any moment and calling this again ends with the same
@@ -117,13 +120,17 @@ def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
       initial: makes the variables to start from; called only for a fresh start and
         after a rollback to the beginning.
 
+    Returns:
+      Where the config has divergence reported and it was seen: "stage", "step" and what
+      was "seen". The last checkpoint is then the last good one, if there is any.
+
     Raises:
       UserError: training keeps diverging.
       Interrupted: asked to stop; it says what is saved.
     """
     name = plan.name
     shapes = models.variable_shapes(job.model, job.config.data.image_shape)
-    like = sharding.placed_shapes(jax.eval_shape(plan.new_state, shapes), job.mesh)
+    like = _placed(plan, jax.eval_shape(plan.new_state, shapes), job.mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
     step_fn = jit_step(plan.step, placement, job.mesh)
     checkpoints = checkpoint.manager(job.workdir, name)
@@ -153,7 +160,10 @@ def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
             try:
                 state = _advance(run, state, watch, step_fn)
             except Diverged as error:
-                _prepare_rollback(run, error, rollbacks + 1)
+                _delete_dying(run, error)
+                if job.config.on_dying == "report":
+                    return _reported(run, error)
+                _check_rollbacks(job.config, name, error, rollbacks + 1)
                 state = _rolled_back(
                     run, latest(), error.step + offset, rollbacks=rollbacks + 1
                 )
@@ -162,6 +172,17 @@ def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
     finally:
         # Waits for a save that is under way, also when interrupted.
         checkpoints.close()
+    return None
+
+
+def _placed(plan: Plan, state: TrainState, mesh: Mesh) -> TrainState:
+    """The shapes of a fresh state, each with where it lives between two steps."""
+    placed = sharding.placed_shapes(state, mesh)
+    if not plan.stage.split_extra:
+        return placed
+    rows = sharding.batched(mesh)
+    extra = jax.tree.map(lambda x: x.update(sharding=rows), placed.extra)
+    return replace(placed, extra=extra)
 
 
 def jit_step(step: train_step.StepFn, placement: Any, mesh: Mesh) -> train_step.StepFn:
@@ -215,6 +236,12 @@ def plan_stage(
     if mesh is not None:
         options["gather"] = partial(sharding.gather, mesh=mesh)
         options["scatter"] = partial(sharding.scatter, mesh=mesh)
+
+    def new_state(variables: Any) -> TrainState:
+        key, shape = jax.random.key(config.seed), tuple(config.data.image_shape)
+        extra = stage.init(key, shape)
+        return train_state.create(variables, optimizer, extra=extra)
+
     step = train_step.make(
         stage,
         optimizer,
@@ -232,7 +259,7 @@ def plan_stage(
         stage,
         num_steps,
         step,
-        lambda variables: train_state.create(variables, optimizer, extra=stage.init()),
+        new_state,
         health.Setting(
             stage=name,
             num_classes=config.model.num_classes,
@@ -240,7 +267,7 @@ def plan_stage(
             classifies=method.classifies(block),
             t_max=method.contrastive_steps(block),
             auc_window=method.window(block),
-            trained=bool(method.starts_from),
+            trained=bool(method.starts_from) and config.init_from != RANDOM,
         ),
     )
 
@@ -250,7 +277,7 @@ def _check_micro_batches(
 ) -> None:
     """Refuses parts of a batch where each would be normalised by itself."""
     parts = config[name].num_micro_batches
-    if not STAGES[name].whole_batch or parts == 1:
+    if not STAGES[name].whole_batch(config[name]) or parts == 1:
         return
     if "batch_stats" in models.variable_shapes(model, config.data.image_shape):
         raise UserError(
@@ -456,7 +483,8 @@ def _due(step: int, every: int, plan: Plan) -> bool:
 def _batches(job: Job, plan: Plan, start: int) -> data.Batches:
     """The training batches of a stage from a position on."""
     config = job.config.data
-    seed = job.config.seed * len(STAGES) + list(STAGES).index(plan.name)
+    # The same images in the same order for all methods that start from nothing.
+    seed = 2 * job.config.seed + bool(plan.method.starts_from)
     train = job.sources["train"]
     streams = {"cls": data.Stream(train, config.augment_cls, seed=seed)}
     draw_seeds = None
@@ -502,14 +530,11 @@ def _rolled_back(
     return replace(state, **sharding.put_replicated(counters, job.mesh))
 
 
-def _prepare_rollback(run: _Run, error: Diverged, rollbacks: int) -> None:
+def _delete_dying(run: _Run, error: Diverged) -> None:
     """Deletes what was saved while the network was dying, signs still unseen.
 
     The first metrics that show a sign are of the state before them, and what led there
     went on for a while: a state is good once it was followed by steps without a sign.
-
-    Raises:
-      UserError: the config allows no rollback, or no further one.
     """
     run.checkpoints.wait_until_finished()
     since = min((sign.since for sign in error.signs), default=math.inf)
@@ -520,7 +545,20 @@ def _prepare_rollback(run: _Run, error: Diverged, rollbacks: int) -> None:
                 run.job.console,
                 f"{run.plan.name}: checkpoint {step}, of the dying network, is deleted",
             )
-    _check_rollbacks(run.job.config, run.plan.name, error, rollbacks)
+
+
+def _reported(run: _Run, error: Diverged) -> dict[str, Any]:
+    """Divergence as the result of a stage, for the report."""
+    job, name, step = run.job, run.plan.name, error.step
+    job.writer.write(name, step, error.marks())
+    seen = "; ".join(sign.text for sign in error.signs) or _not_finite(job.config)
+    say(job.console, f"{name} diverged at step {step} and ends here: {seen}")
+    return {"stage": name, "step": step, "seen": seen}
+
+
+def _not_finite(config: ml_collections.ConfigDict) -> str:
+    steps = config.max_skipped_in_row
+    return f"loss or gradient was NaN or Inf in {steps} steps in a row"
 
 
 def _check_rollbacks(
@@ -544,9 +582,9 @@ def _check_rollbacks(
         raise UserError(
             f"{name} keeps diverging, {again}: {seen}. Lower it in a new workdir."
         )
+    growth = f", or T's growth by a higher config.{name}.auc_threshold,"
     raise UserError(
-        f"{name} keeps diverging: loss or gradient was NaN or Inf in "
-        f"{config.max_skipped_in_row} steps in a row, {again}. Lower "
-        f"config.{name}.learning_rate, or T's growth by a higher "
-        "config.stage2.auc_threshold, in a new workdir."
+        f"{name} keeps diverging: {_not_finite(config)}, {again}. Lower "
+        f"config.{name}.learning_rate{growth * STAGES[name].curriculum} in a new "
+        "workdir."
     )

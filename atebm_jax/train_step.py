@@ -89,7 +89,8 @@ def make(
         rate = learning_rate(state.step) * lowered
         gradient_norm = optax.tree.norm(gradients)
         applied = _apply(state, optimizer, gradients, batch_stats, rate, max_decay)
-        applied = replace(applied, extra=stage.update(state.extra, metrics))
+        extra = stage.update(state.extra, {**outputs, **metrics})
+        applied = replace(applied, extra=extra)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         new_state = _keep_if(finite, applied, state)
         return new_state, {
@@ -128,18 +129,20 @@ def _in_parts(
     def in_parts(
         key: Any, params: Any, batch_stats: Any, batch: Batch, extra: Any
     ) -> Any:
-        def add(carry: Any, part: tuple[Any, Batch]) -> tuple[Any, Any]:
+        def add(carry: Any, part: tuple[Any, Batch, Any]) -> tuple[Any, Any]:
             total, gradients, batch_stats = carry
+            key, batch, own = part
             loss, more, batch_stats, outputs = whole(
-                part[0], params, batch_stats, part[1], extra
+                key, params, batch_stats, batch, own if stage.split_extra else extra
             )
             gradients = jax.tree.map(jnp.add, gradients, more)
             return (total + loss, gradients, batch_stats), outputs
 
         keys = None if key is None else jax.random.split(key, count)
+        own = _split(extra, count) if stage.split_extra else None
         nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params), batch_stats)
         (total, gradients, batch_stats), outputs = jax.lax.scan(
-            add, nothing, (keys, _split(batch, count))
+            add, nothing, (keys, _split(batch, count), own)
         )
         gradients = jax.tree.map(lambda g: g / count, gradients)
         return total / count, gradients, batch_stats, _join(outputs)
@@ -147,7 +150,7 @@ def _in_parts(
     return whole if count == 1 else in_parts
 
 
-def _split(batch: Batch, count: int) -> Batch:
+def _split(batch: Any, count: int) -> Any:
     """[B, ...] -> [count, B / count, ...], part j being images j, j + count, ...
 
     Neighbours go to different parts, so that every device splits what it holds;
@@ -162,7 +165,7 @@ def _split(batch: Batch, count: int) -> Batch:
             )
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
-    return {name: split(x) for name, x in batch.items()}
+    return jax.tree.map(split, batch)
 
 
 def _join(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -177,7 +180,8 @@ def _prepare(batch: Mapping[str, jax.Array], stage: Stage, key: jax.Array) -> Ba
     """The batch, with uniform noise where no seeds came with it."""
     inputs = dict(batch)
     if "ood" in stage.streams and "x_ood" not in inputs:
-        inputs["x_ood"] = jax.random.uniform(key, inputs["x_gen"].shape)
+        like = next(x for name, x in inputs.items() if name.startswith("x_"))
+        inputs["x_ood"] = jax.random.uniform(key, like.shape)
     return inputs
 
 

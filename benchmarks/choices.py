@@ -41,9 +41,15 @@ class Side(JaxSide):
 
 def apart(settings: Settings) -> Side:
     """Three forward passes in the loss instead of one."""
-    from atebm_jax import stages
+    from atebm_jax import models
 
-    stages._one_pass = lambda logits_fn, *batches: [logits_fn(x) for x in batches]
+    together = models.one_pass
+
+    def one_by_one(model, variables, batches, *, frozen):
+        made = [together(model, variables, [x], frozen=frozen)[0][0] for x in batches]
+        return made, variables["batch_stats"]
+
+    models.one_pass = one_by_one
     return Side(settings)
 
 

@@ -85,15 +85,27 @@ def parse(
     )
     flags, rest = parser.parse_known_args(argv)
     config = load_config(flags.config)
-    for argument in rest:
+    for field, value in overrides(rest):
+        override(config, field, value)
+    return flags, config, bool(rest)
+
+
+def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(field, value) of every --config.FIELD=VALUE.
+
+    Raises:
+      UserError: another argument is among them.
+    """
+    found = []
+    for argument in arguments:
         field, equals, value = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise UserError(
                 f"unknown argument {argument!r}: fields of the config are written "
                 "--config.FIELD=VALUE, and --help lists the rest."
             )
-        override(config, field, value)
-    return flags, config, bool(rest)
+        found.append((field, value))
+    return found
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:

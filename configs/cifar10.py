@@ -42,6 +42,11 @@ command:
 * `noise`: like `hour`, but the seeds are uniform noise, and the steps are long enough
   to cross from there to images. It was not run to its end.
 
+Rows of other methods on the network and budget of `cpu`, as configs/digits.py describes
+them (none was run): `at`, `jem` and `ratio`, and of ours `dat_one_stage`,
+`dat_batchnorm`, `dat_clean`, `dat_r1` and `dat_fixed_t`; `dat` is `cpu`. 1,000 steps of
+`jem`, `ratio` or `dat_one_stage` take about as long as both stages (estimated).
+
 Seeds: the paper's come from 80 Million Tiny Images, which its makers have withdrawn.
 The default here is a Gaussian fitted to the training images, which needs no other data
 set. `--config.data.seeds=folder:PATH` or `tfds:NAME:SPLIT` uses images of any size.
@@ -57,7 +62,7 @@ on it. The report is of the last checkpoints.
 from ml_collections import ConfigDict
 
 from atebm_jax.archs import model_config
-from atebm_jax.presets import choose_row, cifar, cifar_cpu, cifar_small
+from atebm_jax.presets import choose_row, cifar, cifar_cpu, cifar_small, methods
 
 
 def get_config(row: str = "small") -> ConfigDict:
@@ -100,6 +105,19 @@ def cpu() -> ConfigDict:
     # One step as long as the radius: 1.5 times as many images per second as with two.
     config.stage1.adversary.num_steps = 1
     config.stage1.adversary.step_size = 0.5
+    for stage in (config.jem, config.ratio):
+        stage.batch_size = 128
+        stage.num_steps = 1000
+        stage.eval_every_steps = 250
+        stage.checkpoint_every_steps = 200
+    config.jem.learning_rate = 1e-3
+    config.jem.warmup_steps = 100
+    return config
+
+
+def dat_one_stage() -> ConfigDict:
+    config = methods(cpu)["dat_one_stage"]()
+    config.stage2.num_steps = 1000
     return config
 
 
@@ -130,4 +148,7 @@ ROWS = {
     "cpu": cpu,
     "hour": hour,
     "noise": noise,
+    "dat": cpu,
+    **methods(cpu),
+    "dat_one_stage": dat_one_stage,
 }

@@ -2,6 +2,19 @@
 
     python -m atebm_jax.main --config=configs/digits.py --workdir=runs/digits
 
+Rows, by the method (`--config=configs/digits.py:jem`); network, data and evaluation are
+the same, and 800 steps are those of both stages of `dat` together:
+
+* `dat`: the paper's method, the default.
+* `at`: its stage 1 alone, ordinary adversarial training.
+* `jem` and `ratio`: what the paper compares with, 800 steps. JEM's network is the same
+  without normalisation layers.
+* `dat_one_stage`: the joint loss from scratch, 800 steps, BatchNorm in training mode.
+* `dat_batchnorm`: stage 2 with BatchNorm in training mode.
+* `dat_clean`: stage 2 with plain instead of adversarial cross-entropy.
+* `dat_r1`: that, with the R1 penalty.
+* `dat_fixed_t`: T = T_max from the first step of stage 2.
+
 Data: scikit-learn's `load_digits`, which comes with the packages. It has 1,797 real
 digits of 8x8 pixels; a fifth is held out.
 Hardware: two CPU cores, a few minutes.
@@ -11,9 +24,14 @@ Expected numbers: docs/results.md.
 from ml_collections import ConfigDict
 
 from atebm_jax.config import adversary, default
+from atebm_jax.presets import choose_row, methods
 
 
-def get_config() -> ConfigDict:
+def get_config(row: str = "dat") -> ConfigDict:
+    return choose_row(row, ROWS)
+
+
+def dat() -> ConfigDict:
     config = default()
     config.data.train = "digits:train"
     config.data.eval = "digits:test"
@@ -47,6 +65,16 @@ def get_config() -> ConfigDict:
     config.stage2.eval_every_steps = 100
     config.stage2.checkpoint_every_steps = 50
 
+    for stage in (config.jem, config.ratio):
+        stage.batch_size = 64
+        stage.num_steps = 800
+        stage.eval_every_steps = 200
+        stage.checkpoint_every_steps = 50
+    config.jem.learning_rate = 1e-3
+    config.jem.warmup_steps = 50
+    # As long as 10,000 chains are in as many steps as JEM's.
+    config.jem.buffer_size = 1000
+
     config.evaluate.batch_size = 100
     config.evaluate.num_examples = 0
     config.evaluate.attack = adversary(epsilon=0.5, step_size=0.1, num_steps=20)
@@ -56,3 +84,12 @@ def get_config() -> ConfigDict:
     config.evaluate.samples.num_steps = 60
     config.evaluate.samples.judge = "svc"
     return config
+
+
+def dat_one_stage() -> ConfigDict:
+    config = methods(dat)["dat_one_stage"]()
+    config.stage2.num_steps = 800
+    return config
+
+
+ROWS = {"dat": dat, **methods(dat), "dat_one_stage": dat_one_stage}

@@ -60,7 +60,9 @@ def update_of(
         **({} if gather is None else {"gather": gather, "scatter": scatter}),
     )
     weights = reference.random_variables(network, SHAPE)
-    return step, train_state.create(weights, optimizer, extra=built.init())
+    return step, train_state.create(
+        weights, optimizer, extra=built.init(jax.random.key(0), SHAPE)
+    )
 
 
 def placed(state, mesh, seed=0, num_classes=4):

@@ -24,8 +24,11 @@ from atebm_jax.train import plan_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
+METHODS = ("dat", "at", "jem", "ratio", "dat_one_stage", "dat_batchnorm")
+METHODS += ("dat_clean", "dat_r1", "dat_fixed_t")
 ROWS = [
-    "digits.py",
+    *(f"digits.py:{row}" for row in METHODS),
+    *(f"cifar10.py:{row}" for row in METHODS),
     "cifar10.py:wrn34_10_t40",
     "cifar10.py:wrn34_10_t50",
     "cifar10.py:dm_wrn28_10",
@@ -59,7 +62,7 @@ def test_every_row_is_accepted_by_every_room(row):
     settings = load(row)
     config.check(settings)
     model = models.build(settings.model)
-    for name in ("stage1", "stage2"):
+    for name in ("stage1", "stage2", *config.stages_to_run(settings)):
         plan_stage(settings, name, model, config.num_steps(settings[name], 50_000))
     for field, value in settings.data.items():
         if field.startswith(("augment_", "preprocess")):
@@ -219,7 +222,8 @@ def test_comparison_names_fields_and_leaves_run_control_out():
     [
         ("nowhere.py", "no config file"),
         ("cifar10.py:smal", "did you mean 'small'"),
-        ("digits.py:row", "no rows"),
+        ("digits.py:row", "no row 'row'"),
+        ("../tests/small.py:row", "no rows"),
     ],
 )
 def test_config_file_that_cannot_be_loaded_is_explained(path, message):

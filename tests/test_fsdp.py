@@ -45,7 +45,9 @@ def update_on(mesh, optimizer="adamw", rate=1e-3, activation="relu"):
         scatter=partial(sharding.scatter, mesh=mesh),
     )
     state = train_state.create(
-        reference.random_variables(network, SHAPE), optimizer, extra=stage.init()
+        reference.random_variables(network, SHAPE),
+        optimizer,
+        extra=stage.init(jax.random.key(0), SHAPE),
     )
     state = replace(state, extra=replace(state.extra, num_steps=jnp.int32(2)))
     placed = sharding.put_state(state, mesh)

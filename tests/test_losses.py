@@ -35,6 +35,14 @@ def test_cross_entropy_of_a_certain_mistake_is_finite():
     np.testing.assert_allclose(value, [1e4])
 
 
+def test_distance_from_uniform_of_hand_worked_logits():
+    # p = (3/4, 1/4): ln(4/3) / 2; equal logits and a single class have none.
+    logits = jnp.asarray([[np.log(3.0), 0.0], [5.0, 5.0]], jnp.float32)
+    values = losses.from_uniform(logits)
+    np.testing.assert_allclose(values, [0.1438410, 0.0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(losses.from_uniform(jnp.asarray([[7.0]])), [0.0])
+
+
 def test_contrastive_bce_of_hand_worked_scores():
     # [log(1 + e^-1) + log 2 + log(1 + e^-2) + log(1 + e^3)] / 4.
     value = losses.contrastive_bce(jnp.asarray([1.0, 0.0]), jnp.asarray([-2.0, 3.0]))

@@ -74,7 +74,7 @@ def course(request, golden, weights):
     )
 
     def run(teach):
-        state = train_state.create(weights, optimizer, extra=stage.init())
+        state = train_state.create(weights, optimizer, extra=stage.init(None, ()))
         for step in STEPS:
             made = at_step(stored, step)
             if "clf_adv_imgs" not in made:
@@ -226,7 +226,7 @@ def test_variants_match_the_reference(golden, weights, name):
         reference.network(), reference.stage_config("stage2", **VARIANTS[name])
     )
 
-    steps = replace(stage.init(), num_steps=jnp.int32(2))
+    steps = replace(stage.init(None, ()), num_steps=jnp.int32(2))
 
     @jax.jit
     def compute(batch):

@@ -22,7 +22,7 @@ def stage(name, **settings):
 
 
 def adversaries(chosen, num_steps=0):
-    extra = chosen.init()
+    extra = chosen.init(None, SHAPE)
     if "ood" in chosen.streams:
         extra = replace(extra, num_steps=jnp.int32(num_steps))
     return jax.jit(chosen.adversaries)(None, WEIGHTS, extra, BATCH)

@@ -21,6 +21,7 @@ from atebm_jax import (
     train,
     train_step,
 )
+from atebm_jax.evaluate import evaluation
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.preemption import Interrupted
 
@@ -298,6 +299,25 @@ def test_dying_network_stops_the_job_where_asked(tmp_path, monkeypatch):
     assert checkpoint.steps_in(checkpoint.stage_folder(tmp_path, "stage1")) == [5]
     mark = {"stage": "stage1", "step": 12, "sign_cross_entropy": 12}
     assert read_metrics(tmp_path)[-1] == mark
+
+
+def test_divergence_is_a_result_where_the_config_says_so(monkeypatch, tmp_path):
+    """Nothing is tried again, no dying network is kept, and no stage follows."""
+    told = []
+    monkeypatch.setattr(
+        evaluation.Evaluation, "final", lambda self, console, said: told.append(said)
+    )
+    dies(monkeypatch, above=0.01)
+    both = short(on_dying="report")
+    both.stages = "stage1,stage2"
+    _, printed = tiny.run(both, tmp_path)
+    seen = "it is seen at step 12"
+    assert told == [{"stage": "stage1", "step": 12, "seen": seen}]
+    assert f"stage1 diverged at step 12 and ends here: {seen}" in printed
+    assert checkpoint.steps_in(checkpoint.stage_folder(tmp_path, "stage1")) == [5]
+    assert not checkpoint.stage_folder(tmp_path, "stage2").exists()
+    records = read_metrics(tmp_path)
+    assert [r["step"] for r in records if "sign_cross_entropy" in r][-1] == 12
 
 
 @pytest.mark.parametrize("chosen", [{"on_dying": "note"}, {"dying": False}])

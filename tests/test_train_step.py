@@ -25,7 +25,7 @@ TOY = Stage(
     (),
     lambda key, variables, extra, batch: {"made": extra.num_steps},
     toy_loss,
-    init=lambda: curriculum.init(1),
+    init=lambda key, image_shape: curriculum.init(1),
     update=lambda extra, metrics: curriculum.update(
         extra, metrics["auc"], threshold=0.5, max_steps=2
     ),
@@ -52,7 +52,7 @@ def batch(target=3.0, root=0.0, auc=0.0):
 
 @pytest.fixture
 def state():
-    return train_state.create(VARIABLES, OPTIMIZER, extra=TOY.init())
+    return train_state.create(VARIABLES, OPTIMIZER, extra=TOY.init(None, ()))
 
 
 def test_fresh_state_has_its_own_averages_and_zero_counters(state):

@@ -41,7 +41,9 @@ def passes_of_training(
     """Passes of a training step for one image of each of its streams, at T steps."""
     settings = config[stage]
     passes = STAGES[stage].passes(settings, contrastive_steps)
-    return passes + _passes_of_attack(settings.adversary)
+    if "adversary" in settings:
+        passes += _passes_of_attack(settings.adversary)
+    return passes
 
 
 def _passes_of_attack(attack: ml_collections.ConfigDict) -> int:

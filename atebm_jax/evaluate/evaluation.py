@@ -59,25 +59,35 @@ class Evaluation:
         del figures["num_examples"]
         return figures
 
-    def final(self, console: Console) -> dict[str, Any]:
-        """Evaluates each stage's last weights on `data.test`; writes the report."""
+    def final(
+        self, console: Console, diverged: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Evaluates each stage's last weights on `data.test`; writes the report.
+
+        `diverged` is what `train.train_stage` says of a stage that ended so.
+        """
         folders = {s: checkpoint.stage_folder(self._workdir, s) for s in STAGES}
         found = {stage: checkpoint.steps_in(f) for stage, f in folders.items()}
         last = {stage: steps[-1] for stage, steps in found.items() if steps}
         result = report.read_stages(self._workdir)
-        if result is None or not self._holds(result, last):
-            say(console, self.cost_of_final(list(last)))
+        ended = {"diverged": diverged} if diverged else {}
+        if result is None or not self._holds(result, last, ended):
+            if last:
+                say(console, self.cost_of_final(list(last)))
             with parts(console) as show:
-                result = self._measure({stage: folders[stage] for stage in last}, show)
+                evaluated = {stage: folders[stage] for stage in last}
+                result = self._measure(evaluated, ended, show)
         if jax.process_index() == 0:
             report.show_stages(console, result)
             say(console, f"report, pictures and checkpoints are in {self._workdir}")
         return result
 
-    def _holds(self, result: dict[str, Any], steps: dict[str, int]) -> bool:
+    def _holds(
+        self, result: dict[str, Any], steps: dict[str, int], ended: dict[str, Any]
+    ) -> bool:
         """Whether an earlier report is of these steps and settings."""
         known = {name: figures["step"] for name, figures in result["stages"].items()}
-        settings = self._settings()
+        settings = self._settings() | {"diverged": ended.get("diverged")}
         return known == steps and {k: result.get(k) for k in settings} == settings
 
     def _settings(self) -> dict[str, Any]:
@@ -108,7 +118,9 @@ class Evaluation:
             )
         return self._reachability
 
-    def _measure(self, folders: dict[str, epath.Path], show: ShowFn) -> dict[str, Any]:
+    def _measure(
+        self, folders: dict[str, epath.Path], ended: dict[str, Any], show: ShowFn
+    ) -> dict[str, Any]:
         settings = self._config.evaluate
         limit, num = settings.num_test_examples, settings.samples.num_test
         stages: dict[str, dict[str, Any]] = {}
@@ -118,12 +130,13 @@ class Evaluation:
             variables = sharding.put_replicated(weights, self._context.mesh)
             tell = self._told(show, stage)
             figures, drawn = self._evaluate("test", variables, limit, num, tell)
-            reached = {"T": meta["T"]} if "ood" in STAGES[stage].streams else {}
+            reached = {"T": meta["T"]} if STAGES[stage].curriculum else {}
             stages[stage] = {"step": meta["step"], **reached, **figures}
             grids[f"samples after {stage}"] = drawn
-        result = self._describe(stages)
+        result = ended | self._describe(stages)
         if jax.process_index() == 0:
-            self._context.sample_grid(self._workdir / "samples.png", grids)
+            if grids:
+                self._context.sample_grid(self._workdir / "samples.png", grids)
             records = read_metrics(self._workdir)
             pictures.training_curves(self._workdir / "curves.png", records)
             report.write_stages(self._workdir, result)
@@ -143,7 +156,7 @@ class Evaluation:
         real, labels = self._context.images("test", num_test)
         reached = {}
         to_run = configuration.stages_to_run(self._config)
-        if any("ood" in STAGES[name].streams for name in to_run):
+        if any(STAGES[name].curriculum for name in to_run):
             reached["reachability"] = self.measured_reachability()._asdict()
         return {
             "stages": stages,

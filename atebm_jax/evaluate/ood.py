@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, pictures
+from atebm_jax import attacks, energy, losses, metrics, pictures
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, figure
 from atebm_jax.models import LogitsFn
@@ -45,11 +45,8 @@ def negative_gradient_norm(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
 
 
 def away_from_uniform(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    """KL(uniform || softmax f(x)), less a constant: what raises the max-softmax.
-
-    Unlike the maximum itself it has a useful gradient everywhere.
-    """
-    return -jax.nn.log_softmax(logits_fn(images)).mean(axis=-1)
+    """KL(uniform || softmax f(x)): what raises the max-softmax."""
+    return losses.from_uniform(logits_fn(images))
 
 
 class Detector(NamedTuple):

@@ -16,6 +16,7 @@ from atebm_jax import checkpoint, data, models, seeds, sharding, storage, traine
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import (
+    abstention,
     calibration,
     classification,
     counterfactual,
@@ -39,6 +40,7 @@ METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
     "autoattack": robustness.run,
     "generation": generation.run,
     "calibration": calibration.run,
+    "abstention": abstention.run,
     "ood": ood.run,
     "counterfactual": counterfactual.run,
 }
@@ -48,6 +50,7 @@ CHECKS: dict[str, Callable[[Context], object]] = {
     "pgd": classification.check_pgd,
     "autoattack": robustness.plan,
     "generation": generation.check,
+    "abstention": abstention.check,
     "ood": ood.check,
     "counterfactual": counterfactual.check,
 }

@@ -8,6 +8,7 @@ from atebm_jax.metrics.calibration import (
     fit_temperature,
     negative_log_likelihood,
     reliability,
+    risk_coverage,
     temperature_error,
 )
 from atebm_jax.metrics.generation import (
@@ -61,6 +62,7 @@ __all__ = [
     "precision_recall",
     "psnr",
     "reliability",
+    "risk_coverage",
     "roc_curve",
     "score_spread",
     "spectral_distance",

@@ -1,7 +1,8 @@
 """Calibration: do predicted probabilities come true? (method: section 6).
 
-All functions take logits [N, K] float, finite, N >= 1, and labels [N] int in 0..K-1.
-They raise a ValueError for anything else.
+All but `risk_coverage` take logits [N, K] float, finite, N >= 1, and labels [N] int in
+0..K-1.
+All raise a ValueError for anything else.
 """
 
 from typing import NamedTuple
@@ -173,3 +174,27 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
             f"{logits.shape[1] - 1}."
         )
     return logits, labels
+
+
+def risk_coverage(
+    confidence: np.ndarray, hits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Error among the most confident images, as more and more of them are answered.
+
+    Geifman and El-Yaniv (2017). Images of equal confidence share their errors, so that
+    their order does not matter. The mean risk is the area under the curve.
+
+    Args:
+      confidence: [N], higher where the answer is more certain.
+      hits: [N] bool, whether the answer is right.
+
+    Returns:
+      (coverage [N], k / N for k = 1 to N; risk [N] of the k most confident images).
+    """
+    if broken := reals.count_nan(confidence):
+        raise ValueError(f"{broken} confidences are NaN: none has a rank.")
+    rank = np.unique(reals.real(confidence), return_inverse=True)[1]
+    group = rank.max() - rank
+    shared = np.bincount(group, 1.0 - reals.floats(hits)) / np.bincount(group)
+    answered = np.arange(1, len(group) + 1)
+    return answered / len(group), shared[np.sort(group)].cumsum() / answered

@@ -13,7 +13,7 @@ from atebm_jax.models.families import BUILT_IN, FAMILIES
 from atebm_jax.models.layers import FROZEN
 
 __all__ = ["BUILT_IN", "DTYPES", "FAMILIES", "LogitsFn"]
-__all__ += ["build", "freeze", "logits_fn", "prepare", "variable_shapes"]
+__all__ += ["build", "freeze", "logits_fn", "one_pass", "prepare", "variable_shapes"]
 
 #: Images [B, H, W, C] float in [0, 1] to logits [B, K].
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -89,3 +89,34 @@ def logits_fn(model: nn.Module, variables: Any) -> LogitsFn:
     pytree of them: where a compiled function takes it, they are arguments.
     """
     return jax.tree_util.Partial(model.apply, variables)
+
+
+def one_pass(
+    model: nn.Module, variables: Any, batches: Sequence[jax.Array], *, frozen: bool
+) -> tuple[list[jax.Array], Any]:
+    """Logits of several batches in one forward pass.
+
+    Interleaving keeps each image on its device; concatenating would move them all.
+
+    Args:
+      model: images to logits.
+      variables: its "params" and "batch_stats".
+      batches: images [B, H, W, C] each, of one size.
+      frozen: evaluation mode, where every image is on its own; else the batch
+        statistics are those of all batches together, and the running ones move.
+
+    Returns:
+      (logits [B, K] of each batch, running statistics after it).
+    """
+    stacked = jnp.stack(batches, axis=1)
+    images = stacked.reshape(-1, *stacked.shape[2:])
+    batch_stats = variables["batch_stats"]
+    if frozen:
+        logits = logits_fn(model, variables)(images)
+    else:
+        logits, updated = model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        batch_stats = updated.get("batch_stats", {})
+    logits = logits.reshape(*stacked.shape[:2], -1)
+    return [logits[:, i] for i in range(len(batches))], batch_stats

@@ -4,13 +4,18 @@
 optimiser differentiates, with those images as constants.
 """
 
-from atebm_jax.stages import adversarial, joint
+from atebm_jax.stages import adversarial, jem, joint, ratio
 from atebm_jax.stages.method import Batch, Method, Stage, Variables
 
-#: The stages of a job by their block of the config, in their order; the only list.
+#: The methods by their block of the config, in the order of a job; the only list.
 STAGES: dict[str, Method] = {
     "stage1": adversarial.METHOD,
     "stage2": joint.METHOD,
+    "jem": jem.METHOD,
+    "ratio": ratio.METHOD,
 }
 
-__all__ = ["STAGES", "Batch", "Method", "Stage", "Variables"]
+#: Those of the paper's method, one after the other.
+PAPER = ("stage1", "stage2")
+
+__all__ = ["PAPER", "STAGES", "Batch", "Method", "Stage", "Variables"]

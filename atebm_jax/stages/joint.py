@@ -1,6 +1,6 @@
 """Joint training of classifier and energy: stage 2 (paper, section 4)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,27 +17,31 @@ STREAMS = ("gen", "cls", "ood")
 
 #: What contrastive images may ascend: f(x)[y], or logsumexp f(x).
 CONTRASTIVE_OBJECTIVES = ("conditional", "marginal")
+#: How normalisation layers train: stage 1's running statistics, or the batch's.
+NORMALIZATIONS = ("frozen", "batch")
 
 
 def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
-    """L_AT-CE + L_BCE + optionally R1, normalisation frozen.
+    """L_AT-CE + L_BCE + optionally R1, normalisation frozen unless asked otherwise.
 
     Contrastive images are T unbounded steps from the seeds towards the labels of the
     generative batch; the binary cross-entropy then tells real from contrastive by
     s(x) = -E(x).
 
     Args:
-      model: images to logits; always applied in evaluation mode.
+      model: images to logits; applied in evaluation mode, but for the loss where
+        `normalization` is "batch".
       config: the block of the stage.
 
     Raises:
-      UserError: unknown contrastive objective or a negative weight.
+      UserError: unknown contrastive objective or normalisation, or a negative weight.
     """
     check_choice(
         "stage2.contrastive_objective",
         config.contrastive_objective,
         CONTRASTIVE_OBJECTIVES,
     )
+    check_choice("stage2.normalization", config.normalization, NORMALIZATIONS)
     weights = {"ce": config.weight_ce, "bce": config.weight_bce, "r1": config.weight_r1}
     for name, weight in weights.items():
         if weight < 0:
@@ -73,11 +77,12 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     def loss(
         params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        logits_fn = models.logits_fn(
-            model, {"params": params, "batch_stats": batch_stats}
-        )
-        real, contrastive, adversarial = _one_pass(
-            logits_fn, batch["x_gen"], made["x_contrastive"], made["x_adv"]
+        variables = {"params": params, "batch_stats": batch_stats}
+        (real, contrastive, adversarial), after = models.one_pass(
+            model,
+            variables,
+            [batch["x_gen"], made["x_contrastive"], made["x_adv"]],
+            frozen=config.normalization == "frozen",
         )
         loss_ce = losses.cross_entropy(adversarial, batch["y_cls"]).mean()
         loss_bce = losses.contrastive_bce(energy.score(real), energy.score(contrastive))
@@ -91,10 +96,11 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
             **_scores(real, contrastive, made["seed_logits"], batch["y_gen"]),
         }
         if with_r1:
+            logits_fn = models.logits_fn(model, variables)
             r1 = losses.r1(lambda x: energy.score(logits_fn(x)), batch["x_gen"])
             total = total + weights["r1"] * r1
             outputs["r1"] = r1
-        return total, (batch_stats, outputs)
+        return total, (after, outputs)
 
     def update(extra: Curriculum, figures: dict[str, jax.Array]) -> Curriculum:
         return curriculum.update(
@@ -109,22 +115,10 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         adversaries=adversaries,
         loss=loss,
         statistics=_with_aucs,
-        init=lambda: curriculum.init(_window(config)),
+        init=lambda key, image_shape: curriculum.init(_window(config), config.t_start),
         update=update,
         shown=lambda extra: {"T": extra.num_steps},
     )
-
-
-def _one_pass(logits_fn: Callable, *batches: jax.Array) -> list[jax.Array]:
-    """Logits of several batches in one forward pass.
-
-    Every image is on its own in evaluation mode, so the batches may share a pass.
-    Interleaving keeps each image on its device; concatenating would move them all.
-    """
-    stacked = jnp.stack(batches, axis=1)
-    images = stacked.reshape(-1, *stacked.shape[2:])
-    logits = logits_fn(images).reshape(*stacked.shape[:2], -1)
-    return [logits[:, i] for i in range(len(batches))]
 
 
 def _scores(
@@ -154,12 +148,16 @@ def _block(block: ml_collections.ConfigDict) -> None:
     block.contrastive_objective = "conditional"
     # L2 pixels per contrastive step.
     block.contrastive_step_size = 0.1
-    # T_max: T stops growing here.
+    # T of the first step, and T_max, where it stops growing; equal for no curriculum.
+    block.t_start = 0
     block.t_max = 50
     # Mean AUC of a full window at which T grows by one.
     block.auc_threshold = 0.8
     # Images in the AUC window: ceil(auc_window_images / batch_size) steps.
     block.auc_window_images = 1000
+    # "frozen": BatchNorm keeps stage 1's running statistics; "batch": statistics of
+    # real, contrastive and adversarial images together, as an ablation.
+    block.normalization = "frozen"
     # Weights of the terms of the loss.
     block.weight_ce = 1.0
     block.weight_bce = 1.0
@@ -169,8 +167,11 @@ def _block(block: ml_collections.ConfigDict) -> None:
 
 
 def _check(name: str, block: ml_collections.ConfigDict) -> None:
-    if block.t_max < 0:
-        raise UserError(f"config.{name}.t_max is {block.t_max}: it must be >= 0.")
+    if not 0 <= block.t_start <= block.t_max:
+        raise UserError(
+            f"config.{name}.t_start is {block.t_start} and config.{name}.t_max "
+            f"{block.t_max}: T grows from the first to the second, both >= 0."
+        )
     if not 0 <= block.auc_threshold <= 1:
         raise UserError(
             f"config.{name}.auc_threshold is {block.auc_threshold}: an AUC lies in "
@@ -193,9 +194,16 @@ METHOD = Method(
     build,
     block=_block,
     check=_check,
+    whole_batch=lambda block: block.normalization == "batch",
     starts_from="stage1",
     classifies=lambda block: block.weight_ce > 0,
+    curriculum=True,
     contrastive_steps=lambda block: block.t_max,
     window=_window,
     passes=_passes,
+    turns=lambda block: {
+        "contrastive step": block.t_max,
+        "seed scores": 1,
+        "adversary step": block.adversary.num_steps,
+    },
 )

@@ -25,20 +25,25 @@ class Stage(NamedTuple):
         image.
       statistics: outputs of a whole batch -> scalar metrics. Apart from the loss, so
         that a batch may pass in parts and still be ranked as one.
-      init: the extra state before the first step, a pytree of arrays.
-      update: (extra, metrics of a step) -> the extra state after it.
+      init: (key, image_shape) -> the extra state before the first step, a pytree of
+        arrays.
+      update: (extra, outputs of the whole batch and metrics of a step) -> the extra
+        state after it.
       shown: extra -> what the metrics say of it, scalars by name.
       needs_key: whether `adversaries` draws random numbers.
+      split_extra: whether the extra state has a row for each image of the batch, and
+        is split over devices and micro-batches as the batch is.
     """
 
     streams: tuple[str, ...]
     adversaries: Callable[[Any, Variables, Any, Batch], dict[str, jax.Array]]
     loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
     statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
-    init: Callable[[], Any] = tuple
+    init: Callable[[Any, tuple[int, ...]], Any] = lambda key, image_shape: ()
     update: Callable[[Any, dict[str, jax.Array]], Any] = lambda extra, metrics: extra
     shown: Callable[[Any], dict[str, jax.Array]] = lambda extra: {}
     needs_key: bool = False
+    split_extra: bool = False
 
 
 class Method(NamedTuple):
@@ -50,13 +55,15 @@ class Method(NamedTuple):
       block: adds the method's own fields to a block of the config, with defaults.
       check: (name, block) refuses values that no network could be trained with.
       starts_from: the stage whose averaged weights it starts from; "" for random ones.
-      whole_batch: whether normalisation sees the whole batch, so that it cannot pass
-        in parts.
+      whole_batch: block -> whether normalisation sees the whole batch, so that it
+        cannot pass in parts.
       classifies: block -> whether the cross-entropy has a weight.
-      contrastive_steps: block -> T_max; 0 for a method without contrastive images.
+      curriculum: whether T contrastive steps lead from the seeds.
+      contrastive_steps: block -> T_max; 0 for a method without a curriculum.
       window: block -> steps in the window of the AUC.
       passes: (block, T) -> passes of an image through the network in one step, beside
         those of the adversary (`evaluate.cost`).
+      turns: block -> how often a step climbs at most, by the parts of `dry_run`.
     """
 
     streams: tuple[str, ...]
@@ -64,11 +71,15 @@ class Method(NamedTuple):
     block: Callable[[ml_collections.ConfigDict], None] = lambda block: None
     check: Callable[[str, ml_collections.ConfigDict], None] = lambda name, block: None
     starts_from: str = ""
-    whole_batch: bool = False
+    whole_batch: Callable[[ml_collections.ConfigDict], bool] = lambda block: False
     classifies: Callable[[ml_collections.ConfigDict], bool] = lambda block: True
+    curriculum: bool = False
     contrastive_steps: Callable[[ml_collections.ConfigDict], int] = lambda block: 0
     window: Callable[[ml_collections.ConfigDict], int] = lambda block: 1
     passes: Callable[[ml_collections.ConfigDict, int], int] = lambda block, steps: 3
+    turns: Callable[[ml_collections.ConfigDict], dict[str, int]] = lambda block: {
+        "adversary step": block.adversary.num_steps
+    }
 
 
 def with_spread(outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-METRICS = "accuracy,pgd,autoattack,generation,calibration,ood,counterfactual"
+METRICS = "accuracy,pgd,autoattack,generation,calibration,abstention,ood,counterfactual"
 
 
 def evaluate_in_two(workdir, folder, metrics):

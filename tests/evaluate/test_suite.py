@@ -73,6 +73,7 @@ def test_every_figure_has_value_and_protocol(report):
     assert plots == {
         "robust_accuracy.png",
         "reliability.png",
+        "abstention.png",
         "ood_noise.png",
         "counterfactuals.png",
         "samples.png",
@@ -107,6 +108,16 @@ def test_each_attack_leaves_no_more_than_those_before(report):
     assert list(figures) == [f"accuracy_after_{name}" for name in names]
     values = [figure["value"] for figure in figures.values()]
     assert values == sorted(values, reverse=True)
+
+
+def test_abstention_is_of_the_errors_that_accuracy_counts(report):
+    metrics = report[0]["metrics"]
+    figures = {k: f["value"] for k, f in metrics["abstention"]["figures"].items()}
+    clean = metrics["accuracy"]["figures"]["clean_accuracy"]["value"]
+    assert figures["clean/error"] == pytest.approx(1 - clean)
+    for moment in ("clean", "attacked"):
+        for score in ("max_softmax", "log_density"):
+            assert 0 < figures[f"{moment}/{score}/aurc"] < 1
 
 
 def test_counterfactuals_gain_confidence_and_stay_in_their_ball(report):

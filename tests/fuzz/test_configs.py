@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from atebm_jax import UserError, ascent, config, data, job, models, sharding, train
 from atebm_jax.models import resnet
-from atebm_jax.stages import joint
+from atebm_jax.stages import STAGES, joint
 
 _IMAGES = 40
 
@@ -48,14 +48,16 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "activation": ("relu", "swish", "gelu"),
     "dtype": (*models.DTYPES, "float16", "float64", "int8"),
     "norm": ("l2", "linf", "unbounded", "L2"),
-    "optimizer": ("sgd", "adamw", "adam"),
+    "optimizer": ("sgd", "adamw", "adam", "lion"),
     "schedule": ("constant", "cosine", "step"),
-    "stages": ("auto", "stage1", "stage2", "stage1,stage2", "stage2,stage1"),
+    "stages": ("auto", *STAGES, "stage1,stage2", "stage2,stage1", "jem,ratio"),
+    "on_dying": (*config.ON_DYING, "die"),
+    "normalization": (*joint.NORMALIZATIONS, "group"),
     "contrastive_objective": (*joint.CONTRASTIVE_OBJECTIVES, "joint"),
     "judge": ("svc", "mlp"),
     "sampler": (*ascent.RULES, "sgld(noise=0.1)", "sgld(nois=1)"),
     "mesh": ("data:-1", "data:-1,fsdp:2", "fsdp:-1", "data:3", "fsdp:0", "data:99"),
-    "init_from": ("nowhere", "/", "~", "gs://nowhere/x", "file://x"),
+    "init_from": ("nowhere", "random", "/", "~", "gs://nowhere/x", "file://x"),
     "data_dir": ("nowhere", "/dev/null"),
 }
 _SPECS = ("noise", "digits:train", "digits:test", "digits:", "tfds:cifar10:train")
@@ -190,7 +192,7 @@ def batch_of(settings: Any, name: str) -> dict[str, Any]:
     """Shapes of a stage's batch with seeds from the step itself."""
     size, shape = settings[name].batch_size, tuple(settings.data.image_shape)
     batch = {}
-    for stream in ("cls",) if name == "stage1" else ("cls", "gen"):
+    for stream in (s for s in STAGES[name].streams if s != "ood"):
         batch[f"x_{stream}"] = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
         batch[f"y_{stream}"] = jax.ShapeDtypeStruct((size,), jnp.int32)
     return batch

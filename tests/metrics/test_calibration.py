@@ -127,3 +127,26 @@ def test_error_of_a_temperature_is_that_of_fits_to_resampled_images():
 
 def test_data_that_do_not_fix_a_temperature_leave_it_open():
     assert metrics.temperature_error(np.ones((3, 1)), np.zeros(3, int), 1.0) == np.inf
+
+
+def test_risk_of_hand_worked_confidences():
+    """Wrong, right, right, wrong from the most confident on; the last two are a tie."""
+    confidence, hits = np.array([0.9, 0.2, 0.7, 0.2]), np.array([0, 1, 1, 0], bool)
+    coverage, risk = metrics.risk_coverage(confidence, hits)
+    np.testing.assert_allclose(coverage, [0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(risk, [1.0, 1 / 2, 1.5 / 3, 2 / 4])
+    again = metrics.risk_coverage(confidence[::-1], hits[::-1])
+    np.testing.assert_allclose(again[1], risk)
+
+
+def test_risk_ends_at_the_error_and_is_it_where_nothing_is_known():
+    hits = np.random.default_rng(0).random(50) < 0.7
+    error = 1 - hits.mean()
+    for confidence in (np.ones(50), np.arange(50.0)):
+        assert metrics.risk_coverage(confidence, hits)[1][-1] == pytest.approx(error)
+    np.testing.assert_allclose(metrics.risk_coverage(np.ones(50), hits)[1], error)
+    # Who knows which answers are wrong leaves them to the end.
+    best = metrics.risk_coverage(hits, hits)[1]
+    assert (best[: hits.sum()] == 0).all() and best.mean() < error / 2
+    with pytest.raises(ValueError, match="1 confidences are NaN"):
+        metrics.risk_coverage(np.array([0.1, np.nan]), np.array([True, False]))

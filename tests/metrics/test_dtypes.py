@@ -23,6 +23,7 @@ EVERY = {
     "average_precision": lambda a: metrics.average_precision(a(ONES), a(ZEROS)),
     "fpr_at_tpr": lambda a: metrics.fpr_at_tpr(a(ONES), a(ZEROS)),
     "roc_curve": lambda a: metrics.roc_curve(a(ONES), a(ZEROS)),
+    "risk_coverage": lambda a: metrics.risk_coverage(a(ONES), a(ONES[::-1])),
     "bootstrap_interval": lambda a: metrics.bootstrap_interval(
         lambda x: x[0], [a(ONES)], paired=False, num_resamples=9
     ),

@@ -1,0 +1,77 @@
+"""Leaving out what the model is not sure of: error against the share that is answered.
+
+Risk-coverage curves (Geifman and El-Yaniv, 2017), on test images as they are and under
+the config's PGD on the cross-entropy, which knows nothing of the abstention.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from atebm_jax import attacks, energy, metrics, pictures
+from atebm_jax.evaluate.classification import logits
+from atebm_jax.evaluate.context import Context, Rows, check_finite, figure, share
+from atebm_jax.models import LogitsFn
+
+#: Logits [N, K] -> how sure the model is [N], by name.
+CONFIDENCES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "max_softmax": lambda logits: energy.class_probabilities(logits).max(axis=-1),
+    "log_density": energy.score,
+}
+
+
+def check(context: Context) -> None:
+    """Refuses with a `UserError` an attack that cannot be."""
+    attacks.adversary(**context.config.evaluate.attack)
+
+
+def run(context: Context, out: epath.Path) -> dict[str, Any]:
+    """Area under the risk-coverage curve by max-softmax and by -E(x)."""
+    values: dict[str, Any] = {}
+    curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for moment, find in {"clean": logits, "attacked": _attacked}.items():
+        scores, labels = find(context, "test")
+        hits = scores.argmax(axis=1) == labels
+        values[f"{moment}/error"] = share(int((~hits).sum()), len(hits))
+        curves[moment] = {}
+        for name, confidence_of in CONFIDENCES.items():
+            confidence = np.asarray(confidence_of(jnp.asarray(scores)))
+            curve = metrics.risk_coverage(confidence, hits)
+            curves[moment][name] = curve
+            interval = metrics.bootstrap_interval(
+                lambda *rows: metrics.risk_coverage(*rows)[1].mean(),
+                [confidence, hits],
+                paired=True,
+                bounds=(0.0, 1.0),
+                **context.options.resampling,
+            )
+            values[f"{moment}/{name}/aurc"] = figure(
+                curve[1].mean(), interval, len(hits)
+            )
+    pictures.risk_coverage(out / "abstention.png", curves)
+    protocol = {
+        "aurc": "mean over coverages of the error among the most confident images, "
+        "those of equal confidence taken together",
+        "attack": context.config.evaluate.attack.to_dict(),
+        "interval": "error: Wilson; areas: normal, error of "
+        f"{context.options.num_resamples} bootstraps",
+    }
+    return {"protocol": protocol, "figures": values, "plots": ["abstention.png"]}
+
+
+def _attacked(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, K] of attacked images, and labels [N]."""
+    attack = context.config.evaluate.attack
+    adversary = attacks.adversary(**attack)
+
+    def rows(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
+        return {"logits": logits_fn(adversary(logits_fn, x, y))}
+
+    name = f"logits of attacked {role}"
+    found = context.map_images(name, role, rows, **attack)
+    check_finite(name, found["logits"])
+    return found["logits"], found["labels"]
