@@ -38,6 +38,7 @@ ORDER = (
     "preemption",
     "seeds",
     "checksums",
+    "zoo",
     "checkpoint",
     "compilation",
     "fitting",

@@ -1,11 +1,15 @@
-"""Exports weights to a file for PyTorch: what `--export` does."""
+"""Exports weights to a file for PyTorch, or to a folder: what `--export` does."""
 
 import json
 import os
+from typing import Any
 
 import numpy as np
+from etils import epath
+from safetensors.numpy import save_file
 
-from atebm_jax import archs, checkpoint, storage
+from atebm_jax import archs, checkpoint, storage, zoo
+from atebm_jax import config as configuration
 from atebm_jax.convert.names import known, to_torch
 from atebm_jax.convert.normalization import described
 from atebm_jax.errors import UserError
@@ -32,13 +36,6 @@ def export(checkpoint_path: str, to: str) -> list[str]:
     to = os.path.abspath(local("--to", to))
     if os.path.exists(to):
         raise UserError(f"--to={to} is there already: give a new file.")
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise UserError(
-            "--export=safetensors needs the package safetensors: pip install "
-            "'atebm_jax[convert]'."
-        ) from error
     variables, meta = checkpoint.load_weights(checkpoint_path)
     model, classes = meta["config"]["model"], checkpoint.class_names(meta)
     arrays = to_torch(model["name"], {k: v for k, v in variables.items() if v})
@@ -67,3 +64,60 @@ def export(checkpoint_path: str, to: str) -> list[str]:
             f"they expect normalised images: {numbers} (in the file's metadata)"
         )
     return said
+
+
+# In the report of a job: what says how its figures were measured.
+_PROTOCOL = ("seed", "notes", "device", "versions")
+
+
+def to_zoo(
+    checkpoint_path: str, to: str, *, command: str | None, licence: str | None
+) -> list[str]:
+    """Writes a light checkpoint (`atebm_jax.zoo`), which every command reads.
+
+    It has the figures of the workdir's report, if that is of the same step.
+
+    Args:
+      checkpoint_path: a workdir, a stage's folder or one step's.
+      to: a folder that is not there yet.
+      command: what trained the weights, for the reader.
+      licence: of the weights.
+
+    Returns:
+      A sentence that says what was written.
+
+    Raises:
+      UserError: no checkpoint, something is there, it cannot be written, or a weight is
+        too large for float16.
+    """
+    if os.path.exists(local("--to", to)):
+        raise UserError(f"--to={to} is there already: give a new folder.")
+    arrays, meta = checkpoint.load_weights(checkpoint_path)
+    if "seeds" in meta:
+        arrays["seeds"] = meta.pop("seeds")
+    # Where data lay on the machine of the training says nothing to others.
+    config = configuration.complete(meta["config"])
+    config["data"]["data_dir"] = ""
+    meta.pop("watch", None)
+    meta |= {"config": config, "licence": licence, "command": command}
+    meta |= {"report": _report(checkpoint_path, meta["stage"], meta["step"])}
+    with storage.appears_whole(to) as made:
+        os.mkdir(made)
+        zoo.write(epath.Path(made), arrays, meta)
+        size = os.path.getsize(os.path.join(made, zoo.WEIGHTS))
+    said = f"weights of {meta['stage']}, step {meta['step']}, in float16"
+    return [f"{said} ({size:,} bytes) are in {to}, which is read like a workdir"]
+
+
+def _report(checkpoint_path: str, stage: str, step: int) -> dict[str, Any] | None:
+    """A step's figures in the report of its workdir; None where there are none."""
+    try:
+        path = zoo.reached(checkpoint_path) / "report.json"
+        report = json.loads(path.read_text())
+        figures = report["stages"][stage]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if figures.get("step") != step:
+        return None
+    protocol = {name: report[name] for name in _PROTOCOL if name in report}
+    return {"figures": figures} | protocol
