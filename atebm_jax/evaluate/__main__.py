@@ -42,7 +42,7 @@ for _name, _text in {
     "out": "Default: WORKDIR/evaluation; of zoo:NAME zoo_NAME/evaluation.",
     "best_by": "robust_accuracy or sample_distance: that checkpoint.",
     "data_dir": "Where TFDS data sets lie.",
-    "judge": "Checkpoint of an independent classifier.",
+    "judge": "Checkpoint of an independent classifier, or efficientnet_lite0.",
     "coordinator": "HOST:PORT of process 0, for several processes outside TPU pods "
     "and Slurm.",
 }.items():
