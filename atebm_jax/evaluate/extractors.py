@@ -149,8 +149,9 @@ def from_efficientnet_lite0() -> Extractor:
         # Rounding to bfloat16 or TF32 would change the third digit of scores.
         with jax.default_matmul_precision("float32"):
             inputs = efficientnet_lite.inputs(_coloured(images))
-            features, logits = network.apply(variables, inputs)
-        return features, logits
+            outputs = network.apply(variables, inputs)
+        assert isinstance(outputs, efficientnet_lite.Outputs)
+        return outputs.features, outputs.logits
 
     published = sha256 == lite_file.PUBLISHED_SHA256
     return Extractor(

@@ -71,11 +71,18 @@ class _Block(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
+class Outputs(NamedTuple):
+    """Pooled features [B, 1280] and logits [B, 1000], float32."""
+
+    features: jax.Array
+    logits: jax.Array
+
+
 class EfficientNetLite0(nn.Module):
-    """[B, 224, 224, 3] as of `inputs` -> (features [B, 1280], logits [B, 1000])."""
+    """Images [B, 224, 224, 3] as of `inputs` to `Outputs`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> Outputs:
         x = nn.relu6(_ConvNorm(_STEM, 3, 2, name="stem")(x))
         number = 0
         for stage in STAGES:
@@ -85,7 +92,7 @@ class EfficientNetLite0(nn.Module):
                 number += 1
         x = nn.relu6(_ConvNorm(_HEAD, name="head")(x))
         features = x.mean(axis=(1, 2))
-        return features, nn.Dense(NUM_CLASSES, name="fc")(features)
+        return Outputs(features, nn.Dense(NUM_CLASSES, name="fc")(features))
 
 
 def inputs(images: jax.Array) -> jax.Array:
