@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--command", help="with --export=zoo: what trained the weights, for the reader")
     add("--licence", help="with --export=zoo: of the weights")
+    add(
+        "--report", help="with --export=zoo: report.json of an evaluation of the result"
+    )
     add("--verbose", action="store_true", help="list every parameter")
     return parser
 
@@ -92,8 +95,8 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     elif flags.export is not None:
         check_choice("--export", flags.export, ("safetensors", "zoo"))
         if flags.export == "zoo":
-            said = {"command": flags.command, "licence": flags.licence}
-            lines = exporting.to_zoo(flags.source, flags.to, **said)
+            more = {k: getattr(flags, k) for k in ("command", "licence", "report")}
+            lines = exporting.to_zoo(flags.source, flags.to, **more)
         else:
             lines = exporting.export(flags.source, flags.to)
         for line in lines:

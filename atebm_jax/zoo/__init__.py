@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -47,30 +48,39 @@ def is_light(folder: epath.Path) -> bool:
     return (folder / WEIGHTS).exists() and (folder / META).exists()
 
 
-def write(
-    folder: epath.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
-) -> None:
-    """Writes a light checkpoint into a folder that is there.
-
-    Args:
-      folder: an empty one.
-      arrays: {"params": ..., "batch_stats": ..., "seeds": ...}, trees of float32
-        arrays; they are rounded to float16.
-      meta: plain JSON values.
+def rounded(arrays: Any) -> Any:
+    """Trees of float32 arrays in float16.
 
     Raises:
-      UserError: a number is too large for float16.
+      UserError: a number is too large for it.
     """
-    flat = traverse_util.flatten_dict(dict(arrays), sep="/")
-    with np.errstate(over="ignore"):
-        rounded = {name: np.asarray(x, np.float16) for name, x in flat.items()}
-    for name, array in rounded.items():
-        if not np.isfinite(array).all():
+
+    def half(path: tuple, array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            made = np.asarray(array, np.float16)
+        if not np.isfinite(made).all():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
                 f"{name} has numbers beyond float16's {np.finfo(np.float16).max:g}: "
                 "these weights cannot be exported as zoo; --export=safetensors can."
             )
-    (folder / WEIGHTS).write_bytes(safetensors.save(rounded))
+        return made
+
+    return jax.tree_util.tree_map_with_path(half, arrays)
+
+
+def write(
+    folder: epath.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Writes a light checkpoint into an empty folder.
+
+    Args:
+      folder: it.
+      arrays: {"params": ..., "batch_stats": ..., "seeds": ...}, as of `rounded`.
+      meta: plain JSON values.
+    """
+    flat = traverse_util.flatten_dict(dict(arrays), sep="/")
+    (folder / WEIGHTS).write_bytes(safetensors.save(flat))
     storage.write_json(folder / META, meta)
     checksums.write(folder)
 
