@@ -200,3 +200,5 @@ def test_damage_and_numbers_beyond_float16_are_told(exported, tmp_path):
         zoo.rounded(large)
     with pytest.raises(UserError, match="is there already: give a new folder"):
         exporting.to_zoo(str(exported[0]), str(tmp_path))
+    with pytest.raises(UserError, match="--licence belongs to --export=zoo"):
+        convert.main(["--from=a", "--to=b", "--licence=CC0-1.0"])

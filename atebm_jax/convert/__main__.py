@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Of the fixed image: the network's features of a larger one take tens of gigabytes.
 _LARGEST_SIDE = 4096
+# Flags of `--export=zoo` alone.
+_OF_ZOO = ("command", "licence", "report")
 # Logits that are shown; all are in import.json.
 _SHOWN_LOGITS = 10
 
@@ -90,13 +92,16 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     # Imported late, so that --help answers at once.
     from atebm_jax.convert import exporting
 
+    described = {name: getattr(flags, name) for name in _OF_ZOO}
+    if flags.export != "zoo" and any(described.values()):
+        given = next(name for name, value in described.items() if value)
+        raise UserError(f"--{given} belongs to --export=zoo: leave it out.")
     if flags.list:
         _list(console)
     elif flags.export is not None:
         check_choice("--export", flags.export, ("safetensors", "zoo"))
         if flags.export == "zoo":
-            more = {k: getattr(flags, k) for k in ("command", "licence", "report")}
-            lines = exporting.to_zoo(flags.source, flags.to, **more)
+            lines = exporting.to_zoo(flags.source, flags.to, **described)
         else:
             lines = exporting.export(flags.source, flags.to)
         for line in lines:
