@@ -34,7 +34,8 @@ def load(
     """Loads a trained model with its averaged weights.
 
     Args:
-      path: a workdir (last step of its last stage), a stage's folder or one step's.
+      path: a workdir (last step of its last stage), a stage's folder or one step's;
+        "zoo:digits" and "zoo:cifar10" are part of the package.
       best_by: instead of the last step the best one by "robust_accuracy" or
         "sample_distance".
       batch_size: images at once on the device.

@@ -26,12 +26,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, local_path, sharding
+from atebm_jax import checksums, local_path, sharding, zoo
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES
-from atebm_jax.storage import in_bucket, reached
+from atebm_jax.storage import in_bucket
 from atebm_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def load_weights(
 
     Args:
       path: a workdir (its last stage's last step), a stage's folder (its last step),
-        or one step's folder.
+        one step's folder, a light checkpoint, or one of the package, "zoo:digits".
       best_by: instead of the last step the best one by this key of `BEST_BY`.
       together: every process of the job calls this, and checks a share of the files.
 
@@ -246,10 +246,13 @@ def load_weights(
         )
     warn_if_unchecked(folder)
     try:
-        meta = _read_meta(folder)
-        weights = _read_arrays(folder / "state", _AVERAGES)
-        if (folder / "seeds").exists():
-            meta["seeds"] = _read_arrays(folder / "seeds")
+        if zoo.is_light(folder):
+            weights, meta = zoo.read(folder)
+        else:
+            meta = _read_meta(folder)
+            weights = _read_arrays(folder / "state", _AVERAGES)
+            if (folder / "seeds").exists():
+                meta["seeds"] = _read_arrays(folder / "seeds")
     except Exception as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({_first_line(error)}): it is damaged "
@@ -271,14 +274,17 @@ def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
     """The `meta` of the last step of a stage that has a readable one, None if none."""
-    for step in reversed(steps_in(folder)):
-        try:
-            meta = _read_meta(folder / str(step))
-        except (OSError, ValueError):
-            continue
-        if isinstance(meta, dict):
-            return meta
-    return None
+    metas = (meta_of(folder / str(step)) for step in reversed(steps_in(folder)))
+    return next((meta for meta in metas if meta is not None), None)
+
+
+def meta_of(folder: epath.Path) -> dict[str, Any] | None:
+    """The `meta` of one step, or of a light checkpoint; None if it is not readable."""
+    try:
+        meta = _read_meta(folder)
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) else None
 
 
 def damage(folder: epath.Path) -> str | None:
@@ -307,14 +313,15 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    folder = reached(path)
+    folder = zoo.reached(path)
     check_utf8("the path", folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
     if best_by is not None:
         check_choice("best_by", best_by, BEST_BY)
-    if (folder / "state").exists() and (folder / "meta").exists():
+    saved = (folder / "state").exists() and (folder / "meta").exists()
+    if saved or zoo.is_light(folder):
         if best_by is not None:
             raise UserError(
                 f"{path} is one step and best_by is {best_by!r}: give the workdir or "
@@ -404,6 +411,8 @@ def check_complete(step_folder: epath.Path) -> None:
 
 
 def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
+    if zoo.is_light(step_folder):
+        return zoo.read_meta(step_folder)
     return json.loads((step_folder / "meta" / "metadata").read_text())
 
 

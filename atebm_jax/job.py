@@ -238,7 +238,7 @@ def _known_meta(
             folder = checkpoint.find(config.init_from)
         except UserError:
             return None  # told where the weights are read
-        return checkpoint.newest_meta(folder.parent)
+        return checkpoint.meta_of(folder)
     before = STAGES[stages[0]].starts_from
     for name in reversed((*([before] if before else []), *stages)):
         if metas[name] is not None:

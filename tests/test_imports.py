@@ -38,7 +38,9 @@ ORDER = (
     "preemption",
     "seeds",
     "checksums",
+    "zoo",
     "checkpoint",
+    "trained",
     "compilation",
     "fitting",
     "intact",
@@ -48,7 +50,6 @@ ORDER = (
     "recipes",
     "drawing",
     "editing",
-    "trained",
     "reachability",
     "pictures",
     "evaluate",
@@ -88,7 +89,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "pictures": {"names", "metrics", "data", "storage"},
     "reachability": {"ascent", "data", "drawing", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
-    | {"names", "local_path", "storage", "progress"},
+    | {"names", "local_path", "storage", "progress", "trained", "zoo"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

@@ -105,18 +105,18 @@ URL = "https://example.org/atebm.git"
 
 def test_setup_installs_from_the_repository_for_a_gpu(installs):
     made = installs(repository=URL, programs=["nvidia-smi"])
-    assert made == [f"atebm_jax[cuda,convert] @ git+{URL}"]
+    assert made == [f"atebm_jax[cuda] @ git+{URL}"]
 
 
 def test_setup_keeps_the_cuda_that_is_there(installs):
     here = {"programs": ["nvidia-smi"], "plugins": ["jax_cuda12_plugin"]}
     made = installs(repository=URL, **here)
-    assert made == [f"atebm_jax[convert] @ git+{URL}", "jax[cuda12]"]
+    assert made == [f"atebm_jax @ git+{URL}", "jax[cuda12]"]
 
 
 def test_setup_installs_the_clone_that_it_lies_in(installs):
     [made] = installs(folder=FOLDER, repository=URL)
-    assert made.endswith(f",convert] @ {FOLDER.parent.as_uri()}")
+    assert made.endswith(f"] @ {FOLDER.parent.as_uri()}")
 
 
 def test_setup_says_that_the_repository_must_be_given(installs):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import safetensors
 
 from atebm_jax.convert import pickles, values
 from atebm_jax.convert.values import Damaged, Refused, Storage, Tensor, whole
@@ -159,12 +160,6 @@ def _faults_explained(path: str) -> Iterator[None]:
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the package safetensors: pip install 'atebm_jax[convert]'."
-        ) from error
     try:
         file = safetensors.safe_open(path, framework="numpy")
         arrays = {name: file.get_tensor(name) for name in list(file.keys())}

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
-from atebm_jax import models
-from atebm_jax.convert import files
+from atebm_jax.convert import files, state_dicts
 from atebm_jax.errors import UserError
 from atebm_jax.models import inception
 
@@ -35,11 +34,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
             f"there are no Inception weights at {path}: fetch {PUBLISHED} as "
             "docs/inception.md says, or score with --feature_extractor=model."
         )
-    source = files.open_source(path)
-    if not isinstance(source.tree, Mapping):
-        raise _other(path, "it holds no named weights")
-    arrays = {k: source.read(v) for k, v in source.tree.items() if files.is_array(v)}
-    return from_torch(arrays, path), source.sha256
+    arrays, sha256 = state_dicts.read(path, partial(_other, path))
+    return from_torch(arrays, path), sha256
 
 
 def from_torch(
@@ -50,21 +46,9 @@ def from_torch(
     Raises:
       UserError: a weight is missing, or has another shape.
     """
-
-    def leaf(where: tuple, like: Any) -> np.ndarray:
-        name = inception.torch_name([key.key for key in where[1:]])
-        if name not in weights:
-            raise _other(path, f"{name} is missing")
-        array = np.asarray(weights[name], np.float32)
-        if array.ndim in (2, 4):
-            array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else (1, 0))
-        if array.shape != like.shape:
-            raise _other(path, f"{name} has shape {np.shape(weights[name])}")
-        return np.ascontiguousarray(array)
-
-    shape = (inception.SIZE, inception.SIZE, 3)
-    expected = models.variable_shapes(inception.InceptionV3(), shape)
-    return jax.tree_util.tree_map_with_path(leaf, expected)
+    network, refuse = inception.InceptionV3(), partial(_other, path)
+    name = inception.torch_name
+    return state_dicts.arranged(weights, network, inception.SIZE, name, refuse)
 
 
 def _other(path: str, what: str) -> UserError:

@@ -17,6 +17,7 @@ from rich.console import Console
 from atebm_jax import command_line
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
+from atebm_jax.local_path import beside
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -36,12 +37,12 @@ flags.DEFINE_bool(
     flag_values=_FLAGS,
 )
 for _name, _text in {
-    "workdir": "Workdir whose model is evaluated.",
+    "workdir": "Workdir whose model is evaluated, or zoo:NAME of the package.",
     "checkpoint": "Instead of --workdir: a stage's or a step's folder.",
-    "out": "Default: WORKDIR/evaluation.",
+    "out": "Default: WORKDIR/evaluation; of zoo:NAME zoo_NAME/evaluation.",
     "best_by": "robust_accuracy or sample_distance: that checkpoint.",
     "data_dir": "Where TFDS data sets lie.",
-    "judge": "Checkpoint of an independent classifier.",
+    "judge": "Checkpoint of an independent classifier, or efficientnet_lite0.",
     "coordinator": "HOST:PORT of process 0, for several processes outside TPU pods "
     "and Slurm.",
 }.items():
@@ -75,7 +76,7 @@ for _name, _field in _OPTIONS.items():
 def main(argv: Sequence[str]) -> None:
     """Runs the evaluation that the flags describe."""
     del argv
-    out = _FLAGS.out or f"{_FLAGS.workdir}/evaluation"
+    out = _FLAGS.out or f"{beside(_FLAGS.workdir)}/evaluation"
     kept = f"what is finished is kept in {out}; the same command goes on"
     command_line.run(lambda _: _evaluate(out), stopped=kept)
 

@@ -1,6 +1,7 @@
 """Networks whose features and classes score generated images."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,16 +10,25 @@ import numpy as np
 from PIL import Image
 
 from atebm_jax import sharding, trained
+from atebm_jax.convert import efficientnet_lite as lite_file
 from atebm_jax.convert import inception as weights_file
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Rows
-from atebm_jax.models import inception
+from atebm_jax.models import efficientnet_lite, inception
+
+#: What --feature_extractor and --judge call the network that others trained on ImageNet
+#: and a package brings along.
+EFFICIENTNET_LITE0 = "efficientnet_lite0"
+# WordNet's names of ImageNet's classes, whose order is that of the networks' outputs.
+_WORDNET = re.compile(r"n\d{8}")
 
 
 class Extractor(NamedTuple):
     """A network that scores images."""
 
-    name: str  #: "inception", "model" (the evaluated one) or "network" (another)
+    #: "inception", `EFFICIENTNET_LITE0`, "model" (the evaluated one), "network"
+    #: (another)
+    name: str
     fingerprint: str  #: SHA-256 of its weights
     variables: Any  #: its weights, an argument of `apply`
     #: (variables, images [B, H, W, C] float32 in [0, 1]) -> features [B, D], logits
@@ -68,6 +78,8 @@ def _chosen(context: Context) -> Extractor:
                 f"({weights_file.PUBLISHED}, see docs/inception.md)."
             )
         return from_inception(path)
+    if chosen == EFFICIENTNET_LITE0:
+        return from_efficientnet_lite0()
     if chosen == "model":
         return from_model("model", context.model, context.variables)
     loaded = trained.load(chosen)
@@ -106,9 +118,7 @@ def from_inception(path: str) -> Extractor:
         return outputs
 
     def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if images.shape[-1] == 1:
-            images = jnp.repeat(images, 3, axis=-1)
-        outputs = run(variables, inception.resized(images))
+        outputs = run(variables, inception.resized(_coloured(images)))
         return outputs.features, outputs.unbiased_logits
 
     published = sha256 == weights_file.PUBLISHED_SHA256
@@ -124,6 +134,57 @@ def from_inception(path: str) -> Extractor:
             "is_the_published_file": "yes" if published else "no: compare the source",
         },
     )
+
+
+def from_efficientnet_lite0() -> Extractor:
+    """EfficientNet-Lite0 with the weights that the package of the extra `features` has.
+
+    Raises:
+      UserError: as of `convert.efficientnet_lite.read`.
+    """
+    variables, sha256 = lite_file.read()
+    network = efficientnet_lite.EfficientNetLite0()
+
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Rounding to bfloat16 or TF32 would change the third digit of scores.
+        with jax.default_matmul_precision("float32"):
+            inputs = efficientnet_lite.inputs(_coloured(images))
+            outputs = network.apply(variables, inputs)
+        assert isinstance(outputs, efficientnet_lite.Outputs)
+        return outputs.features, outputs.logits
+
+    published = sha256 == lite_file.PUBLISHED_SHA256
+    return Extractor(
+        name=EFFICIENTNET_LITE0,
+        fingerprint=trained.fingerprint(variables),
+        variables=variables,
+        apply=apply,
+        apply_inputs=None,
+        description={
+            "network": "EfficientNet-Lite0, trained on ImageNet (scores are no FID)",
+            "file_sha256": sha256,
+            "is_the_published_file": "yes" if published else "no: compare the source",
+        },
+    )
+
+
+def imagenet_order(names: Sequence[str] | None) -> list[int] | None:
+    """For each class the output of a network for ImageNet; None if it is not ImageNet.
+
+    Args:
+      names: of K classes. ImageNet's are 1,000 of WordNet's ("n01440764"), and outputs
+        are in their order.
+    """
+    known = sorted({name for name in names or () if _WORDNET.fullmatch(name)})
+    if names is None or not len(known) == len(names) == efficientnet_lite.NUM_CLASSES:
+        return None
+    place = {name: output for output, name in enumerate(known)}
+    return [place[name] for name in names]
+
+
+def _coloured(images: jax.Array) -> jax.Array:
+    """Grey images [B, H, W, 1] as grey RGB ones."""
+    return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def score_inputs(images: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class Options:
     save_adversarial: bool = _option(False, "Keep AutoAttack's images.")
     feature_extractor: str = _option(
         "",
-        "inception, model, or a checkpoint; default inception with "
+        "inception, efficientnet_lite0, model, or a checkpoint; default inception with "
         "--inception_weights, else model.",
     )
     inception_weights: str | None = _option(

@@ -12,7 +12,16 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, data, models, seeds, sharding, storage, trained
+from atebm_jax import (
+    checkpoint,
+    data,
+    models,
+    seeds,
+    sharding,
+    storage,
+    trained,
+    zoo,
+)
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import (
@@ -20,6 +29,7 @@ from atebm_jax.evaluate import (
     calibration,
     classification,
     counterfactual,
+    extractors,
     generation,
     ood,
     report,
@@ -88,7 +98,8 @@ def evaluate(
       config: another config's data and evaluation; its network must be the same.
       best_by: the best checkpoint instead of the last (`checkpoint.BEST_BY`).
       data_dir: instead of config.data.data_dir.
-      judge: checkpoint of an independent classifier for counterfactuals.
+      judge: checkpoint of an independent classifier for counterfactuals, or
+        "efficientnet_lite0" for models of ImageNet's classes.
       classes_by_place: class k of the data is class k of the network, whatever their
         names.
       options: sizes, seeds, sets and radii.
@@ -107,9 +118,7 @@ def evaluate(
     loaded = trained.load(path, best_by=best_by)
     settings = _settings(loaded, config, data_dir)
     folder = storage.reached(out)
-    _check_out(
-        folder, checkpoint.absolute(path), checkpoint.find(path, best_by=best_by)
-    )
+    _check_out(folder, zoo.reached(path), checkpoint.find(path, best_by=best_by))
     # By place, as for a network that does not name its classes.
     names = None if classes_by_place else loaded.class_names
     context = _context(
@@ -355,6 +364,14 @@ def _with_gaussian(
 
 def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Context:
     """With an independent classifier, its classes in the model's order."""
+    imagenet = path == extractors.EFFICIENTNET_LITE0
+    judge = (_imagenet_judge if imagenet else _trained_judge)(context, path, names)
+    placed = sharding.put_replicated(judge.variables, context.mesh)
+    store = context.store.within(judge=judge.fingerprint)
+    return replace(context, judge=judge._replace(variables=placed), store=store)
+
+
+def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Judge:
     loaded, number = trained.load(path), context.config.model.num_classes
     if (loaded.image_shape, loaded.num_classes) != (context.image_shape, number):
         raise UserError(
@@ -376,10 +393,27 @@ def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> C
         found = models.logits_fn(loaded.model, variables)(images)
         return found if order is None else found[:, np.asarray(order)]
 
-    placed = sharding.put_replicated(loaded.variables, context.mesh)
-    judge = Judge(logits, placed, sha256)
-    store = context.store.within(judge=sha256)
-    return replace(context, judge=judge, store=store)
+    return Judge(logits, loaded.variables, sha256)
+
+
+def _imagenet_judge(
+    context: Context, path: str, names: tuple[str, ...] | None
+) -> Judge:
+    """EfficientNet-Lite0, for models of ImageNet's classes alone."""
+    # A network that names no classes has those of its data, by place.
+    order = extractors.imagenet_order(names or context.sources["test"].class_names)
+    if order is None:
+        raise UserError(
+            f"--judge={path} knows ImageNet's 1,000 classes, by their names in WordNet "
+            "(n01440764 and so on), and this model has others: give a checkpoint of a "
+            "classifier of the same classes."
+        )
+    extractor = extractors.from_efficientnet_lite0()
+
+    def logits(variables: Any, images: jax.Array) -> jax.Array:
+        return extractor.apply(variables, images)[1][:, np.asarray(order)]
+
+    return Judge(logits, extractor.variables, extractor.fingerprint)
 
 
 def _notes(context: Context) -> list[str]:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from atebm_jax.models import bilinear
 
 SIZE = 299
 DIMENSIONS = 2048
@@ -211,7 +212,7 @@ def _run(chain: Chain, x: jax.Array) -> jax.Array:
 def resized(images: jax.Array) -> jax.Array:
     """Images to the network's input, as the Frechet Inception distance does it.
 
-    Bilinear with half-pixel centres and without antialiasing, then 2 x - 1.
+    Bilinear as of `bilinear.resized`, then 2 x - 1.
 
     Args:
       images: [B, H, W, 3] float32 in [0, 1], of any size.
@@ -219,21 +220,7 @@ def resized(images: jax.Array) -> jax.Array:
     Returns:
       [B, 299, 299, 3] float32 in [-1, 1].
     """
-    rows, columns = (jnp.asarray(_interpolation(n)) for n in images.shape[1:3])
-    x = jnp.einsum("ih,bhwc->biwc", rows, images, precision=_PRECISION)
-    x = jnp.einsum("jw,biwc->bijc", columns, x, precision=_PRECISION)
-    return 2.0 * x - 1.0
-
-
-def _interpolation(size: int) -> np.ndarray:
-    """[299, size] float32: weights of the two old pixels beside each new one."""
-    place = np.maximum((np.arange(SIZE) + 0.5) * size / SIZE - 0.5, 0.0)
-    below = np.floor(place).astype(int)
-    share = place - below
-    matrix = np.zeros((SIZE, size))
-    np.add.at(matrix, (np.arange(SIZE), below), 1.0 - share)
-    np.add.at(matrix, (np.arange(SIZE), np.minimum(below + 1, size - 1)), share)
-    return matrix.astype(np.float32)
+    return 2.0 * bilinear.resized(images, SIZE) - 1.0
 
 
 _LEAVES = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint, data
-from atebm_jax.evaluate import classification, ood, report, suite
+from atebm_jax.evaluate import classification, extractors, ood, report, suite
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Store
@@ -223,6 +223,24 @@ def test_the_model_is_no_judge_of_itself(workdir, tmp_path):
         suite.evaluate(
             workdir, tmp_path, metrics=("counterfactual",), judge=str(workdir)
         )
+
+
+def test_network_for_imagenet_judges_imagenet_alone(workdir, tmp_path, monkeypatch):
+    asked = {"metrics": ("counterfactual",), "judge": "efficientnet_lite0"}
+    with pytest.raises(
+        UserError, match="judge=efficientnet_lite0 knows ImageNet's 1,0"
+    ):
+        suite.evaluate(workdir, tmp_path, **asked)
+    outputs = np.arange(1000, dtype=np.float32)[None]
+    network = extractors.Extractor(
+        "", "sha", {}, lambda weights, x: (x, outputs), None, {}
+    )
+    monkeypatch.setattr(extractors, "from_efficientnet_lite0", lambda: network)
+    backwards = tuple(f"n{k:08d}" for k in range(1000))[::-1]
+    context = SimpleNamespace(sources={"test": SimpleNamespace(class_names=backwards)})
+    for names in (None, backwards):
+        judge = suite._imagenet_judge(context, "efficientnet_lite0", names)
+        np.testing.assert_array_equal(judge.apply({}, None), outputs[:, ::-1])
 
 
 def test_judge_and_classes_stand_in_the_report(workdir, tmp_path, monkeypatch):

@@ -10,7 +10,15 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, checkpoint, load, metrics, recipes, workdir_lock
+from atebm_jax import (
+    UserError,
+    checkpoint,
+    load,
+    metrics,
+    recipes,
+    trained,
+    workdir_lock,
+)
 from atebm_jax.evaluate import extractors, generation, references, suite
 from atebm_jax.evaluate.context import Options
 from atebm_jax.evaluate.store import Store
@@ -315,6 +323,20 @@ def test_another_network_names_its_scores(workdir, options, tmp_path):
     agreement = figures["agreement_network_classes"]
     assert agreement["count"] == 60
     assert agreement["value"] == pytest.approx((calls == classes).mean(), abs=0.02)
+
+
+def test_network_of_a_package_does_not_call_its_scores_fid(
+    workdir, options, tmp_path, monkeypatch
+):
+    loaded = trained.load(workdir)
+    made = extractors.from_model("efficientnet_lite0", *loaded[:2])
+    monkeypatch.setattr(extractors, "from_efficientnet_lite0", lambda: made)
+    given = replace(options, feature_extractor="efficientnet_lite0", sweep=0)
+    report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=given)
+    figures = report["metrics"]["generation"]["figures"]
+    assert "frechet_distance_efficientnet_lite0_features" in figures
+    assert "kernel_distance_efficientnet_lite0_features" in figures
+    assert "fid" not in figures and "kid" not in figures
 
 
 @pytest.mark.parametrize(
