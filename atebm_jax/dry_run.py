@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -208,7 +207,7 @@ def _batch(
 def _made(stage: stages.Stage, variables: Any, batch: Any) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
     number, *shape = batch["x_cls"].shape
-    extra = jax.eval_shape(partial(stage.init, image_shape=tuple(shape)), key)
+    extra = jax.eval_shape(lambda key: stage.init(key, tuple(shape)), key)
     if stage.split_extra:
         extra = jax.tree.map(lambda x: x.update(shape=(number, *x.shape[1:])), extra)
     return jax.eval_shape(
@@ -452,9 +451,10 @@ def _figures(
     stage = config[name]
     need = cost.device_bytes(stage.batch_size, machine.devices, _parts(stage))
     speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
+    most = cost.turns.get("contrastive step", 0)
     seconds = {
         f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
-        for steps in sorted({0, cost.turns.get("contrastive step", 0)})
+        for steps in sorted({0 if stages.STAGES[name].curriculum else most, most})
     }
     return {
         **dataclasses.asdict(cost),
