@@ -451,9 +451,10 @@ def _figures(
     stage = config[name]
     need = cost.device_bytes(stage.batch_size, machine.devices, _parts(stage))
     speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
+    most = cost.turns.get("contrastive step", 0)
     seconds = {
         f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
-        for steps in sorted({0, cost.turns.get("contrastive step", 0)})
+        for steps in sorted({0 if stages.STAGES[name].curriculum else most, most})
     }
     return {
         **dataclasses.asdict(cost),

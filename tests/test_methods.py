@@ -17,6 +17,7 @@ from atebm_jax import (
     checkpoint,
     command_line,
     config,
+    dry_run,
     hlo,
     losses,
     optim,
@@ -344,6 +345,16 @@ def test_divergence_before_the_first_checkpoint_is_reported_too(tmp_path):
         assert "jem diverged at step" in printed
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["diverged"] == report["diverged"]
+
+
+def test_dry_run_counts_the_climbs_of_a_method():
+    jem_cost = dry_run.measure(settings("jem"), "jem")
+    assert jem_cost.turns == {"contrastive step": 2, "loss gradient": 1}
+    ratio_cost = dry_run.measure(settings("ratio"), "ratio")
+    assert ratio_cost.turns == {"adversary step": 5 + 20, "loss gradient": 1}
+    for cost in (jem_cost, ratio_cost):
+        assert cost.flops.keys() == cost.turns.keys()
+        assert cost.step_flops(16, 2) > 0
 
 
 @pytest.fixture(scope="module")
