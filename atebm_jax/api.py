@@ -34,7 +34,8 @@ def load(
     """Loads a trained model with its averaged weights.
 
     Args:
-      path: a workdir (last step of its last stage), a stage's folder or one step's.
+      path: a workdir (last step of its last stage), a stage's folder or one step's, a
+        release, or the name of one on a hub, "hf:OWNER/NAME".
       best_by: instead of the last step the best one by "robust_accuracy" or
         "sample_distance".
       batch_size: images at once on the device.
@@ -60,6 +61,7 @@ class Model:
     Attributes:
       image_shape: (H, W, C).
       num_classes: K.
+      class_names: K names; None where nobody gave them.
     """
 
     def __init__(self, loaded: trained.Trained, batch_size: int):
@@ -69,6 +71,7 @@ class Model:
             )
         self.image_shape: tuple[int, int, int] = loaded.image_shape
         self.num_classes: int = loaded.num_classes
+        self.class_names: tuple[str, ...] | None = loaded.class_names
         self._config = loaded.config
         self._batch_size = batch_size
         self._gaussian = loaded.gaussian

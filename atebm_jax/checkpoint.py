@@ -26,12 +26,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, local_path, sharding
+from atebm_jax import checksums, local_path, release_format, sharding
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.model_names import located
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES
-from atebm_jax.storage import in_bucket, reached
+from atebm_jax.storage import in_bucket
 from atebm_jax.train_state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def load_weights(
 
     Args:
       path: a workdir (its last stage's last step), a stage's folder (its last step),
-        or one step's folder.
+        one step's folder, a release, or the name of one (`model_names`).
       best_by: instead of the last step the best one by this key of `BEST_BY`.
       together: every process of the job calls this, and checks a share of the files.
 
@@ -236,6 +237,8 @@ def load_weights(
         saved. No other step than the one that is asked for is taken instead.
     """
     folder = find(path, best_by=best_by)
+    if release_format.is_release(folder):
+        return release_format.read(folder)
     fault = damage(folder) if together else checksums.damage(folder)
     if fault:
         others = [str(s) for s in steps_in(folder.parent) if str(s) != folder.name]
@@ -267,6 +270,17 @@ def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names of a network's classes, by number; None where its `meta` has none."""
     names = meta.get("class_names")
     return tuple(of_class(str(name)) for name in names) if names else None
+
+
+def known_meta(path: str | epath.Path) -> dict[str, Any] | None:
+    """The `meta` of what `load_weights` would load; None where none can be read."""
+    try:
+        folder = find(path)
+        if release_format.is_release(folder):
+            return release_format.read_meta(folder)
+    except UserError:
+        return None
+    return newest_meta(folder.parent)
 
 
 def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
@@ -302,22 +316,24 @@ def warn_if_unchecked(folder: epath.Path) -> None:
 
 
 def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
-    """The folder of the step that `path` means; see `load_weights`.
+    """The folder of the step or release that `path` means; see `load_weights`.
 
     Raises:
       UserError: there is none.
     """
-    folder = reached(path)
+    folder = located(path)
     check_utf8("the path", folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
     if best_by is not None:
         check_choice("best_by", best_by, BEST_BY)
-    if (folder / "state").exists() and (folder / "meta").exists():
+    released = release_format.is_release(folder)
+    if released or ((folder / "state").exists() and (folder / "meta").exists()):
         if best_by is not None:
+            what = "a release" if released else "one step"
             raise UserError(
-                f"{path} is one step and best_by is {best_by!r}: give the workdir or "
+                f"{path} is {what} and best_by is {best_by!r}: give the workdir or "
                 "the stage's folder, where there are steps to choose from."
             )
         return folder
@@ -328,7 +344,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
             return candidate / str(step)
     raise UserError(
         f"there is no checkpoint at {path}: expected a workdir with a checkpoints/ "
-        "folder, a stage's folder in it, or one step's folder."
+        "folder, a stage's folder in it, one step's folder, or a release."
     )
 
 

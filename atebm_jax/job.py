@@ -230,11 +230,7 @@ def _known_meta(
         for stage in STAGES
     }
     if config.init_from and metas[stages[0]] is None:
-        try:
-            folder = checkpoint.find(config.init_from)
-        except UserError:
-            return None  # told where the weights are read
-        return checkpoint.newest_meta(folder.parent)
+        return checkpoint.known_meta(config.init_from)
     before = STAGES[stages[0]].starts_from
     for name in reversed((*([before] if before else []), *stages)):
         if metas[name] is not None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from atebm_jax import command_line
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
+from atebm_jax.model_names import check_place
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -151,8 +152,10 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError("give --workdir or --checkpoint, one of the two.")
         if (_FLAGS.norm is None) != (_FLAGS.epsilon is None):
             raise UserError("--norm and --epsilon go together: give both or none.")
-        if _FLAGS.checkpoint and not _FLAGS.out:
-            raise UserError("--checkpoint needs --out, a folder for the report.")
+        if not _FLAGS.out:
+            if _FLAGS.checkpoint:
+                raise UserError("--checkpoint needs --out, a folder for the report.")
+            check_place("--out", f"{_FLAGS.workdir}/evaluation")
         return rest
     except (UserError, flags.Error) as error:
         command_line.fail(error)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atebm_jax import storage
+from atebm_jax.errors import UserError
 from atebm_jax.names import printable
 
 _CLASSES_SHOWN = 20
@@ -80,8 +81,36 @@ def write_figures(folder: epath.Path, report: Mapping[str, Any]) -> None:
         storage.replace_text(folder / "report.md", markdown(report))
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: table, protocol and plots of each metric."""
+def read_figures(folder: epath.Path) -> dict[str, Any]:
+    """The report of an evaluation, from the folder that `write_figures` wrote to.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): give the folder that "
+            "python -m atebm_jax.evaluate wrote to."
+        ) from error
+    if not isinstance(report, dict) or "metrics" not in report:
+        raise UserError(
+            f"{path} is no report of an evaluation: give the folder that "
+            "python -m atebm_jax.evaluate wrote to, WORKDIR/evaluation say."
+        )
+    return report
+
+
+def markdown(report: Mapping[str, Any], *, level: int = 1, folder: str = "") -> str:
+    """The report as Markdown: table, protocol and plots of each metric.
+
+    Args:
+      report: as `read_figures` returns it.
+      level: of its heading.
+      folder: of the plots, with a slash at its end.
+    """
     source, test = report["checkpoint"], report["data"]["test"]
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     facts = [
@@ -93,9 +122,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"Seed {report['seed']}; {report['device']}; {versions}.",
         *report["notes"],
     ]
-    lines = ["# Evaluation", "", *(f"- {fact}" for fact in facts)]
+    heading = "#" * level
+    lines = [f"{heading} Evaluation", "", *(f"- {fact}" for fact in facts)]
     for name, result in report["metrics"].items():
-        lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
+        lines += [
+            "",
+            f"{heading}# {name}",
+            "",
+            "| figure | value | 95 % interval | count |",
+        ]
         lines += ["|---|---:|---:|---:|"]
         for row in _rows(result["figures"]):
             cells = (cell.replace("|", "&#124;") for cell in row)
@@ -106,7 +141,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             for name, figures in result.get("per_class", {}).items()
         ]
         plots = result.get("plots", ())
-        lines += [""] * bool(plots) + [f"![{plot}]({plot})" for plot in plots]
+        lines += [""] * bool(plots) + [f"![{plot}]({folder}{plot})" for plot in plots]
     # Names of folders may hold line breaks, which would end a row.
     return "\n".join(map(printable, lines)) + "\n"
 
