@@ -32,13 +32,8 @@ def export(checkpoint_path: str, to: str) -> list[str]:
     to = os.path.abspath(local("--to", to))
     if os.path.exists(to):
         raise UserError(f"--to={to} is there already: give a new file.")
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise UserError(
-            "--export=safetensors needs the package safetensors: pip install "
-            "'atebm_jax[convert]'."
-        ) from error
+    from safetensors.numpy import save_file  # slow to import
+
     variables, meta = checkpoint.load_weights(checkpoint_path)
     model, classes = meta["config"]["model"], checkpoint.class_names(meta)
     arrays = to_torch(model["name"], {k: v for k, v in variables.items() if v})

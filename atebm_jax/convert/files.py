@@ -159,12 +159,8 @@ def _faults_explained(path: str) -> Iterator[None]:
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the package safetensors: pip install 'atebm_jax[convert]'."
-        ) from error
+    import safetensors  # slow to import
+
     try:
         file = safetensors.safe_open(path, framework="numpy")
         arrays = {name: file.get_tensor(name) for name in list(file.keys())}
