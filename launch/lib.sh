@@ -5,7 +5,7 @@
 # This folder is launch/ of a clone, or atebm_jax/launch/ where the package is installed.
 above=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # A clone need not be installed: paths and python -m start at its root.
-[ ! -f "$above/pyproject.toml" ] || cd "$above"
+[ ! -f "$above/pyproject.toml" ] || cd "$above" || exit
 
 # Ends with one sentence and exit code 2, like python -m atebm_jax.main.
 die() {
