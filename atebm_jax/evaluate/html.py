@@ -20,7 +20,7 @@ FILE = "report.html"
 
 
 class Evaluation(NamedTuple):
-    """name: for people; report: of `report.json`; pictures: PNG files by name."""
+    """name: "" for a single one; report: of `report.json`; pictures: PNG by name."""
 
     name: str
     report: Mapping[str, Any]
@@ -121,26 +121,26 @@ def _decisive(report: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, An
 
 def page(evaluations: Sequence[Evaluation]) -> str:
     """The whole file."""
-    title = " · ".join(e.name for e in evaluations)
+    title = " · ".join(["Evaluation", *(e.name for e in evaluations if e.name)])
     metrics = dict.fromkeys(m for e in evaluations for m in e.report["metrics"])
     links = "".join(f'<a href="#{_text(m)}">{_text(m)}</a>' for m in metrics)
     sections = "".join(_section(metric, evaluations) for metric in metrics)
-    facts = "".join(_facts(e, len(evaluations) > 1) for e in evaluations)
+    facts = "".join(map(_facts, evaluations))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation: {_text(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>"
         f"<header><h1>Evaluation</h1><nav>{links}</nav></header>"
         f'<main><div class="facts">{facts}</div>{sections}</main>'
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
 
 
-def _facts(evaluation: Evaluation, named: bool) -> str:
+def _facts(evaluation: Evaluation) -> str:
     items = "".join(
         f"<li>{_text(fact)}</li>" for fact in reports.facts(evaluation.report)
     )
-    heading = f"<h2>{_text(evaluation.name)}</h2>" if named else ""
+    heading = f"<h2>{_text(evaluation.name)}</h2>" * bool(evaluation.name)
     return f"<article>{heading}<ul>{items}</ul></article>"
 
 
@@ -151,7 +151,7 @@ def _section(metric: str, evaluations: Sequence[Evaluation]) -> str:
     parts = [f'<section id="{_text(metric)}"><h2>{_text(metric)}</h2>']
     parts.append(_table(results, len(evaluations) > 1))
     for e in measured:
-        heading = f" of {_text(e.name)}" if len(evaluations) > 1 else ""
+        heading = f" of {_text(e.name)}" * bool(e.name)
         items = "".join(
             f"<dt>{_text(k)}</dt><dd>{_text(reports.in_words(v))}</dd>"
             for k, v in results[e.name]["protocol"].items()
@@ -159,7 +159,8 @@ def _section(metric: str, evaluations: Sequence[Evaluation]) -> str:
         parts.append(
             f"<details><summary>Protocol{heading}</summary><dl>{items}</dl></details>"
         )
-    parts += [_pictures(e, results[e.name]) for e in measured]
+    shown = "".join(_pictures(e, results[e.name]) for e in measured)
+    parts.append(f'<div class="pictures">{shown}</div>' * bool(shown))
     return "".join([*parts, "</section>"])
 
 
@@ -219,8 +220,9 @@ def _pictures(evaluation: Evaluation, result: Mapping[str, Any]) -> str:
     shown = []
     for plot in result.get("plots", ()):
         if plot in evaluation.pictures:
+            name = plot.removesuffix(".png").replace("_", " ")
             data = base64.b64encode(evaluation.pictures[plot]).decode()
-            words = _text(f"{plot.removesuffix('.png')}, {evaluation.name}")
+            words = _text(", ".join(filter(None, [name, evaluation.name])))
             shown.append(
                 f'<figure><img alt="{words}" src="data:image/png;base64,{data}">'
                 f"<figcaption>{words}</figcaption></figure>"
@@ -259,7 +261,8 @@ section { margin-top: 2.2rem; scroll-margin-top: 5rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: right;
   font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; font-weight: 500; overflow-wrap: anywhere; }
+th:first-child { text-align: left; font-weight: 500; overflow-wrap: anywhere;
+  width: 40%; min-width: 11rem; }
 thead button { all: unset; cursor: pointer; font-weight: 600; }
 thead button:focus-visible { outline: 2px solid var(--mark); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
@@ -272,7 +275,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
   overflow-wrap: anywhere; margin: .6rem 0; }
 dt { color: var(--dim); }
 dd { margin: 0; }
-figure { margin: 1rem 0; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+figure { margin: 1rem 0 0; max-width: 100%; }
 img { max-width: 100%; background: #fff; border-radius: .5rem; padding: .4rem;
   border: 1px solid var(--line); }
 figcaption { font-size: .8rem; color: var(--dim); overflow-wrap: anywhere; }

@@ -1,6 +1,8 @@
 """Evaluations as one file: complete in itself, and side by side where comparable."""
 
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -90,7 +92,6 @@ def changed(folder, **fields):
 def test_report_is_one_file_that_loads_nothing(tmp_path):
     text = written(tmp_path / "evaluation", content(0.9, 0.5))
     page = parsed(text)
-    assert "this model" not in page.texts
     assert {"clean_accuracy", "0.9000", "0.8000 to 1.0000", "80"} <= set(page.texts)
     assert "none" in page.texts and "<x>" not in text
     assert any("runs/<x>" in words for words in page.texts)
@@ -99,6 +100,37 @@ def test_report_is_one_file_that_loads_nothing(tmp_path):
     # Nothing but the places in the page itself is linked.
     links = [value for name, value in page.attributes if name == "href"]
     assert links == ["#accuracy", "#pgd"] and "http" not in text and "url(" not in text
+
+
+@pytest.mark.parametrize(
+    ("clicks", "order"),
+    [((1,), "bca"), ((1, 1), "acb"), ((0,), "abc"), ((0, 0), "cba")],
+)
+def test_click_on_a_title_sorts_its_column(tmp_path, clicks, order):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium here")
+    made = content(0.9, 0.5)
+    values = {"b": 10.0, "a": 9.0, "c": 9.5}
+    made["metrics"]["accuracy"]["figures"] = {
+        k: {"value": v} for k, v in values.items()
+    }
+    file = tmp_path / "sorted.html"
+    click = "".join(
+        f"document.querySelectorAll('thead button')[{k}].click();" for k in clicks
+    )
+    text = written(tmp_path / "evaluation", made)
+    file.write_text(text.replace("</body>", f"<script>{click}</script></body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    done = subprocess.run(
+        [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    texts = parsed(done.stdout).texts
+    assert "".join(word for word in texts if word in values) == order
 
 
 def test_evaluations_stand_side_by_side(runs):
