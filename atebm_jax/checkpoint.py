@@ -272,27 +272,19 @@ def class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(of_class(str(name)) for name in names) if names else None
 
 
-def known_meta(path: str | epath.Path) -> dict[str, Any] | None:
-    """The `meta` of what `load_weights` would load; None where none can be read."""
-    try:
-        folder = find(path)
-        if release_format.is_release(folder):
-            return release_format.read_meta(folder)
-    except UserError:
-        return None
-    return newest_meta(folder.parent)
-
-
 def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
     """The `meta` of the last step of a stage that has a readable one, None if none."""
-    for step in reversed(steps_in(folder)):
-        try:
-            meta = _read_meta(folder / str(step))
-        except (OSError, ValueError):
-            continue
-        if isinstance(meta, dict):
-            return meta
-    return None
+    metas = (meta_of(folder / str(step)) for step in reversed(steps_in(folder)))
+    return next((meta for meta in metas if meta is not None), None)
+
+
+def meta_of(folder: epath.Path) -> dict[str, Any] | None:
+    """The `meta` of one step, or of a release; None if it is not readable."""
+    try:
+        meta = _read_meta(folder)
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) else None
 
 
 def damage(folder: epath.Path) -> str | None:
@@ -420,6 +412,8 @@ def check_complete(step_folder: epath.Path) -> None:
 
 
 def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
+    if release_format.is_release(step_folder):
+        return release_format.read_meta(step_folder)
     return json.loads((step_folder / "meta" / "metadata").read_text())
 
 

@@ -25,6 +25,7 @@ from atebm_jax import (
     models,
     reachability,
     recipes,
+    release_format,
     seeds,
     sharding,
     storage,
@@ -151,7 +152,15 @@ def _run(
 
 
 def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses stage 2 without weights before a large data set is opened."""
+    """Refuses stage 2 without weights before a large data set is opened.
+
+    And a release as workdir, whose config.json would be written over.
+    """
+    if release_format.is_release(workdir):
+        raise UserError(
+            f"workdir {workdir} is a release: give another --workdir, and "
+            f"--config.init_from={workdir} to start from it."
+        )
     begun = any(
         checkpoint.steps_in(checkpoint.stage_folder(workdir, stage)) for stage in STAGES
     )
@@ -230,7 +239,11 @@ def _known_meta(
         for stage in STAGES
     }
     if config.init_from and metas[stages[0]] is None:
-        return checkpoint.known_meta(config.init_from)
+        try:
+            folder = checkpoint.find(config.init_from)
+        except UserError:
+            return None  # told where the weights are read
+        return checkpoint.meta_of(folder)
     before = STAGES[stages[0]].starts_from
     for name in reversed((*([before] if before else []), *stages)):
         if metas[name] is not None:

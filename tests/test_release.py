@@ -215,6 +215,10 @@ def test_release_has_one_model_and_is_no_workdir(release, tmp_path):
         atebm_jax.load(release, best_by="robust_accuracy")
     with pytest.raises(UserError, match="or a release"):
         atebm_jax.load(tmp_path)
+    before = (release / "config.json").read_bytes()
+    with pytest.raises(UserError, match="is a release: give another --workdir, and"):
+        tiny.run(tiny.config(), release, allow_config_change=True)
+    assert (release / "config.json").read_bytes() == before
     # Evaluations do not land between the files of a release.
     with pytest.raises(SystemExit):
         evaluate._parse(["evaluate", "--workdir=hf:owner/name"])
@@ -380,7 +384,8 @@ def test_name_on_a_hub_gives_the_same_bits_and_then_needs_no_network(
     for name in ("hf:owner/digits", f"hf:owner/digits@{Hub.commit}"):
         found = trained.load(name)
         assert_equal_bits(found.variables, loaded.variables)
-    assert checkpoint.known_meta("hf:owner/digits")["class_names"] == list(NAMES)
+    found = checkpoint.meta_of(checkpoint.find("hf:owner/digits"))
+    assert found["class_names"] == list(NAMES)
     hub.shutdown()
     hub.server_close()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -119,7 +119,7 @@ model.classify(images).argmax(-1), model.energy(images)
 
 `--workdir=FOLDER` works in every command that reads a model, and
 `--config.init_from=FOLDER` starts training from it.
-Nothing in this folder is code that is run: weights are safetensors, the rest is text.
+Nothing in this folder is code that loading it would run.
 """
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from atebm_jax import checkpoint, release_format, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate import report
+from atebm_jax.evaluate import html, report
 from atebm_jax.model_names import is_name
 from atebm_jax.release import card, programs
 from atebm_jax.release.licences import Licence
@@ -121,8 +121,10 @@ def _copy(evaluation: Evaluation, to: epath.Path) -> None:
     plots = [
         p for x in evaluation.report["metrics"].values() for p in x.get("plots", ())
     ]
+    # Evaluations of earlier versions have no page.
+    page = [html.FILE] if (evaluation.folder / html.FILE).exists() else []
     try:
-        for name in ("report.json", *plots):
+        for name in ("report.json", *page, *plots):
             content = (evaluation.folder / name).read_bytes()
             storage.replace_bytes(to / os.path.basename(name), content)
     except OSError as error:
