@@ -8,7 +8,7 @@ config and names of the classes. Both are data: reading them runs nothing.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Any
 
@@ -86,12 +86,30 @@ def read(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     tree = _arrays(folder, content)
     if seeds := tree.pop("seeds", None):
+        shapes = {name: np.shape(x) for name, x in seeds.items()}
+        group, *rest = shapes.get("factors", (None,))
+        if (
+            shapes.keys() != {"means", "factors"}
+            or (group, *rest[1:]) != shapes["means"]
+        ):
+            raise _damaged(folder, f"{WEIGHTS} has seeds of shapes {shapes}")
         meta["seeds"] = seeds
-    config = ConfigDict(configuration.complete(meta["config"]))
-    network = models.build(config.model)
-    expected = models.variable_shapes(network, config.data.image_shape)
-    fitting.check_weights(expected, tree, os.fspath(folder))
+    fitting.check_weights(_expected(folder, meta), tree, os.fspath(folder))
     return {"params": {}, "batch_stats": {}} | tree, meta
+
+
+def _expected(folder: epath.Path, meta: Mapping[str, Any]) -> Any:
+    """Shapes of the variables of the network that a release describes."""
+    config = ConfigDict(configuration.complete(meta["config"]))
+    try:
+        network = models.build(config.model)
+        return models.variable_shapes(network, config.data.image_shape)
+    except UserError:
+        raise
+    except Exception as error:  # values of the right type that make no sense
+        raise _damaged(
+            folder, f"{CONFIG} describes no network ({type(error).__name__})"
+        ) from error
 
 
 def _arrays(folder: epath.Path, content: bytes) -> dict[str, Any]:
@@ -103,7 +121,10 @@ def _arrays(folder: epath.Path, content: bytes) -> dict[str, Any]:
         arrays = load(content)
     except (SafetensorError, KeyError) as error:  # the latter for an unknown dtype
         raise _damaged(folder, f"{WEIGHTS}: {error}") from error
+    above = {"/".join(parts[:-1]) for parts in _parts(arrays)}
     for name, array in arrays.items():
+        if name in above:
+            raise _damaged(folder, f"{WEIGHTS} has {name!r} and arrays below it")
         if array.dtype not in _DTYPES or name.split("/")[0] not in _COLLECTIONS:
             raise _damaged(
                 folder,
@@ -111,6 +132,13 @@ def _arrays(folder: epath.Path, content: bytes) -> dict[str, Any]:
                 f"precision under {', '.join(_COLLECTIONS)}",
             )
     return nested({name: x.astype(np.float32) for name, x in arrays.items()})
+
+
+def _parts(names: Iterable[str]) -> Iterator[list[str]]:
+    """Every name and the names above it, in parts."""
+    for name in names:
+        parts = name.split("/")
+        yield from (parts[:end] for end in range(2, len(parts) + 1))
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:

@@ -180,17 +180,21 @@ def test_config_that_is_no_releases_is_told_in_one_sentence(
         checkpoint.load_weights(folder)
 
 
-@pytest.mark.parametrize("content", ["truncated", "pickle", "integers", "elsewhere"])
+@pytest.mark.parametrize(
+    "content", ["truncated", "pickle", "integers", "elsewhere", "below", "seeds"]
+)
 def test_weights_that_are_none_are_told_in_one_sentence(release, tmp_path, content):
     from safetensors.numpy import save
 
     folder, about = copied(release, tmp_path / "r")
-    path = folder / "model.safetensors"
+    path, one = folder / "model.safetensors", np.ones(1, np.float32)
     made = {
         "truncated": path.read_bytes()[:-8],
         "pickle": b"cos\nsystem\n(S'touch ran'\ntR.",
         "integers": save({"params/a": np.ones(1, np.int32)}),
-        "elsewhere": save({"a": np.ones(1, np.float32)}),
+        "elsewhere": save({"a": one}),
+        "below": save({"params/a": one, "params/a/b/c": one}),
+        "seeds": save({"seeds/means": one}),
     }[content]
     path.write_bytes(made)
     with pytest.raises(UserError, match="the SHA-256 of model.safetensors is not"):
@@ -207,6 +211,10 @@ def test_weights_of_another_network_are_refused(release, tmp_path):
     about["config"]["model"]["widen_factor"] = 2
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="weights of .* do not fit config.model"):
+        atebm_jax.load(folder)
+    about["config"]["data"]["image_shape"] = [8, "x"]
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="damaged: config.json describes no network"):
         atebm_jax.load(folder)
 
 
