@@ -17,9 +17,13 @@ from atebm_jax.command_line import (
     quiet_libraries,
 )
 from atebm_jax.errors import UserError
+from atebm_jax.model_names import check_place
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with the row of its table: configs/cifar10.py:small."
+    "config",
+    None,
+    "Config file, or the name of one that comes with the package, with the row of its "
+    "table: configs/cifar10.py:small, cifar10:small.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics, samples and report."
@@ -126,6 +130,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
         if not _WORKDIR.value and not _DRY_RUN.value:
             raise UserError("--workdir is missing: give a folder for the results.")
+        check_place("--workdir", _WORKDIR.value or "")
         return rest
     except (UserError, flags.Error) as error:
         fail(error)

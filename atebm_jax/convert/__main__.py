@@ -133,6 +133,7 @@ def _list(console: Console) -> None:
 
 
 def _import(flags: argparse.Namespace, console: Console) -> None:
+    from atebm_jax import storage
     from atebm_jax.convert import importing, normalization
 
     if flags.image_size is not None and not 1 <= flags.image_size <= _LARGEST_SIDE:
@@ -141,7 +142,7 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
             f"{_LARGEST_SIDE} pixels at most."
         )
     asked = normalization.parse(flags.normalization, flags.mean, flags.std)
-    importing.check_target(flags.to)
+    storage.check_new_folder("--to", flags.to)
     made = importing.read(
         flags.source,
         arch=flags.arch,

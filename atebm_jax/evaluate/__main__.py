@@ -18,6 +18,7 @@ from atebm_jax import command_line
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 from atebm_jax.local_path import beside
+from atebm_jax.model_names import check_place
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -29,6 +30,13 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_list(
     "metrics", ["all"], "all, or some of the metrics' names.", flag_values=_FLAGS
+)
+flags.DEFINE_list(
+    "compare",
+    [],
+    "Folders of finished evaluations, FOLDER or NAME=FOLDER, to show side by side in "
+    "--out/report.html.",
+    flag_values=_FLAGS,
 )
 flags.DEFINE_bool(
     "classes_by_place",
@@ -76,6 +84,8 @@ for _name, _field in _OPTIONS.items():
 def main(argv: Sequence[str]) -> None:
     """Runs the evaluation that the flags describe."""
     del argv
+    if _FLAGS.compare:
+        return command_line.run(lambda _: _compare(), stopped="nothing was written")
     out = _FLAGS.out or f"{beside(_FLAGS.workdir)}/evaluation"
     kept = f"what is finished is kept in {out}; the same command goes on"
     command_line.run(lambda _: _evaluate(out), stopped=kept)
@@ -113,6 +123,18 @@ def _evaluate(out: str) -> None:
     say(console, f"report and plots are in {out}")
 
 
+def _compare() -> None:
+    from atebm_jax import storage
+    from atebm_jax.evaluate import html
+    from atebm_jax.progress import say
+
+    command_line.quiet_libraries()
+    command_line.check_platform()
+    metrics = [] if _FLAGS.metrics == ["all"] else _FLAGS.metrics
+    html.compare(_FLAGS.compare, metrics, storage.reached(_FLAGS.out))
+    say(Console(), f"the comparison is in {_FLAGS.out}/{html.FILE}")
+
+
 def _options() -> Options:
     values: dict[str, Any] = {}
     for name, field in _OPTIONS.items():
@@ -148,12 +170,21 @@ def _parse(argv: list[str]) -> list[str]:
         rest = _FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
+        if _FLAGS.compare:
+            if _FLAGS.workdir or _FLAGS.checkpoint or not _FLAGS.out:
+                raise UserError(
+                    "--compare reads finished evaluations: give --out, a folder, and "
+                    "neither --workdir nor --checkpoint."
+                )
+            return rest
         if bool(_FLAGS.workdir) == bool(_FLAGS.checkpoint):
             raise UserError("give --workdir or --checkpoint, one of the two.")
         if (_FLAGS.norm is None) != (_FLAGS.epsilon is None):
             raise UserError("--norm and --epsilon go together: give both or none.")
-        if _FLAGS.checkpoint and not _FLAGS.out:
-            raise UserError("--checkpoint needs --out, a folder for the report.")
+        if not _FLAGS.out:
+            if _FLAGS.checkpoint:
+                raise UserError("--checkpoint needs --out, a folder for the report.")
+            check_place("--out", f"{_FLAGS.workdir}/evaluation")
         return rest
     except (UserError, flags.Error) as error:
         command_line.fail(error)

@@ -1,0 +1,98 @@
+"""Names of trained models that are no paths: `hf:OWNER/NAME`.
+
+A name stands wherever a checkpoint is read. Nothing can be written to one.
+"""
+
+import os
+import re
+from collections.abc import Callable
+
+from etils import epath
+
+from atebm_jax.errors import UserError
+from atebm_jax.names import printable
+from atebm_jax.storage import reached
+
+_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+
+def is_name(path: str | os.PathLike) -> bool:
+    """Whether this is a name, and not the path of a folder."""
+    return os.fspath(path).startswith(tuple(_FOUND_BY))
+
+
+def located(path: str | os.PathLike) -> epath.Path:
+    """The folder that a name or a path means; for a name it is fetched if need be.
+
+    Raises:
+      UserError: nothing has that name, or it cannot be reached.
+    """
+    given = os.fspath(path)
+    for kind, find in _FOUND_BY.items():
+        if given.startswith(kind):
+            return find(given.removeprefix(kind))
+    return reached(path)
+
+
+def check_place(flag: str, path: str) -> None:
+    """Refuses a name where something is to be written.
+
+    Raises:
+      UserError: says what to give.
+    """
+    if is_name(path):
+        raise UserError(
+            f"{flag}={path} is no place to write to but the name of a trained model: "
+            f"give {flag}, a folder."
+        )
+
+
+def _on_hub(name: str) -> epath.Path:
+    """The folder of a release on the Hugging Face hub, `OWNER/NAME[@REVISION]`.
+
+    Its two files come from the hub or, without network, from the hub's own cache.
+    """
+    from atebm_jax.release_format import CONFIG, WEIGHTS
+
+    match = _HUB.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"hf:{printable(name)} is no name of a release: write hf:OWNER/NAME, or "
+            "hf:OWNER/NAME@REVISION."
+        )
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(
+            f"hf:{name} needs the package huggingface_hub: pip install "
+            "'atebm_jax[hub]'."
+        ) from error
+    repository, revision = match.groups()
+    try:
+        file = huggingface_hub.hf_hub_download(repository, CONFIG, revision=revision)
+        # The weights of the same commit, also where another one comes in between.
+        commit = os.path.basename(os.path.dirname(file))
+        file = huggingface_hub.hf_hub_download(repository, WEIGHTS, revision=commit)
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"hf:{name} cannot be reached and is not in this machine's cache: check "
+            "the network (and that HF_HUB_OFFLINE is not set), or copy the release "
+            "here and give its folder."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(
+            f"hf:{name} is no release of atebm_jax: it has no {CONFIG} beside a "
+            f"{WEIGHTS}."
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"hf:{name} cannot be fetched ({printable(reason)}): check owner, name and "
+            "revision; a private one needs HF_TOKEN."
+        ) from error
+    return epath.Path(os.path.dirname(file))
+
+
+# What a name begins with, and what finds its folder.
+_FOUND_BY: dict[str, Callable[[str], epath.Path]] = {"hf:": _on_hub}
