@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, local_path, release_format, sharding, zoo
+from atebm_jax import checksums, local_path, release_format, sharding
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.model_names import located
 from atebm_jax.names import check_utf8, of_class
@@ -249,13 +249,10 @@ def load_weights(
         )
     warn_if_unchecked(folder)
     try:
-        if zoo.is_light(folder):
-            weights, meta = zoo.read(folder)
-        else:
-            meta = _read_meta(folder)
-            weights = _read_arrays(folder / "state", _AVERAGES)
-            if (folder / "seeds").exists():
-                meta["seeds"] = _read_arrays(folder / "seeds")
+        meta = _read_meta(folder)
+        weights = _read_arrays(folder / "state", _AVERAGES)
+        if (folder / "seeds").exists():
+            meta["seeds"] = _read_arrays(folder / "seeds")
     except Exception as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({_first_line(error)}): it is damaged "
@@ -316,14 +313,14 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    folder = zoo.reached(path) if local_path.in_zoo(path) else located(path)
+    folder = located(path)
     check_utf8("the path", folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
     if best_by is not None:
         check_choice("best_by", best_by, BEST_BY)
-    released = release_format.is_release(folder) or zoo.is_light(folder)
+    released = release_format.is_release(folder)
     if released or ((folder / "state").exists() and (folder / "meta").exists()):
         if best_by is not None:
             what = "a release" if released else "one step"
@@ -417,8 +414,6 @@ def check_complete(step_folder: epath.Path) -> None:
 def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
     if release_format.is_release(step_folder):
         return release_format.read_meta(step_folder)
-    if zoo.is_light(step_folder):
-        return zoo.read_meta(step_folder)
     return json.loads((step_folder / "meta" / "metadata").read_text())
 
 

@@ -1,4 +1,4 @@
-"""Names of trained models that are no paths: `hf:OWNER/NAME`.
+"""Trained models by name: `hf:OWNER/NAME` on a hub, `zoo:NAME` in this package.
 
 A name stands wherever a checkpoint is read. Nothing can be written to one.
 """
@@ -9,16 +9,14 @@ from collections.abc import Callable
 
 from etils import epath
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
+from atebm_jax.local_path import HUB, ZOO, LocalPath
 from atebm_jax.names import printable
+from atebm_jax.release_format import CONFIG, WEIGHTS
 from atebm_jax.storage import reached
 
 _HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
-
-
-def is_name(path: str | os.PathLike) -> bool:
-    """Whether this is a name, and not the path of a folder."""
-    return os.fspath(path).startswith(tuple(_FOUND_BY))
+_SHIPPED = LocalPath(__file__).parent / "zoo"
 
 
 def located(path: str | os.PathLike) -> epath.Path:
@@ -34,17 +32,14 @@ def located(path: str | os.PathLike) -> epath.Path:
     return reached(path)
 
 
-def check_place(flag: str, path: str) -> None:
-    """Refuses a name where something is to be written.
+def shipped() -> list[str]:
+    """The models that are part of the package, without `zoo:`."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG}"))
 
-    Raises:
-      UserError: says what to give.
-    """
-    if is_name(path):
-        raise UserError(
-            f"{flag}={path} is no place to write to but the name of a trained model: "
-            f"give {flag}, a folder."
-        )
+
+def _in_package(name: str) -> epath.Path:
+    check_choice("model of the zoo", name, shipped())
+    return _SHIPPED / name
 
 
 def _on_hub(name: str) -> epath.Path:
@@ -52,8 +47,6 @@ def _on_hub(name: str) -> epath.Path:
 
     Its two files come from the hub or, without network, from the hub's own cache.
     """
-    from atebm_jax.release_format import CONFIG, WEIGHTS
-
     match = _HUB.fullmatch(name)
     if match is None:
         raise UserError(
@@ -95,4 +88,4 @@ def _on_hub(name: str) -> epath.Path:
 
 
 # What a name begins with, and what finds its folder.
-_FOUND_BY: dict[str, Callable[[str], epath.Path]] = {"hf:": _on_hub}
+_FOUND_BY: dict[str, Callable[[str], epath.Path]] = {HUB: _on_hub, ZOO: _in_package}

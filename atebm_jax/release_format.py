@@ -16,6 +16,8 @@ import flax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 
 from atebm_jax import config as configuration
 from atebm_jax import fitting, models, storage
@@ -34,8 +36,8 @@ _OF_META: dict[str, type | UnionType] = {
     "config": dict,
 }
 _COLLECTIONS = ("params", "batch_stats", "seeds")
-# Half precision may be stored; everything is computed from float32.
-_DTYPES = (np.float32, np.float16)
+#: Half precision may be stored; everything is computed from float32.
+DTYPES = ("float32", "float16")
 
 
 def is_release(folder: epath.Path) -> bool:
@@ -44,18 +46,39 @@ def is_release(folder: epath.Path) -> bool:
 
 
 def write(
-    folder: epath.Path, weights: Mapping[str, Any], meta: Mapping[str, Any]
+    folder: epath.Path,
+    weights: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    dtype: str = "float32",
 ) -> None:
-    """Writes the two files; arguments as `read` returns them."""
-    from safetensors.numpy import save
+    """Writes the two files.
 
+    Args:
+      folder: it is there.
+      weights, meta: as `read` returns them.
+      dtype: of the arrays in the file, one of `DTYPES`.
+
+    Raises:
+      UserError: a number is too large for the dtype.
+    """
     tree = {**weights, "seeds": meta.get("seeds", {})}
-    arrays = {name: np.asarray(x, order="C") for name, x in flat(tree).items()}
-    content = save(arrays, metadata={"format": "flax"})
+    arrays = {name: _rounded(name, x, dtype) for name, x in flat(tree).items()}
+    content = safetensors.save(arrays, metadata={"format": "flax"})
     storage.replace_bytes(folder / WEIGHTS, content)
     about = {name: meta.get(name) for name in _OF_META}
     header = {"library_name": _LIBRARY, "format": FORMAT, "sha256": _sha256(content)}
     storage.write_json(folder / CONFIG, header | about)
+
+
+def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        made = np.asarray(array, dtype, order="C")
+    if (np.isinf(made) & np.isfinite(array)).any():
+        raise UserError(
+            f"{name} has numbers beyond {dtype}'s {np.finfo(dtype).max:g}: these "
+            "weights cannot be released with it; --dtype=float32 can."
+        )
+    return made
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,18 +137,15 @@ def _expected(folder: epath.Path, meta: Mapping[str, Any]) -> Any:
 
 def _arrays(folder: epath.Path, content: bytes) -> dict[str, Any]:
     """The arrays of a file by collection, in float32."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
-        arrays = load(content)
+        arrays = safetensors.load(content)
     except (SafetensorError, KeyError) as error:  # the latter for an unknown dtype
         raise _damaged(folder, f"{WEIGHTS}: {error}") from error
     above = {"/".join(parts[:-1]) for parts in _parts(arrays)}
     for name, array in arrays.items():
         if name in above:
             raise _damaged(folder, f"{WEIGHTS} has {name!r} and arrays below it")
-        if array.dtype not in _DTYPES or name.split("/")[0] not in _COLLECTIONS:
+        if array.dtype.name not in DTYPES or name.split("/")[0] not in _COLLECTIONS:
             raise _damaged(
                 folder,
                 f"{WEIGHTS} has {name!r} of {array.dtype}; expected half or single "

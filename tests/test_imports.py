@@ -41,7 +41,6 @@ ORDER = (
     "fitting",
     "release_format",
     "model_names",
-    "zoo",
     "checkpoint",
     "trained",
     "compilation",
@@ -92,7 +91,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "pictures": {"names", "metrics", "data", "storage"},
     "reachability": {"ascent", "data", "drawing", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
-    | {"names", "local_path", "storage", "progress", "trained", "zoo"},
+    | {"names", "local_path", "storage", "progress"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

@@ -24,14 +24,14 @@ from atebm_jax import (
     UserError,
     archs,
     checkpoint,
-    main,
     models,
     release_format,
     seeds,
     trained,
 )
 from atebm_jax.convert import exporting, importing, normalization
-from atebm_jax.evaluate import __main__ as evaluate
+from atebm_jax.evaluate import suite
+from atebm_jax.evaluate.options import Options
 from atebm_jax.models import cpu
 from atebm_jax.release import __main__ as command
 from atebm_jax.release import card, licences, writing
@@ -142,12 +142,68 @@ def test_weights_survive_the_way_through_pytorchs_names(tmp_path, monkeypatch):
     assert trained.load(tmp_path / "b").class_names == NAMES
 
 
-def test_half_precision_is_read_as_single(loaded, tmp_path):
-    halves = jax.tree.map(lambda x: x.astype(np.float16), loaded.variables)
-    meta = META | {"config": checkpoint.as_json(loaded.config)}
-    release_format.write(tmp_path, halves, meta)
-    wide = jax.tree.map(lambda x: x.astype(np.float32), halves)
-    assert_equal_bits(checkpoint.load_weights(tmp_path)[0], wide)
+# --- In float16 ---
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A workdir of both stages with Gaussian seeds, and its release in float16."""
+    folder = tmp_path_factory.mktemp("pair")
+    few = {"stage1.num_steps": 2, "stage2.num_steps": 2, "data.seeds": "gaussian"}
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.only_the_loop(patch)
+        tiny.run(tiny.config(**few), folder / "run")
+    flags = [f"--workdir={folder / 'run'}", "--dtype=float16", "--command=mine"]
+    command.main([*flags, f"--out={folder / 'light'}"])
+    return folder / "run", folder / "light"
+
+
+def test_float16_has_the_rounded_weights_and_all_that_is_read(pair):
+    whole, light = map(trained.load, pair)
+    halved = lambda tree: jax.tree.map(lambda x: np.float32(np.float16(x)), tree)
+    assert_equal_bits(light.variables, halved(whole.variables))
+    assert_equal_bits(light.gaussian.arrays(), halved(whole.gaussian.arrays()))
+    assert light.class_names == whole.class_names == tuple("0123456789")
+    numbers = sum(x.size for x in jax.tree.leaves(light.variables))
+    numbers += sum(x.size for x in light.gaussian.arrays().values())
+    size = (pair[1] / "model.safetensors").stat().st_size
+    assert 2 * numbers < size < 3 * numbers
+    text = (pair[1] / "README.md").read_text()
+    assert "averaged, float16, of stage2" in text and "- Command: `mine`" in text
+
+
+def test_figures_are_those_of_the_rounded_weights_alone(pair, tmp_path):
+    flags = [f"--workdir={pair[0]}", "--dtype=float16", f"--out={tmp_path / 'out'}"]
+    for folder in pair:
+        options = Options(num_examples=40)
+        out = tmp_path / folder.name
+        suite.evaluate(folder, out, metrics=("accuracy",), options=options)
+    with pytest.raises(UserError, match="in float16, with other weights: evaluate"):
+        command.main([*flags, f"--evaluation={tmp_path / pair[0].name}"])
+    assert not (tmp_path / "out").exists()
+    command.main([*flags, f"--evaluation={tmp_path / pair[1].name}"])
+    assert "clean_accuracy" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_stage_2_starts_from_a_release(pair, tmp_path, monkeypatch):
+    tiny.only_the_loop(monkeypatch)
+    few = {"stage2.num_steps": 2, "stage2.learning_rate": 1e-9}
+    few["data.seeds"] = "gaussian"
+    tiny.run(tiny.config(init_from=str(pair[1]), **few), tmp_path / "run")
+    made, given = trained.load(tmp_path / "run"), trained.load(pair[1])
+    assert made.meta["stage"] == "stage2" and made.class_names == given.class_names
+    pairs = zip(*map(jax.tree.leaves, (made.variables, given.variables)), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_numbers_beyond_float16_and_other_dtypes_are_told(loaded, tmp_path):
+    large = jax.tree.map(lambda x: x * np.float32(1e6), loaded.variables)
+    with pytest.raises(UserError, match="params/.* has numbers beyond float16's 65504"):
+        write(loaded._replace(variables=large), tmp_path / "out", dtype="float16")
+    with pytest.raises(UserError, match="unknown --dtype 'int8': choose one of"):
+        command.main(["--workdir=a", f"--out={tmp_path / 'out'}", "--dtype=int8"])
+    assert not list(tmp_path.iterdir())
 
 
 # --- What is refused ---
@@ -228,15 +284,8 @@ def test_release_has_one_model_and_is_no_workdir(release, tmp_path):
         tiny.run(tiny.config(), release, allow_config_change=True)
     assert (release / "config.json").read_bytes() == before
     # Evaluations do not land between the files of a release.
-    with pytest.raises(SystemExit):
-        evaluate._parse(["evaluate", "--workdir=hf:owner/name"])
-
-
-def test_nothing_is_written_to_a_name(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main._parse(["main", f"--config={tiny.DIGITS}", "--workdir=hf:owner/name"])
-    assert stopped.value.code == 2
-    assert "--workdir=hf:owner/name is no place to write to" in capsys.readouterr().err
+    with pytest.raises(UserError, match="would be written to .* give --out, another"):
+        suite.evaluate(release, release / "evaluation")
 
 
 @pytest.mark.parametrize("name", ["x", "a/b/c", "../x", "a/b@", "a b/c", ""])
@@ -438,7 +487,7 @@ np.savez(sys.argv[1], images=images, logits=logits, energies=energies)
 def test_programs_of_a_release_run_with_jax_alone(loaded, tmp_path):
     beside = Path(pytest.importorskip("flatbuffers").__file__).parents[1]
     out, made = tmp_path / "out", tmp_path / "made.npz"
-    write(loaded, out, programs_too=True)
+    write(loaded, out, programs_too=True, dtype="float16")
     subprocess.run(
         [sys.executable, "-c", _ALONE, str(made)],
         cwd=out,
@@ -448,7 +497,7 @@ def test_programs_of_a_release_run_with_jax_alone(loaded, tmp_path):
     found = np.load(made)
     images = found["images"]
     assert images.shape == (4, 8, 8, 1) and 0 <= images.min() <= images.max() <= 1
-    model = atebm_jax.Model(loaded, 4)
+    model = atebm_jax.load(out, batch_size=4)
     close = {"rtol": 1e-5, "atol": 1e-5}
     np.testing.assert_allclose(found["logits"], model.logits(images), **close)
     np.testing.assert_allclose(found["energies"], model.energy(images), **close)

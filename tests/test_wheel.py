@@ -81,6 +81,15 @@ def test_installed_package_runs_a_config_by_its_name(site, tmp_path):
     assert said == [str(site / "atebm_jax"), project()["project"]["version"]]
 
 
+def test_installed_package_has_the_models_that_ship(site):
+    folders = (ROOT / "atebm_jax", site / "atebm_jax")
+    files = [
+        {p.relative_to(f) for p in (f / "zoo").rglob("*") if p.is_file()}
+        for f in folders
+    ]
+    assert files[0] == files[1] and Path("zoo/digits/model.safetensors") in files[0]
+
+
 def test_installed_launcher_takes_a_config_by_its_name(site, tmp_path):
     launcher = site / "atebm_jax" / "launch" / "local.sh"
     assert os.access(launcher, os.X_OK)

@@ -18,7 +18,6 @@ from atebm_jax import command_line
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 from atebm_jax.local_path import beside
-from atebm_jax.model_names import check_place
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -45,7 +44,7 @@ flags.DEFINE_bool(
     flag_values=_FLAGS,
 )
 for _name, _text in {
-    "workdir": "Workdir whose model is evaluated, or zoo:NAME of the package.",
+    "workdir": "Workdir, release, or name (hf:OWNER/NAME, zoo:NAME) of the model.",
     "checkpoint": "Instead of --workdir: a stage's or a step's folder.",
     "out": "Default: WORKDIR/evaluation; of zoo:NAME zoo_NAME/evaluation.",
     "best_by": "robust_accuracy or sample_distance: that checkpoint.",
@@ -181,10 +180,8 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError("give --workdir or --checkpoint, one of the two.")
         if (_FLAGS.norm is None) != (_FLAGS.epsilon is None):
             raise UserError("--norm and --epsilon go together: give both or none.")
-        if not _FLAGS.out:
-            if _FLAGS.checkpoint:
-                raise UserError("--checkpoint needs --out, a folder for the report.")
-            check_place("--out", f"{_FLAGS.workdir}/evaluation")
+        if _FLAGS.checkpoint and not _FLAGS.out:
+            raise UserError("--checkpoint needs --out, a folder for the report.")
         return rest
     except (UserError, flags.Error) as error:
         command_line.fail(error)

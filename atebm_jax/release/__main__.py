@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from atebm_jax.command_line import Parser, check_platform, quiet_libraries, run
+from atebm_jax.errors import check_choice
 from atebm_jax.progress import say
 
 _LICENSE = "apache-2.0"
@@ -24,7 +25,14 @@ def _parser() -> Parser:
     add("--workdir", required=True, help="workdir, or one of its checkpoints")
     add("--best_by", help="robust_accuracy or sample_distance: that checkpoint")
     add("--out", required=True, help="new folder")
+    add(
+        "--dtype",
+        default="float32",
+        help="of the weights in the file, float32 or float16, which takes half the "
+        "space and rounds; default float32",
+    )
     add("--name", help="title of the model card; default the folder's name")
+    add("--command", help="what trained the weights, for the model card")
     add(
         "--evaluation",
         help="folder of an evaluation of this checkpoint, for the figures; default "
@@ -55,9 +63,10 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     quiet_libraries()
     check_platform()
     # Imported late, so that --help answers at once.
-    from atebm_jax import storage, trained
+    from atebm_jax import release_format, storage, trained
     from atebm_jax.release import licences, writing
 
+    check_choice("--dtype", flags.dtype, release_format.DTYPES)
     storage.check_new_folder("--out", flags.out)
     loaded = trained.load(flags.workdir, best_by=flags.best_by)
     license_ = licences.choose(flags.license, flags.license_file, loaded, _LICENSE)
@@ -67,6 +76,8 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         evaluation=writing.evaluation_of(flags.workdir, flags.evaluation),
         license_=license_,
         name=flags.name,
+        command=flags.command,
+        dtype=flags.dtype,
         programs_too=flags.stablehlo,
     )
     for line in lines:

@@ -23,8 +23,11 @@ _PAPER = "[Dual Adversarial Training](https://arxiv.org/abs/2510.13872)"
 def text(
     loaded: Trained,
     report: Mapping[str, Any] | None,
+    *,
     name: str,
     license_name: str,
+    command: str | None,
+    dtype: str,
     programs: bool,
 ) -> str:
     """The card: header, how to load, figures with their protocol, training, licence.
@@ -34,16 +37,18 @@ def text(
       report: of its evaluation, whose plots lie in `evaluation/`; None for no figures.
       name: its title.
       license_name: as hubs abbreviate it.
+      command: what trained the weights; None where nobody says.
+      dtype: of the weights in the file.
       programs: whether the release has programs for JAX alone.
     """
     name = printable(name)
     parts = [
         _header(report, name, license_name),
-        f"# {name}\n\n{_about(loaded)}",
+        f"# {name}\n\n{_about(loaded, dtype)}",
         _use(loaded),
-        *([_alone(loaded)] if programs else []),
+        *([_alone(loaded, np.dtype(dtype).itemsize)] if programs else []),
         *([reports.markdown(report, level=2, folder="evaluation/")] if report else []),
-        _training(loaded),
+        _training(loaded, command),
         _classes(loaded),
         f"## Licence\n\n{license_name}; the text is in `LICENSE`.\n",
     ]
@@ -87,7 +92,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
-def _about(loaded: Trained) -> str:
+def _about(loaded: Trained, dtype: str) -> str:
     size = sum(np.size(x) for x in jax.tree.leaves(loaded.variables.get("params", {})))
     shape = " x ".join(map(str, loaded.image_shape))
     meta = loaded.meta
@@ -98,7 +103,7 @@ def _about(loaded: Trained) -> str:
         f"- Network: `{archs.describe(loaded.config.model)}`, {size:,} parameters, "
         "normalisation inside.\n"
         f"- Images: {shape}, values in [0, 1]. Classes: {loaded.num_classes}.\n"
-        f"- Weights: averaged, float32, of {printable(meta['stage'])} step "
+        f"- Weights: averaged, {dtype}, of {printable(meta['stage'])} step "
         f"{meta['step']}, T = {meta['T']};\n  SHA-256 `{loaded.fingerprint}`.\n"
     )
 
@@ -123,7 +128,7 @@ Nothing in this folder is code that loading it would run.
 """
 
 
-def _alone(loaded: Trained) -> str:
+def _alone(loaded: Trained, size: int) -> str:
     """How to run the programs; the block runs as it stands, in the folder."""
     height, width, channels = loaded.image_shape
     samples = loaded.config.evaluate.samples
@@ -153,10 +158,10 @@ with open("{release_format.WEIGHTS}", "rb") as file:
     about = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     content = file.read()
 about.pop("__metadata__", None)
-arrays = {{
-    name: np.frombuffer(content[slice(*x["data_offsets"])], "<f4").reshape(x["shape"])
-    for name, x in about.items()
-}}
+arrays = {{}}
+for name, x in about.items():
+    stored = np.frombuffer(content[slice(*x["data_offsets"])], "<f{size}")
+    arrays[name] = stored.astype(np.float32).reshape(x["shape"])
 weights = {{name: x for name, x in arrays.items() if not name.startswith("seeds/")}}
 kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
 
@@ -176,7 +181,7 @@ energies = program("energy")(weights, images)  # E(x)
 """
 
 
-def _training(loaded: Trained) -> str:
+def _training(loaded: Trained, command: str | None) -> str:
     config = loaded.config
     data = config.data.train or "not known here: the weights were imported"
     seeds = (
@@ -184,9 +189,10 @@ def _training(loaded: Trained) -> str:
         if loaded.gaussian is None
         else (f"{config.data.seeds}, which {release_format.WEIGHTS} holds")
     )
+    made = f"- Command: `{printable(command.replace('`', ''))}`\n" if command else ""
     return f"""## Training
 
-- Data: {printable(data)}. Seeds of the contrastive images: {printable(seeds)}.
+{made}- Data: {printable(data)}. Seeds of the contrastive images: {printable(seeds)}.
 - Every setting is in `{release_format.CONFIG}` under `config`.
 """
 

@@ -78,8 +78,11 @@ def _functions(loaded: Trained) -> dict[str, tuple[Callable[..., Any], tuple]]:
         step_size: jax.Array,
         num_steps: jax.Array,
     ) -> jax.Array:
+        variables = release_format.nested(weights)
+        frozen = models.freeze(loaded.model, variables, loaded.image_shape)
+
         def objective(x: jax.Array) -> jax.Array:
-            made = logits(weights, x)
+            made = frozen(x)
             of_class = energy.score(made, jnp.maximum(labels, 0))
             return jnp.where(labels < 0, energy.score(made), of_class)
 

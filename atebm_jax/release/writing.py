@@ -10,7 +10,7 @@ from atebm_jax import checkpoint, release_format, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import html, report
-from atebm_jax.model_names import is_name
+from atebm_jax.local_path import beside
 from atebm_jax.release import card, programs
 from atebm_jax.release.licences import Licence
 
@@ -35,9 +35,9 @@ def evaluation_of(workdir: str, given: str | None) -> Evaluation | None:
     Raises:
       UserError: it cannot be read.
     """
-    if given == "none" or (given is None and is_name(workdir)):
+    if given == "none":
         return None
-    folder = storage.reached(given or os.path.join(workdir, EVALUATION))
+    folder = storage.reached(given or os.path.join(beside(workdir), EVALUATION))
     if given is None and not (folder / "report.json").exists():
         return None
     return Evaluation(folder, report.read_figures(folder))
@@ -50,6 +50,8 @@ def write(
     evaluation: Evaluation | None,
     license_: Licence,
     name: str | None = None,
+    command: str | None = None,
+    dtype: str = "float32",
     programs_too: bool = False,
 ) -> list[str]:
     """Writes the folder, whole or not at all.
@@ -57,30 +59,43 @@ def write(
     Args:
       loaded: the model.
       out: the folder, which is not there yet, or empty.
-      evaluation: of this model, for the card; None for a card without figures.
+      evaluation: of this model, as it is rounded to `dtype`, for the card; None for a
+        card without figures.
       license_: of the weights.
       name: title of the card; default the folder's name.
+      command: what trained the weights, for the card.
+      dtype: of the weights in the file, one of `release_format.DTYPES`.
       programs_too: add what runs with JAX alone (`programs`).
 
     Returns:
       Sentences that say what was written.
 
     Raises:
-      UserError: the evaluation is of other weights, or the folder cannot be written.
+      UserError: the evaluation is of other weights, a weight is too large for the
+        dtype, or the folder cannot be written.
     """
-    if evaluation is not None:
-        _check_same(evaluation, loaded)
     name = name or os.path.basename(os.path.abspath(out))
     made_of = evaluation.report if evaluation else None
     with storage.appears_whole(out, "--out") as made:
         folder = epath.Path(made)
         folder.mkdir()
-        release_format.write(folder, loaded.variables, _meta(loaded))
+        release_format.write(folder, loaded.variables, _meta(loaded), dtype)
+        # The card is about what others read; what cannot be read is not given away.
+        loaded = trained.load(folder)
         if evaluation is not None:
+            _check_same(evaluation, loaded, dtype)
             _copy(evaluation, folder / EVALUATION)
         if programs_too:
             programs.write(loaded, folder / programs.FOLDER)
-        text = card.text(loaded, made_of, name, license_.name, programs_too)
+        text = card.text(
+            loaded,
+            made_of,
+            name=name,
+            license_name=license_.name,
+            command=command,
+            dtype=dtype,
+            programs=programs_too,
+        )
         storage.replace_text(folder / "README.md", text)
         storage.replace_text(folder / "LICENSE", license_.text)
     said = [f"the release is in {out}: atebm_jax.load({out!r})"]
@@ -96,22 +111,24 @@ def write(
 def _meta(loaded: trained.Trained) -> dict[str, Any]:
     """What `config.json` says, and the Gaussians that seeds are drawn from."""
     config = checkpoint.as_json(loaded.config)
+    # Where data lay on the machine of the training says nothing to others.
+    config["data"]["data_dir"] = ""
     names = loaded.class_names
     meta = loaded.meta | {"config": config, "class_names": names and list(names)}
     kept = loaded.gaussian
     return meta | {"seeds": {} if kept is None else kept.arrays()}
 
 
-def _check_same(evaluation: Evaluation, loaded: trained.Trained) -> None:
+def _check_same(evaluation: Evaluation, loaded: trained.Trained, dtype: str) -> None:
     """Refuses figures of other weights."""
     measured: Mapping[str, Any] = evaluation.report.get("checkpoint", {})
     if measured.get("averaged_weights_sha256") != loaded.fingerprint:
         stage, step = loaded.meta["stage"], loaded.meta["step"]
         raise UserError(
             f"the evaluation in {evaluation.folder} is of {measured.get('stage')} step "
-            f"{measured.get('step')} and this model is {stage} step {step}, with other "
-            "weights: evaluate this one, or give another --evaluation (none for a card "
-            "without figures)."
+            f"{measured.get('step')} and this model is {stage} step {step} in {dtype}, "
+            "with other weights: evaluate this one (where it is rounded, its release "
+            "without figures), or give another --evaluation (none for no figures)."
         )
 
 
