@@ -184,7 +184,7 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     add("--rows", type=lambda text: text.split(","), default=list(ROWS))
     add("--seeds", type=_numbers(int), default=[0, 1, 2, 3, 4])
     add("--factors", type=_numbers(float), default=[0.1, 10.0], help="of the rates")
-    add("--num_examples", type=int, default=0, help="test images; 0 for all")
+    add("--num_examples", type=options.positive, default=1000, help="of each set")
     add("--num_samples", type=options.positive, default=1000)
     add("--out", default="docs/claims.md", help="the page; pictures lie beside it")
     flags, rest = parser.parse_known_args(argv)

@@ -39,7 +39,7 @@ ROWS = {
     "wrn16_4": (32, 128),
     "wrn34_10": (32, 128),
     "resnet50": (256, 16),
-    "wrn50_4": (256, 16),
+    "wide_resnet50_4": (256, 16),
     "convnext_large_cvst": (256, 16),
 }
 #: bfloat16 FLOP/s of a chip, and FLOPs of its matrix units a cycle.

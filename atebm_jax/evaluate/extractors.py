@@ -37,6 +37,8 @@ class Extractor(NamedTuple):
     #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
     apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
     description: dict[str, Any]  #: for the report
+    #: [K] int: the output for each class of the evaluated model; None if it has none
+    outputs: np.ndarray | None = None
 
     def features(
         self, logits_fn: Any, images: Any, labels: Any, variables: Any
@@ -79,19 +81,20 @@ def _chosen(context: Context) -> Extractor:
             )
         return from_inception(path)
     if chosen == EFFICIENTNET_LITE0:
-        return from_efficientnet_lite0()
+        return from_efficientnet_lite0(context.sources["test"].class_names)
     if chosen == "model":
-        return from_model("model", context.model, context.variables)
+        number = context.config.model.num_classes
+        return from_model("model", context.model, context.variables, number)
     loaded = trained.load(chosen)
     if loaded.image_shape != context.image_shape:
         raise UserError(
             f"--feature_extractor={chosen} takes images {loaded.image_shape} and this "
             f"model {context.image_shape}: its features would be of other images."
         )
-    return from_model("network", loaded.model, loaded.variables)
+    return from_model("network", loaded.model, loaded.variables, loaded.num_classes)
 
 
-def from_model(name: str, model: Any, variables: Any) -> Extractor:
+def from_model(name: str, model: Any, variables: Any, num_classes: int) -> Extractor:
     """A classifier's own pooled features and logits."""
 
     def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +103,8 @@ def from_model(name: str, model: Any, variables: Any) -> Extractor:
 
     sha256 = trained.fingerprint(variables)
     described = {"network": name, "weights_sha256": sha256}
-    return Extractor(name, sha256, variables, apply, None, described)
+    outputs = np.arange(num_classes)
+    return Extractor(name, sha256, variables, apply, None, described, outputs)
 
 
 def from_inception(path: str) -> Extractor:
@@ -136,8 +140,11 @@ def from_inception(path: str) -> Extractor:
     )
 
 
-def from_efficientnet_lite0() -> Extractor:
+def from_efficientnet_lite0(names: Sequence[str] | None = None) -> Extractor:
     """EfficientNet-Lite0 with the weights that the package of the extra `features` has.
+
+    Args:
+      names: of the evaluated model's classes.
 
     Raises:
       UserError: as of `convert.efficientnet_lite.read`.
@@ -165,11 +172,12 @@ def from_efficientnet_lite0() -> Extractor:
             "file_sha256": sha256,
             "is_the_published_file": "yes" if published else "no: compare the source",
         },
+        outputs=imagenet_outputs(names),
     )
 
 
-def imagenet_order(names: Sequence[str] | None) -> list[int] | None:
-    """For each class the output of a network for ImageNet; None if it is not ImageNet.
+def imagenet_outputs(names: Sequence[str] | None) -> np.ndarray | None:
+    """For each class a network's output, [K] int; None if these are not ImageNet's.
 
     Args:
       names: of K classes. ImageNet's are 1,000 of WordNet's ("n01440764"), and outputs
@@ -179,7 +187,7 @@ def imagenet_order(names: Sequence[str] | None) -> list[int] | None:
     if names is None or not len(known) == len(names) == efficientnet_lite.NUM_CLASSES:
         return None
     place = {name: output for output, name in enumerate(known)}
-    return [place[name] for name in names]
+    return np.asarray([place[name] for name in names])
 
 
 def _coloured(images: jax.Array) -> jax.Array:

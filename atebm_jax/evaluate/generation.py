@@ -65,7 +65,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     num_steps = min(curve, key=curve.__getitem__) if curve else base
     seen = _collect(context, extractor, num_steps)
     values = {"frechet": _frechet(seen, reference)} | _inception_score(context, seen)
-    if seen.splits.probabilities.shape[1] == context.config.model.num_classes:
+    if _outputs(context, extractor) is not None:
         values["agreement"] = share(seen.agreeing, context.options.num_samples)
     if reference.features is not None:
         values |= _pairs(np.concatenate(seen.features), reference.features)
@@ -116,6 +116,13 @@ def _name(score: str, extractor: Extractor) -> str:
     return usual if extractor.name == "inception" else other.format(extractor.name)
 
 
+def _outputs(context: Context, extractor: Extractor) -> np.ndarray | None:
+    """The extractor's output for each class of the model, if it has all of them."""
+    outputs = extractor.outputs
+    known = outputs is not None and len(outputs) == context.config.model.num_classes
+    return outputs if known else None
+
+
 def _sweep(
     context: Context, extractor: Extractor, reference: Reference
 ) -> dict[int, float]:
@@ -149,6 +156,7 @@ def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
     split_of[order] = metrics.split_of_images(count, _SPLITS, protocol)
     group_of = np.arange(count) * _GROUPS // count
     num_features, num_logits = extractor.sizes(context.image_shape)
+    outputs = _outputs(context, extractor)
     groups = [Moments.empty(num_features) for _ in range(_GROUPS)]
     splits = SplitSums.empty(split_of.max() + 1, num_logits)
     seen, first = Seen(num_steps, groups, splits, [], []), 0
@@ -160,8 +168,9 @@ def _collect(context: Context, extractor: Extractor, num_steps: int) -> Seen:
             more = Moments.of(features[group_of[here] == group])
             seen.groups[group] = seen.groups[group].merge(more)
         seen.splits = seen.splits.add(logits, split_of[here])
-        asked_for = np.arange(here.start, here.stop) % num_classes
-        seen.agreeing += int((logits.argmax(-1) == asked_for).sum())
+        if outputs is not None:
+            asked_for = outputs[np.arange(here.start, here.stop) % num_classes]
+            seen.agreeing += int((logits.argmax(-1) == asked_for).sum())
         seen.features.append(features[: max(options.num_pairs - first, 0)])
         seen.shown.append(unit["bytes"])
         seen.stand_ins += int(unit["stand_in"].sum())

@@ -401,8 +401,9 @@ def _imagenet_judge(
 ) -> Judge:
     """EfficientNet-Lite0, for models of ImageNet's classes alone."""
     # A network that names no classes has those of its data, by place.
-    order = extractors.imagenet_order(names or context.sources["test"].class_names)
-    if order is None:
+    names = names or context.sources["test"].class_names
+    outputs = extractors.imagenet_outputs(names)
+    if outputs is None:
         raise UserError(
             f"--judge={path} knows ImageNet's 1,000 classes, by their names in WordNet "
             "(n01440764 and so on), and this model has others: give a checkpoint of a "
@@ -411,7 +412,7 @@ def _imagenet_judge(
     extractor = extractors.from_efficientnet_lite0()
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return extractor.apply(variables, images)[1][:, np.asarray(order)]
+        return extractor.apply(variables, images)[1][:, outputs]
 
     return Judge(logits, extractor.variables, extractor.fingerprint)
 

@@ -83,7 +83,7 @@ def assert_sample_gives_what_was_scored(scored, workdir, out, *flags):
     with np.load(out / "samples.npz") as file:
         images = file["arr_0"]
     model = load(workdir)
-    network = extractors.from_model("model", model._model, model._variables)
+    network = extractors.from_model("model", model._model, model._variables, 10)
     features, _ = network.apply(model._variables, images / np.float32(255))
     mean, covariance = metrics.feature_statistics(np.asarray(features, np.float64))
     with np.load(scored[1] / "sample_statistics.npz") as file:
@@ -329,8 +329,9 @@ def test_network_of_a_package_does_not_call_its_scores_fid(
     workdir, options, tmp_path, monkeypatch
 ):
     loaded = trained.load(workdir)
-    made = extractors.from_model("efficientnet_lite0", *loaded[:2])
-    monkeypatch.setattr(extractors, "from_efficientnet_lite0", lambda: made)
+    network = (loaded.model, loaded.variables, loaded.num_classes)
+    made = extractors.from_model("efficientnet_lite0", *network)
+    monkeypatch.setattr(extractors, "from_efficientnet_lite0", lambda _: made)
     given = replace(options, feature_extractor="efficientnet_lite0", sweep=0)
     report = suite.evaluate(workdir, tmp_path, metrics=("generation",), options=given)
     figures = report["metrics"]["generation"]["figures"]
