@@ -8,6 +8,9 @@ from etils import epath
 
 from atebm_jax.errors import UserError
 
+#: What names of trained models begin with, which are no paths (`model_names`).
+NAMES = ("hf:",)
+
 
 class LocalPath(type(epath.Path())):  # type: ignore[misc]
     """A path of `epath` whose `glob` does not read its own name as a pattern.
@@ -27,8 +30,9 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     """An absolute path, or one of a cloud (gs://...); ~ is the home.
 
     Raises:
-      UserError: a cloud that is not known.
+      UserError: a cloud that is not known, or the name of a trained model.
     """
+    _check_own(path)
     if in_bucket(path):
         try:
             return epath.Path(path)
@@ -45,14 +49,29 @@ def in_bucket(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def is_name(path: str | os.PathLike) -> bool:
+    """Whether this is the name of a trained model, `hf:OWNER/NAME`, and no path."""
+    return os.fspath(path).startswith(NAMES)
+
+
+def _check_own(path: str | os.PathLike) -> None:
+    """Refuses a name where a path must be: nothing can be written to it."""
+    if is_name(path):
+        raise UserError(
+            f"{os.fspath(path)} is the name of a trained model, where nothing is "
+            "written and no training goes on: give a folder of your own."
+        )
+
+
 def local(flag: str, path: str | os.PathLike) -> str:
     """A path on a disk, for what can be written nowhere else; `~` is the home.
 
     Raises:
-      UserError: it is in a cloud (a folder "gs:" would be made instead) or empty (it
-        would mean the folder that the command runs in).
+      UserError: it is in a cloud (a folder "gs:" would be made instead), the name of
+        a trained model, or empty (it would mean the folder that the command runs in).
     """
     given = os.fspath(path)
+    _check_own(given)
     if in_bucket(given):
         raise UserError(
             f"{flag}={given} is in a cloud: give a local path, then copy what is there."

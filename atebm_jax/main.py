@@ -17,7 +17,6 @@ from atebm_jax.command_line import (
     quiet_libraries,
 )
 from atebm_jax.errors import UserError
-from atebm_jax.model_names import check_place
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -130,7 +129,6 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
         if not _WORKDIR.value and not _DRY_RUN.value:
             raise UserError("--workdir is missing: give a folder for the results.")
-        check_place("--workdir", _WORKDIR.value or "")
         return rest
     except (UserError, flags.Error) as error:
         fail(error)

@@ -1,6 +1,6 @@
 """Names of trained models that are no paths: `hf:OWNER/NAME`.
 
-A name stands wherever a checkpoint is read. Nothing can be written to one.
+A name stands wherever a checkpoint is read. Everywhere else `local_path` refuses it.
 """
 
 import os
@@ -16,11 +16,6 @@ from atebm_jax.storage import reached
 _HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
-def is_name(path: str | os.PathLike) -> bool:
-    """Whether this is a name, and not the path of a folder."""
-    return os.fspath(path).startswith(tuple(_FOUND_BY))
-
-
 def located(path: str | os.PathLike) -> epath.Path:
     """The folder that a name or a path means; for a name it is fetched if need be.
 
@@ -32,19 +27,6 @@ def located(path: str | os.PathLike) -> epath.Path:
         if given.startswith(kind):
             return find(given.removeprefix(kind))
     return reached(path)
-
-
-def check_place(flag: str, path: str) -> None:
-    """Refuses a name where something is to be written.
-
-    Raises:
-      UserError: says what to give.
-    """
-    if is_name(path):
-        raise UserError(
-            f"{flag}={path} is no place to write to but the name of a trained model: "
-            f"give {flag}, a folder."
-        )
 
 
 def _on_hub(name: str) -> epath.Path:
@@ -94,5 +76,5 @@ def _on_hub(name: str) -> epath.Path:
     return epath.Path(os.path.dirname(file))
 
 
-# What a name begins with, and what finds its folder.
+# What a name begins with (of `local_path.NAMES`), and what finds its folder.
 _FOUND_BY: dict[str, Callable[[str], epath.Path]] = {"hf:": _on_hub}

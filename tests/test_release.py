@@ -24,7 +24,6 @@ from atebm_jax import (
     UserError,
     archs,
     checkpoint,
-    main,
     models,
     release_format,
     seeds,
@@ -227,16 +226,21 @@ def test_release_has_one_model_and_is_no_workdir(release, tmp_path):
     with pytest.raises(UserError, match="is a release: give another --workdir, and"):
         tiny.run(tiny.config(), release, allow_config_change=True)
     assert (release / "config.json").read_bytes() == before
-    # Evaluations do not land between the files of a release.
+
+
+def test_evaluation_of_a_name_needs_a_place(capsys):
     with pytest.raises(SystemExit):
         evaluate._parse(["evaluate", "--workdir=hf:owner/name"])
+    assert "--workdir=hf:owner/name needs --out, a folder" in capsys.readouterr().err
 
 
-def test_nothing_is_written_to_a_name(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main._parse(["main", f"--config={tiny.DIGITS}", "--workdir=hf:owner/name"])
-    assert stopped.value.code == 2
-    assert "--workdir=hf:owner/name is no place to write to" in capsys.readouterr().err
+def test_nothing_is_written_to_a_name(loaded):
+    message = "hf:owner/name is the name of a trained model, where nothing is written"
+    with pytest.raises(UserError, match=message):
+        tiny.run(tiny.config(), "hf:owner/name")
+    with pytest.raises(UserError, match=message):
+        write(loaded, "hf:owner/name")
+    assert not Path("hf:owner").exists()
 
 
 @pytest.mark.parametrize("name", ["x", "a/b/c", "../x", "a/b@", "a b/c", ""])

@@ -17,7 +17,7 @@ from rich.console import Console
 from atebm_jax import command_line
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
-from atebm_jax.model_names import check_place
+from atebm_jax.local_path import is_name
 
 # Of this command alone: several may be imported side by side.
 _FLAGS = flags.FlagValues()
@@ -180,10 +180,10 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError("give --workdir or --checkpoint, one of the two.")
         if (_FLAGS.norm is None) != (_FLAGS.epsilon is None):
             raise UserError("--norm and --epsilon go together: give both or none.")
-        if not _FLAGS.out:
-            if _FLAGS.checkpoint:
-                raise UserError("--checkpoint needs --out, a folder for the report.")
-            check_place("--out", f"{_FLAGS.workdir}/evaluation")
+        if _FLAGS.checkpoint and not _FLAGS.out:
+            raise UserError("--checkpoint needs --out, a folder for the report.")
+        if is_name(_FLAGS.workdir or "") and not _FLAGS.out:
+            raise UserError(f"--workdir={_FLAGS.workdir} needs --out, a folder.")
         return rest
     except (UserError, flags.Error) as error:
         command_line.fail(error)

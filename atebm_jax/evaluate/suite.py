@@ -12,7 +12,16 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import checkpoint, data, models, seeds, sharding, storage, trained
+from atebm_jax import (
+    checkpoint,
+    data,
+    model_names,
+    models,
+    seeds,
+    sharding,
+    storage,
+    trained,
+)
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import (
@@ -105,7 +114,7 @@ def evaluate(
     settings = _settings(loaded, config, data_dir)
     folder = storage.reached(out)
     _check_out(
-        folder, checkpoint.absolute(path), checkpoint.find(path, best_by=best_by)
+        folder, model_names.located(path), checkpoint.find(path, best_by=best_by)
     )
     # By place, as for a network that does not name its classes.
     names = None if classes_by_place else loaded.class_names

@@ -10,7 +10,7 @@ from atebm_jax import checkpoint, release_format, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import html, report
-from atebm_jax.model_names import is_name
+from atebm_jax.local_path import is_name
 from atebm_jax.release import card, programs
 from atebm_jax.release.licences import Licence
 
