@@ -141,6 +141,20 @@ def test_weights_survive_the_way_through_pytorchs_names(tmp_path, monkeypatch):
     assert trained.load(tmp_path / "b").class_names == NAMES
 
 
+def test_stage2_starts_from_the_weights_of_a_release(loaded, tmp_path, monkeypatch):
+    tiny.only_the_loop(monkeypatch)
+    write(loaded._replace(class_names=None), tmp_path / "release")
+    # A step too short to change a bit.
+    settings = {"stage2.num_steps": 1, "stage2.learning_rate": 1e-30}
+    config = tiny.config(
+        stages="stage2", init_from=str(tmp_path / "release"), **settings
+    )
+    tiny.run(config, tmp_path / "run")
+    weights, meta = checkpoint.load_weights(tmp_path / "run")
+    assert_equal_bits(weights, loaded.variables)
+    assert (meta["stage"], meta["step"]) == ("stage2", 1)
+
+
 def test_half_precision_is_read_as_single(loaded, tmp_path):
     halves = jax.tree.map(lambda x: x.astype(np.float16), loaded.variables)
     meta = META | {"config": checkpoint.as_json(loaded.config)}
