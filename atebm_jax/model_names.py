@@ -1,6 +1,6 @@
 """Trained models by name: `hf:OWNER/NAME` on a hub, `zoo:NAME` in this package.
 
-A name stands wherever a checkpoint is read. Nothing can be written to one.
+A name stands wherever a checkpoint is read. Everywhere else `local_path` refuses it.
 """
 
 import os

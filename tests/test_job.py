@@ -20,7 +20,6 @@ from atebm_jax.config import flatten
 from atebm_jax.evaluate.context import Context
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.preemption import Interrupted
-from atebm_jax.release import __main__ as release
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,14 +211,8 @@ def test_each_stage_alone_ends_like_both_together(finished, tmp_path):
         assert_equal_bits(averages(workdir, stage), averages(finished[0], stage))
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_stage2_starts_from_a_checkpoint_of_another_workdir(
-    finished, tmp_path, released
-):
+def test_stage2_starts_from_a_checkpoint_of_another_workdir(finished, tmp_path):
     source = finished[0] / "checkpoints" / "stage1"
-    if released:
-        release.main([f"--workdir={source}", f"--out={tmp_path / 'release'}"])
-        source = tmp_path / "release"
     report, _ = tiny.run(tiny.config(init_from=str(source)), tmp_path / "from")
     assert list(report["stages"]) == ["stage2"]
     assert_equal_bits(

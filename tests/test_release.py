@@ -142,6 +142,20 @@ def test_weights_survive_the_way_through_pytorchs_names(tmp_path, monkeypatch):
     assert trained.load(tmp_path / "b").class_names == NAMES
 
 
+def test_stage2_starts_from_the_weights_of_a_release(loaded, tmp_path, monkeypatch):
+    tiny.only_the_loop(monkeypatch)
+    write(loaded._replace(class_names=None), tmp_path / "release")
+    # A step too short to change a bit.
+    settings = {"stage2.num_steps": 1, "stage2.learning_rate": 1e-30}
+    config = tiny.config(
+        stages="stage2", init_from=str(tmp_path / "release"), **settings
+    )
+    tiny.run(config, tmp_path / "run")
+    weights, meta = checkpoint.load_weights(tmp_path / "run")
+    assert_equal_bits(weights, loaded.variables)
+    assert (meta["stage"], meta["step"]) == ("stage2", 1)
+
+
 # --- In float16 ---
 
 
@@ -183,18 +197,6 @@ def test_figures_are_those_of_the_rounded_weights_alone(pair, tmp_path):
     assert not (tmp_path / "out").exists()
     command.main([*flags, f"--evaluation={tmp_path / pair[1].name}"])
     assert "clean_accuracy" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_stage_2_starts_from_a_release(pair, tmp_path, monkeypatch):
-    tiny.only_the_loop(monkeypatch)
-    few = {"stage2.num_steps": 2, "stage2.learning_rate": 1e-9}
-    few["data.seeds"] = "gaussian"
-    tiny.run(tiny.config(init_from=str(pair[1]), **few), tmp_path / "run")
-    made, given = trained.load(tmp_path / "run"), trained.load(pair[1])
-    assert made.meta["stage"] == "stage2" and made.class_names == given.class_names
-    pairs = zip(*map(jax.tree.leaves, (made.variables, given.variables)), strict=True)
-    for a, b in pairs:
-        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_numbers_beyond_float16_and_other_dtypes_are_told(loaded, tmp_path):

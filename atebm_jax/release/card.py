@@ -13,7 +13,7 @@ from atebm_jax.evaluate import report as reports
 from atebm_jax.names import printable
 from atebm_jax.trained import Trained
 
-_TAGS = ("jax", "flax", "image-classification", "energy-based-model")
+_TAGS: tuple[str, ...] = ("jax", "flax", "image-classification", "energy-based-model")
 _TAGS += ("adversarial-robustness", "image-generation")
 # Metrics whose figures stand in the header, where hubs look for them.
 _HEADLINES = ("accuracy", "pgd", "autoattack", "generation")
