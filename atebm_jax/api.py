@@ -34,8 +34,9 @@ def load(
     """Loads a trained model with its averaged weights.
 
     Args:
-      path: a workdir (last step of its last stage), a stage's folder or one step's;
-        "zoo:digits" and "zoo:cifar10" are part of the package.
+      path: a workdir (last step of its last stage), a stage's folder or one step's, a
+        release, or the name of one: "zoo:digits" and "zoo:cifar10" are part of the
+        package, "hf:OWNER/NAME" is on a hub.
       best_by: instead of the last step the best one by "robust_accuracy" or
         "sample_distance".
       batch_size: images at once on the device.
@@ -61,6 +62,7 @@ class Model:
     Attributes:
       image_shape: (H, W, C).
       num_classes: K.
+      class_names: K names; None where nobody gave them.
     """
 
     def __init__(self, loaded: trained.Trained, batch_size: int):
@@ -70,6 +72,7 @@ class Model:
             )
         self.image_shape: tuple[int, int, int] = loaded.image_shape
         self.num_classes: int = loaded.num_classes
+        self.class_names: tuple[str, ...] | None = loaded.class_names
         self._config = loaded.config
         self._batch_size = batch_size
         self._gaussian = loaded.gaussian

@@ -26,8 +26,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, local_path, sharding, zoo
+from atebm_jax import checksums, local_path, release_format, sharding
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.model_names import located
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES
@@ -222,7 +223,7 @@ def load_weights(
 
     Args:
       path: a workdir (its last stage's last step), a stage's folder (its last step),
-        one step's folder, a light checkpoint, or one of the package, "zoo:digits".
+        one step's folder, a release, or the name of one (`model_names`).
       best_by: instead of the last step the best one by this key of `BEST_BY`.
       together: every process of the job calls this, and checks a share of the files.
 
@@ -236,6 +237,8 @@ def load_weights(
         saved. No other step than the one that is asked for is taken instead.
     """
     folder = find(path, best_by=best_by)
+    if release_format.is_release(folder):
+        return release_format.read(folder)
     fault = damage(folder) if together else checksums.damage(folder)
     if fault:
         others = [str(s) for s in steps_in(folder.parent) if str(s) != folder.name]
@@ -246,13 +249,10 @@ def load_weights(
         )
     warn_if_unchecked(folder)
     try:
-        if zoo.is_light(folder):
-            weights, meta = zoo.read(folder)
-        else:
-            meta = _read_meta(folder)
-            weights = _read_arrays(folder / "state", _AVERAGES)
-            if (folder / "seeds").exists():
-                meta["seeds"] = _read_arrays(folder / "seeds")
+        meta = _read_meta(folder)
+        weights = _read_arrays(folder / "state", _AVERAGES)
+        if (folder / "seeds").exists():
+            meta["seeds"] = _read_arrays(folder / "seeds")
     except Exception as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({_first_line(error)}): it is damaged "
@@ -279,7 +279,7 @@ def newest_meta(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def meta_of(folder: epath.Path) -> dict[str, Any] | None:
-    """The `meta` of one step, or of a light checkpoint; None if it is not readable."""
+    """The `meta` of one step, or of a release; None if it is not readable."""
     try:
         meta = _read_meta(folder)
     except (OSError, ValueError):
@@ -308,23 +308,24 @@ def warn_if_unchecked(folder: epath.Path) -> None:
 
 
 def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
-    """The folder of the step that `path` means; see `load_weights`.
+    """The folder of the step or release that `path` means; see `load_weights`.
 
     Raises:
       UserError: there is none.
     """
-    folder = zoo.reached(path)
+    folder = located(path)
     check_utf8("the path", folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"there is no checkpoint at {path}: the path {what}.")
     if best_by is not None:
         check_choice("best_by", best_by, BEST_BY)
-    saved = (folder / "state").exists() and (folder / "meta").exists()
-    if saved or zoo.is_light(folder):
+    released = release_format.is_release(folder)
+    if released or ((folder / "state").exists() and (folder / "meta").exists()):
         if best_by is not None:
+            what = "a release" if released else "one step"
             raise UserError(
-                f"{path} is one step and best_by is {best_by!r}: give the workdir or "
+                f"{path} is {what} and best_by is {best_by!r}: give the workdir or "
                 "the stage's folder, where there are steps to choose from."
             )
         return folder
@@ -335,7 +336,7 @@ def find(path: str | epath.Path, *, best_by: str | None = None) -> epath.Path:
             return candidate / str(step)
     raise UserError(
         f"there is no checkpoint at {path}: expected a workdir with a checkpoints/ "
-        "folder, a stage's folder in it, or one step's folder."
+        "folder, a stage's folder in it, one step's folder, or a release."
     )
 
 
@@ -411,8 +412,8 @@ def check_complete(step_folder: epath.Path) -> None:
 
 
 def _read_meta(step_folder: epath.Path) -> dict[str, Any]:
-    if zoo.is_light(step_folder):
-        return zoo.read_meta(step_folder)
+    if release_format.is_release(step_folder):
+        return release_format.read_meta(step_folder)
     return json.loads((step_folder / "meta" / "metadata").read_text())
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import util
+from pathlib import Path
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -27,8 +28,8 @@ def checked_arguments(arguments: Sequence[str], *, needed: bool = True) -> list[
     """The arguments with one --config and one override of each field, all checked.
 
     Of a flag that is given twice the last one counts. (ml_collections would refuse a
-    second file, and append the second value of a tuple to the first.) In
-    --config=~/file, `~` is replaced, which no shell does.
+    second file, and append the second value of a tuple to the first.) --config is then
+    the path of a file, as of `config_file`.
 
     Args:
       arguments: of the command, as absl takes them.
@@ -48,14 +49,15 @@ def checked_arguments(arguments: Sequence[str], *, needed: bool = True) -> list[
             key = match[2]
             if not equals and rest and not rest[0].startswith("--"):
                 equals, value = "=", rest.pop(0)
-            value = os.path.expanduser(value) if key == "config" else value
+            value = config_file(value) if key == "config" else value
             values[key] = "false" if match[1] else value if equals else "true"
             argument = f"{name}{equals}{value}"
         made[key] = argument
     if values or needed:
         if "config" not in values:
             raise UserError(
-                "--config is missing: give a config file, --config=configs/digits.py."
+                "--config is missing: give a config file, --config=configs/digits.py, "
+                "or the name of one that comes with the package, --config=digits."
             )
         config = load_config(values.pop("config"))
         for name, value in values.items():
@@ -63,16 +65,38 @@ def checked_arguments(arguments: Sequence[str], *, needed: bool = True) -> list[
     return list(made.values())
 
 
+# The package's own config files: inside it, or beside it in a clone.
+_INSTALLED = Path(__file__).parent / "configs"
+_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def config_file(path_and_row: str) -> str:
+    """The path of a config file, `~` replaced and the row kept.
+
+    A name without a folder and an ending, `cifar10:small`, is that of a file that comes
+    with the package, unless such a file is here.
+    """
+    path, colon, row = os.path.expanduser(path_and_row).partition(":")
+    own = _CONFIGS / f"{path}.py"
+    if re.fullmatch(r"\w+", path) and not os.path.exists(path) and own.exists():
+        path = os.fspath(own)
+    return f"{path}{colon}{row}"
+
+
 def load_config(path_and_row: str) -> ConfigDict:
-    """Loads a config file, `configs/cifar10.py:small` with its row.
+    """Loads a config file as of `config_file`: `configs/cifar10.py:small` with its row.
 
     Raises:
       UserError: no such file or row, one that fails, or one without a `get_config` that
         returns a config.
     """
-    path, _, row = os.path.expanduser(path_and_row).partition(":")
+    path, _, row = config_file(path_and_row).partition(":")
     if not os.path.isfile(path):
-        raise UserError(f"there is no config file {path!r}: expected a .py file.")
+        own = ", ".join(sorted(file.stem for file in _CONFIGS.glob("*.py")))
+        raise UserError(
+            f"there is no config file {path!r}: expected a .py file, or the name of "
+            f"one that comes with the package: {own}."
+        )
     spec = util.spec_from_file_location("atebm_jax_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config file {path!r} is no Python file (.py).")

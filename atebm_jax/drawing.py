@@ -70,6 +70,17 @@ def noise_seeds(
 _noise = jax.jit(noise_seeds, static_argnums=2)
 
 
+def step_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
+    """Keys [B] of the noise of the steps, each image's by its own index.
+
+    Args:
+      seed: [] uint32, as of a recipe.
+      indices: [B] int32.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), _STEPS)
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+
+
 class ReadSeeds:
     """Seed i is image i of a data set, over and over: a `SeedsFn`.
 
@@ -319,8 +330,7 @@ def _program(
     ) -> Any:
         variables, read_weights = weights
         seed, step_size, ends, target = traced
-        key = jax.random.fold_in(jax.random.key(seed), _STEPS)
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+        keys = step_keys(seed, indices)
         start = recipes.smooth(seeds, recipe.smooth) if recipe.smooth else seeds
         logits_fn = models.freeze(model, variables, seeds.shape[1:])
 

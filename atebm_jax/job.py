@@ -25,6 +25,7 @@ from atebm_jax import (
     models,
     reachability,
     recipes,
+    release_format,
     seeds,
     sharding,
     storage,
@@ -153,7 +154,15 @@ def _run(
 
 
 def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses stage 2 without weights before a large data set is opened."""
+    """Refuses stage 2 without weights before a large data set is opened.
+
+    And a release as workdir, whose config.json would be written over.
+    """
+    if release_format.is_release(workdir):
+        raise UserError(
+            f"workdir {workdir} is a release: give another --workdir, and "
+            f"--config.init_from={workdir} to start from it."
+        )
     begun = any(
         checkpoint.steps_in(checkpoint.stage_folder(workdir, stage)) for stage in STAGES
     )

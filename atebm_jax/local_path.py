@@ -2,14 +2,16 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
 
 from atebm_jax.errors import UserError
 
-#: Begins the name of a model that is part of the package, "zoo:digits".
-ZOO = "zoo:"
+#: What the names of trained models begin with, which are no paths: of one on a hub,
+#: "hf:OWNER/NAME", and of one that is part of the package, "zoo:digits".
+HUB, ZOO = "hf:", "zoo:"
 
 
 class LocalPath(type(epath.Path())):  # type: ignore[misc]
@@ -30,9 +32,9 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     """An absolute path, or one of a cloud (gs://...); ~ is the home.
 
     Raises:
-      UserError: a cloud that is not known, or a model of the package, `zoo:NAME`.
+      UserError: a cloud that is not known, or the name of a trained model.
     """
-    _check_own(path)
+    _check_no_name(path)
     if in_bucket(path):
         try:
             return epath.Path(path)
@@ -49,25 +51,25 @@ def in_bucket(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def in_zoo(path: str | os.PathLike) -> bool:
-    """Whether a model is meant that is part of the package."""
-    return os.fspath(path).startswith(ZOO)
+def is_name(path: str | os.PathLike) -> bool:
+    """Whether this is the name of a trained model, and not the path of a folder."""
+    return os.fspath(path).startswith((HUB, ZOO))
 
 
 def beside(path: str) -> str:
     """The folder for results that go beside a checkpoint by default.
 
-    It is the path itself, and for `zoo:NAME`, which is no place to write in, `zoo_NAME`
-    in the folder that the command runs in.
+    It is the path itself, and for a name, which is no place to write in, a folder like
+    `zoo_NAME` or `hf_OWNER_NAME` in the one that the command runs in.
     """
-    return path.replace(ZOO, "zoo_", 1) if in_zoo(path) else path
+    return re.sub("[:/]", "_", path) if is_name(path) else path
 
 
-def _check_own(path: str | os.PathLike) -> None:
-    if in_zoo(path):
+def _check_no_name(path: str | os.PathLike) -> None:
+    if is_name(path):
         raise UserError(
-            f"{os.fspath(path)} is a model of this package, where nothing is written "
-            "and no training goes on: give a folder of your own; "
+            f"{os.fspath(path)} is the name of a trained model, where nothing is "
+            "written and no training goes on: give a folder of your own; "
             f"--config.init_from={os.fspath(path)} starts a job from its weights."
         )
 
@@ -76,11 +78,11 @@ def local(flag: str, path: str | os.PathLike) -> str:
     """A path on a disk, for what can be written nowhere else; `~` is the home.
 
     Raises:
-      UserError: it is in a cloud (a folder "gs:" would be made instead), a model of
-        the package, or empty (it would mean the folder that the command runs in).
+      UserError: it is in a cloud (a folder "gs:" would be made instead), the name of
+        a trained model, or empty (it would mean the folder that the command runs in).
     """
     given = os.fspath(path)
-    _check_own(given)
+    _check_no_name(given)
     if in_bucket(given):
         raise UserError(
             f"{flag}={given} is in a cloud: give a local path, then copy what is there."

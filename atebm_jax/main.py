@@ -19,7 +19,10 @@ from atebm_jax.command_line import (
 from atebm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with the row of its table: configs/cifar10.py:small."
+    "config",
+    None,
+    "Config file, or the name of one that comes with the package, with the row of its "
+    "table: configs/cifar10.py:small, cifar10:small.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics, samples and report."

@@ -14,7 +14,7 @@ from etils import epath
 
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import absolute, in_bucket, is_device, local, real
-from atebm_jax.names import writable
+from atebm_jax.names import check_utf8, writable
 
 # What each kind of bucket needs: module -> package.
 _FOR_BUCKETS = {
@@ -161,6 +161,24 @@ def read_npz(
         raise
     except Exception as error:  # a damaged file may raise anything
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def check_new_folder(flag: str, to: str | os.PathLike) -> None:
+    """Refuses a folder that cannot be written, or is there and not empty.
+
+    Args:
+      flag: the flag that gave it, for messages.
+      to: local, with `~` for the home.
+
+    Raises:
+      UserError: something is there, or it is no local path.
+    """
+    check_utf8(flag, to)
+    folder = absolute(local(flag, to))
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{flag}={to} is not empty: give a new folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag}={to} is no folder: give a new folder.")
 
 
 @contextlib.contextmanager

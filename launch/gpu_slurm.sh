@@ -12,9 +12,8 @@
 # --python=PROGRAM                 interpreter; default $PYTHON, otherwise python3
 # --dry_run                        only print what would run
 set -euo pipefail
-cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
-source launch/lib.sh
+source "$(dirname "$0")/lib.sh"
 
 # shellcheck disable=SC2034  # some are read only through their names
 nodes=1 gpus_per_node=8 cpus_per_gpu=8 time="" partition="" account=""

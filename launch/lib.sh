@@ -2,6 +2,11 @@
 # Shared by the launchers: reads arguments, and runs or shows commands.
 # Works with bash 3.2, the version on a Mac.
 
+# This folder is launch/ of a clone, or atebm_jax/launch/ where the package is installed.
+above=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# A clone need not be installed: paths and python -m start at its root.
+[ ! -f "$above/pyproject.toml" ] || cd "$above" || exit
+
 # Ends with one sentence and exit code 2, like python -m atebm_jax.main.
 die() {
     echo "error: $*" >&2
@@ -40,8 +45,8 @@ parse() {
     done
     [ -n "$workdir" ] ||
         die "CONFIG and WORKDIR are needed: $usage [--OPTION=VALUE ...] CONFIG WORKDIR [--config.FIELD=VALUE ...]"
-    [ -f "${config%%:*}" ] ||
-        die "there is no config file ${config%%:*}: give one such as configs/digits.py, or configs/cifar10.py:small with a row."
+    [ -f "${config%%:*}" ] || [ -f "$above/configs/${config%%:*}.py" ] ||
+        die "there is no config file ${config%%:*}: give one such as configs/digits.py, or one of the package by its name such as digits, or with a row cifar10:small."
 }
 
 # need OPTION WHAT: refuses an option without a value.

@@ -8,9 +8,8 @@
 #                          if this machine is one of several: the same on all but I
 # --dry_run                only print what would run
 set -euo pipefail
-cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
-source launch/lib.sh
+source "$(dirname "$0")/lib.sh"
 
 python=${PYTHON:-python3} coordinator="" num_processes="" process_id=""
 parse "python coordinator num_processes process_id" "$@"

@@ -11,9 +11,8 @@
 # --python=PROGRAM         interpreter there; default .venv/bin/python in that folder
 # --dry_run                only print what would run
 set -euo pipefail
-cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
-source launch/lib.sh
+source "$(dirname "$0")/lib.sh"
 
 tpu="" zone="" project="" remote_dir=atebm_jax python=.venv/bin/python
 parse "tpu zone project remote_dir python" "$@"

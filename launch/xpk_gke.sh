@@ -15,9 +15,8 @@
 # --python=PROGRAM             interpreter in the container; default python3
 # --dry_run                    only print what would run
 set -euo pipefail
-cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
-source launch/lib.sh
+source "$(dirname "$0")/lib.sh"
 
 cluster="" zone="" project="" tpu_type="" image="" num_slices=1 max_restarts=50
 python=python3

@@ -38,11 +38,12 @@ ORDER = (
     "preemption",
     "seeds",
     "checksums",
-    "zoo",
+    "fitting",
+    "release_format",
+    "model_names",
     "checkpoint",
     "trained",
     "compilation",
-    "fitting",
     "intact",
     "archs",
     "convert",
@@ -54,6 +55,7 @@ ORDER = (
     "pictures",
     "evaluate",
     "sample",
+    "release",
     "train",
     "hlo",
     "dry_run",
@@ -89,7 +91,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "pictures": {"names", "metrics", "data", "storage"},
     "reachability": {"ascent", "data", "drawing", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
-    | {"names", "local_path", "storage", "progress", "trained", "zoo"},
+    | {"names", "local_path", "storage", "progress"},
 }
 
 # No file, no clock, no log, no process: nothing but what these offer.

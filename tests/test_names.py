@@ -14,7 +14,7 @@ from atebm_jax import (
     names,
     storage,
 )
-from atebm_jax.convert import files, importing
+from atebm_jax.convert import files
 from atebm_jax.data import prepare
 
 # What Python makes of the bytes b"caf\xe9".
@@ -50,7 +50,7 @@ def refused(path):
         "--to of prepare": lambda: prepare.prepare(source, path),
         "the prepared set": lambda: data.open_source(f"prepared:{path}"),
         "data_dir": lambda: data.open_source("tfds:cifar10:test", path),
-        "--to": lambda: importing.check_target(path),
+        "--to": lambda: storage.check_new_folder("--to", path),
     }
 
 

@@ -3,7 +3,6 @@
     python -m atebm_jax.convert --list
     python -m atebm_jax.convert --from=FILE --to=DIR
     python -m atebm_jax.convert --from=WORKDIR --export=safetensors --to=FILE
-    python -m atebm_jax.convert --from=WORKDIR --export=zoo --to=DIR
 
 Exit codes: 0 done; 2 a mistake in flags or files, said in one sentence.
 """
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 # Of the fixed image: the network's features of a larger one take tens of gigabytes.
 _LARGEST_SIDE = 4096
-# Flags of `--export=zoo` alone.
-_OF_ZOO = ("command", "licence", "report")
 # Logits that are shown; all are in import.json.
 _SHOWN_LOGITS = 10
 
@@ -48,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         help=".pt, .pth, .ckpt, .tar or .safetensors; with --export a workdir or "
         "checkpoint of this project",
     )
-    add("--to", help="new folder; with --export=safetensors a file")
+    add("--to", help="new folder; with --export a file")
     add("--list", action="store_true", help="print the networks that can be read")
     add("--arch", default="auto", help="resnet50, say; default auto")
     add("--entry", help="which of several networks in the file")
@@ -62,16 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--activation", help="relu, silu (swish) or gelu: no file says it")
     add("--image_size", type=int, help="side of the images in pixels")
     add("--classes_file", help="names of the classes, one a line: no file says them")
-    add(
-        "--export",
-        help="safetensors: PyTorch's names and layouts; zoo: a small folder that is "
-        "read like a workdir",
-    )
-    add("--command", help="with --export=zoo: what trained the weights, for the reader")
-    add("--licence", help="with --export=zoo: of the weights")
-    add(
-        "--report", help="with --export=zoo: report.json of an evaluation of the result"
-    )
+    add("--export", help="safetensors: PyTorch's names and layouts")
     add("--verbose", action="store_true", help="list every parameter")
     return parser
 
@@ -92,19 +80,11 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     # Imported late, so that --help answers at once.
     from atebm_jax.convert import exporting
 
-    described = {name: getattr(flags, name) for name in _OF_ZOO}
-    if flags.export != "zoo" and any(described.values()):
-        given = next(name for name, value in described.items() if value)
-        raise UserError(f"--{given} belongs to --export=zoo: leave it out.")
     if flags.list:
         _list(console)
     elif flags.export is not None:
-        check_choice("--export", flags.export, ("safetensors", "zoo"))
-        if flags.export == "zoo":
-            lines = exporting.to_zoo(flags.source, flags.to, **described)
-        else:
-            lines = exporting.export(flags.source, flags.to)
-        for line in lines:
+        check_choice("--export", flags.export, ("safetensors",))
+        for line in exporting.export(flags.source, flags.to):
             say(console, line)
     else:
         _import(flags, console)
@@ -133,6 +113,7 @@ def _list(console: Console) -> None:
 
 
 def _import(flags: argparse.Namespace, console: Console) -> None:
+    from atebm_jax import storage
     from atebm_jax.convert import importing, normalization
 
     if flags.image_size is not None and not 1 <= flags.image_size <= _LARGEST_SIDE:
@@ -141,7 +122,7 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
             f"{_LARGEST_SIDE} pixels at most."
         )
     asked = normalization.parse(flags.normalization, flags.mean, flags.std)
-    importing.check_target(flags.to)
+    storage.check_new_folder("--to", flags.to)
     made = importing.read(
         flags.source,
         arch=flags.arch,

@@ -21,10 +21,9 @@ from atebm_jax.convert import layouts, names, normalization
 from atebm_jax.convert.files import Source, open_source, refusal
 from atebm_jax.convert.normalization import Normalization
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.local_path import local
 from atebm_jax.models.family import Shapes
 from atebm_jax.models.layers import ACTIVATIONS
-from atebm_jax.names import check_utf8, of_class
+from atebm_jax.names import of_class
 
 
 class Imported(NamedTuple):
@@ -323,27 +322,13 @@ def with_class_names(imported: Imported, path: str | os.PathLike) -> Imported:
     return imported._replace(class_names=tuple(names))
 
 
-def check_target(to: str | os.PathLike) -> None:
-    """Refuses a folder that cannot be written, or is there and not empty.
-
-    Raises:
-      UserError: something is there, or it is no local path.
-    """
-    check_utf8("--to", to)
-    folder = checkpoint.absolute(local("--to", to))
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--to={to} is not empty: give a new folder.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--to={to} is no folder: give a new folder.")
-
-
 def write(imported: Imported, to: str | os.PathLike) -> None:
     """Writes a folder that looks like a workdir, complete or not at all.
 
     Raises:
       UserError: something is there, or it cannot be written.
     """
-    check_target(to)
+    storage.check_new_folder("--to", to)
     config = checkpoint.as_json(imported.config)
     with storage.appears_whole(to) as made:
         folder = epath.Path(made)

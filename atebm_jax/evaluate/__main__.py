@@ -30,6 +30,13 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_list(
     "metrics", ["all"], "all, or some of the metrics' names.", flag_values=_FLAGS
 )
+flags.DEFINE_list(
+    "compare",
+    [],
+    "Folders of finished evaluations, FOLDER or NAME=FOLDER, to show side by side in "
+    "--out/report.html.",
+    flag_values=_FLAGS,
+)
 flags.DEFINE_bool(
     "classes_by_place",
     False,
@@ -37,7 +44,7 @@ flags.DEFINE_bool(
     flag_values=_FLAGS,
 )
 for _name, _text in {
-    "workdir": "Workdir whose model is evaluated, or zoo:NAME of the package.",
+    "workdir": "Workdir, release, or name (hf:OWNER/NAME, zoo:NAME) of the model.",
     "checkpoint": "Instead of --workdir: a stage's or a step's folder.",
     "out": "Default: WORKDIR/evaluation; of zoo:NAME zoo_NAME/evaluation.",
     "best_by": "robust_accuracy or sample_distance: that checkpoint.",
@@ -76,6 +83,8 @@ for _name, _field in _OPTIONS.items():
 def main(argv: Sequence[str]) -> None:
     """Runs the evaluation that the flags describe."""
     del argv
+    if _FLAGS.compare:
+        return command_line.run(lambda _: _compare(), stopped="nothing was written")
     out = _FLAGS.out or f"{beside(_FLAGS.workdir)}/evaluation"
     kept = f"what is finished is kept in {out}; the same command goes on"
     command_line.run(lambda _: _evaluate(out), stopped=kept)
@@ -113,6 +122,18 @@ def _evaluate(out: str) -> None:
     say(console, f"report and plots are in {out}")
 
 
+def _compare() -> None:
+    from atebm_jax import storage
+    from atebm_jax.evaluate import html
+    from atebm_jax.progress import say
+
+    command_line.quiet_libraries()
+    command_line.check_platform()
+    metrics = [] if _FLAGS.metrics == ["all"] else _FLAGS.metrics
+    html.compare(_FLAGS.compare, metrics, storage.reached(_FLAGS.out))
+    say(Console(), f"the comparison is in {_FLAGS.out}/{html.FILE}")
+
+
 def _options() -> Options:
     values: dict[str, Any] = {}
     for name, field in _OPTIONS.items():
@@ -148,6 +169,13 @@ def _parse(argv: list[str]) -> list[str]:
         rest = _FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
+        if _FLAGS.compare:
+            if _FLAGS.workdir or _FLAGS.checkpoint or not _FLAGS.out:
+                raise UserError(
+                    "--compare reads finished evaluations: give --out, a folder, and "
+                    "neither --workdir nor --checkpoint."
+                )
+            return rest
         if bool(_FLAGS.workdir) == bool(_FLAGS.checkpoint):
             raise UserError("give --workdir or --checkpoint, one of the two.")
         if (_FLAGS.norm is None) != (_FLAGS.epsilon is None):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atebm_jax import storage
+from atebm_jax.errors import UserError
 from atebm_jax.names import printable
 
 _CLASSES_SHOWN = 20
@@ -74,17 +75,44 @@ def show_stages(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def write_figures(folder: epath.Path, report: Mapping[str, Any]) -> None:
-    """Writes `report.json` and `report.md`, or says why not with a `UserError`."""
+    """Writes `report.json`, `.md` and `.html`, or says why not with a `UserError`."""
+    from atebm_jax.evaluate import html
+
+    finite = _finite(report)
     with storage.writing(folder):
-        storage.write_json(folder / "report.json", _finite(report), allow_nan=False)
+        storage.write_json(folder / "report.json", finite, allow_nan=False)
         storage.replace_text(folder / "report.md", markdown(report))
+        whole = html.page([html.of_folder("", finite, folder)])
+        storage.replace_text(folder / html.FILE, whole)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: table, protocol and plots of each metric."""
+def read_figures(folder: epath.Path) -> dict[str, Any]:
+    """The report of an evaluation, from the folder that `write_figures` wrote to.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): give the folder that "
+            "python -m atebm_jax.evaluate wrote to."
+        ) from error
+    if not isinstance(report, dict) or "metrics" not in report:
+        raise UserError(
+            f"{path} is no report of an evaluation: give the folder that "
+            "python -m atebm_jax.evaluate wrote to, WORKDIR/evaluation say."
+        )
+    return report
+
+
+def facts(report: Mapping[str, Any]) -> list[str]:
+    """What was measured on what, in sentences."""
     source, test = report["checkpoint"], report["data"]["test"]
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    facts = [
+    return [
         f"Checkpoint {source['path']}, {source['stage']} step {source['step']}, "
         + f"averaged weights, SHA-256 {source['averaged_weights_sha256']}.",
         f"Test images: {test['num_images']} of {test['num_in_source']} of "
@@ -93,20 +121,36 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"Seed {report['seed']}; {report['device']}; {versions}.",
         *report["notes"],
     ]
-    lines = ["# Evaluation", "", *(f"- {fact}" for fact in facts)]
+
+
+def markdown(report: Mapping[str, Any], *, level: int = 1, folder: str = "") -> str:
+    """The report as Markdown: table, protocol and plots of each metric.
+
+    Args:
+      report: as `read_figures` returns it.
+      level: of its heading.
+      folder: of the plots, with a slash at its end.
+    """
+    heading = "#" * level
+    lines = [f"{heading} Evaluation", "", *(f"- {fact}" for fact in facts(report))]
     for name, result in report["metrics"].items():
-        lines += ["", f"## {name}", "", "| figure | value | 95 % interval | count |"]
+        lines += [
+            "",
+            f"{heading}# {name}",
+            "",
+            "| figure | value | 95 % interval | count |",
+        ]
         lines += ["|---|---:|---:|---:|"]
         for row in _rows(result["figures"]):
             cells = (cell.replace("|", "&#124;") for cell in row)
             lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *(f"- {k}: {_text(v)}" for k, v in result["protocol"].items())]
+        lines += ["", *(f"- {k}: {in_words(v)}" for k, v in result["protocol"].items())]
         lines += [
             f"- Frechet distance per class, {name}: {_classes(figures)}"
             for name, figures in result.get("per_class", {}).items()
         ]
         plots = result.get("plots", ())
-        lines += [""] * bool(plots) + [f"![{plot}]({plot})" for plot in plots]
+        lines += [""] * bool(plots) + [f"![{plot}]({folder}{plot})" for plot in plots]
     # Names of folders may hold line breaks, which would end a row.
     return "\n".join(map(printable, lines)) + "\n"
 
@@ -135,20 +179,27 @@ def show_figures(console: Console, report: Mapping[str, Any]) -> None:
 
 def _rows(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for name, figure in figures.items():
-        interval = figure.get("interval_95")
+        value = figure["value"]
         yield (
             name,
-            f"{figure['value']:.4f}",
-            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+            "none" if value is None else f"{value:.4f}",
+            interval_in_words(figure),
             str(figure.get("count", "")),
         )
 
 
-def _text(value: Any) -> str:
+def interval_in_words(figure: Mapping[str, Any]) -> str:
+    """The 95 % interval of a figure, "" where it has none."""
+    low, high = figure.get("interval_95") or (None, None)
+    return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
+def in_words(value: Any) -> str:
+    """A value of a protocol, as a person reads it."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{k} {_text(v)}" for k, v in value.items())
+        return "; ".join(f"{k} {in_words(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value)) or "none"
+        return ", ".join(map(in_words, value)) or "none"
     return str(value) or "none"
 
 

@@ -20,7 +20,6 @@ from atebm_jax import (
     sharding,
     storage,
     trained,
-    zoo,
 )
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError, check_choice
@@ -37,6 +36,7 @@ from atebm_jax.evaluate import (
 )
 from atebm_jax.evaluate.context import Context, Judge, Options
 from atebm_jax.evaluate.store import Store
+from atebm_jax.model_names import located
 from atebm_jax.progress import ShowFn
 from atebm_jax.trained import Trained
 from atebm_jax.workdir_lock import held
@@ -118,7 +118,7 @@ def evaluate(
     loaded = trained.load(path, best_by=best_by)
     settings = _settings(loaded, config, data_dir)
     folder = storage.reached(out)
-    _check_out(folder, zoo.reached(path), checkpoint.find(path, best_by=best_by))
+    _check_out(folder, located(path), checkpoint.find(path, best_by=best_by))
     # By place, as for a network that does not name its classes.
     names = None if classes_by_place else loaded.class_names
     context = _context(

@@ -81,8 +81,8 @@ def windows(x: Any, side: int) -> Any:
 
 def from_windows(x: jax.Array, side: int, height: int, width: int) -> jax.Array:
     """The inverse of `windows`: [B, windows, side^2, C] -> [B, height, width, C]."""
-    shape = (len(x), height // side, width // side, side, side, x.shape[-1])
-    return x.reshape(shape).swapaxes(2, 3).reshape(len(x), height, width, -1)
+    shape = (x.shape[0], height // side, width // side, side, side, x.shape[-1])
+    return x.reshape(shape).swapaxes(2, 3).reshape(x.shape[0], height, width, -1)
 
 
 def mask(height: int, width: int, side: int, shift: tuple[int, int]) -> np.ndarray:

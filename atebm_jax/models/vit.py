@@ -87,8 +87,8 @@ class ViT(family.Network):
         position = self._position(channels, (x.shape[1], x.shape[2]))
         shape = (1, 1, channels)
         token = self.param("cls_token", nn.initializers.normal(1e-6), shape)
-        tokens = jnp.broadcast_to(token, (len(x), 1, channels)).astype(x.dtype)
-        x = jnp.concatenate([tokens, x.reshape(len(x), -1, channels)], axis=1)
+        tokens = jnp.broadcast_to(token, (x.shape[0], 1, channels)).astype(x.dtype)
+        x = jnp.concatenate([tokens, x.reshape(x.shape[0], -1, channels)], axis=1)
         x = x + position
         for index in range(DEPTH):
             x = block(heads, self.dtype, name=f"block{index}")(x)

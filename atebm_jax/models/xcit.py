@@ -134,7 +134,7 @@ class Block(nn.Module):
             self.param(f"gamma{k}", nn.initializers.ones, (channels,))[None, None, None]
             for k in (1, 2, 3)
         ]
-        y = layer_norm(x, "norm1").reshape(len(x), -1, channels)
+        y = layer_norm(x, "norm1").reshape(x.shape[0], -1, channels)
         y = CrossCovariance(self.heads, self.dtype, name="attn")(y)
         x = x + scales[0] * y.reshape(x.shape)
         # The authors number these layers 3, though they come before those of number 2.
@@ -178,7 +178,7 @@ class ClassBlock(nn.Module):
             for name, y in parts.items()
         )
         y = jax.nn.dot_product_attention(query, key, value)
-        return at_least_float32(dense(name="proj")(y.reshape(len(x), 1, channels)))
+        return at_least_float32(dense(name="proj")(y.reshape(x.shape[0], 1, channels)))
 
 
 def position_code(height: int, width: int) -> np.ndarray:
@@ -241,8 +241,8 @@ class XCiT(family.Network):
             x = block(heads, self.dtype, name=f"block{index}")(x, train)
         shape = (1, 1, channels)
         token = self.param("cls_token", INIT, shape).astype(x.dtype)
-        tokens = jnp.broadcast_to(token, (len(x), 1, channels))
-        x = jnp.concatenate([tokens, x.reshape(len(x), -1, channels)], axis=1)
+        tokens = jnp.broadcast_to(token, (x.shape[0], 1, channels))
+        x = jnp.concatenate([tokens, x.reshape(x.shape[0], -1, channels)], axis=1)
         for index in range(CLASS_BLOCKS):
             x = class_block(heads, self.dtype, name=f"class{index}")(x)
         x = layer_norm(x[:, 0], "norm")

@@ -99,7 +99,11 @@ def _parser(command: str, description: str, out: str) -> Parser:
     program = f"python -m atebm_jax.sample{command}"
     parser = Parser(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--workdir", required=True, help="workdir, one of its checkpoints, or zoo:NAME")
+    add(
+        "--workdir",
+        required=True,
+        help="workdir, checkpoint, release, hf:OWNER/NAME or zoo:NAME",
+    )
     add("--best_by", help="robust_accuracy or sample_distance: that checkpoint")
     add(
         "--classes_by_place",

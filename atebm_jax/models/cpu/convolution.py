@@ -59,9 +59,9 @@ def _product_of_tiles(
         images = images[:, :: strides[0], :: strides[1]]
     rows, columns = images.shape[1] // height, images.shape[2] // width
     images = images[:, : rows * height, : columns * width]
-    tiles = images.reshape(len(images), rows, height, columns, width, inputs)
+    tiles = images.reshape(images.shape[0], rows, height, columns, width, inputs)
     tiles = tiles.transpose(0, 1, 3, 2, 4, 5)
-    tiles = tiles.reshape(len(images), rows, columns, height * width * inputs)
+    tiles = tiles.reshape(images.shape[0], rows, columns, height * width * inputs)
     return tiles @ kernel.reshape(-1, outputs)
 
 

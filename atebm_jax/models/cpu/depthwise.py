@@ -70,7 +70,7 @@ def _sum_pixels(images: jax.Array, weights: jax.Array) -> jax.Array:
     # For every pixel q what it adds to each p: [q, p, C]. Behind the barrier, XLA makes
     # it once before a loop, not in each step.
     table = lax.optimization_barrier(weights[row_shift, column_shift, 0, 0])
-    pixels = images.reshape(len(images), height * width, -1)
+    pixels = images.reshape(images.shape[0], height * width, -1)
     total = sum(pixels[:, q, None, :] * table[None, q] for q in range(height * width))
     return jnp.asarray(total).reshape(images.shape)
 

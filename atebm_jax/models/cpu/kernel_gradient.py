@@ -38,15 +38,17 @@ def kernel_gradient(
       strides, padding: of the convolution.
     """
     sums = np.promote_types(images.dtype, np.float32)
-    devices, count = jax.device_count(), len(images)
-    if count == 0:
+    devices, count = jax.device_count(), images.shape[0]
+    # A program that is exported for batches of any size takes all images in one turn.
+    known = isinstance(count, int)
+    if known and count == 0:
         return jnp.zeros((*window, images.shape[-1], cotangent.shape[-1]), sums)
-    shares = devices if count % devices == 0 else 1
+    shares = devices if known and count % devices == 0 else 1
     images, cotangent = (
         x.reshape(shares, count // shares, *x.shape[1:]) for x in (images, cotangent)
     )
     of_a_share, made = cotangent.shape[1], math.prod(cotangent.shape[2:4])
-    few = largest_divisor(of_a_share, _PIXELS // made)
+    few = largest_divisor(of_a_share, _PIXELS // made) if known else of_a_share
 
     def product(turn: jax.Array | int) -> jax.Array:
         taken, caused = (

@@ -1,0 +1,306 @@
+"""Evaluations as one HTML file: tables that sort, pictures inside, nothing to load.
+
+Several evaluations stand side by side where their figures mean the same.
+"""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from atebm_jax import storage
+from atebm_jax.config import flatten
+from atebm_jax.errors import UserError
+from atebm_jax.evaluate import report as reports
+from atebm_jax.names import printable
+
+FILE = "report.html"
+
+
+class Evaluation(NamedTuple):
+    """name: "" for a single one; report: of `report.json`; pictures: PNG by name."""
+
+    name: str
+    report: Mapping[str, Any]
+    pictures: Mapping[str, bytes]
+
+
+def of_folder(name: str, report: Mapping[str, Any], folder: epath.Path) -> Evaluation:
+    """An evaluation with the plots that lie in its folder."""
+    plots = (p for x in report["metrics"].values() for p in x.get("plots", ()))
+    found = {plot: folder / plot for plot in plots if (folder / plot).exists()}
+    return Evaluation(
+        name, report, {plot: path.read_bytes() for plot, path in found.items()}
+    )
+
+
+def compare(places: Sequence[str], metrics: Sequence[str], out: epath.Path) -> None:
+    """Writes several evaluations into one file, side by side.
+
+    Args:
+      places: NAME=FOLDER or FOLDER of each: where `evaluate` wrote to, or a workdir.
+      metrics: names of those to show; empty for all.
+      out: folder of the file.
+
+    Raises:
+      UserError: fewer than two, one that cannot be read, two that measured differently
+        (the field is named), or the file cannot be written.
+    """
+    named = [(name or place, place or name) for name, _, place in _parted(places)]
+    names = [name for name, _ in named]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise UserError(
+            f"--compare={','.join(places)}: give two or more evaluations, each once, "
+            "as FOLDER or NAME=FOLDER."
+        )
+    evaluations = [_read(name, place, metrics) for name, place in named]
+    for other in evaluations[1:]:
+        _check_comparable(evaluations[0], other)
+    with storage.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        storage.replace_text(out / FILE, page(evaluations))
+
+
+def _parted(places: Sequence[str]) -> Iterable[tuple[str, str, str]]:
+    return (place.partition("=") for place in places)
+
+
+def _read(name: str, place: str, metrics: Sequence[str]) -> Evaluation:
+    folder = storage.reached(place)
+    if (folder / "evaluation" / "report.json").exists():
+        folder = folder / "evaluation"
+    report = reports.read_figures(folder)
+    missing = [m for m in metrics if m not in report["metrics"]]
+    if missing:
+        raise UserError(
+            f"the evaluation in {folder} has no metric {missing[0]!r}: it has "
+            f"{', '.join(report['metrics'])}."
+        )
+    wanted = {k: x for k, x in report["metrics"].items() if not metrics or k in metrics}
+    return of_folder(name, report | {"metrics": wanted}, folder)
+
+
+# What may differ: where the same images lie, and remarks.
+_MAY_DIFFER = {"source", "num_in_source", "notes"}
+# How a model is sampled is its own choice, as its weights are.
+_OWN_CHOICE = {"seeds", "sampler", "step_size", "num_steps", "sweep", "sweep_samples"}
+_OWN_CHOICE |= {"undecodable_seeds"}
+
+
+def _check_comparable(one: Evaluation, other: Evaluation) -> None:
+    """Refuses two evaluations whose figures do not mean the same."""
+    common = [m for m in one.report["metrics"] if m in other.report["metrics"]]
+    if not common:
+        raise UserError(f"{one.name} and {other.name} have no metric in common.")
+    before, after = (_decisive(x.report, common) for x in (one, other))
+    for field in {**before, **after}:
+        if before.get(field) != after.get(field):
+            raise UserError(
+                f"{one.name} and {other.name} cannot be compared: {field} is "
+                f"{before.get(field, 'absent')!r} and {after.get(field, 'absent')!r}; "
+                "evaluate both alike, or show other metrics with --metrics."
+            )
+
+
+def _decisive(report: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, Any]:
+    """Fields that must be equal where figures are compared."""
+    fields = dict(flatten({"data": report["data"]}))
+    for metric in metrics:
+        own = dict(flatten(report["metrics"][metric]["protocol"], f"{metric}."))
+        if metric == "generation":
+            own = {k: x for k, x in own.items() if k.split(".")[1] not in _OWN_CHOICE}
+        fields |= own
+    return {
+        name: value
+        for name, value in fields.items()
+        if name.rpartition(".")[2] not in _MAY_DIFFER
+    }
+
+
+def page(evaluations: Sequence[Evaluation]) -> str:
+    """The whole file."""
+    title = " · ".join(["Evaluation", *(e.name for e in evaluations if e.name)])
+    metrics = dict.fromkeys(m for e in evaluations for m in e.report["metrics"])
+    links = "".join(f'<a href="#{_text(m)}">{_text(m)}</a>' for m in metrics)
+    sections = "".join(_section(metric, evaluations) for metric in metrics)
+    facts = "".join(map(_facts, evaluations))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<header><h1>Evaluation</h1><nav>{links}</nav></header>"
+        f'<main><div class="facts">{facts}</div>{sections}</main>'
+        f"<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _facts(evaluation: Evaluation) -> str:
+    items = "".join(
+        f"<li>{_text(fact)}</li>" for fact in reports.facts(evaluation.report)
+    )
+    heading = f"<h2>{_text(evaluation.name)}</h2>" * bool(evaluation.name)
+    return f"<article>{heading}<ul>{items}</ul></article>"
+
+
+def _section(metric: str, evaluations: Sequence[Evaluation]) -> str:
+    """Table, protocol and pictures of a metric."""
+    measured = [e for e in evaluations if metric in e.report["metrics"]]
+    results = {e.name: e.report["metrics"][metric] for e in measured}
+    parts = [f'<section id="{_text(metric)}"><h2>{_text(metric)}</h2>']
+    parts.append(_table(results, len(evaluations) > 1))
+    for e in measured:
+        heading = f" of {_text(e.name)}" * bool(e.name)
+        items = "".join(
+            f"<dt>{_text(k)}</dt><dd>{_text(reports.in_words(v))}</dd>"
+            for k, v in results[e.name]["protocol"].items()
+        )
+        parts.append(
+            f"<details><summary>Protocol{heading}</summary><dl>{items}</dl></details>"
+        )
+    shown = "".join(_pictures(e, results[e.name]) for e in measured)
+    parts.append(f'<div class="pictures">{shown}</div>' * bool(shown))
+    return "".join([*parts, "</section>"])
+
+
+def _table(results: Mapping[str, Any], together: bool) -> str:
+    """Values of several evaluations, a column each; or of one, with all about it."""
+    figures = [result["figures"] for result in results.values()]
+    names = dict.fromkeys(name for own in figures for name in own)
+    if together:
+        titles = ["figure", *results]
+        rows = [[_name(n), *(_in_short(own.get(n)) for own in figures)] for n in names]
+    else:
+        titles = ["figure", "value", "95 % interval", "count"]
+        rows = [[_name(n), *_in_full(figures[0][n])] for n in names]
+    head = "".join(
+        f'<th aria-sort="none"><button>{_text(title)}</button></th>' for title in titles
+    )
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _name(text: str) -> str:
+    return f'<th scope="row">{_text(text)}</th>'
+
+
+def _in_full(figure: Mapping[str, Any]) -> list[str]:
+    """Three cells: value, interval (which sorts by its lower end), count."""
+    interval, count = figure.get("interval_95"), figure.get("count")
+    return [
+        _cell(_number(figure["value"]), figure["value"]),
+        _cell(reports.interval_in_words(figure), interval and interval[0]),
+        _cell("" if count is None else str(count), count),
+    ]
+
+
+def _in_short(figure: Mapping[str, Any] | None) -> str:
+    """One cell: the value, and its interval below."""
+    if figure is None:
+        return _cell("", None)
+    words = _text(reports.interval_in_words(figure))
+    small = f"<small>{words}</small>" * bool(words)
+    return _cell(_number(figure["value"]), figure["value"], small)
+
+
+def _number(value: float | None) -> str:
+    """Null stands for a figure that was no number."""
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _cell(shown: str, value: float | None, more: str = "") -> str:
+    """A cell that sorts by a number, or last without one."""
+    known = "" if value is None else f' data-value="{value!r}"'
+    return f"<td{known}>{_text(shown)}{more}</td>"
+
+
+def _pictures(evaluation: Evaluation, result: Mapping[str, Any]) -> str:
+    shown = []
+    for plot in result.get("plots", ()):
+        if plot in evaluation.pictures:
+            name = plot.removesuffix(".png").replace("_", " ")
+            data = base64.b64encode(evaluation.pictures[plot]).decode()
+            words = _text(", ".join(filter(None, [name, evaluation.name])))
+            shown.append(
+                f'<figure><img alt="{words}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{words}</figcaption></figure>"
+            )
+    return "".join(shown)
+
+
+def _text(text: str) -> str:
+    return escape(printable(str(text)))
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #d5d9e0; --soft: #f3f5f8; --ink: #1c2330;
+  --dim: #5d6778; --back: #fff; --mark: #2457c5; }
+@media (prefers-color-scheme: dark) { :root { --line: #343b48; --soft: #1d222b;
+  --ink: #e6e9ef; --dim: #9aa4b5; --back: #14171d; --mark: #86aefc; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+header { position: sticky; top: 0; z-index: 1; background: var(--back);
+  border-bottom: 1px solid var(--line); padding: .6rem 1.2rem; display: flex;
+  flex-wrap: wrap; gap: .2rem 1.6rem; align-items: baseline; }
+h1 { font-size: 1.2rem; margin: 0; }
+h2 { font-size: 1.15rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+a { color: var(--mark); text-decoration: none; }
+main { max-width: 68rem; margin: 0 auto; padding: 1.2rem; }
+.facts { display: grid; gap: 1rem; grid-template-columns:
+  repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
+article { background: var(--soft); border-radius: .5rem; padding: .9rem 1.1rem;
+  font-size: .85rem; color: var(--dim); }
+article h2 { color: var(--ink); }
+ul { margin: 0; padding-left: 1.1rem; overflow-wrap: anywhere; }
+section { margin-top: 2.2rem; scroll-margin-top: 5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: right;
+  font-variant-numeric: tabular-nums; }
+th:first-child { text-align: left; font-weight: 500; overflow-wrap: anywhere;
+  width: 40%; min-width: 11rem; }
+thead button { all: unset; cursor: pointer; font-weight: 600; }
+thead button:focus-visible { outline: 2px solid var(--mark); }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+tbody tr:hover { background: var(--soft); }
+small { display: block; color: var(--dim); white-space: nowrap; }
+details { margin: .7rem 0; font-size: .85rem; }
+summary { cursor: pointer; color: var(--mark); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
+  overflow-wrap: anywhere; margin: .6rem 0; }
+dt { color: var(--dim); }
+dd { margin: 0; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+figure { margin: 1rem 0 0; max-width: 100%; }
+img { max-width: 100%; background: #fff; border-radius: .5rem; padding: .4rem;
+  border: 1px solid var(--line); }
+figcaption { font-size: .8rem; color: var(--dim); overflow-wrap: anywhere; }
+"""
+
+# A click on a column's title sorts by it; cells without a value come last.
+_SCRIPT = """
+for (const button of document.querySelectorAll("thead button")) {
+  button.addEventListener("click", () => {
+    const head = button.parentElement, column = head.cellIndex;
+    const sign = head.ariaSort === "descending" ? 1 : column || head.ariaSort !== "none"
+      ? -1 : 1;
+    for (const other of head.parentElement.cells) other.ariaSort = "none";
+    head.ariaSort = sign > 0 ? "ascending" : "descending";
+    const body = head.closest("table").tBodies[0];
+    const key = row => row.cells[column].dataset.value;
+    const compare = (a, b) => {
+      if (!column) return sign * a.cells[0].textContent.localeCompare(
+        b.cells[0].textContent, undefined, { numeric: true });
+      if (key(a) === undefined || key(b) === undefined)
+        return (key(a) === undefined) - (key(b) === undefined);
+      return sign * (key(a) - key(b));
+    };
+    body.append(...[...body.rows].sort(compare));
+  });
+}
+"""

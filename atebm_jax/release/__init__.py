@@ -1,0 +1,1 @@
+"""Trained models for others: a folder in the layout of model hubs."""
