@@ -223,6 +223,11 @@ class MeanSparse(nn.Module):
         return jnp.where(jnp.abs(wide - mean) < distance, mean.astype(x.dtype), x)
 
 
+def sparsified(x: jax.Array, name: str, layer: Any) -> jax.Array:
+    """The activations, after a `MeanSparse` of this name where `layer.sparse` is."""
+    return MeanSparse(name=name)(x) if layer.sparse else x
+
+
 def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
     """Layer normalisation over the last axis, in float32 at least.
 
@@ -267,15 +272,17 @@ def self_attention(
     return at_least_float32(dense(channels, name="proj")(y))
 
 
-def mlp(x: jax.Array, dtype: Any) -> jax.Array:
-    """Dense layers "fc1" and "fc2", four times as wide between, with GELU.
+def mlp(
+    x: jax.Array, dtype: Any, activation: Callable[[jax.Array], jax.Array] = gelu
+) -> jax.Array:
+    """Dense layers "fc1" and "fc2", four times as wide between, with an activation.
 
     Call it once inside a module's compact method. The result, [..., channels] as the
     input, is in float32 at least.
     """
     channels = x.shape[-1]
     dense = partial(nn.Dense, dtype=dtype, kernel_init=INIT)
-    y = gelu(dense(4 * channels, name="fc1")(x))
+    y = activation(dense(4 * channels, name="fc1")(x))
     return at_least_float32(dense(channels, name="fc2")(y))
 
 
@@ -300,3 +307,18 @@ def normalize(
         jnp.asarray(x, images.dtype)[None, None, None] for x in (mean, std)
     )
     return (images - centre) / scale
+
+
+def standardize(images: jax.Array) -> jax.Array:
+    """Each image minus its own mean, by its own standard deviation, all channels alike.
+
+    The deviation is that of a sample (n - 1) and at least 1 / sqrt(n), for an image of
+    one colour; n = H W C.
+
+    Args:
+      images: [B, H, W, C] float in [0, 1].
+    """
+    count = math.prod(images.shape[1:])
+    x = images - images.mean(axis=(1, 2, 3), keepdims=True)
+    variance = jnp.square(x).sum(axis=(1, 2, 3), keepdims=True) / max(count - 1, 1)
+    return x * lax.rsqrt(jnp.maximum(variance, 1 / count))

@@ -91,6 +91,14 @@ class PreActivated(family.Network, kw_only=True):
         """Channels of the first convolution, then of each group."""
         raise NotImplementedError
 
+    def active(self) -> Callable[[jax.Array], jax.Array]:
+        """The activation after each norm."""
+        return ACTIVATIONS[self.activation]
+
+    def classified(self, features: jax.Array) -> jax.Array:
+        """Logits [B, num_classes] of pooled features [B, last width]."""
+        return nn.Dense(self.num_classes, name="fc")(features)
+
     def squeezed(self, width: int) -> int:
         """Channels of squeeze and excitation in blocks of a width; 0 for none."""
         return 0
@@ -100,7 +108,7 @@ class PreActivated(family.Network, kw_only=True):
         self, images: jax.Array, *, train: bool = False, features: bool = False
     ) -> jax.Array:
         """Logits, or the pooled features [B, last width] before them."""
-        activation = ACTIVATIONS[self.activation]
+        activation = self.active()
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         stem, *widths = self.channels()
         if self.same_padding:
@@ -122,7 +130,7 @@ class PreActivated(family.Network, kw_only=True):
         x = batch_norm("bn1", train)(x)
         x = MeanSparse(name="sparse")(x) if self.sparse else x
         x = activation(x).mean(axis=(1, 2))
-        return x if features else nn.Dense(self.num_classes, name="fc")(x)
+        return x if features else self.classified(x)
 
 
 class WideResNet(PreActivated):
@@ -143,17 +151,17 @@ class WideResNet(PreActivated):
         return (16, *(self.widen_factor * width for width in (16, 32, 64)))
 
 
-def build(config: ml_collections.ConfigDict) -> WideResNet:
-    """Builds a WideResNet from `config.model`.
+def build(
+    config: ml_collections.ConfigDict, kind: type[WideResNet] = WideResNet
+) -> WideResNet:
+    """Builds a WideResNet from `config.model`, or one of a kind of them.
 
     Raises:
       UserError: depth not 6n + 4, no width, unknown activation.
     """
     check_size(config.depth, config.widen_factor)
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    return WideResNet(
-        **family.network_fields(config, "depth", "widen_factor", "activation")
-    )
+    return kind(**family.network_fields(config, "depth", "widen_factor", "activation"))
 
 
 def check_size(depth: int, widen_factor: int) -> None:
@@ -195,6 +203,10 @@ def _unused(shapes: family.Shapes) -> tuple[set[str], str]:
     return set(twin) if twin == first else set(), f"under 'sub_block1.': {what}"
 
 
+def _without_bias(shapes: family.Shapes) -> bool:
+    return "fc.weight" in shapes and "fc.bias" not in shapes
+
+
 def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
     sizes = {"depth": depth, "widen_factor": widen_factor}
     return {**sizes, "num_classes": 10, **family.CIFAR10}
@@ -225,8 +237,9 @@ FAMILY = family.Family(
         side=lambda model: 32,
         usual=lambda model: None,
         who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
-        "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
-        "(Hendrycks2019)",
+        "RobustBench), --normalization=cifar10 (DAT, RATIO), --mean=0.5 --std=0.5 "
+        "(Hendrycks2019) or --normalization=per_image (Ding2020)",
+        look_alikes={"a WideResNet without a bias of its last layer": _without_bias},
         published="TRADES, MART, AWP, Carmon2019, Hendrycks2019 and others of "
         "RobustBench; DAT for CIFAR",
         unused=_unused,
