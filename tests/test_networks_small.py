@@ -464,6 +464,28 @@ def test_networks_of_other_sizes_are_refused(monkeypatch):
         read(wider, monkeypatch)
 
 
+def test_several_networks_that_act_as_one_are_refused(monkeypatch):
+    """As Chen2020 (ensemble), Bai2024 (mixture) and Kang2021 (sequence) are saved."""
+
+    def under(prefix, arrays):
+        return {f"{prefix}.{name}": array for name, array in arrays.items()}
+
+    small, wide = ones("small"), ones("deepmind")
+    ensemble = under("branch1", small) | under("branch2", small)
+    ensemble |= under("models.0", small) | under("models.1", small)
+    ensemble |= {"mu": np.ones((1, 3, 1, 1)) / 2, "sigma": np.ones((1, 3, 1, 1)) / 2}
+    with pytest.raises(UserError, match="holds several networks.*--entry=branch1 or"):
+        read(ensemble, monkeypatch)
+    mixture = under("rob_model", wide)
+    mixture["std_model.root.conv.weight"] = np.ones((8, 3, 7, 7), np.float32)
+    with pytest.raises(UserError, match="left over: 1 .std_model.*alone.*=rob_model"):
+        read(mixture, monkeypatch)
+    sequence = under("0", {n: x for n, x in wide.items() if "logits" not in n})
+    sequence["1.fc.weight"] = np.ones((64, 64), np.float32)
+    with pytest.raises(UserError, match="missing: 2 .logits.*left over: 1 .1.fc.weigh"):
+        read(sequence, monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("kind", "field", "value", "message"),
     [
