@@ -18,7 +18,8 @@ NETWORKS = [
     ("dm_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
     ("mean_sparse_wrn70_16", {"depth": 10, "widen_factor": 1}, 64),
     ("mean_sparse_ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
-    ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    # Groups of equal width, of which the second halves the resolution.
+    ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-8-8-16"}, 16),
     ("wrn34_r", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("wrn_a4", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("ra_wrn101_2", {"blocks": "1-1-1-1", "widths": "8-8-16-24-32"}, 32),

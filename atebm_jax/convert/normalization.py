@@ -261,7 +261,7 @@ def expected(family: str) -> str:
         named = [name for name, values in NORMALIZATIONS.items() if values == usual]
         said = f"give {torch.who}"
         if usual is not None:
-            numbers = described(Normalization(**usual, origin=""))
+            numbers = described(Normalization(usual["mean"], usual["std"], ""))
             said = f"{named[0] if named else numbers} is assumed"
         networks.setdefault(said, []).append(arch)
     if len(networks) == 1:

@@ -60,7 +60,9 @@ def _settle(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     def is_copy(name: str) -> bool:
         match = _COPY.fullmatch(name)
-        return bool(match) and np.array_equal(arrays[name], arrays.get(match[1], ()))
+        if match is None:
+            return False
+        return np.array_equal(arrays[name], arrays.get(match[1], ()))
 
     return {name: array for name, array in arrays.items() if not is_copy(name)}
 
@@ -96,7 +98,6 @@ FAMILY = family.Family(
         mark="activation.alpha",
         usual=lambda model: family.AS_THEY_ARE,
         who="",
-        activation="pssilu",
         bare={"alpha": 1, "beta": 1},
         settle=_settle,
         beside=_beside,

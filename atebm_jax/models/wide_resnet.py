@@ -31,7 +31,8 @@ _DEEPEST = 1000
 class Block(nn.Module):
     """Two 3x3 convolutions after norm and activation, with a shortcut.
 
-    Where the width changes, the shortcut is a 1x1 convolution of the activated input.
+    Where width or resolution changes, the shortcut is a 1x1 convolution of the
+    activated input.
 
     Attributes:
       features: output channels.
@@ -59,7 +60,7 @@ class Block(nn.Module):
         y = conv(3, 1, 1, name="conv2")(y)
         if self.squeeze:
             y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
-        if x.shape[-1] == self.features:
+        if self.stride == 1 and x.shape[-1] == self.features:
             return self.sparsified(3, x + y)
         return self.sparsified(3, y + conv(1, self.stride, name="shortcut")(active))
 
