@@ -168,6 +168,8 @@ def _model() -> ml_collections.ConfigDict:
     # Input normalisation inside the network, one number a channel; () for none.
     model.mean = ()
     model.std = ()
+    # Normalise each image by its own mean and standard deviation instead.
+    model.standardize = False
     # "relu", "swish" or "gelu", for WideResNets and ResNets; ConvNeXts and transformers
     # have GELU, JEM's WideResNet has leaky ReLU.
     model.activation = "relu"
@@ -281,6 +283,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.model.mean is {tuple(config.model.mean)} and config.model.std "
             f"{tuple(config.model.std)}: give both with one number a channel, the "
             "second positive, or neither."
+        )
+    if config.model.standardize and config.model.mean:
+        raise UserError(
+            "config.model.standardize is True and config.model.mean is "
+            f"{tuple(config.model.mean)}: an image is normalised by its own mean or by "
+            "these; give --config.model.mean='()' --config.model.std='()' for its own."
         )
     for field, smallest in _SMALLEST.items():
         value = lookup(config, field)

@@ -37,7 +37,8 @@ def check_weights(expected: Any, weights: Any, source: str) -> None:
 
 
 # What, beside the weights, determines the function of a network.
-_FUNCTION = ("mean", "std", "activation", "patch", "norm_epsilon")
+_FUNCTION: tuple[str, ...] = ("mean", "std", "standardize", "activation")
+_FUNCTION += ("shortcut", "patch", "norm_epsilon")
 
 
 def check_function(

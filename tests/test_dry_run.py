@@ -7,11 +7,13 @@ import os
 
 import jax
 import pytest
+import reference
 import tiny
 from rich.console import Console
 
 from atebm_jax import UserError, dry_run, models
 from atebm_jax.dry_run import GIB, RESERVE, Cost, Machine
+from atebm_jax.models import resnet
 
 
 def settings(**overrides):
@@ -63,6 +65,41 @@ def test_a_step_costs_its_turns(cost):
     expected = 7 * flops["contrastive step"] + flops["seed scores"]
     expected += turns["adversary step"] * flops["adversary step"]
     assert at_seven == pytest.approx(4 * (expected + flops["loss gradient"]))
+
+
+def test_small_networks_are_of_every_family():
+    assert {network["model.name"] for network in tiny.NETWORKS} == models.BUILT_IN
+
+
+# With a module that its blocks share, and with attention; tracing others says little
+# more.
+TRACED = {"pssilu_wide_resnet", "xcit"}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(
+            network,
+            id="-".join(map(str, network.values())),
+            marks=() if network["model.name"] in TRACED else pytest.mark.slow,
+        )
+        for network in tiny.NETWORKS
+    ],
+)
+def test_stage_2_of_every_family_is_measured(network, monkeypatch):
+    reference.shallow(monkeypatch)
+    monkeypatch.setitem(resnet.STAGES, 50, (1, 1, 1, 1))
+    monkeypatch.setattr(dry_run, "_flops", lambda *_: {})
+    # Windows of a Swin that fit the images.
+    more = {"data.image_shape": (32, 32, 3), "model.window": 2}
+    chosen = settings(**network, **more)
+    cost = dry_run.measure(chosen, "stage2")
+    shapes = models.variable_shapes(models.build(chosen.model), (32, 32, 3))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes["params"]))
+    assert cost.parameters == count and cost.gradient_bytes == 4 * count
+    # The adversary keeps nothing for the parameters' sake.
+    assert cost.loss_bytes > cost.pgd_bytes > 0
 
 
 def test_rematerialisation_keeps_less(cost):

@@ -18,10 +18,13 @@ NETWORKS = [
     ("dm_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
     ("mean_sparse_wrn70_16", {"depth": 10, "widen_factor": 1}, 64),
     ("mean_sparse_ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
-    ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
+    # Groups of equal width, of which the second halves the resolution.
+    ("ra_wrn70_16", {"blocks": "1-1-1", "widths": "8-8-8-16"}, 16),
     ("wrn34_r", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("wrn_a4", {"blocks": "1-1-1", "widths": "8-12-16-24"}, 24),
     ("ra_wrn101_2", {"blocks": "1-1-1-1", "widths": "8-8-16-24-32"}, 32),
+    ("cosine_wrn34_20", {"depth": 10, "widen_factor": 1}, 64),
+    ("pssilu_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
     ("jem_wrn28_10", {"depth": 10, "widen_factor": 1}, 64),
     ("preact_resnet18", {}, 512),
     ("dm_preact_resnet18", {}, 512),
@@ -29,10 +32,16 @@ NETWORKS = [
     ("resnet18", {}, 512),
     ("convnext_tiny", {}, 768),
     ("convnext_tiny_cvst", {}, 768),
+    ("mean_sparse_convnext_large", {"size": "tiny"}, 768),
     ("vit_s", {}, 384),
     ("vit_s_cvst", {"position_grid": 2}, 384),
     ("xcit_s12", {"depth": 1}, 384),
     ("swin_t", {"window": 1, "position_grid": 8}, 768),
+    (
+        "mean_sparse_swin_l",
+        {"size": "tiny", "window": 1, "position_grid": 8},
+        768,
+    ),
 ]
 
 # An XCiT is shallow by a field, and windows of 2 fit small images.
@@ -45,7 +54,12 @@ SMALL = {
 # Parameters in millions, as timm counts them (ConvStems: as the reference does; those
 # for small images: products of the published sizes, summed by hand).
 MILLIONS = {
+    "wrn28_10": 36.479194,
     "wrn34_10": 46.160474,
+    "wrn70_16": 266.796506,
+    # Of 34-20, without ten biases; of 28-10, with the activation's two numbers.
+    "cosine_wrn34_20": 184.531664,
+    "pssilu_wrn28_10": 36.479196,
     "dm_wrn28_10": 36.479194,
     "dm_wrn34_10": 46.160474,
     "dm_wrn34_20": 184.531674,
@@ -65,6 +79,8 @@ MILLIONS = {
     "small_resnet34": 21.282122,
     "small_resnet50": 23.520842,
     "preact_resnet18": 11.172170,
+    "preact_resnet18_raw": 11.172170,
+    "preact_resnet18_nonorm": 11.171146,
     "preact_resnet18_nonorm_raw": 11.171146,
     "dm_preact_resnet18": 12.548426,
     "resnet18": 11.689512,
@@ -81,13 +97,23 @@ MILLIONS = {
     "convnext_small_cvst": 50.261992,
     "convnext_base_cvst": 88.753416,
     "convnext_large_cvst": 198.134680,
+    "mean_sparse_convnext_large": 197.767336,
     "vit_s": 22.050664,
     "vit_b": 86.567656,
+    "vit_s_cvst": 22.777576,
+    "vit_b_cvst": 87.147112,
     "xcit_s12": 26.253304,
+    "xcit_m12": 46.401160,
+    "xcit_l12": 103.792648,
+    "xcit_s12_p4": 25.872154,
+    "xcit_m12_p4": 45.893290,
+    "xcit_l12_p4": 103.031338,
     "swin_t": 28.288354,
     "swin_s": 49.606258,
     "swin_b": 87.768224,
+    "swin_b_mimir": 87.768224,
     "swin_l": 196.532476,
+    "mean_sparse_swin_l": 196.532476,
 }
 
 
@@ -104,7 +130,7 @@ def shapes_of(network, size=(64, 64)):
 @pytest.mark.parametrize("name", archs.ARCHS)
 def test_every_architecture_builds_with_its_number_of_parameters(name):
     block = archs.model_config(name)
-    size = (224, 224) if block.name == "swin" else (64, 64)
+    size = (224, 224) if block.name.endswith("swin") else (64, 64)
     _, weights = shapes_of(models.build(block), size)
     assert archs.name_of(block) == name
     count = sum(x.size for x in jax.tree.leaves(weights["params"]))

@@ -12,7 +12,7 @@ import reference
 import torch_networks
 import torch_small
 
-from atebm_jax import UserError, archs, ascent, convert, models
+from atebm_jax import UserError, archs, ascent, config, convert, fitting, models
 from atebm_jax.convert import exporting, files, importing, layouts, names, normalization
 from atebm_jax.models import layers, resnet
 from atebm_jax.models.family import AS_THEY_ARE, CIFAR10, DEEPMIND
@@ -21,6 +21,7 @@ ONE = (1, 1, 1, 1)
 TWO = (2, 1, 1, 1)
 WIDE = {"depth": 10, "widen_factor": 1}
 RA = {"blocks": "1-2-1", "widths": "8-12-16-24"}
+HUANG = "blocks.{0}.layer.{2}"
 
 # Architecture, other fields, and the same network in PyTorch.
 KINDS = {
@@ -56,15 +57,21 @@ KINDS = {
     "huang 2021": (
         "wrn34_r",
         RA,
-        lambda: torch_small.huang(
-            (1, 2, 1), (8, 12, 16, 24), "relu", "convShortcut", "bn1"
+        lambda: torch_small.wide(
+            (1, 2, 1), (8, 12, 16, 24), "relu", stem="stem_conv", place=HUANG
         ),
     ),
     "huang 2022": (
         "wrn_a4",
         RA,
-        lambda: torch_small.huang(
-            (1, 2, 1), (8, 12, 16, 24), "swish", "shortcut.0", "norm1"
+        lambda: torch_small.wide(
+            (1, 2, 1),
+            (8, 12, 16, 24),
+            "swish",
+            "shortcut.0",
+            "norm1",
+            stem="stem_conv",
+            place=HUANG,
         ),
     ),
     "ra for imagenet": (
@@ -103,6 +110,16 @@ KINDS = {
         "small_resnet50",
         {"activation": "swish"},
         lambda: torch_small.resnet(TWO, "swish", bottleneck=True),
+    ),
+    "cosines": (
+        "cosine_wrn34_20",
+        WIDE,
+        lambda: torch_small.wide((1, 1, 1), (16, 16, 32, 64), "relu", cosine=True),
+    ),
+    "pssilu": (
+        "pssilu_wrn28_10",
+        WIDE,
+        lambda: torch_small.wide((1, 1, 1), (16, 16, 32, 64), "pssilu"),
     ),
     "jem": ("jem_wrn28_10", WIDE, lambda: torch_small.jem(1, 1)),
     "imagenet with gelu": (
@@ -189,6 +206,7 @@ def test_saved_file_is_recognised_and_loads_back_strictly(kind, tmp_path):
         expected = theirs(torch.tensor(image).permute(2, 0, 1)[None])[0].numpy()
     reference.assert_relative(made.record["probe"]["logits"], expected, 1e-5)
     back = convert.to_torch(model.name, made.variables)
+    back |= names.known(model.name).beside(back)
     state = {name: torch.tensor(value) for name, value in back.items()}
     theirs.load_state_dict(state, strict=True)
     reference.assert_same_bits(convert.from_torch(model.name, back), made.variables)
@@ -289,6 +307,69 @@ def test_sparse_activations_change_only_values_close_to_their_mean():
     np.testing.assert_array_equal(made, np.float32([[1, 1], [2, 0], [1, -1.1]]))
 
 
+def test_copies_of_the_one_activation_must_be_equal(monkeypatch):
+    """PyTorch writes them for every block."""
+    tree = ones("pssilu")
+    copy = {"block2.layer.0.activation.beta": np.ones(1, np.float32)}
+    made = read(tree | copy, monkeypatch)
+    assert made.variables["params"]["activation"]["beta"] == 1
+    copy = {name: 2 * value for name, value in copy.items()}
+    with pytest.raises(UserError, match="left over: 1 .block2.layer.0.activation.beta"):
+        read(tree | copy, monkeypatch)
+
+
+def test_each_image_may_be_normalised_by_its_own_mean_and_deviation(monkeypatch):
+    """Two values of 0 and two of 1: mean 1/2, and a sample's deviation of 1/sqrt(3)."""
+    image = jnp.float32([0, 1, 1, 0]).reshape(1, 2, 2, 1)
+    made = layers.standardize(image).ravel()
+    np.testing.assert_allclose(made, np.float32([-1, 1, 1, -1]) * 0.75**0.5, rtol=1e-6)
+    # One colour: by 1 / sqrt(n), and no gradient is NaN.
+    flat = jnp.full((1, 2, 2, 3), 0.5)
+    assert not layers.standardize(flat).any()
+    slope = jax.grad(lambda x: layers.standardize(x)[0, 0, 0, 0])(flat)
+    np.testing.assert_allclose(slope[0, 0, 0, 0], 12**0.5 * 11 / 12, rtol=1e-6)
+    images = pictures()
+    network = models.build(described("deepmind", standardize=True))
+    torch, _ = torch_networks.torch_and_timm()
+    x = torch.tensor(images)
+    x = (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), keepdim=True)
+    np.testing.assert_allclose(network.normalised(jnp.asarray(images)), x, atol=1e-6)
+
+
+def test_normalisation_by_image_is_asked_for_and_stays(monkeypatch, tmp_path):
+    pytest.importorskip("safetensors")
+    flags = {"asked": normalization.parse("per_image", None, None)}
+    made = read(ones("preact"), monkeypatch, **flags)
+    assert made.config.model.standardize and made.config.model.mean == ()
+    assert made.record["normalization"]["inside_the_network"]
+    importing.write(made, tmp_path / "imported")
+    said = exporting.export(str(tmp_path / "imported"), str(tmp_path / "w.st"))
+    assert "each image's own mean and standard deviation" in said[-1]
+    tree = {"mean": np.ones((3, 1, 1)) / 2, "std": np.ones((3, 1, 1)) / 2}
+    with pytest.raises(UserError, match="means each image's own .* file itself has"):
+        read(ones("preact") | tree, monkeypatch, **flags)
+    monkeypatch.setattr(importing, "open_source", files.open_source)
+    assert importing.read(tmp_path / "w.st").config.model.standardize
+    with pytest.raises(UserError, match="none means none, .*each image's own mean"):
+        none = normalization.parse("none", None, None)
+        importing.read(tmp_path / "w.st", asked=none)
+    settings = config.default()
+    settings.model.update(made.config.model)
+    settings.model.mean, settings.model.std = (0.5,) * 3, (0.5,) * 3
+    with pytest.raises(UserError, match="model.standardize is True and .*model.mean"):
+        config.check(settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("standardize", True), ("shortcut", "raw")]
+)
+def test_weights_of_another_function_are_refused(field, value):
+    """The arrays are the same."""
+    expected, stored = described("preact"), described("preact", **{field: value})
+    with pytest.raises(UserError, match=f"--config.model.{field}={value!r}"):
+        fitting.check_function(expected, stored.to_dict(), "runs/x")
+
+
 def test_deepminds_normalisation_follows_the_classes(monkeypatch):
     made = read(ones("deepmind", num_classes=100), monkeypatch)
     assert made.config.model.mean == DEEPMIND[100]["mean"]
@@ -374,6 +455,28 @@ def test_networks_of_other_sizes_are_refused(monkeypatch):
     wider["layer.1.block.0.conv_0.weight"] = np.ones((48, 16, 3, 3), np.float32)
     with pytest.raises(UserError, match="does not fit .*other shapes: 1 .*conv_0"):
         read(wider, monkeypatch)
+
+
+def test_several_networks_that_act_as_one_are_refused(monkeypatch):
+    """As Chen2020 (ensemble), Bai2024 (mixture) and Kang2021 (sequence) are saved."""
+
+    def under(prefix, arrays):
+        return {f"{prefix}.{name}": array for name, array in arrays.items()}
+
+    small, wide = ones("small"), ones("deepmind")
+    ensemble = under("branch1", small) | under("branch2", small)
+    ensemble |= under("models.0", small) | under("models.1", small)
+    ensemble |= {"mu": np.ones((1, 3, 1, 1)) / 2, "sigma": np.ones((1, 3, 1, 1)) / 2}
+    with pytest.raises(UserError, match="holds several networks.*--entry=branch1 or"):
+        read(ensemble, monkeypatch)
+    mixture = under("rob_model", wide)
+    mixture["std_model.root.conv.weight"] = np.ones((8, 3, 7, 7), np.float32)
+    with pytest.raises(UserError, match="left over: 1 .std_model.*alone.*=rob_model"):
+        read(mixture, monkeypatch)
+    sequence = under("0", {n: x for n, x in wide.items() if "logits" not in n})
+    sequence["1.fc.weight"] = np.ones((64, 64), np.float32)
+    with pytest.raises(UserError, match="missing: 2 .logits.*left over: 1 .1.fc.weigh"):
+        read(sequence, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import reference
 import torch_networks
+import torch_small
 
 from atebm_jax import archs, convert, models
+from atebm_jax.convert import names
+from atebm_jax.models import convnext
 
 slow = pytest.mark.slow
 
@@ -69,6 +72,47 @@ def test_resnets_are_timms_to_rounding_in_double_precision(name, size):
         made = reference.logits_and_gradient(twin, weights, images, 3)
     for actual, value in zip(made, expected, strict=True):
         reference.assert_relative(actual, value, 1e-10)
+
+
+def test_sparse_convnext_is_timms_made_sparse(monkeypatch):
+    """As the authors of MeanSparse put their layers into it."""
+    torch, _ = torch_networks.torch_and_timm()
+    depths, widths = (1, 1, 1, 1), (8, 16, 32, 64)
+    network = torch_networks.create(
+        "convnext_tiny", num_classes=20, depths=depths, dims=widths
+    )
+    for stage, width in zip(network.stages, widths, strict=True):
+        before, last = (
+            torch_small.mean_sparse(4 * width),
+            torch_small.mean_sparse(width),
+        )
+        for block in stage.blocks:
+            block.mlp.act = torch.nn.Sequential(before, block.mlp.act)
+            block.drop_path = torch.nn.Sequential(block.drop_path, last)
+        for layer in (before, last):
+            for name in ("momentum", "epsilon"):
+                layer.register_buffer(name, torch.tensor(0.0))
+    torch_networks.randomise(network)
+    for name, value in network.named_buffers():
+        if name.endswith("threshold"):
+            value.fill_(0.5)
+    network = network.double()
+    images = np.random.default_rng(0).random((2, 32, 48, 3))
+    expected = torch_networks.logits_and_gradient(network, images, 3)
+    monkeypatch.setitem(convnext.SIZES, "large", (depths, widths))
+    family, twin = build("mean_sparse_convnext_large", num_classes=20)
+    # Flax's normalisation leaves float64 and float32 to promotion.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        weights = convert.from_torch(family, torch_networks.state_dict(network))
+        twin = twin.clone(dtype=jnp.float64)
+        made = reference.logits_and_gradient(twin, weights, images, 3)
+    for actual, value in zip(made, expected, strict=True):
+        reference.assert_relative(actual, value, 1e-10)
+    exported = convert.to_torch(family, weights)
+    assert names.recognise({n: x.shape for n, x in exported.items()})[0] == family
+    exported |= names.known(family).beside(exported)
+    state = {name: torch.tensor(value) for name, value in exported.items()}
+    network.load_state_dict(state, strict=True)
 
 
 @pytest.mark.parametrize(

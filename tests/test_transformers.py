@@ -28,7 +28,9 @@ SWINS = {
     "odd windows": ({"window": 3, "position_grid": 24}, (96, 96)),
     "smaller windows at the end": ({"window": 4, "position_grid": 16}, (64, 64)),
 }
-CASES = XCITS | SWINS
+# With sparse activations (MeanSparse).
+SPARSE = {"sparse windows": ({"window": 2, "position_grid": 8}, (32, 32))}
+CASES = XCITS | SWINS | SPARSE
 
 # Blocks of each stage, channels and heads: enough for both kinds of block.
 SMALL_SWIN = ((1, 2, 1, 2), 8, 2)
@@ -49,6 +51,7 @@ def small(monkeypatch):
 def block_of(case, **overrides):
     fields, _ = CASES[case]
     name = "xcit_s12" if case in XCITS else "swin_s"
+    name = "mean_sparse_swin_l" if case in SPARSE else name
     values = {"size": "tiny", "num_classes": CLASSES, "mean": (), "std": ()}
     return archs.model_config(name, **values | fields | overrides)
 
@@ -60,8 +63,9 @@ def with_weights(case, seed=0):
     shape = (*CASES[case][1], 3)
     weights = reference.random_variables(network, shape, seed)
     # Scales of the branches begin at one in public networks.
+    begin = {"gamma1": 1, "gamma2": 1, "gamma3": 1, "threshold": 0.5}
     weights = jax.tree_util.tree_map_with_path(
-        lambda path, x: x + 1 if path[-1].key.startswith("gamma") else x, weights
+        lambda path, x: x + begin.get(path[-1].key, 0), weights
     )
     images = np.random.default_rng(seed).random((2, *shape), np.float32)
     return block.name, network, weights, images
@@ -154,7 +158,7 @@ def timms(case, arrays):
     return network.eval()
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=XCITS | SWINS)
 def computed(request):
     """(case, family, weights, images, logits and gradients in both precisions)."""
     with pytest.MonkeyPatch.context() as patch:
@@ -175,6 +179,22 @@ def test_logits_and_gradients_are_those_of_the_definition(computed):
         assert double.dtype == np.float64
         reference.assert_relative(single, value, 1e-5)
         reference.assert_relative(double, value, 1e-11)
+
+
+def test_sparse_activations_are_those_of_the_definition(monkeypatch):
+    """In double precision: where a value becomes the mean, it jumps."""
+    torch = pytest.importorskip("torch")
+    (case,) = SPARSE
+    family, network, weights, images = with_weights(case)
+    doubled = ours_in_double(monkeypatch, network, weights, images)
+    arrays = tensors(family, weights, torch.float64)
+    for double, value in zip(
+        doubled, theirs(definition(case, arrays), images), strict=True
+    ):
+        reference.assert_relative(double, value, 1e-11)
+    dense = {n: x for n, x in arrays.items() if not n.endswith("threshold")}
+    logits, _ = theirs(definition(case, dense), images)
+    assert np.abs(logits - np.asarray(doubled[0])).max() > 0.01
 
 
 def in_double(network, monkeypatch):
@@ -377,6 +397,7 @@ FILES = {
     "timm's Swin": ("windows of 2", dict),
     "an older Swin": ("windows of 2", older_swin),
     "torchvision's Swin": ("odd windows", torchvisions_swin),
+    "a sparse Swin": ("sparse windows", dict),
 }
 
 

@@ -23,6 +23,49 @@ DIGITS = small.DIGITS
 # Fine names of folders, which rich would take for styles, faults or a picture.
 NAMES = ("[bold]a", "a [/x]", "[link=x]a[/link]", "a:smile:b", "[red]")
 
+# A small network of each family: tracing a deep one takes long and says no more.
+NETWORKS: tuple[dict[str, Any], ...] = (
+    {"model.name": "wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "dm_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {
+        "model.name": "mean_sparse_wide_resnet",
+        "model.depth": 10,
+        "model.widen_factor": 1,
+    },
+    {
+        "model.name": "mean_sparse_ra_wide_resnet",
+        "model.blocks": "1-1-1",
+        "model.widths": "4-4-8-8",
+    },
+    {"model.name": "jem_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "cosine_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    {"model.name": "pssilu_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
+    *(
+        {"model.name": name, "model.blocks": "1-1-1", "model.widths": "4-4-8-8"}
+        for name in ("ra_wide_resnet", "robust_wide_resnet", "wrn_a")
+    ),
+    {
+        "model.name": "ra_resnet",
+        "model.blocks": "1-1-1-1",
+        "model.widths": "4-8-8-16-16",
+    },
+    {"model.name": "preact_resnet", "model.depth": 18},
+    {"model.name": "dm_preact_resnet", "model.depth": 18},
+    {"model.name": "small_resnet", "model.depth": 18},
+    {"model.name": "resnet", "model.depth": 18},
+    {"model.name": "resnet", "model.depth": 50, "model.base_width": 4},
+    {"model.name": "convnext", "model.size": "tiny"},
+    {"model.name": "mean_sparse_convnext", "model.size": "tiny"},
+    {"model.name": "vit", "model.size": "small", "model.position_grid": 2},
+    {"model.name": "xcit", "model.size": "tiny", "model.depth": 1, "model.patch": 4},
+    {"model.name": "swin", "model.size": "tiny", "model.position_grid": 8},
+    {
+        "model.name": "mean_sparse_swin",
+        "model.size": "tiny",
+        "model.position_grid": 8,
+    },
+)
+
 
 def config(**overrides: Any) -> ConfigDict:
     """The digits config with both stages cut to 6 steps; overrides by dotted name.

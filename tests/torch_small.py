@@ -68,17 +68,39 @@ def mean_sparse(channels: int) -> Any:
             self.register_buffer("running_mean", torch.zeros(channels))
             self.register_buffer("running_var", torch.ones(channels))
             self.register_buffer("threshold", torch.tensor(0.0))
+            # Of the pass that gathers the statistics.
+            self.register_buffer("flag_update_statistics", torch.tensor(0))
+            self.register_buffer("batch_num", torch.tensor(0.0))
 
         def forward(self, x: Any) -> Any:
-            mean = self.running_mean[:, None, None].expand_as(x)
-            distance = self.threshold * self.running_var.sqrt()[:, None, None]
+            # Channels come first in images of convolutional networks, last in tokens.
+            shape = (channels, 1, 1) if x.shape[1] == channels else (channels,)
+            mean = self.running_mean.reshape(shape).expand_as(x)
+            distance = self.threshold * self.running_var.sqrt().reshape(shape)
             return torch.where((x - mean).abs() < distance, mean, x)
 
     return MeanSparse()
 
 
-def linear(inputs: int, outputs: int) -> Any:
-    return pytest.importorskip("torch").nn.Linear(inputs, outputs)
+def pssilu() -> Any:
+    """x (sigmoid(|a| x) - |b|) / (1 - |b|), a and b learned (Dai et al., 2021)."""
+    torch, _ = torch_networks.torch_and_timm()
+
+    class PSSiLU(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha = torch.nn.Parameter(torch.ones(1))
+            self.beta = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Any) -> Any:
+            sunk = self.beta.abs()
+            return x * ((self.alpha.abs() * x).sigmoid() - sunk) / (1 - sunk)
+
+    return PSSiLU()
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> Any:
+    return pytest.importorskip("torch").nn.Linear(inputs, outputs, bias)
 
 
 def corner(x: Any, stride: int) -> Any:
@@ -313,22 +335,33 @@ def deepmind_preact(stages: tuple[int, ...], act: str, classes: int = 10) -> Any
     return assembled(layers, forward)
 
 
-def huang(
+def wide(
     blocks: tuple[int, ...],
     widths: tuple[int, ...],
     act: str,
-    shortcut: str,
-    last: str,
+    shortcut: str = "convShortcut",
+    last: str = "bn1",
+    stem: str = "conv1",
+    place: str = "block{1}.layer.{2}",
+    cosine: bool = False,
     classes: int = 10,
 ) -> Any:
-    """WideResNet with groups of any depths and widths, and either paper's names."""
-    layers: Layers = {"stem_conv": conv(3, widths[0], 3)}
+    """WideResNet with groups of any depths and widths.
+
+    Its names are the usual ones, or others; its activation may be "pssilu", and its
+    logits cosines. A block's place has the group's number from 0 and from 1.
+    """
+    layers: Layers = {stem: conv(3, widths[0], 3)}
+    if act == "pssilu":
+        layers["activation"] = pssilu()
     plan = []
     inputs = widths[0]
     for group, (number, width) in enumerate(zip(blocks, widths[1:], strict=True)):
         for index in range(number):
             stride = 2 if group and not index else 1
-            name = f"blocks.{group}.layer.{index}"
+            name = place.format(group, group + 1, index)
+            if act == "pssilu":
+                layers[f"{name}.activation"] = layers["activation"]
             layers[f"{name}.bn1"] = norm(inputs)
             layers[f"{name}.conv1"] = conv(inputs, width, 3, stride)
             layers[f"{name}.bn2"] = norm(width)
@@ -337,16 +370,18 @@ def huang(
                 layers[f"{name}.{shortcut}"] = conv(inputs, width, 1, stride)
             plan.append((name, inputs != width))
             inputs = width
-    layers |= {last: norm(inputs), "fc": linear(inputs, classes)}
-    f = activation(act)
+    layers |= {last: norm(inputs), "fc": linear(inputs, classes, not cosine)}
+    unit = pytest.importorskip("torch").nn.functional.normalize
 
     def forward(get: Get, x: Any) -> Any:
-        x = get("stem_conv")(x)
+        f = get("activation") if act == "pssilu" else activation(act)
+        x = get(stem)(x)
         for name, widens in plan:
             inner = f(get(f"{name}.bn1")(x))
             y = get(f"{name}.conv2")(f(get(f"{name}.bn2")(get(f"{name}.conv1")(inner))))
             x = y + (get(f"{name}.{shortcut}")(inner) if widens else x)
-        return get("fc")(f(get(last)(x)).mean((2, 3)))
+        x = f(get(last)(x)).mean((2, 3))
+        return unit(x) @ unit(get("fc").weight).T if cosine else get("fc")(x)
 
     return assembled(layers, forward)
 

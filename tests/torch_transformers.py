@@ -39,7 +39,20 @@ def _layer_norm(
 
 
 def _mlp(arrays: Arrays, name: str, x: torch.Tensor) -> torch.Tensor:
-    return _linear(arrays, f"{name}.fc2", F.gelu(_linear(arrays, f"{name}.fc1", x)))
+    y = _sparse(arrays, f"{name}.meansparse1", _linear(arrays, f"{name}.fc1", x))
+    y = _linear(arrays, f"{name}.fc2", F.gelu(y))
+    return _sparse(arrays, f"{name}.meansparse2", y)
+
+
+def _sparse(arrays: Arrays, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Values close to their channel's mean become the mean, where arrays say how."""
+    if f"{name}.threshold" not in arrays:
+        return x
+    mean, var, threshold = (
+        arrays[f"{name}.{part}"]
+        for part in ("running_mean", "running_var", "threshold")
+    )
+    return torch.where((x - mean).abs() < threshold * var.sqrt(), mean, x)
 
 
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -135,7 +148,7 @@ def swin(
     sides: tuple[int, ...],
     epsilon: float = 1e-5,
 ) -> torch.Tensor:
-    """Logits [B, K] of a Swin whose stages have windows of these sides."""
+    """Logits [B, K] of a Swin, or a sparse one, by the sides of its stages' windows."""
     x = _conv(arrays, "patch_embed.proj", images, stride=4).permute(0, 2, 3, 1)
     x = _layer_norm(arrays, "patch_embed.norm", x, epsilon)
     for stage, side in enumerate(sides):
@@ -151,8 +164,10 @@ def swin(
             y = _layer_norm(arrays, f"{name}.norm1", x, epsilon)
             shifted, count = block % 2 == 1, heads * 2**stage
             x = x + _in_windows(arrays, f"{name}.attn", y, count, side, shifted)
+            x = _sparse(arrays, f"{name}.meansparse1", x)
             y = _layer_norm(arrays, f"{name}.norm2", x, epsilon)
             x = x + _mlp(arrays, f"{name}.mlp", y)
+            x = _sparse(arrays, f"{name}.meansparse2", x)
             block += 1
     x = _layer_norm(arrays, "norm", x, epsilon).mean((1, 2))
     return _linear(arrays, "head.fc", x)

@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--std", help="with --mean")
     add(
         "--normalization",
-        help="imagenet, cifar10 or none (or give --mean and --std): needed where no "
-        "file says it and networks of the kind differ",
+        help="imagenet, cifar10, none or per_image (or give --mean and --std): needed "
+        "where no file says it and networks of the kind differ",
     )
     add("--activation", help="relu, silu (swish) or gelu: no file says it")
     add("--image_size", type=int, help="side of the images in pixels")
@@ -139,10 +139,11 @@ def _import(flags: argparse.Namespace, console: Console) -> None:
 
 
 def _show(console: Console, made: "Imported", verbose: bool) -> None:
-    from atebm_jax.convert import normalization
+    from atebm_jax.convert.normalization import Normalization, described
 
     record, normal = made.record, made.record["normalization"]
-    numbers = normalization.described(normal["mean"], normal["std"])
+    fields = ("mean", "std", "origin", "by_image")
+    chosen = Normalization(**{field: normal[field] for field in fields})
     logits = record["probe"]["logits"]
     shown = " ".join(f"{x:.5f}" for x in logits[:_SHOWN_LOGITS])
     more = " ..." if len(logits) > _SHOWN_LOGITS else ""
@@ -153,7 +154,7 @@ def _show(console: Console, made: "Imported", verbose: bool) -> None:
     say(
         console,
         f"{record['arch']}, {made.config.model.num_classes} classes; input "
-        f"normalisation: {numbers} ({normal['origin']})",
+        f"normalisation: {described(chosen)} ({chosen.origin})",
     )
     for assumption in record["assumed"]:
         say(console, f"ASSUMED {assumption}")

@@ -3,12 +3,11 @@
 import json
 import os
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from atebm_jax import archs, checkpoint, storage
 from atebm_jax.convert.names import known, to_torch
-from atebm_jax.convert.normalization import described
+from atebm_jax.convert.normalization import Normalization, described
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
 
@@ -37,14 +36,12 @@ def export(checkpoint_path: str, to: str) -> list[str]:
     model, classes = meta["config"]["model"], checkpoint.class_names(meta)
     arrays = to_torch(model["name"], {k: v for k, v in variables.items() if v})
     parameters = sum(array.size for array in arrays.values())
-    # PyTorch's batch normalisation counts batches, and some loaders need the count.
-    for name in [name for name in arrays if name.endswith(".running_mean")]:
-        counter = name.replace("running_mean", "num_batches_tracked")
-        arrays[counter] = np.zeros((), np.int64)
+    arrays |= known(model["name"]).beside(arrays)
     texts = {
         "arch": archs.name_of(model) or model["name"],
         "mean": json.dumps(list(model["mean"])),
         "std": json.dumps(list(model["std"])),
+        "standardize": str(model.get("standardize", False)),
         "activation": model["activation"],
         **{field: str(model[field]) for field in known(model["name"]).unsaid(model)},
     }
@@ -55,9 +52,10 @@ def export(checkpoint_path: str, to: str) -> list[str]:
         save_file(arrays, made, metadata=metadata | {"format": "pt"})
     counted = f"{len(arrays)} arrays with {parameters:,} numbers"
     said = [f"{counted} ({texts['arch']}) are in {to}"]
-    if model["mean"]:
-        numbers = described(model["mean"], model["std"])
+    by_image = model.get("standardize", False)
+    if model["mean"] or by_image:
+        of = Normalization(model["mean"], model["std"], "", by_image=by_image)
         said.append(
-            f"they expect normalised images: {numbers} (in the file's metadata)"
+            f"they expect normalised images: {described(of)} (in the file's metadata)"
         )
     return said

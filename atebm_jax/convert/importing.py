@@ -77,8 +77,11 @@ def read(
     _check_fit(source.path, found, called, weights.others)
     # After the match: that a file does not fit is the more important message.
     declared = normalization.declared(source.tree, source.read, weights.constants)
+    by_image = source.metadata.get("atebm_jax.standardize") == "True"
+    declared = declared._replace(by_image=by_image)
     chosen = normalization.decide(asked, declared, model, shape[-1], source.path)
     model.mean, model.std = chosen.mean, chosen.std
+    model.standardize = chosen.by_image
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
     assumed += guesses
@@ -95,7 +98,8 @@ def read(
         "model": checkpoint.as_json(config)["model"],
         "unwrapped": weights.steps,
         "normalization": {
-            "inside_the_network": bool(chosen.mean),
+            "inside_the_network": bool(chosen.mean) or chosen.by_image,
+            "by_image": chosen.by_image,
             "mean": list(chosen.mean),
             "std": list(chosen.std),
             "origin": chosen.origin,

@@ -156,7 +156,8 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     Args:
       family: a key of `atebm_jax.models.FAMILIES`.
       state_dict: arrays by PyTorch name, without any wrapper's prefix; convolutions
-        OIHW, linear layers [out, in]. `num_batches_tracked` is passed over.
+        OIHW, linear layers [out, in]. `num_batches_tracked` is passed over, and what
+        no forward pass of the family uses.
 
     Returns:
       {"params": ...} and, with batch normalisation, "batch_stats"; convolutions HWIO,
@@ -167,8 +168,10 @@ def from_torch(family: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     """
     flat: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
-    for name, array in known(family).settle(state_dict).items():
-        if name.rpartition(".")[2] == "num_batches_tracked":
+    settled = known(family).settle(state_dict)
+    unused, _ = known(family).unused({n: np.shape(x) for n, x in settled.items()})
+    for name, array in settled.items():
+        if name.rpartition(".")[2] == "num_batches_tracked" or name in unused:
             continue
         array = np.asarray(array)
         placed = _placed(family, name, array)

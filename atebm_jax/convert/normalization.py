@@ -19,6 +19,7 @@ NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "imagenet": IMAGENET,
     "cifar10": CIFAR10,
     "none": AS_THEY_ARE,
+    "per_image": AS_THEY_ARE | {"by_image": True},
 }
 
 # Files round mean and std to float32, and some to few digits.
@@ -35,6 +36,7 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
     origin: str
     assumed: bool = False
+    by_image: bool = False  # each image by its own mean and deviation instead
 
 
 class Declared(NamedTuple):
@@ -44,6 +46,7 @@ class Declared(NamedTuple):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     origin: str = "the file"  # where that stands, for messages
+    by_image: bool = False  # an export of this project says so
 
 
 _SWITCH = re.compile(
@@ -190,6 +193,7 @@ def decide(
         numbers for another count of channels.
     """
     given = Normalization(in_file.mean, in_file.std, in_file.origin)
+    given = given._replace(by_image=in_file.by_image)
     contradicts = in_file.normalizes is False and bool(given.mean)
     if contradicts and asked is None:
         raise refusal(
@@ -199,11 +203,11 @@ def decide(
     says = (given.mean or in_file.normalizes is False) and not contradicts
     if says and asked is not None and not _same(asked, given):
         raise refusal(
-            f"{asked.origin} means mean {asked.mean} and std {asked.std}, the file "
-            f"itself has mean {given.mean} and std {given.std} "
-            f"({given.origin}): leave the flag out."
+            f"{asked.origin} means {described(asked)}, the file itself has "
+            f"{described(given)} ({given.origin}): leave the flag out."
         )
-    if not says and in_file.normalizes and (asked is None or not asked.mean):
+    normalizes = asked is not None and (asked.mean or asked.by_image)
+    if not says and in_file.normalizes and not normalizes:
         raise refusal(
             f"{path} says that it normalises its input ({given.origin}) and not by "
             "which mean and std: give --mean and --std, or --normalization."
@@ -236,14 +240,16 @@ def _usual(model: Mapping[str, Any], channels: int, path: str) -> Normalization:
 def assumption(chosen: Normalization) -> str:
     """A sentence that says what was assumed, and how to change it."""
     return (
-        f"input normalisation: {described(chosen.mean, chosen.std)} "
+        f"input normalisation: {described(chosen)} "
         f"({chosen.origin}): --normalization, or --mean and --std, give another"
     )
 
 
-def described(mean: Sequence[float], std: Sequence[float]) -> str:
-    """The numbers of a normalisation, for a message."""
-    return f"mean {list(mean)}, std {list(std)}" if mean else "none"
+def described(of: Normalization) -> str:
+    """A normalisation, for a message."""
+    if of.by_image:
+        return "each image's own mean and standard deviation"
+    return f"mean {list(of.mean)}, std {list(of.std)}" if of.mean else "none"
 
 
 def expected(family: str) -> str:
@@ -255,7 +261,8 @@ def expected(family: str) -> str:
         named = [name for name, values in NORMALIZATIONS.items() if values == usual]
         said = f"give {torch.who}"
         if usual is not None:
-            said = f"{named[0] if named else described(**usual)} is assumed"
+            numbers = described(Normalization(usual["mean"], usual["std"], ""))
+            said = f"{named[0] if named else numbers} is assumed"
         networks.setdefault(said, []).append(arch)
     if len(networks) == 1:
         return next(iter(networks))
@@ -263,7 +270,7 @@ def expected(family: str) -> str:
 
 
 def _same(one: Normalization, other: Normalization) -> bool:
-    return all(
+    return one.by_image == other.by_image and all(
         len(a) == len(b) and np.allclose(a, b, rtol=0, atol=_SAME)
         for a, b in zip(one[:2], other[:2], strict=True)
     )

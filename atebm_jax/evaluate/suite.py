@@ -207,7 +207,8 @@ def _check_same_network(
     """
     configs = (checkpoint.as_json(trained), checkpoint.as_json(given))
     old, new = (dict(configuration.flatten(config)) for config in configs)
-    fields = ["data.image_shape", "model.num_classes", "model.mean", "model.std"]
+    fields = ["data.image_shape", "model.num_classes"]
+    fields += ["model.mean", "model.std", "model.standardize"]
     if stage != checkpoint.IMPORTED:
         others = configuration.RUN_CONTROL | {"model.remat", "model.dtype"}
         fields += [f for f in old if f.startswith("model.") and f not in others]

@@ -20,8 +20,10 @@ from atebm_jax.models.layers import (
     Dense,
     LayerNorm,
     at_least_float32,
+    gelu,
     layer_norm,
     mlp,
+    sparsified,
 )
 from atebm_jax.models.stem import (
     STEMS,
@@ -52,9 +54,14 @@ _SMALLEST = 32
 
 
 class Block(nn.Module):
-    """Depthwise 7x7, norm, two dense layers with GELU between, scaled and added."""
+    """Depthwise 7x7, norm, two dense layers with GELU between, scaled and added.
+
+    Attributes:
+      sparse: whether `MeanSparse` precedes GELU and the sum.
+    """
 
     dtype: Any
+    sparse: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,9 +69,11 @@ class Block(nn.Module):
         y = biased_conv(
             channels, 7, padding=3, groups=channels, dtype=self.dtype, name="depthwise"
         )(x)
+        active = lambda y: gelu(sparsified(y, "sparse1", self))
         init = nn.initializers.constant(1e-6)
         gamma = lambda: self.param("gamma", init, (channels,), jnp.float32)
-        return x + mlp(y, self.dtype, LayerNorm(name="norm"), gamma)
+        y = mlp(y, self.dtype, LayerNorm(name="norm"), gamma, active)
+        return x + sparsified(y, "sparse2", self)
 
 
 class Downsample(nn.Module):
@@ -85,10 +94,12 @@ class ConvNeXt(family.Network):
     Attributes:
       size: a key of `SIZES`.
       stem: "patch" (4x4) or "conv" (`CONV_STEMS`).
+      sparse: as of `Block`.
     """
 
     size: str
     stem: str = "patch"
+    sparse: bool = False
 
     @nn.compact
     def __call__(
@@ -119,7 +130,8 @@ class ConvNeXt(family.Network):
                 name = f"downsample{stage}"
                 x = Downsample(channels[stage], dtype=self.dtype, name=name)(x)
             for index in range(num_blocks):
-                x = block(dtype=self.dtype, name=f"stage{stage}_{index}")(x)
+                name = f"stage{stage}_{index}"
+                x = block(dtype=self.dtype, sparse=self.sparse, name=name)(x)
         x = layer_norm(x.mean(axis=(1, 2)), "norm")
         fc = Dense(self.num_classes, kernel_init=INIT, name="fc")
         return x if features else fc(x)

@@ -2,11 +2,14 @@
 
 from atebm_jax.models import (
     convnext,
+    cosine_wide_resnet,
     dm_preact_resnet,
     dm_wide_resnet,
     jem_wide_resnet,
+    mean_sparse_imagenet,
     mean_sparse_wide_resnet,
     preact_resnet,
+    pssilu_wide_resnet,
     ra_resnet,
     ra_wide_resnet,
     resnet,
@@ -24,7 +27,9 @@ from atebm_jax.models.family import Family
 #: A checkpoint is of the first family whose mark it has: where a network has the names
 #: of another and more, its line comes before the other's.
 FAMILIES: dict[str, Family] = {
+    "pssilu_wide_resnet": pssilu_wide_resnet.FAMILY,
     "wide_resnet": wide_resnet.FAMILY,
+    "cosine_wide_resnet": cosine_wide_resnet.FAMILY,
     "ra_wide_resnet": ra_wide_resnet.FAMILY,
     "mean_sparse_ra_wide_resnet": mean_sparse_wide_resnet.RA_FAMILY,
     "mean_sparse_wide_resnet": mean_sparse_wide_resnet.FAMILY,
@@ -37,9 +42,11 @@ FAMILIES: dict[str, Family] = {
     "preact_resnet": preact_resnet.FAMILY,
     "resnet": resnet.FAMILY,
     "ra_resnet": ra_resnet.FAMILY,
+    "mean_sparse_convnext": mean_sparse_imagenet.CONVNEXT_FAMILY,
     "convnext": convnext.FAMILY,
     "xcit": xcit.FAMILY,
     "vit": vit.FAMILY,
+    "mean_sparse_swin": mean_sparse_imagenet.SWIN_FAMILY,
     "swin": swin.FAMILY,
 }
 

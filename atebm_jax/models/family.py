@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax.models.layers import normalize
+from atebm_jax.models.layers import normalize, standardize
 
 #: Input normalisations that weights are published for.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -47,6 +47,7 @@ class Network(nn.Module, kw_only=True):
     Attributes:
       num_classes: K.
       mean, std: input normalisation, one number a channel; empty for none.
+      standardize: normalises each image by its own mean and deviation instead.
       dtype: compute dtype of convolutions, dense layers and attention.
       remat: computes a block's activations again in the backward pass.
     """
@@ -54,11 +55,14 @@ class Network(nn.Module, kw_only=True):
     num_classes: int
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    standardize: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
 
     def normalised(self, images: jax.Array) -> jax.Array:
         """The images that the first layer sees."""
+        if self.standardize:
+            return standardize(images)
         return normalize(images, self.mean, self.std) if self.mean else images
 
 
@@ -68,9 +72,26 @@ def network_fields(model: ModelFields, *own: str) -> dict[str, Any]:
         "num_classes": model["num_classes"],
         "mean": tuple(model["mean"]),
         "std": tuple(model["std"]),
+        "standardize": model["standardize"],
         "dtype": jnp.dtype(model["dtype"]),
         "remat": model["remat"],
         **{name: model[name] for name in own},
+    }
+
+
+def batch_counters(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """How many batches PyTorch's batch normalisation has seen, which loaders ask for.
+
+    Args:
+      arrays: a network's weights and statistics by PyTorch name.
+    """
+    layers = (
+        n.removesuffix("running_mean") for n in arrays if n.endswith("running_mean")
+    )
+    return {
+        f"{layer}num_batches_tracked": np.zeros((), np.int64)
+        for layer in layers
+        if f"{layer}weight" in arrays
     }
 
 
@@ -104,6 +125,8 @@ class TorchNames:
         last part of their name, and their number of axes. PyTorch's may have further
         axes of length one at the end.
       unused: the arrays that no forward pass uses, and a phrase that explains them.
+      beside: a network's arrays by PyTorch name to those that its class in PyTorch
+        keeps beside them, so that an export loads with `strict=True`.
       look_alikes: other networks with this family's names, or that users take for it: a
         description, and a pattern of a name that only they have, or a test of the
         shapes.
@@ -123,6 +146,7 @@ class TorchNames:
     settle: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
     bare: Mapping[str, int] = field(default_factory=dict)
     unused: Callable[[Shapes], tuple[set[str], str]] = lambda shapes: (set(), "")
+    beside: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = batch_counters
     look_alikes: Mapping[str, str | Callable[[Shapes], bool]] = field(
         default_factory=dict
     )

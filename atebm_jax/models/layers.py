@@ -334,6 +334,11 @@ class LayerNorm(nn.Module):
         return self.get_variable("params", "scale"), self.get_variable("params", "bias")
 
 
+def sparsified(x: jax.Array, name: str, layer: Any) -> jax.Array:
+    """The activations, after a `MeanSparse` of this name where `layer.sparse` is."""
+    return MeanSparse(name=name)(x) if layer.sparse else x
+
+
 def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
     """A `LayerNorm` of this name in the calling module, applied."""
     return LayerNorm(epsilon, name=name)(x)
@@ -455,8 +460,9 @@ def mlp(
     dtype: Any,
     norm: LayerNorm | None = None,
     scale: Callable[[], jax.Array] | None = None,
+    activation: Callable[[jax.Array], jax.Array] = gelu,
 ) -> jax.Array:
-    """Dense layers "fc1" and "fc2", four times as wide between, with GELU.
+    """Dense layers "fc1" and "fc2", four times as wide between, with an activation.
 
     Call it once inside a module's compact method. The result, [..., channels] as the
     input, is in float32 at least.
@@ -466,10 +472,11 @@ def mlp(
       dtype: compute dtype.
       norm: before it.
       scale: () -> factors [channels] of the result.
+      activation: between the layers.
     """
     channels = x.shape[-1]
     dense = partial(Dense, dtype=dtype, kernel_init=INIT)
-    y = gelu(dense_after(norm, dense(4 * channels, name="fc1"), x))
+    y = activation(dense_after(norm, dense(4 * channels, name="fc1"), x))
     return at_least_float32(dense(channels, name="fc2")(y, then=scale))
 
 
@@ -494,3 +501,18 @@ def normalize(
         jnp.asarray(x, images.dtype)[None, None, None] for x in (mean, std)
     )
     return (images - centre) / scale
+
+
+def standardize(images: jax.Array) -> jax.Array:
+    """Each image minus its own mean, by its own standard deviation, all channels alike.
+
+    The deviation is that of a sample (n - 1) and at least 1 / sqrt(n), for an image of
+    one colour; n = H W C.
+
+    Args:
+      images: [B, H, W, C] float in [0, 1].
+    """
+    count = math.prod(images.shape[1:])
+    x = images - images.mean(axis=(1, 2, 3), keepdims=True)
+    variance = jnp.square(x).sum(axis=(1, 2, 3), keepdims=True) / max(count - 1, 1)
+    return x * lax.rsqrt(jnp.maximum(variance, 1 / count))

@@ -4,8 +4,10 @@ Published networks are trained without: statistics and thresholds are added afte
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import ml_collections
+import numpy as np
 
 from atebm_jax.models import dm_wide_resnet, family, ra_wide_resnet, wide_resnet
 
@@ -41,11 +43,33 @@ def _rules() -> family.Rules:
     return (*blocks, ("meansparse_end", "sparse"))
 
 
-def _unused(shapes: family.Shapes) -> tuple[set[str], str]:
+# Of each layer; of those of ConvNeXts also "momentum" and "epsilon".
+_COUNTERS: dict[str, np.generic] = {
+    "flag_update_statistics": np.int64(0),
+    "batch_num": np.float32(0),
+}
+
+
+def unused(shapes: family.Shapes) -> tuple[set[str], str]:
     """What the authors' code needs while it gathers the statistics."""
-    last = {"flag_update_statistics", "batch_num"}
+    last = {*_COUNTERS, "momentum", "epsilon"}
     found = {name for name in shapes if name.rpartition(".")[2] in last}
     return found, "that only count while MeanSparse gathers its statistics"
+
+
+def beside(
+    arrays: Mapping[str, np.ndarray], **constants: float
+) -> dict[str, np.ndarray]:
+    """What `unused` drops, as the authors' code has it afterwards.
+
+    Args:
+      arrays: a network's weights and statistics by PyTorch name.
+      constants: the numbers that each layer has beside.
+    """
+    layers = (n.removesuffix("threshold") for n in arrays if n.endswith("threshold"))
+    values = _COUNTERS | {name: np.float32(x) for name, x in constants.items()}
+    made = {f"{layer}{n}": np.asarray(x) for layer in layers for n, x in values.items()}
+    return made | family.batch_counters(arrays)
 
 
 def _names(dense: family.Family, mark: str, published: str) -> family.TorchNames:
@@ -56,7 +80,8 @@ def _names(dense: family.Family, mark: str, published: str) -> family.TorchNames
         rules=(*_rules(), *dense.torch.rules),
         mark=mark,
         published=published,
-        unused=_unused,
+        unused=unused,
+        beside=beside,
         look_alikes={},
     )
 

@@ -193,7 +193,10 @@ FAMILY = family.Family(
         first=("conv1.weight",),
         fields=fields,
         side=lambda model: 256,
-        usual=lambda model: family.IMAGENET,
+        # Chen2024's robust Wide-ResNet-50-2 sees pixels as they are.
+        usual=lambda model: None if model["base_width"] == 128 else family.IMAGENET,
+        who="--normalization=imagenet (torchvision, timm, Salman2020) or "
+        "--normalization=none (Chen2024)",
         published="torchvision, timm; Engstrom2019, Salman2020 and Wong2020 of "
         "RobustBench for ImageNet; DAT for ImageNet",
         look_alikes={

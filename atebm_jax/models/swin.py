@@ -26,10 +26,12 @@ from atebm_jax.models.layers import (
     Dense,
     LayerNorm,
     at_least_float32,
+    gelu,
     layer_norm,
     mlp,
     prepared,
     self_attention,
+    sparsified,
 )
 from atebm_jax.models.stem import PatchStem
 
@@ -109,6 +111,7 @@ class Block(nn.Module):
       side: of the windows.
       shifted: shifts the windows by half their side, where the grid is larger.
       epsilon: of the norms.
+      sparse: whether `MeanSparse` follows the attention and both dense layers.
     """
 
     heads: int
@@ -116,6 +119,7 @@ class Block(nn.Module):
     shifted: bool
     epsilon: float
     dtype: Any
+    sparse: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,8 +131,11 @@ class Block(nn.Module):
         y = jnp.roll(y, (-down, -right), axis=(1, 2))
         y = self_attention(windows(y, self.side), self.heads, self.dtype, attend)
         y = from_windows(y, self.side, height, width)
-        x = x + jnp.roll(y, (down, right), axis=(1, 2))
-        return x + mlp(x, self.dtype, LayerNorm(self.epsilon, name="norm2"))
+        x = sparsified(x + jnp.roll(y, (down, right), axis=(1, 2)), "sparse1", self)
+        active = lambda y: gelu(sparsified(y, "inner_sparse1", self))
+        norm = LayerNorm(self.epsilon, name="norm2")
+        y = mlp(x, self.dtype, norm, activation=active)
+        return sparsified(x + sparsified(y, "inner_sparse2", self), "sparse2", self)
 
     def _attend(self, height: int, width: int, shift: tuple[int, int]) -> AttendFn:
         """Attention in windows, with the bias for positions and what a shift hides."""
@@ -184,12 +191,14 @@ class Swin(family.Network):
       window: side of the windows in patches; see `window_sides`.
       position_grid: side of the grid of 4x4 patches that the weights were trained with.
       norm_epsilon: of all norms.
+      sparse: as of `Block`.
     """
 
     size: str
     window: int = 7
     position_grid: int = 56
     norm_epsilon: float = 1e-5
+    sparse: bool = False
 
     @nn.compact
     def __call__(
@@ -223,6 +232,7 @@ class Swin(family.Network):
                     heads=heads << stage,
                     side=sides[stage],
                     shifted=index % 2 == 1,
+                    sparse=self.sparse,
                     name=f"stage{stage}_{index}",
                     **common,
                 )(x)
@@ -373,7 +383,6 @@ FAMILY = family.Family(
         look_alikes={
             "a Swin V2": r".*\.attn\.(logit_scale|cpb_mlp\..*)",
             "a Swin with absolute positions": "absolute_pos_embed",
-            "a Swin with sparse activations (MeanSparse)": r".*\.meansparse\d\..*",
         },
     ),
 )

@@ -33,7 +33,8 @@ _DEEPEST = 1000
 class Block(nn.Module):
     """Two 3x3 convolutions after norm and activation, with a shortcut.
 
-    Where the width changes, the shortcut is a 1x1 convolution of the activated input.
+    Where width or resolution changes, the shortcut is a 1x1 convolution of the
+    activated input.
 
     Attributes:
       features: output channels.
@@ -63,7 +64,7 @@ class Block(nn.Module):
         y = conv(3, 1, 1, name="conv2")(y)
         if self.squeeze:
             y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
-        if x.shape[-1] == self.features:
+        if self.stride == 1 and x.shape[-1] == self.features:
             return self.sparsified(3, x + y)
         return self.sparsified(3, y + conv(1, self.stride, name="shortcut")(active))
 
@@ -95,6 +96,14 @@ class PreActivated(family.Network, kw_only=True):
         """Channels of the first convolution, then of each group."""
         raise NotImplementedError
 
+    def active(self) -> Callable[[jax.Array], jax.Array]:
+        """The activation after each norm."""
+        return ACTIVATIONS[self.activation]
+
+    def classified(self, features: jax.Array) -> jax.Array:
+        """Logits [B, num_classes] of pooled features [B, last width]."""
+        return Dense(self.num_classes, name="fc")(features)
+
     def squeezed(self, width: int) -> int:
         """Channels of squeeze and excitation in blocks of a width; 0 for none."""
         return 0
@@ -104,7 +113,7 @@ class PreActivated(family.Network, kw_only=True):
         self, images: jax.Array, *, train: bool = False, features: bool = False
     ) -> jax.Array:
         """Logits, or the pooled features [B, last width] before them."""
-        activation = ACTIVATIONS[self.activation]
+        activation = self.active()
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         stem, *widths = self.channels()
         if self.same_padding:
@@ -126,7 +135,7 @@ class PreActivated(family.Network, kw_only=True):
         x = batch_norm("bn1", train)(x)
         x = MeanSparse(name="sparse")(x) if self.sparse else x
         x = activation(x).mean(axis=(1, 2))
-        return x if features else Dense(self.num_classes, name="fc")(x)
+        return x if features else self.classified(x)
 
 
 class WideResNet(PreActivated):
@@ -147,17 +156,17 @@ class WideResNet(PreActivated):
         return (16, *(self.widen_factor * width for width in (16, 32, 64)))
 
 
-def build(config: ml_collections.ConfigDict) -> WideResNet:
-    """Builds a WideResNet from `config.model`.
+def build(
+    config: ml_collections.ConfigDict, kind: type[WideResNet] = WideResNet
+) -> WideResNet:
+    """Builds a WideResNet from `config.model`, or one of a kind of them.
 
     Raises:
       UserError: depth not 6n + 4, no width, unknown activation.
     """
     check_size(config.depth, config.widen_factor)
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    return WideResNet(
-        **family.network_fields(config, "depth", "widen_factor", "activation")
-    )
+    return kind(**family.network_fields(config, "depth", "widen_factor", "activation"))
 
 
 def check_size(depth: int, widen_factor: int) -> None:
@@ -199,6 +208,10 @@ def _unused(shapes: family.Shapes) -> tuple[set[str], str]:
     return set(twin) if twin == first else set(), f"under 'sub_block1.': {what}"
 
 
+def _without_bias(shapes: family.Shapes) -> bool:
+    return "fc.weight" in shapes and "fc.bias" not in shapes
+
+
 def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
     sizes = {"depth": depth, "widen_factor": widen_factor}
     return {**sizes, "num_classes": 10, **family.CIFAR10}
@@ -229,8 +242,9 @@ FAMILY = family.Family(
         side=lambda model: 32,
         usual=lambda model: None,
         who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
-        "RobustBench), --normalization=cifar10 (DAT, RATIO) or --mean=0.5 --std=0.5 "
-        "(Hendrycks2019)",
+        "RobustBench), --normalization=cifar10 (DAT, RATIO), --mean=0.5 --std=0.5 "
+        "(Hendrycks2019) or --normalization=per_image (Ding2020)",
+        look_alikes={"a WideResNet without a bias of its last layer": _without_bias},
         published="TRADES, MART, AWP, Carmon2019, Hendrycks2019 and others of "
         "RobustBench; DAT for CIFAR",
         unused=_unused,

@@ -27,6 +27,7 @@ def decide(asked, in_file, arch="wrn28_10", channels=3):
         ("vit_b", 3, "imagenet .DeiT.*mean=0.5 --std=0.5.*none"),
         ("xcit_s12", 3, "none .Debenedetti2022. or .*imagenet"),
         ("resnet50", 1, "none.*MNIST"),
+        ("wide_resnet50_2", 3, "imagenet .torchvision.*none .Chen2024"),
     ],
 )
 def test_where_two_conventions_are_common_one_must_be_given(arch, channels, who):

@@ -88,41 +88,6 @@ def values(field: str, default: Any) -> st.SearchStrategy:
 
 
 _FIELDS = dict(config.flatten(tiny.config()))
-# Tracing a deep network takes long and says no more.
-_FAMILIES: tuple[dict[str, Any], ...] = (
-    {"model.name": "wide_resnet", "model.depth": 10, "model.widen_factor": 1},
-    {"model.name": "dm_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
-    {
-        "model.name": "mean_sparse_wide_resnet",
-        "model.depth": 10,
-        "model.widen_factor": 1,
-    },
-    {
-        "model.name": "mean_sparse_ra_wide_resnet",
-        "model.blocks": "1-1-1",
-        "model.widths": "4-4-8-8",
-    },
-    {"model.name": "jem_wide_resnet", "model.depth": 10, "model.widen_factor": 1},
-    {
-        "model.name": "ra_wide_resnet",
-        "model.blocks": "1-1-1",
-        "model.widths": "4-4-8-8",
-    },
-    {
-        "model.name": "ra_resnet",
-        "model.blocks": "1-1-1-1",
-        "model.widths": "4-8-8-16-16",
-    },
-    {"model.name": "preact_resnet", "model.depth": 18},
-    {"model.name": "dm_preact_resnet", "model.depth": 18},
-    {"model.name": "small_resnet", "model.depth": 18},
-    {"model.name": "resnet", "model.depth": 18},
-    {"model.name": "resnet", "model.depth": 50, "model.base_width": 4},
-    {"model.name": "convnext", "model.size": "tiny"},
-    {"model.name": "vit", "model.size": "small", "model.position_grid": 2},
-    {"model.name": "xcit", "model.size": "tiny", "model.depth": 1, "model.patch": 4},
-    {"model.name": "swin", "model.size": "tiny", "model.position_grid": 8},
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,7 +102,7 @@ def shallow():
 @st.composite
 def overrides(draw: Any, most: int = 4) -> dict[str, Any]:
     """A network for images of any size, and some fields at random."""
-    chosen = dict(draw(st.sampled_from(_FAMILIES)))
+    chosen = dict(draw(st.sampled_from(tiny.NETWORKS)))
     side = st.one_of(st.sampled_from((1, 8, 16, 32)), st.integers(1, 33))
     shape = draw(st.tuples(side, side, st.sampled_from((1, 3))))
     chosen["data.image_shape"] = shape

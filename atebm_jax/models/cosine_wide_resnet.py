@@ -1,0 +1,62 @@
+"""WideResNet with cosines as logits (Pang et al., 2020, Boosting adversarial training).
+
+Features and each class's weights have length 1, and there is no bias. Its authors
+multiply the logits by 15 in the losses, not in the network.
+"""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from atebm_jax.models import family, wide_resnet
+
+
+class Cosines(nn.Module):
+    """[B, D] to the cosines of the angles to `features` learned vectors, in [-1, 1]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        return _unit(x, -1) @ _unit(kernel.astype(x.dtype), 0)
+
+
+def _unit(x: jax.Array, axis: int) -> jax.Array:
+    """Vectors of length 1; shorter ones than 1e-12 stay shorter, as in PyTorch."""
+    squares = jnp.square(x).sum(axis, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+class CosineWideResNet(wide_resnet.WideResNet):
+    """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] in [-1, 1]."""
+
+    def classified(self, features: jax.Array) -> jax.Array:
+        return Cosines(self.num_classes, name="fc")(features)
+
+
+assert wide_resnet.FAMILY.torch is not None
+
+FAMILY = family.Family(
+    build=partial(wide_resnet.build, kind=CosineWideResNet),
+    sized_by=("depth", "widen_factor"),
+    archs={
+        "cosine_wrn34_20": {
+            "depth": 34,
+            "widen_factor": 20,
+            "num_classes": 10,
+            **family.DEEPMIND[10],
+        }
+    },
+    torch=dataclasses.replace(
+        wide_resnet.FAMILY.torch,
+        look_alikes={},
+        published="Pang2020 (Boosting adversarial training)",
+    ),
+)
