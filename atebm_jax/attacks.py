@@ -6,6 +6,7 @@ that its images stay in (Madry et al., 2018).
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -87,6 +88,8 @@ THREATS: dict[str, Callable[[float], Threat]] = {
     "linf": linf,
     "unbounded": lambda epsilon: unbounded(),
 }
+# Projections whose radius may be a run-time value.
+_IN_BALLS = {"l2": ascent.project_l2, "linf": ascent.project_linf}
 
 
 def threat(norm: str, epsilon: float) -> Threat:
@@ -165,8 +168,8 @@ def adversary(
 
     Returns:
       (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
-      It also takes `step_size` and `num_steps` as keywords; other values than these do
-      not recompile.
+      It also takes `epsilon`, `step_size` and `num_steps` as keywords; other values
+      than these do not recompile. They are not checked.
 
     Raises:
       UserError: unknown norm, or a value out of its range.
@@ -184,13 +187,18 @@ def adversary(
         images: jax.Array,
         labels: jax.Array,
         *,
+        epsilon: jax.Array | float | None = None,
         step_size: jax.Array | float = own_step_size,
         num_steps: jax.Array | int = own_num_steps,
     ) -> jax.Array:
+        allowed = ball
+        if epsilon is not None and norm in _IN_BALLS:
+            inside = partial(_IN_BALLS[norm], epsilon=epsilon)
+            allowed = ball._replace(project=inside)
         return attack(
             lambda x: losses.cross_entropy(logits_fn(x), labels),
             images,
-            ball,
+            allowed,
             step_size=step_size,
             num_steps=num_steps,
             momentum=momentum,
