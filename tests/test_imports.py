@@ -58,6 +58,7 @@ ORDER = (
     "job",
     "main",
     "api",
+    "demo",
     "__init__",
 )
 

@@ -40,6 +40,11 @@ GUESS, ANY = "guess", "any"
 # A request looks at two images, and a program always works on a whole batch.
 _BATCH_SIZE = 4
 _EXAMPLES, _MEASURED = 24, 256
+_PYTHON = """import atebm_jax, numpy as np
+from PIL import Image
+model = atebm_jax.load({!r})
+image = np.asarray(Image.open("image.png")).reshape(model.image_shape)
+"""
 
 
 class Answer(NamedTuple):
@@ -47,8 +52,7 @@ class Answer(NamedTuple):
 
     Attributes:
       images: file name without its ending -> [H, W, C] uint8.
-      settings: for JSON.
-      code: the command, or Python, that makes the same of the images.
+      settings: for JSON; "again" is the command, or Python, that makes the same.
       classes: title -> class name -> probability.
       says: a sentence.
       figure: PNG file of a diagram.
@@ -56,7 +60,6 @@ class Answer(NamedTuple):
 
     images: dict[str, np.ndarray]
     settings: dict[str, Any]
-    code: str
     classes: Mapping[str, dict[str, float]] = {}
     says: str = ""
     figure: bytes | None = None
@@ -67,8 +70,7 @@ class Answer(NamedTuple):
         with zipfile.ZipFile(stream, "w") as file:
             for name, image in self.images.items():
                 file.writestr(f"{name}.png", pictures.png(image))
-            settings = self.settings | {"code": self.code}
-            file.writestr("settings.json", json.dumps(settings, indent=2))
+            file.writestr("settings.json", json.dumps(self.settings, indent=2))
         return stream.getvalue()
 
 
@@ -79,8 +81,8 @@ class Answers:
     range, whatever page or program sends them.
 
     Attributes:
-      model: the network; plain: one to compare with, or None.
-      examples: [N, H, W, C]; captions: what they are.
+      model, plain: the network, and one to compare it with or None.
+      examples, captions: [N, H, W, C], and what they are.
       energies: name of a set -> E(x) of its images.
     """
 
@@ -107,12 +109,10 @@ class Answers:
           UserError: something cannot be loaded, or the networks do not fit together.
         """
         loaded = trained.load(workdir)
-        self.model = Model(loaded, _BATCH_SIZE)
-        self.plain = None if plain is None else Model(trained.load(plain), _BATCH_SIZE)
-        if self.plain is not None:
-            _check_alike(self.model, self.plain)
+        self.workdir, self.model = workdir, Model(loaded, _BATCH_SIZE)
         self.names, self.config = self.model.class_names, self.model.config
-        self._workdir = workdir
+        self.plain = None if plain is None else Model(trained.load(plain), _BATCH_SIZE)
+        _check_alike(self.model, self.plain or self.model)
         self._about = records.described(loaded, workdir)
         self._cached = lru_cache(maxsize=8)(self._edited)
         self._compile(console)
@@ -120,16 +120,15 @@ class Answers:
         drawn = self.model.sample(every)
         noise = np.random.default_rng(0).random((_MEASURED, *self.model.image_shape))
         sets = {"noise": noise.astype(np.float32), "samples": drawn}
-        self.examples = _levels(drawn)[:_EXAMPLES]
-        self.captions = [f"sample: {self.names[k]}" for k in every[:_EXAMPLES]]
+        images, captions = _levels(drawn), [f"sample: {self.names[k]}" for k in every]
         try:
             images, captions = self._test_images(loaded, source, data_dir)
-            self.examples, self.captions = images[:_EXAMPLES], captions[:_EXAMPLES]
             sets = {"test images": images} | sets
         except UserError as error:
             if source is not None:
                 raise
             say(console, f"examples are samples, as the test set is not here: {error}")
+        self.examples, self.captions = images[:_EXAMPLES], captions[:_EXAMPLES]
         self.energies = {name: self.model.energy(x) for name, x in sets.items()}
 
     def _test_images(
@@ -153,9 +152,12 @@ class Answers:
             for name in SAMPLERS
         }
         for label in (0, ANY):
-            one = "any class" if label == ANY else "a class"
-            calls[f"denoise, {one}"] = partial(self.denoise, image, label, 0.1, 1, 0, 1)
-            calls[f"inpaint, {one}"] = partial(self.inpaint, image, hole, label, 1)
+            for task, more in {
+                "inpaint": {"hole": hole},
+                "denoise": {"place": 1},
+            }.items():
+                name = f"{task}, {'any class' if label == ANY else 'a class'}"
+                calls[name] = partial(self.edit, task, image, label, 1, **more)
         calls["attack"] = partial(self.attack, image, self.most_attack / 4)
         for number, (name, call) in enumerate(calls.items(), 1):
             begun = time.monotonic()
@@ -167,16 +169,22 @@ class Answers:
     def read(self, path: str) -> np.ndarray:
         """The image of a file, scaled and cut to the network's size."""
         try:
-            return inputs.read_file(
-                Path(path), self.model.image_shape, self.config, resize=True
-            )
+            shape = self.model.image_shape
+            return inputs.read_file(Path(path), shape, self.config, resize=True)
         except UserError as error:
-            # Of the upload's path only the name means something to its owner.
+            # Of an upload's path, its owner knows the name alone.
             raise UserError(str(error).replace(path, Path(path).name)) from error
 
     def predicted(self, image: np.ndarray) -> dict[str, float]:
         """Class name -> probability."""
         return self._named(self.model.classify(image)[0])
+
+    def step_size(self, sampler: str) -> float:
+        """The config's step size in the unit of a sampler; of SGLD that of JEM."""
+        own = float(self.config.evaluate.samples.step_size)
+        a_pixel = own / self.examples[0].size ** 0.5
+        units = {"sign": round(a_pixel, 6), "sgld(noise=0.005)": 0.25}
+        return units.get(sampler, own)
 
     # What the tabs ask.
 
@@ -201,8 +209,11 @@ class Answers:
         every = range(len(self.names)) if label is None else [self._class(label)]
         labels = np.resize(every, count)
         how = {"step_size": step_size, "seed": seed, "sampler": sampler}
-        flags = {} if label is None else {"classes": self._word(label)}
-        flags |= {"count": count, "num_steps": steps, **how, "quantise": "nearest"}
+        given = {} if label is None else {"classes": self._word(label)}
+        given |= {"count": count, "num_steps": steps, **how, "quantise": "nearest"}
+        words = [self._word(k).replace(":", "") for k in labels]
+        files = [f"{number:02d}_{word}" for number, word in enumerate(words)]
+        settings = self._settings("sample", given, "")
         images, done = None, 0
         for end in _ends(steps, sampler):
             if sampler in _WITHOUT_MEMORY:
@@ -210,141 +221,66 @@ class Answers:
             else:
                 images = self._drawn(labels, end, **how)
             done = end
-            files = [f"{n:02d}_{self._word(k)}" for n, k in enumerate(labels)]
-            yield Answer(
-                dict(zip(files, _levels(images), strict=True)),
-                self._described("sample", flags),
-                self._command("", flags),
-                says=f"step {end} of {steps}",
-            )
+            shown = dict(zip(files, _levels(images), strict=True))
+            yield Answer(shown, settings, says=f"step {end} of {steps}")
 
-    def explain(
-        self, image: np.ndarray, target: int, radius: float, steps: int
-    ) -> Answer:
-        """A counterfactual in the L2 ball of one of `RADII`."""
-        row = _position("radius", radius, RADII)
-        flags = {"target": self._word(self._class(target)), "radius": RADII[row]}
-        return self._edit("explain", image, target, steps, flags, row=row)
-
-    def denoise(
-        self,
-        image: np.ndarray,
-        label: int | str,
-        sigma: float,
-        strength: float,
-        seed: int,
-        steps: int,
-    ) -> Answer:
-        """Adds noise, and removes it with one of `STRENGTHS`.
-
-        Args:
-          label: a class, `GUESS` or `ANY`.
-          sigma: of the noise, pixels of a [0, 1] image.
-        """
-        sigma = _checked("noise", sigma, 0.01, 1, float)
-        row = _position("strength", strength, STRENGTHS)
-        recipes.check_seed(seed)
-        noise = np.random.default_rng(seed).normal(0, sigma, image.shape)
-        noisy = _levels(np.clip(image / 255 + noise, 0, 1))
-        flags = {"sigma": sigma, "strength": STRENGTHS[row]}
-        more = {"before noise": image}
-        return self._edit("denoise", noisy, label, steps, flags, row=row, more=more)
-
-    def inpaint(
-        self, image: np.ndarray, hole: np.ndarray, label: int | str, steps: int
-    ) -> Answer:
-        """Repaints a hole, [H, W] bool."""
-        more = {"mask": 255 * hole[..., None].astype(np.uint8)}
-        flags = {"mask": "mask.png"}
-        return self._edit("inpaint", image, label, steps, flags, more=more)
-
-    @property
-    def most_attack(self) -> float:
-        """The largest radius of an attack: four times that of the evaluation."""
-        return 4 * float(self.config.evaluate.attack.epsilon)
-
-    def attack(self, image: np.ndarray, radius: float) -> Answer:
-        """Attacks the class that each network predicts; radius 0 leaves the image."""
-        radius = _checked("radius", radius, 0, self.most_attack, float)
-        settings = self.config.evaluate.attack
-        how = {"norm": "linf" if settings.norm == "linf" else "l2", "epsilon": radius}
-        # As many steps from the centre to the edge as in the evaluation.
-        how |= {"step_size": float(settings.step_size) * radius / settings.epsilon}
-        how |= {"num_steps": settings.num_steps}
-        images, classes = {"image": image}, {}
-        for model, which in ((self.model, ""), (self.plain, " (plain)")):
-            if model is None:
-                continue
-            start = end = constraints.as_images(image)
-            before = model.classify(start)[0]
-            if radius > 0:
-                end = model.attack(start, int(before.argmax()), **how)
-            classes[f"before{which}"] = self._named(before)
-            classes[f"after{which}"] = self._named(model.classify(end)[0])
-            images[f"attacked{which}"] = _levels(end[0])
-            images[f"difference{which}"] = pictures.difference(end[0] - start[0])
-        given = ", ".join(f"{name}={value!r}" for name, value in how.items())
-        call = f"model.attack(image, model.classify(image).argmax(-1), {given})"
-        settings = self._described("attack", how)
-        return Answer(images, settings, self._python(call), classes)
-
-    def energy(self, image: np.ndarray) -> Answer:
-        """Where an image lies among others."""
-        here = float(self.model.energy(image)[0])
-        shares = [
-            f"{(energies > here).mean():.0%} of {name}"
-            for name, energies in self.energies.items()
-        ]
-        return Answer(
-            {"image": image},
-            self._described("energy", {"energy": here}),
-            self._python("model.energy(image)"),
-            says=f"E(x) = {here:.2f}: likelier than {', '.join(shares)}.",
-            figure=pictures.energies(self.energies, here),
-        )
-
-    # What the answers share.
-
-    def _drawn(self, labels: Any, steps: int, **how: Any) -> np.ndarray:
-        return self.model.sample(np.asarray(labels), num_steps=steps, **how)
-
-    def _edit(
+    def edit(
         self,
         task: str,
         image: np.ndarray,
         label: int | str,
         steps: int,
-        flags: dict[str, Any],
-        *,
-        row: int = 0,
-        more: Mapping[str, np.ndarray] = {},
+        place: float = 0.0,
+        sigma: float = 0.1,
+        seed: int = 0,
+        hole: np.ndarray | None = None,
     ) -> Answer:
-        """One result of a task; `more` are images for the visitor."""
+        """Explains, denoises or inpaints, with the confidences along the way.
+
+        Args:
+          task: "explain", "denoise" or "inpaint".
+          image: to be edited; to "denoise", noise is added first.
+          label: a class; of edits also `GUESS` or `ANY`.
+          steps: of the descent.
+          place: of the slider, a radius of `RADII` or a strength of `STRENGTHS`.
+          sigma, seed: of the noise, pixels of a [0, 1] image.
+          hole: [H, W] bool, to be painted anew.
+        """
         steps = _checked("steps", steps, 0, MOST_EDIT_STEPS)
-        if label not in (GUESS, ANY):
+        if task == "explain" or label not in (GUESS, ANY):
             label = self._class(label)
-        hole = more["mask"].tobytes() if task == "inpaint" else None
-        noise = flags.get("sigma")
-        edited = self._cached(task, image.tobytes(), label, steps, hole, noise)
+        row, given, more, mask = 0, {"target": self._word(label)}, {}, b""
+        if task == "explain":
+            row = _position("radius", place, RADII)
+            given["radius"] = RADII[row]
+        elif task == "denoise":
+            row = _position("strength", place, STRENGTHS)
+            sigma = _checked("noise", sigma, 0.01, 1, float)
+            recipes.check_seed(seed)
+            noise = np.random.default_rng(seed).normal(0, sigma, image.shape)
+            more = {"before noise": image}
+            image = _levels(np.clip(image / 255 + noise, 0, 1))
+            given |= {"task": task, "sigma": sigma, "strength": STRENGTHS[row]}
+        elif hole is not None:
+            more = {"mask": 255 * hole[..., None].astype(np.uint8)}
+            mask = more["mask"].tobytes()
+            given |= {"task": task, "mask": "mask.png"}
+        edited = self._cached(task, image.tobytes(), label, steps, sigma, mask)
         one = jax.tree.map(lambda rows: rows[row], edited)
-        start = {} if task == "explain" else {"start": _levels(one.start)}
-        images = {"original": image, **start, "result": _levels(one.images)}
+        images = {"original": image, "start": _levels(one.start)}
+        images |= {"result": _levels(one.images), **more}
         images["difference"] = pictures.difference(one.images - one.start)
         names, path = self.names, one.path
         curves = {f"p({names[one.originals]})": path.original_confidence}
         curves |= {f"p({names[one.targets]})": path.target_confidence}
         command = "explain" if task == "explain" else "edit"
-        if command == "edit":
-            flags = {"task": task, **flags, "target": self._word(label)}
-        flags |= {"num_steps": steps}
+        given = given | {"num_steps": steps}
+        settings = self._settings(task, given, f"{command} original.png")
+        settings["results"] = records.of_edit(one, names)
         before, after = self.model.classify(np.stack([one.start, one.images]))
-        results = {"results": records.of_edit(one, names)}
+        classes = {"before": self._named(before), "after": self._named(after)}
         return Answer(
-            images | dict(more),
-            self._described(task, flags | results),
-            self._command(f"{command} original.png", flags),
-            {"before": self._named(before), "after": self._named(after)},
-            figure=pictures.way(curves, path.energy),
+            images, settings, classes, figure=pictures.way(curves, path.energy)
         )
 
     def _edited(
@@ -353,8 +289,8 @@ class Answers:
         image: bytes,
         label: int | str,
         steps: int,
-        hole: bytes | None,
-        sigma: float | None,
+        sigma: float,
+        mask: bytes,
     ) -> Edited:
         """The results of all positions of a task's slider."""
         x = np.frombuffer(image, np.uint8).reshape(self.model.image_shape)
@@ -364,26 +300,73 @@ class Answers:
             balls = [constraints.denoise(x, sigma, strength=s) for s in STRENGTHS]
             where = jax.tree.map(lambda *parts: np.concatenate(parts), *balls)
         else:
-            mask = np.frombuffer(hole, np.uint8).reshape(x.shape[:2])
-            where = constraints.inpaint(x, mask)
+            hole = np.frombuffer(mask, np.uint8).reshape(x.shape[:2])
+            where = constraints.inpaint(x, hole)
         labels = None if label == ANY else label
         return self.model.edit(where, labels, num_steps=steps)
 
-    def _command(self, words: str, flags: Mapping[str, Any]) -> str:
-        given = {**flags, "workdir": self._workdir, "out": "again"}
-        parts = [f"--{name}={value}" for name, value in given.items()]
-        return shlex.join(["python", "-m", "atebm_jax.sample", *words.split(), *parts])
+    @property
+    def most_attack(self) -> float:
+        """The largest radius of an attack: four times that of the evaluation."""
+        return 4 * float(self.config.evaluate.attack.epsilon)
 
-    def _python(self, call: str) -> str:
-        return (
-            "import atebm_jax, numpy as np\nfrom PIL import Image\n"
-            f"model = atebm_jax.load({self._workdir!r})\n"
-            'image = np.asarray(Image.open("image.png")).reshape(model.image_shape)\n'
-            f"{call}"
-        )
+    def attack(self, image: np.ndarray, radius: float) -> Answer:
+        """Attacks the class that each network predicts; radius 0 leaves the image."""
+        radius = _checked("radius", radius, 0, self.most_attack, float)
+        own = self.config.evaluate.attack
+        how = {"norm": "linf" if own.norm == "linf" else "l2", "epsilon": radius}
+        # As many steps from the centre to the edge as in the evaluation.
+        how |= {"step_size": float(own.step_size) * radius / own.epsilon}
+        start = constraints.as_images(image)
+        images, classes = {"image": image}, {}
+        for model, which in ((self.model, ""), (self.plain, " (plain)")):
+            if model is None:
+                continue
+            before = after = model.classify(start)[0]
+            end = start
+            if radius > 0:
+                end = model.attack(start, int(before.argmax()), **how)
+                after = model.classify(end)[0]
+            classes[f"before{which}"] = self._named(before)
+            classes[f"after{which}"] = self._named(after)
+            images[f"attacked{which}"] = _levels(end[0])
+            images[f"difference{which}"] = pictures.difference(end[0] - start[0])
+        given = ", ".join(f"{name}={value!r}" for name, value in how.items())
+        call = f"model.attack(image, model.classify(image).argmax(-1), {given})"
+        return Answer(images, self._settings("attack", how, "", call), classes)
 
-    def _described(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"tab": task, **given, **self._about}
+    def energy(self, image: np.ndarray) -> Answer:
+        """Where an image lies among others."""
+        here = float(self.model.energy(image)[0])
+        shares = [
+            f"{(energies > here).mean():.0%} of {name}"
+            for name, energies in self.energies.items()
+        ]
+        settings = self._settings("energy", {"energy": here}, "", "model.energy(image)")
+        says = f"E(x) = {here:.2f}: likelier than {', '.join(shares)}."
+        figure = pictures.energies(self.energies, here)
+        return Answer({"image": image}, settings, says=says, figure=figure)
+
+    # What the answers share.
+
+    def _drawn(self, labels: Any, steps: int, **how: Any) -> np.ndarray:
+        return self.model.sample(np.asarray(labels), num_steps=steps, **how)
+
+    def _settings(
+        self, tab: str, given: Mapping[str, Any], words: str, call: str = ""
+    ) -> dict[str, Any]:
+        """Settings for JSON, with what makes the same again.
+
+        Args:
+          tab, given: what was asked.
+          words: of the command of `atebm_jax.sample`, before its flags.
+          call: where there is none, of the model, in Python.
+        """
+        flags = {**given, "workdir": self.workdir, "out": "again"}
+        parts = [f"--{name}={value}" for name, value in flags.items()]
+        again = ["python", "-m", "atebm_jax.sample", *words.split(), *parts]
+        code = f"{_PYTHON.format(self.workdir)}{call}" if call else shlex.join(again)
+        return {"tab": tab, **given, **self._about, "again": code}
 
     def _named(self, probabilities: np.ndarray) -> dict[str, float]:
         return dict(zip(self.names, probabilities.tolist(), strict=True))
@@ -392,7 +375,7 @@ class Answers:
         return _checked("class", label, 0, len(self.names) - 1)
 
     def _word(self, label: int | str) -> str:
-        """A class as the commands take it, and file names."""
+        """A class as the commands take it."""
         if isinstance(label, str):
             return label
         name = self.names[label]
