@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
@@ -283,9 +284,9 @@ def _transparent(figure: Figure) -> bytes:
         axis.patch.set_alpha(0)
         axis.tick_params(colors=_ON_ANY_GROUND)
         axis.spines[:].set_color(_ON_ANY_GROUND)
-        for line in axis.lines:
-            if line.get_color() == "black":
-                line.set_color(_ON_ANY_GROUND)
+    for line in figure.findobj(Line2D):
+        if line.get_color() == "black":
+            line.set_color(_ON_ANY_GROUND)
     for text in figure.findobj(Text):
         text.set_color(_ON_ANY_GROUND)
     return _file(figure, dpi=160)

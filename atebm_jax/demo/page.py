@@ -30,12 +30,26 @@ _CANVAS = 384
 _POLICY = (
     b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
 )
+# Pixels are shown as they are, and nothing lies on them.
 _CSS = """
-.gradio-container { max-width: 1360px !important; margin: auto; }
-.pixels img { image-rendering: pixelated; width: 100%; height: 100%;
-              object-fit: contain; }
+.gradio-container { max-width: 1360px !important; width: 100%; margin: auto; }
 #title h1 { font-size: 1.7rem; margin: 0.4rem 0 0; letter-spacing: -0.02em; }
 #title p { opacity: 0.7; margin: 0; }
+.pixels img { image-rendering: pixelated; width: 100%; object-fit: contain; }
+.pixels .image-container, .pixels .image-container * { max-height: 22rem; }
+.pixels .image-container :is(button:has(img), .image-frame) { width: 100%; }
+.pixels label[data-testid="block-label"] { position: relative; display: inline-flex;
+              margin: 8px; }
+.pixels label[data-testid="block-label"] > span { display: none; }
+.pixels .grid-wrap { min-height: 0; }
+.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), 1fr);
+              grid-template-rows: none; grid-auto-rows: auto; padding-top: 0; }
+.pixels .gallery-item { height: auto; }
+.pixels .thumbnail-lg { aspect-ratio: 1; height: auto; width: 100%; }
+.pixels .caption-label { font-size: 0.65rem; padding: 1px 5px; }
+@media (max-width: 700px) {
+  .pixels .grid-container { grid-template-columns: repeat(4, 1fr); }
+}
 """
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "Consolas", "monospace"]
@@ -137,7 +151,12 @@ def _from_here_alone(app: Callable) -> Callable:
     return answer
 
 
-def _on(triggers: Sequence[Any], fn: Callable, **options: Any) -> None:
+def _on(
+    triggers: Sequence[Any],
+    fn: Callable,
+    show_progress: Any = "minimal",
+    **options: Any,
+) -> None:
     """An event that uses the device; of a slider's moves, the last one counts."""
     gr.on(
         triggers,
@@ -145,6 +164,7 @@ def _on(triggers: Sequence[Any], fn: Callable, **options: Any) -> None:
         concurrency_id="device",
         concurrency_limit=1,
         trigger_mode="always_last",
+        show_progress=show_progress,
         api_visibility="private",
         **options,
     )
@@ -165,7 +185,7 @@ def _told(function: Callable) -> Callable:
 
 def _picker(answers: Answers, hand: gr.State) -> list[Any]:
     """Where the image in hand is chosen; returns what shows it and its classes."""
-    image = _picture("Image in hand", height=260)
+    image = _picture("Image in hand")
     classes = gr.Label(label="Predicted class", num_top_classes=3)
     upload = gr.UploadButton("Upload an image", size="md", variant="secondary")
     examples = gr.Gallery(
@@ -173,6 +193,7 @@ def _picker(answers: Answers, hand: gr.State) -> list[Any]:
         label="Examples",
         columns=4,
         height=300,
+        interactive=False,
         allow_preview=False,
         format="png",
         buttons=[],
@@ -234,7 +255,7 @@ def _explain_tab(answers: Answers, hand: gr.State) -> None:
         _answered(
             partial(answers.edit, "explain"),
             [hand, target, steps, radius],
-            [run.click, radius.release, target.input],
+            [run.click, radius.change, target.input],
             images=("original", "result", "difference"),
             classes=("before", "after"),
             figure=True,
@@ -261,7 +282,6 @@ def _edit_tab(answers: Answers, hand: gr.State) -> gr.ImageMask:
                 brush=gr.Brush(48, ["#ff3b6b"], color_mode="fixed"),
                 height=_CANVAS + 80,
                 buttons=[],
-                elem_classes="pixels",
             )
             with gr.Row():
                 label = gr.Dropdown(choices, value=kinds.ANY, label="Class")
@@ -283,13 +303,14 @@ def _edit_tab(answers: Answers, hand: gr.State) -> gr.ImageMask:
                 label = gr.Dropdown(choices, value=kinds.ANY, label="Class")
                 sigma = gr.Slider(0.01, 1, 0.1, step=0.01, label="Noise (std)")
                 strength = _slider(kinds.STRENGTHS, 0.5, "Strength")
+            with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 steps = _edit_steps(answers)
             run = gr.Button("Denoise", variant="primary")
             _answered(
                 partial(answers.edit, "denoise"),
                 [hand, label, steps, strength, sigma, seed],
-                [run.click, strength.release],
+                [run.click, strength.change],
                 images=("before noise", "start", "result", "difference"),
                 **shown,
             )
@@ -301,15 +322,15 @@ def _attack_tab(answers: Answers, hand: gr.State) -> None:
     which = [""] if answers.plain is None else ["", " (plain)"]
     with gr.Tab("Attack"):
         gr.Markdown(
-            "The smallest change that the eye does not see is enough for a plainly "
-            "trained network. Radius 0 is no attack."
+            "Changes the image within a radius, away from the class that the network "
+            "predicts. A plainly trained network gives way to changes that nobody sees."
         )
         radius = gr.Slider(0, most, most / 4, step=most / 40, label="Radius")
         run = gr.Button("Attack", variant="primary")
         _answered(
             answers.attack,
             [hand, radius],
-            [run.click, radius.release],
+            [run.click, radius.change],
             images=[f"{x}{y}" for y in which for x in ("attacked", "difference")],
             classes=[f"{x}{y}" for y in which for x in ("before", "after")],
         )
@@ -337,7 +358,9 @@ def _answered(
     drawn = gr.Gallery(
         label="Samples",
         columns=8,
+        height="auto",
         format="png",
+        interactive=False,
         allow_preview=False,
         visible=gallery,
         buttons=[],
@@ -352,6 +375,7 @@ def _answered(
             format="png",
             interactive=False,
             visible=figure,
+            scale=2,
             min_width=320,
             buttons=["download", "fullscreen"],
         )
