@@ -400,7 +400,9 @@ def test_mask_is_drawn_and_noise_removed(visit, answers, image, steps):
     visitor.get_by_role("tab", name="Edit").click()
     use(visitor, [], "Inpaint")
     visitor.get_by_text("there is no mask: draw over a part").wait_for()
-    box = visitor.locator("canvas:visible").first.bounding_box()
+    canvas = visitor.locator("canvas:visible").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     visitor.mouse.move(x - 40, y)
     visitor.mouse.down()

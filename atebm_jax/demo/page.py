@@ -395,7 +395,8 @@ def _answered(
             # Gradio copies it before it asks for more.
             path = Path(folder) / "answer.zip"
             path.write_bytes(answer.archive())
-            yield [*parts, str(path)]
+            # Images that are written again would be broken while they are loaded.
+            yield [*[gr.skip()] * len(parts), str(path)]
 
     outputs = [says, drawn, *shown, *named, diagram, code, file]
     _on(triggers, fill, inputs=list(inputs), outputs=outputs)
