@@ -289,7 +289,7 @@ def _transparent(figure: Figure) -> bytes:
             line.set_color(_ON_ANY_GROUND)
     for text in figure.findobj(Text):
         text.set_color(_ON_ANY_GROUND)
-    return _file(figure, dpi=160)
+    return _file(figure, dpi=140)
 
 
 # --- Curves ---
