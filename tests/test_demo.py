@@ -78,7 +78,7 @@ def test_moving_a_slider_asks_the_network_nothing_new(answers, image):
         made = answers.edit("explain", image, 3, 4, radius)
         lengths.append(made.settings["results"]["distance"]["l2"])
         assert made.settings["radius"] == radius
-    assert lengths[0] < lengths[1] and lengths[0] == pytest.approx(0.25, rel=1e-3)
+    assert 0.1 < lengths[0] <= 0.25 + 1e-6 < lengths[1]
     assert answers._cached.cache_info().misses == misses
 
 
@@ -190,7 +190,7 @@ def sampled(*values):
         (sampled(0, 1, -1, 1, 0.1, "pgd"), "seed is -1"),
         (sampled(0, 1, 0, 10**9, 0.1, "pgd"), "steps is 1000000000: expected 0 to 200"),
         (sampled(0, 1, 0, 1, 0.0, "pgd"), "positive"),
-        (sampled(0, 1, 0, 1, None, "pgd"), "step_size None"),
+        (sampled(0, 1, 0, 1, None, "pgd"), "step size is None"),
         (sampled(0, 1, 0, 1, 0.1, "sgld(noise=1)"), "unknown sampler"),
         (lambda a, x: a.edit("explain", x, ANY, 4, 1.0), "class is 'any'"),
         (

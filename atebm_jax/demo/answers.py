@@ -205,6 +205,7 @@ class Answers:
         """
         count = _checked("images", count, 1, MOST_IMAGES)
         steps = _checked("steps", steps, 0, MOST_STEPS)
+        step_size = _checked("step size", step_size, 0, 1e6, float)
         check_choice("sampler", sampler, SAMPLERS)
         every = range(len(self.names)) if label is None else [self._class(label)]
         labels = np.resize(every, count)
