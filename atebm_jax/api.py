@@ -298,13 +298,13 @@ class Model:
             )
         chosen = dict(settings) | given
         _check_attack(chosen)
-        lengths = [np.float32(chosen.pop(k)) for k in ("epsilon", "step_size")]
+        sizes = [np.float32(chosen.pop(k)) for k in ("epsilon", "step_size")]
         steps = np.int32(chosen.pop("num_steps"))
         return self._run(
             _attacker(self._model, **chosen),
             x,
             self._labels(labels, len(x)),
-            fixed=(*lengths, steps),
+            fixed=(*sizes, steps),
         )
 
     def _run(
@@ -375,7 +375,7 @@ def _check_attack(chosen: dict[str, Any]) -> None:
         raise UserError(
             f"epsilon is {chosen['epsilon']!r}: it must be a number, a radius."
         )
-    attacks.threat(chosen["norm"], chosen["epsilon"])
+    attacks.threat(chosen["norm"], float(chosen["epsilon"]))
     decay = chosen["momentum"]
     if not isinstance(decay, number) or not 0 <= decay < 1:
         raise UserError(

@@ -151,11 +151,9 @@ class Answers:
             f"sampler {name}": partial(self._drawn, [0], 1, sampler=name)
             for name in SAMPLERS
         }
+        tasks: dict[str, Any] = {"inpaint": {"hole": hole}, "denoise": {"place": 1}}
         for label in (0, ANY):
-            for task, more in {
-                "inpaint": {"hole": hole},
-                "denoise": {"place": 1},
-            }.items():
+            for task, more in tasks.items():
                 name = f"{task}, {'any class' if label == ANY else 'a class'}"
                 calls[name] = partial(self.edit, task, image, label, 1, **more)
         calls["attack"] = partial(self.attack, image, self.most_attack / 4)
@@ -210,7 +208,8 @@ class Answers:
         every = range(len(self.names)) if label is None else [self._class(label)]
         labels = np.resize(every, count)
         how = {"step_size": step_size, "seed": seed, "sampler": sampler}
-        given = {} if label is None else {"classes": self._word(label)}
+        given: dict[str, Any] = {}
+        given |= {} if label is None else {"classes": self._word(label)}
         given |= {"count": count, "num_steps": steps, **how, "quantise": "nearest"}
         words = [self._word(k).replace(":", "") for k in labels]
         files = [f"{number:02d}_{word}" for number, word in enumerate(words)]
@@ -250,7 +249,8 @@ class Answers:
         steps = _checked("steps", steps, 0, MOST_EDIT_STEPS)
         if task == "explain" or label not in (GUESS, ANY):
             label = self._class(label)
-        row, given, more, mask = 0, {"target": self._word(label)}, {}, b""
+        row, more, mask = 0, {}, b""
+        given: dict[str, Any] = {"target": self._word(label)}
         if task == "explain":
             row = _position("radius", place, RADII)
             given["radius"] = RADII[row]
@@ -315,7 +315,8 @@ class Answers:
         """Attacks the class that each network predicts; radius 0 leaves the image."""
         radius = _checked("radius", radius, 0, self.most_attack, float)
         own = self.config.evaluate.attack
-        how = {"norm": "linf" if own.norm == "linf" else "l2", "epsilon": radius}
+        how: dict[str, Any] = {"norm": "linf" if own.norm == "linf" else "l2"}
+        how["epsilon"] = radius
         # As many steps from the centre to the edge as in the evaluation.
         how |= {"step_size": float(own.step_size) * radius / own.epsilon}
         start = constraints.as_images(image)

@@ -59,6 +59,7 @@ def build(answers: Answers) -> gr.Blocks:
     """The page of a model, which `launch` opens."""
     blocks = gr.Blocks(
         title="atebm_jax",
+        fill_width=True,
         analytics_enabled=False,
         delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS),
     )
