@@ -540,6 +540,16 @@ def test_taken_port_is_said_in_a_sentence(page, blocks, answers):
         page.launch(answers, port=port, prevent_thread_lock=True, quiet=True)
 
 
+def test_command_says_where_the_page_is(page, answers, monkeypatch):
+    opened, said = [], io.StringIO()
+    monkeypatch.setattr(kinds, "Answers", lambda *_, **options: answers)
+    waits = "gradio.Blocks.block_thread"
+    monkeypatch.setattr(waits, lambda blocks: opened.append(blocks))
+    main([f"--workdir={answers.workdir}"], Console(file=said, width=200))
+    assert f"the page is at {opened[0].local_url};" in said.getvalue()
+    opened[0].close()
+
+
 def test_notebook_opens_the_page(page, trained, tmp_path):
     path = Path(__file__).parents[1] / "notebooks" / "demo.ipynb"
     cells = json.loads(path.read_text())["cells"]

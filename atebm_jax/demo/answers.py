@@ -38,7 +38,7 @@ _WITHOUT_MEMORY = ("pgd", "sign")
 #: Labels of edits: the class that the network predicts; no class, by E(x).
 GUESS, ANY = "guess", "any"
 # A request looks at two images, and a program always works on a whole batch.
-_BATCH_SIZE = 4
+_BATCH_SIZE = 2
 _EXAMPLES, _MEASURED = 24, 256
 _PYTHON = """import atebm_jax, numpy as np
 from PIL import Image
