@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from atebm_jax import (
     attacks,
@@ -63,6 +64,7 @@ class Model:
       image_shape: (H, W, C).
       num_classes: K.
       class_names: K names; None where nobody gave them.
+      config: the complete config of the training; not to be changed.
     """
 
     def __init__(self, loaded: trained.Trained, batch_size: int):
@@ -73,7 +75,7 @@ class Model:
         self.image_shape: tuple[int, int, int] = loaded.image_shape
         self.num_classes: int = loaded.num_classes
         self.class_names: tuple[str, ...] | None = loaded.class_names
-        self._config = loaded.config
+        self.config: ConfigDict = loaded.config
         self._batch_size = batch_size
         self._gaussian = loaded.gaussian
         self._variables = jax.device_put(loaded.variables)
@@ -128,7 +130,7 @@ class Model:
         """
         number = self._count(labels, count, seeds)
         recipe = recipes.of_config(
-            self._config.evaluate.samples,
+            self.config.evaluate.samples,
             sampler=sampler,
             schedule=schedule,
             step_size=step_size,
@@ -145,9 +147,9 @@ class Model:
             return indices if classes is None else classes[np.minimum(indices, last)]
 
         if seeds is None:
-            spec = NOISE if self._gaussian is None else self._config.data.seeds
+            spec = NOISE if self._gaussian is None else self.config.data.seeds
             seeds_of = drawing.seeds_fn(
-                spec, seed, self._config.data, gaussian=self._gaussian
+                spec, seed, self.config.data, gaussian=self._gaussian
             )
         else:
             start = self._images(seeds)
@@ -236,7 +238,7 @@ class Model:
         rows, recipe = editing.prepare(
             constraint,
             classes,
-            self._config.evaluate.samples,
+            self.config.evaluate.samples,
             step_size=step_size,
             num_steps=num_steps,
             sampler=sampler,
@@ -277,7 +279,7 @@ class Model:
         Returns:
           [N, H, W, C] float32 in [0, 1], inside the ball.
         """
-        settings = self._config.evaluate.attack
+        settings = self.config.evaluate.attack
         x = self._images(images)
         given = {
             "norm": norm,
@@ -297,12 +299,13 @@ class Model:
             )
         chosen = dict(settings) | given
         _check_attack(chosen)
-        size, steps = chosen.pop("step_size"), chosen.pop("num_steps")
+        sizes = [np.float32(chosen.pop(k)) for k in ("epsilon", "step_size")]
+        steps = np.int32(chosen.pop("num_steps"))
         return self._run(
             _attacker(self._model, **chosen),
             x,
             self._labels(labels, len(x)),
-            fixed=(np.float32(size), np.int32(steps)),
+            fixed=(*sizes, steps),
         )
 
     def _run(
@@ -367,12 +370,13 @@ class Model:
 
 
 def _check_attack(chosen: dict[str, Any]) -> None:
-    """Refuses what `attacks.adversary` does not check: values of other types."""
+    """Refuses what nothing can be attacked with."""
     number = int | float | np.number
     if not isinstance(chosen["epsilon"], number):
         raise UserError(
             f"epsilon is {chosen['epsilon']!r}: it must be a number, a radius."
         )
+    attacks.threat(chosen["norm"], float(chosen["epsilon"]))
     decay = chosen["momentum"]
     if not isinstance(decay, number) or not 0 <= decay < 1:
         raise UserError(
@@ -394,17 +398,24 @@ def _logits(model: nn.Module) -> Callable:
 
 @lru_cache
 def _attacker(model: nn.Module, **settings: Any) -> Callable:
-    # Steps are arguments below: another number of them does not recompile.
-    adversary = attacks.adversary(**settings, step_size=1.0, num_steps=0)
+    # Radius and steps are arguments below: others do not recompile.
+    adversary = attacks.adversary(**settings, epsilon=1.0, step_size=1.0, num_steps=0)
 
     def attack(
         variables: Any,
         x: jax.Array,
         y: jax.Array,
+        epsilon: jax.Array,
         step_size: jax.Array,
         num_steps: jax.Array,
     ) -> jax.Array:
-        logits_fn = models.freeze(model, variables, x.shape[1:])
-        return adversary(logits_fn, x, y, step_size=step_size, num_steps=num_steps)
+        return adversary(
+            models.freeze(model, variables, x.shape[1:]),
+            x,
+            y,
+            epsilon=epsilon,
+            step_size=step_size,
+            num_steps=num_steps,
+        )
 
     return jax.jit(attack)

@@ -20,7 +20,9 @@ class Threat(NamedTuple):
     """What an attacker may do to an image."""
 
     norm: str  #: "l2", "linf" or "unbounded"
-    epsilon: float  #: radius of the ball, in the norm's pixels of a [0, 1] image
+    epsilon: (
+        jax.Array | float
+    )  #: radius of the ball, in the norm's pixels of a [0, 1] image
     #: Gradients [B, H, W, C] -> unit steps [B, H, W, C].
     direction: Callable[[jax.Array], jax.Array]
     #: (images, origin), both [B, H, W, C] -> images in the ball around the origin,
@@ -28,7 +30,7 @@ class Threat(NamedTuple):
     project: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def l2(epsilon: float) -> Threat:
+def l2(epsilon: jax.Array | float) -> Threat:
     """Euclidean ball of radius epsilon around each image.
 
     Args:
@@ -37,8 +39,7 @@ def l2(epsilon: float) -> Threat:
     Raises:
       UserError: epsilon is not positive.
     """
-    _check_radius("l2", epsilon)
-    if math.isinf(epsilon):
+    if _is_infinite("l2", epsilon):
         return unbounded()._replace(norm="l2")
     return Threat(
         "l2",
@@ -48,7 +49,7 @@ def l2(epsilon: float) -> Threat:
     )
 
 
-def linf(epsilon: float) -> Threat:
+def linf(epsilon: jax.Array | float) -> Threat:
     """Cube of half-width epsilon around each image.
 
     Args:
@@ -60,8 +61,7 @@ def linf(epsilon: float) -> Threat:
     Raises:
       UserError: epsilon is not positive.
     """
-    _check_radius("linf", epsilon)
-    if math.isinf(epsilon):
+    if _is_infinite("linf", epsilon):
         return unbounded()._replace(norm="linf", direction=jnp.sign)
     return Threat(
         "linf",
@@ -82,14 +82,14 @@ def unbounded() -> Threat:
 
 
 #: Threat models by their names in the config, as functions of the radius.
-THREATS: dict[str, Callable[[float], Threat]] = {
+THREATS: dict[str, Callable[[jax.Array | float], Threat]] = {
     "l2": l2,
     "linf": linf,
     "unbounded": lambda epsilon: unbounded(),
 }
 
 
-def threat(norm: str, epsilon: float) -> Threat:
+def threat(norm: str, epsilon: jax.Array | float) -> Threat:
     """Builds a threat model by name.
 
     Args:
@@ -167,32 +167,33 @@ def adversary(
 
     Returns:
       (logits_fn, images [B, H, W, C], labels [B]) -> adversarial images [B, H, W, C].
-      It also takes `step_size` and `num_steps` as keywords; other values than these do
-      not recompile.
+      It also takes `epsilon`, `step_size` and `num_steps` as keywords; other values
+      than these do not recompile. They are not checked.
 
     Raises:
       UserError: unknown norm, or a value out of its range.
     """
-    ball = threat(norm, epsilon)
+    threat(norm, epsilon)  # refuses what is none
     if num_steps < 0 or not 0 <= momentum < 1:
         raise UserError(
             f"adversary.num_steps is {num_steps} and adversary.momentum {momentum}: "
             "the steps must not be negative, the momentum lies in [0, 1)."
         )
-    own_step_size, own_num_steps = step_size, num_steps
+    own_epsilon, own_step_size, own_num_steps = epsilon, step_size, num_steps
 
     def perturb(
         logits_fn: Callable[[jax.Array], jax.Array],
         images: jax.Array,
         labels: jax.Array,
         *,
+        epsilon: jax.Array | float = own_epsilon,
         step_size: jax.Array | float = own_step_size,
         num_steps: jax.Array | int = own_num_steps,
     ) -> jax.Array:
         return attack(
             lambda x: loss(logits_fn(x), labels),
             images,
-            ball,
+            threat(norm, epsilon),
             step_size=step_size,
             num_steps=num_steps,
             momentum=momentum,
@@ -202,9 +203,13 @@ def adversary(
     return perturb
 
 
-def _check_radius(norm: str, epsilon: float) -> None:
+def _is_infinite(norm: str, epsilon: jax.Array | float) -> bool:
+    """Checks a radius; one of run time is taken for a finite one."""
+    if isinstance(epsilon, jax.Array):
+        return False
     if not epsilon > 0:
         raise UserError(
             f"{norm} radius epsilon is {epsilon!r}: it must be positive; "
             "for no attack at all set the number of steps to 0."
         )
+    return math.isinf(epsilon)

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
@@ -36,8 +38,12 @@ def _figure(
 
 def _save(figure: Figure, path: epath.Path, dpi: int = 110) -> None:
     """Writes a figure as PNG; only the first process writes."""
-    if jax.process_index() != 0:
-        return
+    if jax.process_index() == 0:
+        storage.replace_bytes(path, _file(figure, dpi))
+
+
+def _file(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG."""
     # Names of classes and data sets are no formulas: "$" is a dollar.
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -48,7 +54,7 @@ def _save(figure: Figure, path: epath.Path, dpi: int = 110) -> None:
         if figure.get_layout_engine() is None:
             figure.tight_layout()
         figure.savefig(stream, dpi=dpi, format="png")
-    storage.replace_bytes(path, stream.getvalue())
+    return stream.getvalue()
 
 
 def _show(axis: Any, image: np.ndarray, title: str = "", **options: Any) -> Any:
@@ -206,7 +212,22 @@ def _difference(figure: Figure, axis: Any, change: np.ndarray, scale: float) -> 
         bar.ax.tick_params(labelsize=6)
     else:
         title = f"change, grey: none,\nfull colour: {scale:.2g}"
-        _show(axis, np.clip(0.5 + 0.5 * change / scale, 0, 1), title)
+        _show(axis, difference(change, scale), title)
+
+
+def difference(change: np.ndarray, scale: float | None = None) -> np.ndarray:
+    """What was added to an image, as an image [H, W, 3] uint8.
+
+    Args:
+      change: [H, W, C]. Of colours, each is stronger or weaker than grey where it rose
+        or fell; grey images become red where brighter, blue where darker.
+      scale: the change that is shown in full colour; default the largest.
+    """
+    scale = scale or float(np.abs(change).max()) or 1.0
+    shown = np.clip(0.5 + 0.5 * change / scale, 0, 1)
+    if change.shape[-1] == 1:
+        shown = colormaps["RdBu_r"](shown[..., 0])[..., :3]
+    return (255 * shown).round().astype(np.uint8)
 
 
 def _way(axis: Any, curves: Mapping[str, np.ndarray], energy: np.ndarray) -> None:
@@ -225,6 +246,50 @@ def _way(axis: Any, curves: Mapping[str, np.ndarray], energy: np.ndarray) -> Non
     handles = [a + b for a, b in zip(handles, right.get_legend_handles_labels())]
     above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
     axis.legend(*handles, fontsize=7, ncols=len(handles[0]), **above)
+
+
+# --- Diagrams of a page: legible on light and dark grounds ---
+
+_ON_ANY_GROUND = "#8b919a"
+
+
+def way(curves: Mapping[str, np.ndarray], energy: np.ndarray) -> bytes:
+    """The PNG file of probabilities [T + 1] by label and the energy over the steps."""
+    figure, axes = _figure(1, 1, (5.6, 3.2))
+    _way(axes[0, 0], curves, energy)
+    return _transparent(figure)
+
+
+def energies(sets: Mapping[str, np.ndarray], here: float) -> bytes:
+    """The PNG file of histograms of energies [N] by label, and where one image lies."""
+    figure, axes = _figure(1, 1, (7.6, 3.4))
+    axis = axes[0, 0]
+    low, high = np.quantile(np.concatenate(list(sets.values())), [0.005, 0.995])
+    edges = np.linspace(min(low, here), max(high, here, low + 1e-6), 50)
+    for label, row in sets.items():
+        inner = np.clip(row, edges[0], edges[-1])
+        axis.hist(inner, edges, density=True, alpha=0.6, label=label)
+    axis.axvline(here, color="C3", linewidth=2, label="this image")
+    axis.set_xlabel("energy E(x), lower is likelier", fontsize=8)
+    axis.set_yticks([])
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=8, frameon=False)
+    return _transparent(figure)
+
+
+def _transparent(figure: Figure) -> bytes:
+    """A figure without a ground, everything black in a grey that is seen on both."""
+    figure.patch.set_alpha(0)
+    for axis in figure.axes:
+        axis.patch.set_alpha(0)
+        axis.tick_params(colors=_ON_ANY_GROUND)
+        axis.spines[:].set_color(_ON_ANY_GROUND)
+    for line in figure.findobj(Line2D):
+        if line.get_color() == "black":
+            line.set_color(_ON_ANY_GROUND)
+    for text in figure.findobj(Text):
+        text.set_color(_ON_ANY_GROUND)
+    return _file(figure, dpi=140)
 
 
 # --- Curves ---

@@ -56,6 +56,8 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!atebm_jax).*")]
 # In docstrings `x` is code.
 default_role = "code"
+# The page's packages come with another extra.
+autodoc_mock_imports = ["gradio", "starlette"]
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "no-value": True}
 autodoc_typehints_format = "short"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import atebm_jax
-from atebm_jax import UserError, constraints
+from atebm_jax import UserError, api, constraints
 
 # Packages that take long to import; none is needed before something asks for it.
 HEAVY = ("IPython", "PIL", "array_record", "clu", "grain", "matplotlib", "pandas")
@@ -39,6 +39,11 @@ def model(workdir):
 @pytest.fixture(scope="module")
 def images():
     return np.random.default_rng(0).random((6, 8, 8, 1), np.float32)
+
+
+def test_model_names_its_classes_and_says_how_it_was_trained(model):
+    assert model.class_names == tuple("0123456789")
+    assert model.config.data.train == "digits:train"
 
 
 def test_three_readings_of_the_logits_agree(model, images):
@@ -147,6 +152,13 @@ def test_attack_stays_in_the_ball_and_raises_the_loss(model, images, norm, epsil
     rows = np.arange(6)
     before, after = model.classify(images), model.classify(attacked)
     assert (after[rows, labels] < before[rows, labels]).all()
+
+
+def test_radius_and_steps_of_an_attack_are_run_time_values(model, images):
+    model.attack(images, 1, epsilon=0.5, step_size=0.1, num_steps=1)
+    programs = api._attacker.cache_info().currsize
+    model.attack(images, 1, epsilon=0.7, step_size=0.2, num_steps=2)
+    assert api._attacker.cache_info().currsize == programs
 
 
 def test_attack_keeps_the_best_of_its_iterates(model, images):

@@ -62,6 +62,7 @@ ORDER = (
     "job",
     "main",
     "api",
+    "demo",
     "__init__",
 )
 

@@ -13,6 +13,8 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "energy_landscape", "import_and_sample")
+# `tests/test_demo_page.py` runs this one: it opens a page.
+ALL = (*NAMES, "demo")
 LARGEST_BYTES = 300_000
 
 
@@ -65,8 +67,8 @@ def test_stored_outputs_are_of_one_run_without_errors(name):
 
 
 def test_all_notebooks_begin_with_the_same_setup():
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
-    assert {code_cells(read(name))[0].source for name in NAMES} == {setup_cell()}
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(ALL)
+    assert {code_cells(read(name))[0].source for name in ALL} == {setup_cell()}
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""A page to play with: sample, explain, edit, attack, and read energies."""
