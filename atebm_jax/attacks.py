@@ -20,9 +20,7 @@ class Threat(NamedTuple):
     """What an attacker may do to an image."""
 
     norm: str  #: "l2", "linf" or "unbounded"
-    epsilon: (
-        jax.Array | float
-    )  #: radius of the ball, in the norm's pixels of a [0, 1] image
+    epsilon: jax.Array | float  #: radius, in the norm's pixels of a [0, 1] image
     #: Gradients [B, H, W, C] -> unit steps [B, H, W, C].
     direction: Callable[[jax.Array], jax.Array]
     #: (images, origin), both [B, H, W, C] -> images in the ball around the origin,
