@@ -248,6 +248,8 @@ def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
         ("step.py", "--config=absent.py", "absent.py"),
         ("step.py", "--config.model.wideness=2", "wideness"),
         ("step.py", "--repeat", "--repeat"),
+        ("targets.py", "--target=x9", "choose one of v5e"),
+        ("targets.py", "--rows=resnet51", "choose one of wrn16_4"),
         ("gpu.py", "--rows=wrn", "--out"),
         ("data.py", "--workers=two", "--workers=two"),
         ("autoattack.py", "--num=0", "positive integer"),
