@@ -36,6 +36,13 @@ def test_first_adamw_step_is_worked_by_hand():
     np.testing.assert_allclose(made, [1.8], rtol=1e-6)
 
 
+def test_second_adam_step_is_worked_by_hand():
+    """m = 0.37 / 0.19 and v = 0.009991 / 0.001999: 1.9 - 0.1 * 0.871064."""
+    optimizer = optim.optimizer("adam", weight_decay=0.0)
+    made = steps(optimizer, jnp.float32(2.0), [jnp.float32(3.0), jnp.float32(1.0)])
+    np.testing.assert_allclose(made, [1.9, 1.8128936], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_zero_gradient_leaves_what_is_not_decayed(name):
     optimizer = optim.optimizer(name, weight_decay=0.0)
@@ -79,8 +86,8 @@ def test_optimizers_step_like_torch(name):
 
 
 def test_unknown_optimizer_and_negative_decay_are_refused():
-    with pytest.raises(UserError, match="'adam'.*sgd, adamw"):
-        optim.optimizer("adam", weight_decay=0.0)
+    with pytest.raises(UserError, match="'lion'.*sgd, adamw, adam"):
+        optim.optimizer("lion", weight_decay=0.0)
     with pytest.raises(UserError, match="weight_decay is -1"):
         optim.optimizer("sgd", weight_decay=-1.0)
 
