@@ -200,7 +200,11 @@ def test_figures_are_those_of_the_rounded_weights_alone(pair, tmp_path):
 
 
 def test_numbers_beyond_float16_and_other_dtypes_are_told(loaded, tmp_path):
-    large = jax.tree.map(lambda x: x * np.float32(1e6), loaded.variables)
+    large = loaded.variables | {
+        "params": jax.tree.map(
+            lambda x: x * np.float32(1e6), loaded.variables["params"]
+        )
+    }
     with pytest.raises(UserError, match="params/.* has numbers beyond float16's 65504"):
         write(loaded._replace(variables=large), tmp_path / "out", dtype="float16")
     with pytest.raises(UserError, match="unknown --dtype 'int8': choose one of"):
@@ -297,7 +301,7 @@ def test_name_that_no_release_can_have_is_told(name):
 
 
 def test_release_that_cannot_be_finished_leaves_nothing(loaded, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(card, "text", full)
