@@ -25,6 +25,7 @@ from atebm_jax import (
 from atebm_jax.autoattack import programs
 from atebm_jax.evaluate import classification
 from atebm_jax.evaluate.context import Context
+from atebm_jax.models import cpu
 
 BATCH_SIZE = 8
 
@@ -116,7 +117,8 @@ def trace_of(name):
     batch |= {"y_gen": labels, "y_cls": labels}
     trace = jax.make_jaxpr(plan.step, return_shape=True)
     # Flax and JAX themselves mix dtypes and ranks here.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    mixing = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with mixing[0], mixing[1], cpu.forms("cpu"):
         program, (after, metrics) = trace(state, batch)
     return state, after, metrics, program.jaxpr
 
@@ -244,7 +246,8 @@ def test_whoever_reads_a_network_in_a_loop_makes_it_ready_before(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         variables = models.variable_shapes(model, SHAPE)
         program, arguments = reader(name, model, variables)
-        found = jax.make_jaxpr(program)(*arguments).jaxpr
+        with cpu.forms("cpu"):
+            found = jax.make_jaxpr(program)(*arguments).jaxpr
     assert inner_loops(found)
     assert weight_work_of_turns(found) == []
 
