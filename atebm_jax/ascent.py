@@ -390,7 +390,8 @@ def climb_through(
         carry: tuple[jax.Array, State], last: jax.Array
     ) -> tuple[tuple[jax.Array, State], jax.Array]:
         first, state = carry
-        state = jax.lax.fori_loop(first, last, lambda t, s: advance(t, s)[0], state)
+        with jax.named_scope("sampling"):
+            state = jax.lax.fori_loop(first, last, lambda t, s: advance(t, s)[0], state)
         return (last, state), state.images
 
     start = (jnp.int32(0), State(images, rule.init(images)))

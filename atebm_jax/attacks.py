@@ -187,15 +187,16 @@ def adversary(
         step_size: jax.Array | float = own_step_size,
         num_steps: jax.Array | int = own_num_steps,
     ) -> jax.Array:
-        return attack(
-            lambda x: losses.cross_entropy(logits_fn(x), labels),
-            images,
-            ball,
-            step_size=step_size,
-            num_steps=num_steps,
-            momentum=momentum,
-            keep_best=keep_best,
-        )
+        with jax.named_scope("adversary"):
+            return attack(
+                lambda x: losses.cross_entropy(logits_fn(x), labels),
+                images,
+                ball,
+                step_size=step_size,
+                num_steps=num_steps,
+                momentum=momentum,
+                keep_best=keep_best,
+            )
 
     return perturb
 

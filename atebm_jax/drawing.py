@@ -205,15 +205,7 @@ def draw(
       (number, images [CHUNK, H, W, C] float32 in [0, 1], or what `finish` makes of what
       `read` makes of them), in the order of `numbers`.
     """
-    stop = recipe.target_energy
-    # What may change without another compilation.
-    traced = (
-        np.uint32(recipe.seed),
-        np.float32(recipe.step_size),
-        np.asarray([recipe.num_steps] if ends is None else ends, np.int32),
-        None if stop is None else np.float32(-stop),
-    )
-    static = recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
+    static, traced = _parts_of(recipe, ends)
 
     def arguments_of(indices: np.ndarray) -> tuple[Any, ...]:
         labels = labels_of(indices)
@@ -227,6 +219,45 @@ def draw(
         finish=finish,
         together=together,
     )
+
+
+def _parts_of(
+    recipe: Recipe, ends: Sequence[int] | None = None
+) -> tuple[Recipe, tuple[Any, ...]]:
+    """What a recipe compiles, and what may change without another compilation."""
+    stop = recipe.target_energy
+    traced = (
+        np.uint32(recipe.seed),
+        np.float32(recipe.step_size),
+        np.asarray([recipe.num_steps] if ends is None else ends, np.int32),
+        None if stop is None else np.float32(-stop),
+    )
+    static = recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
+    return static, traced
+
+
+def lower(
+    model: nn.Module, recipe: Recipe, image_shape: Sequence[int], device: jax.Device
+) -> Any:
+    """The program that draws one chunk, to be compiled for a device.
+
+    Args:
+      model: images to logits.
+      recipe: how to draw.
+      image_shape: [H, W, C].
+      device: need not be there (`targets.devices`).
+    """
+    static, traced = _parts_of(recipe)
+    images = jax.ShapeDtypeStruct((CHUNK, *image_shape), np.float32)
+    numbers = jax.ShapeDtypeStruct((CHUNK,), np.int32)
+    weights = (models.variable_shapes(model, image_shape), None)
+    place = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (weights, traced, numbers, numbers, images),
+    )
+    program: Any = _program(model, static, None)
+    return program.lower(*arguments)
 
 
 def on_devices(

@@ -5,7 +5,7 @@ The text is what `compiled.as_text()` returns for a CPU, GPU or TPU.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -72,6 +72,10 @@ class Program:
         """The instructions of the whole program."""
         return [_code(line) for lines in self._lines.values() for line in lines]
 
+    def lines(self, name: str) -> list[str]:
+        """The instructions of one computation, without those that it calls."""
+        return [_code(line) for line in self._lines[name]]
+
     def loop_bodies(self) -> list[list[str]]:
         """The instructions of every loop body with all that it calls."""
         return [
@@ -102,6 +106,34 @@ class Program:
                 )
         return found
 
+    def all_loops(self, name: str = "") -> list[Loop]:
+        """The loops of a computation and those inside of them, outer ones first."""
+        found = []
+        for loop in self.loops(name):
+            found += [loop, *self.all_loops(loop.body)]
+        return found
+
+    def total(
+        self,
+        cost: Callable[[str], float],
+        turns: Mapping[str, int] | None = None,
+        name: str = "",
+    ) -> float:
+        """What a computation costs with its loops, nested ones included.
+
+        Args:
+          cost: name of a computation -> what its own instructions cost.
+          turns: body -> how often it runs; other loops run as often as the text says,
+            or once where it does not.
+          name: of the computation; by default the main one.
+        """
+        turns = turns or {}
+        result = cost(name or self._entry)
+        for loop in self.loops(name):
+            if count := turns.get(loop.body, loop.turns or 1):
+                result += count * self.total(cost, turns, loop.body)
+        return result
+
     def cycles(self, name: str = "", skip: Sequence[str] = ()) -> int:
         """A TPU compiler's estimate of a computation, nested loops included.
 
@@ -111,16 +143,16 @@ class Program:
           name: of the computation; by default the main one.
           skip: bodies of loops that shall not count.
         """
-        total = sum(
+        return int(self.total(self.own_cycles, dict.fromkeys(skip, 0), name))
+
+    def own_cycles(self, name: str) -> int:
+        """A TPU compiler's estimate of a computation without its loops."""
+        return sum(
             int(found[1])
-            for line in self._lines[name or self._entry]
+            for line in self._lines[name]
             if " while(" not in line
             and (found := re.search(r'"estimated_cycles":"(\d+)"', line))
         )
-        for loop in self.loops(name):
-            if loop.body not in skip:
-                total += (loop.turns or 1) * self.cycles(loop.body, skip)
-        return total
 
     def kernels(self, name: str = "") -> list[str]:
         """The instructions of a computation that a GPU launches kernels for."""

@@ -122,8 +122,7 @@ def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
       Interrupted: asked to stop; it says what is saved.
     """
     name = plan.name
-    shapes = models.variable_shapes(job.model, job.config.data.image_shape)
-    like = sharding.placed_shapes(jax.eval_shape(plan.new_state, shapes), job.mesh)
+    like = placed_state(plan, job.model, job.config.data.image_shape, job.mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
     step_fn = jit_step(plan.step, placement, job.mesh)
     checkpoints = checkpoint.manager(job.workdir, name)
@@ -162,6 +161,14 @@ def train_stage(job: Job, plan: Plan, initial: Callable[[], Any]) -> None:
     finally:
         # Waits for a save that is under way, also when interrupted.
         checkpoints.close()
+
+
+def placed_state(
+    plan: Plan, model: nn.Module, image_shape: Sequence[int], mesh: Mesh
+) -> Any:
+    """Shapes of a stage's state with its shardings."""
+    shapes = models.variable_shapes(model, image_shape)
+    return sharding.placed_shapes(jax.eval_shape(plan.new_state, shapes), mesh)
 
 
 def jit_step(step: train_step.StepFn, placement: Any, mesh: Mesh) -> train_step.StepFn:

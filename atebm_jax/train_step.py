@@ -138,9 +138,10 @@ def _in_parts(
 
         keys = None if key is None else jax.random.split(key, count)
         nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params), batch_stats)
-        (total, gradients, batch_stats), outputs = jax.lax.scan(
-            add, nothing, (keys, _split(batch, count))
-        )
+        with jax.named_scope("parts"):
+            (total, gradients, batch_stats), outputs = jax.lax.scan(
+                add, nothing, (keys, _split(batch, count))
+            )
         gradients = jax.tree.map(lambda g: g / count, gradients)
         return total / count, gradients, batch_stats, _join(outputs)
 
