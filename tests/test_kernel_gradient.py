@@ -83,5 +83,5 @@ def test_devices_exchange_one_sum_after_the_loop():
     assert program.loop_bodies()
     assert not any(collectives(body) for body in program.loop_bodies())
     assert collectives(program.everything()) == [
-        ("all-reduce", 3 * 3 * 3 * 5, 8 * 3 * 3 * 3 * 5)
+        ("all-reduce", 3 * 3 * 3 * 5, 4 * 3 * 3 * 3 * 5)
     ]
