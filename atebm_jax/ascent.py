@@ -356,7 +356,8 @@ def climb(
     lowest = jnp.full(images.shape[0], -jnp.inf, images.dtype)
     state = State(images, rule.init(images))
     first = (state, (images, lowest) if keep_best else None)
-    state, best = jax.lax.fori_loop(0, number, step, first)
+    with jax.named_scope("climb"):
+        state, best = jax.lax.fori_loop(0, number, step, first)
     if not keep_best:
         return state.images
     return _better(best, state.images, objective(state.images))[0]
@@ -390,7 +391,7 @@ def climb_through(
         carry: tuple[jax.Array, State], last: jax.Array
     ) -> tuple[tuple[jax.Array, State], jax.Array]:
         first, state = carry
-        with jax.named_scope("sampling"):
+        with jax.named_scope("climb"):
             state = jax.lax.fori_loop(first, last, lambda t, s: advance(t, s)[0], state)
         return (last, state), state.images
 

@@ -162,8 +162,8 @@ class Program:
 
     def kernel_costs(self, name: str = "") -> Iterator[tuple[int, int]]:
         """(FLOPs, bytes) of each kernel: of its products, and read and written once."""
-        sizes = {
-            match[1]: _bytes(match[2])
+        shapes = {
+            match[1]: match[2]
             for line in self._lines[name or self._entry]
             if (match := _RESULT.match(line))
         }
@@ -171,19 +171,14 @@ class Program:
             match = _RESULT.match(line)
             assert match is not None
             operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
-            moved = sizes[match[1]] + sum(
-                sizes.get(o, 0) for o in dict.fromkeys(operands)
+            moved = _bytes(match[2]) + sum(
+                _bytes(shapes.get(o, "")) for o in dict.fromkeys(operands)
             )
-            yield self._flops(line, name), moved
+            yield self._flops(line, shapes), moved
 
-    def _flops(self, line: str, name: str) -> int:
+    def _flops(self, line: str, around: Mapping[str, str]) -> int:
         """Of convolutions and products, those inside a fusion included."""
-        shapes = {
-            match[1]: match[2]
-            for other in self._lines[name or self._entry]
-            if (match := _RESULT.match(other))
-        }
-        inner = [line]
+        shapes, inner = dict(around), [line]
         for names in _REFERENCE.findall(line):
             for called in re.findall(r"%([\w.\-]+)", names):
                 for other in self._lines.get(called, ()):

@@ -7,10 +7,10 @@ FLOPs and bytes take at the peaks of the card, without launches and communicatio
 """
 
 import collections
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +43,9 @@ from atebm_jax.train import jit_step, placed_state, plan_stage
 
 # Images of an epoch where the data are not at hand.
 _NUM_TRAIN = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
-# Scopes of the loops over PGD's steps, and of the one over parts of a batch.
-_CONTRASTIVE, _ADVERSARY, _PARTS = "contrastive", "adversary", "parts"
-_SAMPLING = "sampling"
+# The scopes of loops, as traced: of PGD's steps, last the adversary's own, and of the
+# parts of a batch.
+_CLIMB, _ADVERSARY, _PARTS = "climb", "adversary/climb", "parts"
 _MOST_DOUBLINGS = 4
 
 #: What `run` can compile.
@@ -120,10 +120,8 @@ def _compiled(lowered: Any, state: int, batch: int, begin: float) -> Compiled:
         needed = _needed(str(error))
         if needed is None:
             raise
-        arguments = state + batch
-        memory = {"arguments": arguments, "temporaries": needed - arguments}
-        memory |= {"next batch": batch}
-        return Compiled(None, _with_sum(memory), time.monotonic() - begin)
+        memory = _memory(state + batch, needed, batch)
+        return Compiled(None, memory, time.monotonic() - begin)
     found = compiled.memory_analysis()
     peak = max(
         getattr(found, "peak_memory_in_bytes", 0),
@@ -132,18 +130,23 @@ def _compiled(lowered: Any, state: int, batch: int, begin: float) -> Compiled:
         + found.output_size_in_bytes
         - found.alias_size_in_bytes,
     )
-    memory = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": peak - found.argument_size_in_bytes,
-        "program": found.generated_code_size_in_bytes,
-        "next batch": batch,
-    }
+    memory = _memory(
+        found.argument_size_in_bytes, peak, batch, found.generated_code_size_in_bytes
+    )
     program = hlo.Program(compiled.as_text())
-    return Compiled(program, _with_sum(memory), time.monotonic() - begin)
+    return Compiled(program, memory, time.monotonic() - begin)
 
 
-def _with_sum(memory: dict[str, int]) -> dict[str, int]:
-    return memory | {"needed": sum(memory.values())}
+def _memory(arguments: int, peak: int, batch: int, program: int = 0) -> dict[str, int]:
+    """Bytes a device by kind; "needed" is the peak with what is there beside it."""
+    return {
+        "arguments": arguments,
+        "temporaries": peak - arguments,
+        "peak": peak,
+        "program": program,
+        "next batch": batch,
+        "needed": peak + program + batch,
+    }
 
 
 def _a_device(tree: Any) -> int:
@@ -177,23 +180,29 @@ def seconds(
       target: what the program was compiled for.
       name: of a computation of it; by default the main one.
     """
-    chip = target.chip
-    if not target.is_gpu:
-        cycles = program.total(program.own_cycles, turns, name)
-        return cycles * chip.flops_per_cycle / chip.flops
+    return program.total(_estimate(program, target), turns, name)
 
-    def roofline(name: str) -> float:
+
+def _estimate(program: hlo.Program, target: Target) -> Callable[[str], float]:
+    """Name of a computation -> seconds of its own instructions, worked out once."""
+    chip = target.chip
+
+    @functools.cache
+    def of(name: str) -> float:
+        if not target.is_gpu:
+            return program.own_cycles(name) * chip.flops_per_cycle / chip.flops
         costs = program.kernel_costs(name)
         return sum(max(f / chip.flops, b / chip.bandwidth) for f, b in costs)
 
-    return program.total(roofline, turns, name)
+    return of
 
 
 def _scope(loop: hlo.Loop) -> str:
     """Which of a step's loops this is; "" for sorts, searches and the like."""
-    found = re.search(r"(\w+)/while$", loop.scope)
-    known = (_CONTRASTIVE, _ADVERSARY, _PARTS, _SAMPLING)
-    return found[1] if found and found[1] in known else ""
+    for scope in (_ADVERSARY, _CLIMB, _PARTS):
+        if loop.scope.endswith(f"{scope}/while"):
+            return scope
+    return ""
 
 
 def times(
@@ -212,18 +221,19 @@ def times(
       "contrastive step", "adversary step" (one of each, of the whole batch), "rest",
       "step at T = 0", "step at T = `t_max`".
     """
+    estimate = _estimate(program, target)
     bodies = collections.defaultdict(list)
     for loop in program.all_loops():
         bodies[_scope(loop)].append(loop.body)
 
     def taking(contrastive: int, adversarial: int) -> float:
-        counts = {_CONTRASTIVE: contrastive, _ADVERSARY: adversarial, _PARTS: parts}
+        counts = {_CLIMB: contrastive, _ADVERSARY: adversarial, _PARTS: parts}
         turns = {body: counts[s] for s in counts for body in bodies.get(s, ())}
-        return seconds(program, turns, target)
+        return program.total(estimate, turns)
 
     rest = taking(0, 0)
     result = {"adversary step": taking(0, 1) - rest, "rest": rest}
-    if bodies.get(_CONTRASTIVE):
+    if bodies.get(_CLIMB):
         result = {"contrastive step": taking(1, 0) - rest} | result
     return result | {
         f"step at T = {steps}": taking(steps, adversary) for steps in sorted({0, t_max})
@@ -233,8 +243,7 @@ def times(
 def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
     """Collectives by place and kind: how many, and the bytes of their results."""
     loops = program.all_loops()
-    pgd = (_CONTRASTIVE, _ADVERSARY, _SAMPLING)
-    inner = [x for x in loops if _scope(x) in pgd]
+    inner = [x for x in loops if _scope(x) in (_CLIMB, _ADVERSARY)]
     in_pgd = {line for loop in inner for line in program.reachable(loop.body)}
     in_loops = {line for loop in loops for line in program.reachable(loop.body)}
     places = {
@@ -454,7 +463,7 @@ def _tried(
     what = f"compiling {name} for {target.name}{' with ' if flags else ''}{flags}"
     with waiting(console, what):
         compiled = compile_step(config, name, target)
-    flops = partial(cost.step_flops, config[name].batch_size)
+    flops = functools.partial(cost.step_flops, config[name].batch_size)
     return figures(config, name, target, compiled, flops)
 
 

@@ -38,8 +38,8 @@ STEP = """HloModule jit_step
 
 %part (c.4: (s32[])) -> (s32[]) {
   %c.4 = (s32[]) parameter(0)
-  %w.1 = (s32[]) while(%c.4), body=%climb, metadata={op_name="jit(step)/parts/while/body/contrastive/while"}
-  %w.2 = (s32[]) while(%c.4), body=%attack, metadata={op_name="jit(step)/parts/while/body/adversary/while"}
+  %w.1 = (s32[]) while(%c.4), body=%climb, metadata={op_name="jit(step)/parts/while/body/climb/while"}
+  %w.2 = (s32[]) while(%c.4), body=%attack, metadata={op_name="jit(step)/parts/while/body/adversary/climb/while"}
   %f.4 = f32[4] fusion(%c.4), calls=%g, backend_config={"estimated_cycles":"10000"}
 }
 
@@ -270,7 +270,7 @@ def test_waiting_is_told_on_a_terminal_and_elsewhere(monkeypatch):
 
 def test_samples_are_told_a_second_on_all_devices(pretend, monkeypatch):
     pretend(lambda config, target: compiled(1))
-    text = STEP.replace("parts/while/body/contrastive", "sampling")
+    text = STEP.replace("parts/while/body/adversary/", "")
     one = Compiled(hlo.Program(text), {"needed": GIB}, 1.0)
     monkeypatch.setattr(target_run, "_compiled", lambda *_: one)
     monkeypatch.setattr(target_run.drawing, "lower", lambda *_: None)

@@ -55,13 +55,12 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         shape = batch["x_ood"].shape[1:]
         logits_fn = models.freeze(model, variables, shape)
         labels = batch["y_gen"] if conditional else None
-        with jax.named_scope("contrastive"):
-            x_contrastive = ascent.climb(
-                lambda x: energy.score(logits_fn(x), labels),
-                batch["x_ood"],
-                step_size=step_size,
-                num_steps=num_steps,
-            )
+        x_contrastive = ascent.climb(
+            lambda x: energy.score(logits_fn(x), labels),
+            batch["x_ood"],
+            step_size=step_size,
+            num_steps=num_steps,
+        )
         distance = ascent.l2_norm(x_contrastive - batch["x_ood"]).mean()
         longest = step_size * jnp.maximum(num_steps, 1).astype(jnp.float32)
         return {
