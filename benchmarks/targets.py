@@ -56,7 +56,7 @@ LOOPS = {
     "wrn16_4": (32, 128),
     "wrn34_10": (32, 128),
     "resnet50": (256, 16),
-    "wrn50_4": (256, 16),
+    "wide_resnet50_4": (256, 16),
     "convnext_large_cvst": (256, 16),
 }
 COMPILED = "*compiled*"

@@ -108,28 +108,45 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(golden, weights):
     np.testing.assert_array_equal(logits.argmax(axis=1), exact.argmax(axis=1))
 
 
-def far_from_exact(wrn, made):
-    """Root mean square of differences, as shares of what is exact in float64."""
-    names = ("logits_eval", "grad_fy", "grad_logsumexp")
-    exact = [wrn[f"{name}_f64"] for name in names]
-    return [
-        np.sqrt(np.square(made[name] - value).mean() / np.square(value).mean())
-        for name, value in zip(names, exact, strict=True)
-    ]
+def logits_and_gradients(network, many, images, labels):
+    """Logits and image gradients of both scores for each of many weights."""
+
+    def score(x, weights, y):
+        logits = network.apply(weights, x)
+        return energy.score(logits, y).sum(), logits
+
+    @jax.jit
+    def compute(weights):
+        by_label, logits = jax.grad(score, has_aux=True)(images, weights, labels)
+        marginal, _ = jax.grad(score, has_aux=True)(images, weights, None)
+        return logits, by_label, marginal
+
+    return [np.stack(parts) for parts in zip(*map(compute, many), strict=True)]
 
 
 def test_bfloat16_with_norms_in_kernels_is_as_exact_as_layer_by_layer(
     golden, weights, monkeypatch
 ):
-    wrn, network = golden("wrn"), reference.network(dtype=jnp.bfloat16)
-    arguments = network, weights, wrn["images"], wrn["labels"].astype(np.int32)
-    folded = far_from_exact(wrn, readings(*arguments))
+    """On average over kernels: in each of them chance rounds otherwise.
+
+    It leaves a few per cent. The errors of float32 are hundreds of times smaller.
+    """
+    wrn, rng = golden("wrn"), np.random.default_rng(0)
+    shaken = lambda x: np.float32(x * rng.uniform(0.8, 1.2, x.shape))
+    many = [jax.tree.map(shaken, weights) for _ in range(32)]
+    arguments = many, wrn["images"][:4], wrn["labels"][:4].astype(np.int32)
+    exact = logits_and_gradients(reference.network(), *arguments)
+    rounded = reference.network(dtype=jnp.bfloat16)
+    folded = logits_and_gradients(rounded, *arguments)
     apart = lambda conv, norm, x: norm(conv(x))
     monkeypatch.setattr(wide_resnet, "normed", apart)
-    for ours, theirs in zip(
-        folded, far_from_exact(wrn, readings(*arguments)), strict=True
-    ):
-        assert 1e-4 < ours < 1.02 * theirs
+    by_layer = logits_and_gradients(rounded, *arguments)
+    for ours, theirs, value in zip(folded, by_layer, exact, strict=True):
+        size = np.square(value).mean()
+        ours, theirs = (
+            np.sqrt(np.square(x - value).mean() / size) for x in (ours, theirs)
+        )
+        assert 1e-4 < ours < 1.1 * theirs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -116,9 +116,12 @@ def trace_of(name):
     batch = {"x_gen": pixels, "x_cls": pixels, "x_ood": pixels}
     batch |= {"y_gen": labels, "y_cls": labels}
     trace = jax.make_jaxpr(plan.step, return_shape=True)
-    # Flax and JAX themselves mix dtypes and ranks here.
-    mixing = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with mixing[0], mixing[1], cpu.forms("cpu"):
+    # Flax and JAX themselves mix dtypes and ranks here. The form is accelerators'.
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        cpu.forms("xla"),
+    ):
         program, (after, metrics) = trace(state, batch)
     return state, after, metrics, program.jaxpr
 
@@ -243,11 +246,14 @@ def reader(name, model, variables):
 @pytest.mark.parametrize("name", READERS)
 def test_whoever_reads_a_network_in_a_loop_makes_it_ready_before(name):
     model = reference.network(dtype=jnp.bfloat16)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        cpu.forms("xla"),
+    ):
         variables = models.variable_shapes(model, SHAPE)
         program, arguments = reader(name, model, variables)
-        with cpu.forms("cpu"):
-            found = jax.make_jaxpr(program)(*arguments).jaxpr
+        found = jax.make_jaxpr(program)(*arguments).jaxpr
     assert inner_loops(found)
     assert weight_work_of_turns(found) == []
 

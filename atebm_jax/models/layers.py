@@ -294,14 +294,13 @@ class MeanSparse(nn.Module):
             made = self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32)
             return made.value.astype(wide.dtype)
 
-        def interval() -> tuple[jax.Array, jax.Array]:
+        def interval() -> tuple[jax.Array, jax.Array, jax.Array]:
             mean, var = constant("mean", x.shape[-1:]), constant("var", x.shape[-1:])
-            return mean, constant("threshold", ()) * jnp.sqrt(var)
+            distance = constant("threshold", ()) * jnp.sqrt(var)
+            return mean, mean.astype(x.dtype), distance
 
-        mean, distance = (
-            jnp.broadcast_to(v, x.shape) for v in prepared(self, interval)
-        )
-        return jnp.where(jnp.abs(wide - mean) < distance, mean.astype(x.dtype), x)
+        mean, rounded, distance = (per_channel(v, x) for v in prepared(self, interval))
+        return jnp.where(jnp.abs(wide - mean) < distance, rounded, x)
 
 
 def normed(conv: Conv, norm: BatchNorm, images: jax.Array) -> jax.Array:
