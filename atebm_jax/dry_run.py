@@ -3,7 +3,8 @@
 Everything comes from tracing with shapes: FLOPs from XLA's count of each part without
 its loops (which the count would take for one turn), activations from what
 differentiation has to keep, at one and at two images. Both are exact about the
-arithmetic and know nothing of the compiler's own buffers: hence the reserve.
+arithmetic and know nothing of the compiler's own buffers: hence the reserve. Compilers
+keep less than differentiation does; `target_run` asks them.
 
 Where the data can be opened, some images are looked at too: whether the seeds of stage
 2 can come near them.
@@ -507,7 +508,10 @@ def _show(
             f"a step at {moment}, at {share}",
             f"{seconds:.3g} s, {rate:,.0f} images/s",
         )
-    table.add_row("memory, a device", f"{figures['device_bytes'] / GIB:.1f} GiB")
+    table.add_row(
+        "memory, a device; compilers needed a third to a half (--target)",
+        f"{figures['device_bytes'] / GIB:.1f} GiB",
+    )
     console.print(table)
     usable = figures["memory_gib"] * (1 - RESERVE)
     if figures["fits"]:
