@@ -40,7 +40,6 @@ UpdateFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 _DIRECTION_OFFSET = 1e-10
 _PROJECTION_OFFSET = 1e-7
 _ADAM_OFFSET = 1e-8
-
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -312,6 +311,7 @@ class State(NamedTuple):
 PGD = pgd()
 
 
+@jax.named_scope("climb")
 def climb(
     objective: ObjectiveFn,
     images: jax.Array,
@@ -354,14 +354,14 @@ def climb(
         return new, _better(best, state.images, scores) if keep_best else None
 
     lowest = jnp.full(images.shape[0], -jnp.inf, images.dtype)
-    state = State(images, rule.init(images))
-    first = (state, (images, lowest) if keep_best else None)
+    first = (State(images, rule.init(images)), (images, lowest) if keep_best else None)
     state, best = jax.lax.fori_loop(0, number, step, first)
     if not keep_best:
         return state.images
     return _better(best, state.images, objective(state.images))[0]
 
 
+@jax.named_scope("climb")
 def climb_through(
     objective: ObjectiveFn,
     images: jax.Array,

@@ -179,6 +179,7 @@ def adversary(
         )
     own_epsilon, own_step_size, own_num_steps = epsilon, step_size, num_steps
 
+    @jax.named_scope("adversary")
     def perturb(
         logits_fn: Callable[[jax.Array], jax.Array],
         images: jax.Array,

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from atebm_jax import data
 
 CHUNK = 32
-# Beyond every image's index: noise of the steps, each image's by its own index, has
-# nothing to do with that of the seeds.
+# Beyond every image's index, so that the noise of steps is not that of the seeds.
 _STEPS = 2**31
 
 #: Indices [CHUNK] int32 -> classes [CHUNK] int32.
@@ -71,12 +70,7 @@ _noise = jax.jit(noise_seeds, static_argnums=2)
 
 
 def step_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
-    """Keys [B] of the noise of the steps, each image's by its own index.
-
-    Args:
-      seed: [] uint32, as of a recipe.
-      indices: [B] int32.
-    """
+    """Keys [B] of the noise of the steps: of a recipe's seed, and indices [B]."""
     key = jax.random.fold_in(jax.random.key(seed), _STEPS)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
 
@@ -216,28 +210,34 @@ def draw(
       (number, images [CHUNK, H, W, C] float32 in [0, 1], or what `finish` makes of what
       `read` makes of them), in the order of `numbers`.
     """
-    stop = recipe.target_energy
-    # What may change without another compilation.
-    traced = (
-        np.uint32(recipe.seed),
-        np.float32(recipe.step_size),
-        np.asarray([recipe.num_steps] if ends is None else ends, np.int32),
-        None if stop is None else np.float32(-stop),
-    )
-    static = recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
+    static, traced = parts_of(recipe, ends)
 
     def arguments_of(indices: np.ndarray) -> tuple[Any, ...]:
         labels = labels_of(indices)
         return traced, indices, labels, seeds_of(indices, labels)
 
     return on_devices(
-        _program(model, static, read),
+        chunk_program(model, static, read),
         (variables, read_weights),
         numbers,
         arguments_of,
         finish=finish,
         together=together,
     )
+
+
+def parts_of(
+    recipe: Recipe, ends: Sequence[int] | None = None
+) -> tuple[Recipe, tuple[Any, ...]]:
+    """What a recipe compiles, and what may change without another compilation."""
+    traced = (
+        np.uint32(recipe.seed),
+        np.float32(recipe.step_size),
+        np.asarray([recipe.num_steps] if ends is None else ends, np.int32),
+        None if recipe.target_energy is None else np.float32(-recipe.target_energy),
+    )
+    static = recipe._replace(seed=0, step_size=1.0, num_steps=0, target_energy=None)
+    return static, traced
 
 
 def on_devices(
@@ -315,7 +315,7 @@ def _exchanged(made: Sequence[Any]) -> list[Any]:
 
 
 @lru_cache
-def _program(
+def chunk_program(
     model: nn.Module, recipe: Recipe, read: ReadFn | None
 ) -> Callable[..., Any]:
     """Draws one chunk; of the recipe what is not traced."""

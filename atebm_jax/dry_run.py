@@ -3,7 +3,8 @@
 Everything comes from tracing with shapes: FLOPs from XLA's count of each part without
 its loops (which the count would take for one turn), activations from what
 differentiation has to keep, at one and at two images. Both are exact about the
-arithmetic and know nothing of the compiler's own buffers: hence the reserve.
+arithmetic and know nothing of the compiler's own buffers: hence the reserve. Compilers
+keep less than differentiation does; `target_run` asks them.
 
 Where the data can be opened, some images are looked at too: whether the seeds of stage
 2 can come near them.
@@ -161,15 +162,16 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     shape = tuple(config.data.image_shape)
     variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(plan.new_state, variables)
-    batch, turns = _batch(stage, shape, 1), _turns(config, name)
-    gradient = _bytes(variables["params"])
+    batch, turns = batch_shapes(stage, shape, 1), _turns(config, name)
+    gradient = num_bytes(variables["params"])
     return Cost(
         parameters=sum(
             math.prod(x.shape) for x in jax.tree.leaves(variables["params"])
         ),
         state_bytes=_bytes_of_a_part(state, fsdp),
         gradient_bytes=gradient,
-        image_bytes=2 * _bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
+        image_bytes=2
+        * num_bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
         loss_bytes=_slope(lambda n: _kept_by_loss(stage, variables, shape, n)),
         pgd_bytes=_slope(lambda n: _kept_by_pgd(model, variables, shape, n)),
         flops=_flops(stage, model, variables, batch, turns),
@@ -184,7 +186,7 @@ def _bytes_of_a_part(tree: Any, count: int) -> int:
 
     def part(leaf: Any) -> int:
         split = sharding.split_axis(tuple(leaf.shape), count) is not None
-        return _bytes(leaf) // (count if split else 1)
+        return num_bytes(leaf) // (count if split else 1)
 
     return sum(map(part, jax.tree.leaves(tree)))
 
@@ -193,11 +195,24 @@ def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
     return stages.STAGES[name].turns(config[name]) | {"loss gradient": 1}
 
 
-def _batch(
-    stage: stages.Stage, shape: tuple[int, ...], number: int
+def batch_shapes(
+    stage: stages.Stage,
+    shape: tuple[int, ...],
+    number: int,
+    dtype: Any = jnp.float32,
+    place: Any = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((number,), jnp.int32)
+    """The batch of a stage: images [number, H, W, C] and labels of each stream.
+
+    Args:
+      stage: whose streams.
+      shape: [H, W, C].
+      number: of images.
+      dtype: of the images.
+      place: where they live, a sharding; None for shapes that are only traced.
+    """
+    images = jax.ShapeDtypeStruct((number, *shape), dtype, sharding=place)
+    labels = jax.ShapeDtypeStruct((number,), jnp.int32, sharding=place)
     batch = {f"x_{stream}": images for stream in stage.streams}
     return batch | {
         f"y_{stream}": labels for stream in stage.streams if stream != "ood"
@@ -258,14 +273,14 @@ def _slope(kept: Any) -> int:
 def _kept_by_loss(
     stage: stages.Stage, variables: Any, shape: tuple[int, ...], number: int
 ) -> int:
-    batch = _batch(stage, shape, number)
+    batch = batch_shapes(stage, shape, number)
     made = _made(stage, variables, batch)
     stats = variables.get("batch_stats", {})
 
     def pullback(params: Any, stats: Any, batch: Any, made: Any) -> Any:
         return jax.vjp(lambda p: stage.loss(p, stats, batch, made)[0], params)[1]
 
-    return _bytes(jax.eval_shape(pullback, variables["params"], stats, batch, made))
+    return num_bytes(jax.eval_shape(pullback, variables["params"], stats, batch, made))
 
 
 def _kept_by_pgd(
@@ -277,10 +292,10 @@ def _kept_by_pgd(
         logits_fn = models.logits_fn(model, variables)
         return jax.vjp(lambda images: energy.score(logits_fn(images)), x)[1]
 
-    return _bytes(jax.eval_shape(pullback, variables, images))
+    return num_bytes(jax.eval_shape(pullback, variables, images))
 
 
-def _bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -301,7 +316,7 @@ def remedies(
             lighter, name, _fsdp(config, machine)
         )
     for flags, candidate in candidates.items():
-        for parts in _splits(stage.batch_size, machine.devices, cost.whole_batch):
+        for parts in splits(stage.batch_size, machine.devices, cost.whole_batch):
             need = candidate.device_bytes(stage.batch_size, machine.devices, parts)
             if need <= limit:
                 found.append(
@@ -330,7 +345,7 @@ def _parts(stage: ml_collections.ConfigDict) -> int:
     return stage.num_micro_batches
 
 
-def _splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
+def splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
     """Numbers of micro-batches that a batch allows on so many devices."""
     for parts in range(1, 2 if whole_batch else batch_size // devices + 1):
         if batch_size % (parts * devices) == 0:
@@ -373,7 +388,7 @@ def run(
                 f"split over --devices={machine.devices}."
             )
     console = console or Console()
-    path = None if json_file is None else _place_of(json_file)
+    path = None if json_file is None else place_of(json_file)
     figures = _estimate(config, machine, console)
     if path:
         with storage.writing(path):
@@ -381,7 +396,7 @@ def run(
     return figures
 
 
-def _place_of(json_file: str) -> epath.Path:
+def place_of(json_file: str) -> epath.Path:
     """Where the figures go; refused before the work where they could not.
 
     A device or a pipe (`/dev/stdout`) is written through.
@@ -499,7 +514,10 @@ def _show(
             f"a step at {moment}, at {share}",
             f"{seconds:.3g} s, {rate:,.0f} images/s",
         )
-    table.add_row("memory, a device", f"{figures['device_bytes'] / GIB:.1f} GiB")
+    table.add_row(
+        "memory, a device; compilers needed a third to a half (--target)",
+        f"{figures['device_bytes'] / GIB:.1f} GiB",
+    )
     console.print(table)
     usable = figures["memory_gib"] * (1 - RESERVE)
     if figures["fits"]:

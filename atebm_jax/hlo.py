@@ -5,7 +5,7 @@ The text is what `compiled.as_text()` returns for a CPU, GPU or TPU.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -72,6 +72,10 @@ class Program:
         """The instructions of the whole program."""
         return [_code(line) for lines in self._lines.values() for line in lines]
 
+    def lines(self, name: str) -> list[str]:
+        """The instructions of one computation, without those that it calls."""
+        return [_code(line) for line in self._lines[name]]
+
     def loop_bodies(self) -> list[list[str]]:
         """The instructions of every loop body with all that it calls."""
         return [
@@ -102,6 +106,34 @@ class Program:
                 )
         return found
 
+    def all_loops(self, name: str = "") -> list[Loop]:
+        """The loops of a computation and those inside of them, outer ones first."""
+        found = []
+        for loop in self.loops(name):
+            found += [loop, *self.all_loops(loop.body)]
+        return found
+
+    def total(
+        self,
+        cost: Callable[[str], float],
+        turns: Mapping[str, int] | None = None,
+        name: str = "",
+    ) -> float:
+        """What a computation costs with its loops, nested ones included.
+
+        Args:
+          cost: name of a computation -> what its own instructions cost.
+          turns: body -> how often it runs; other loops run as often as the text says,
+            or once where it does not.
+          name: of the computation; by default the main one.
+        """
+        turns = turns or {}
+        result = cost(name or self._entry)
+        for loop in self.loops(name):
+            if count := turns.get(loop.body, loop.turns or 1):
+                result += count * self.total(cost, turns, loop.body)
+        return result
+
     def cycles(self, name: str = "", skip: Sequence[str] = ()) -> int:
         """A TPU compiler's estimate of a computation, nested loops included.
 
@@ -111,16 +143,16 @@ class Program:
           name: of the computation; by default the main one.
           skip: bodies of loops that shall not count.
         """
-        total = sum(
+        return int(self.total(self.own_cycles, dict.fromkeys(skip, 0), name))
+
+    def own_cycles(self, name: str) -> int:
+        """A TPU compiler's estimate of a computation without its loops."""
+        return sum(
             int(found[1])
-            for line in self._lines[name or self._entry]
+            for line in self._lines[name]
             if " while(" not in line
             and (found := re.search(r'"estimated_cycles":"(\d+)"', line))
         )
-        for loop in self.loops(name):
-            if loop.body not in skip:
-                total += (loop.turns or 1) * self.cycles(loop.body, skip)
-        return total
 
     def kernels(self, name: str = "") -> list[str]:
         """The instructions of a computation that a GPU launches kernels for."""
@@ -130,8 +162,8 @@ class Program:
 
     def kernel_costs(self, name: str = "") -> Iterator[tuple[int, int]]:
         """(FLOPs, bytes) of each kernel: of its products, and read and written once."""
-        sizes = {
-            match[1]: _bytes(match[2])
+        shapes = {
+            match[1]: match[2]
             for line in self._lines[name or self._entry]
             if (match := _RESULT.match(line))
         }
@@ -139,19 +171,14 @@ class Program:
             match = _RESULT.match(line)
             assert match is not None
             operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
-            moved = sizes[match[1]] + sum(
-                sizes.get(o, 0) for o in dict.fromkeys(operands)
+            moved = _bytes(match[2]) + sum(
+                _bytes(shapes.get(o, "")) for o in dict.fromkeys(operands)
             )
-            yield self._flops(line, name), moved
+            yield self._flops(line, shapes), moved
 
-    def _flops(self, line: str, name: str) -> int:
+    def _flops(self, line: str, around: Mapping[str, str]) -> int:
         """Of convolutions and products, those inside a fusion included."""
-        shapes = {
-            match[1]: match[2]
-            for other in self._lines[name or self._entry]
-            if (match := _RESULT.match(other))
-        }
-        inner = [line]
+        shapes, inner = dict(around), [line]
         for names in _REFERENCE.findall(line):
             for called in re.findall(r"%([\w.\-]+)", names):
                 for other in self._lines.get(called, ()):

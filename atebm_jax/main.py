@@ -62,6 +62,15 @@ _PEAK = flags.DEFINE_float(
 _UTILISATION = flags.DEFINE_float(
     "utilisation", 0.4, "With --dry_run: share of the peak to expect, an assumption."
 )
+_TARGET = flags.DEFINE_string(
+    "target",
+    None,
+    "With --dry_run: compile for this machine, as v5e:2x4 (a TPU and its topology) or "
+    "h100:8, which need not be here.",
+)
+_PROGRAM = flags.DEFINE_string(
+    "program", "train", "With --target: what to compile, train or sample."
+)
 _DRY_RUN_JSON = flags.DEFINE_string(
     "dry_run_json", None, "With --dry_run: also write the figures to this file."
 )
@@ -102,13 +111,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _dry_run() -> None:
-    from atebm_jax import dry_run
+    from atebm_jax import dry_run, target_run, targets
 
-    machine = dry_run.Machine(
-        _DEVICES.value, _MEMORY.value, _PEAK.value, _UTILISATION.value
-    )
     try:
+        if _TARGET.value:
+            targets.only_compile()
+            target_run.run(
+                _CONFIG.value,
+                _TARGET.value,
+                program=_PROGRAM.value,
+                json_file=_DRY_RUN_JSON.value,
+            )
+            return
         check_platform()
+        machine = dry_run.Machine(
+            _DEVICES.value, _MEMORY.value, _PEAK.value, _UTILISATION.value
+        )
         dry_run.run(_CONFIG.value, machine, json_file=_DRY_RUN_JSON.value)
     except UserError as error:
         fail(error)
@@ -129,9 +147,26 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --.")
         if not _WORKDIR.value and not _DRY_RUN.value:
             raise UserError("--workdir is missing: give a folder for the results.")
+        _check_target()
         return rest
     except (UserError, flags.Error) as error:
         fail(error)
+
+
+def _check_target() -> None:
+    """Refuses flags that a target answers itself, and one that nothing would read."""
+    if _TARGET.value is None:
+        if _PROGRAM.present:
+            raise UserError("--program is for --dry_run --target, which compiles it.")
+        return
+    if not _DRY_RUN.value:
+        raise UserError("--target is for --dry_run, which compiles and runs nothing.")
+    for flag in (_DEVICES, _MEMORY, _PEAK, _UTILISATION):
+        if flag.present:
+            raise UserError(
+                f"--{flag.name} and --target={_TARGET.value} exclude each other: the "
+                "target says what it has."
+            )
 
 
 if __name__ == "__main__":

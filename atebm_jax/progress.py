@@ -5,6 +5,7 @@ Only the first process shows anything.
 
 import contextlib
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ ShowFn = Callable[[str, int, int], None]
 # Seconds between two plain lines.
 _BETWEEN_LINES_OF_TRAINING = 5.0
 _BETWEEN_LINES_OF_PARTS = 10.0
+_BETWEEN_LINES_OF_WAITING = 30.0
 
 
 def say(console: Console, text: str) -> None:
@@ -46,6 +48,34 @@ def track(
         transient=True,
         disable=not (console.is_terminal or console.is_jupyter),
     )
+
+
+@contextlib.contextmanager
+def waiting(console: Console, text: str) -> Iterator[None]:
+    """Says that something long is going on, and for how long it has been."""
+    if console.is_terminal:
+        columns = progress.TextColumn("{task.description}", markup=False)
+        elapsed = progress.TimeElapsedColumn()
+        with progress.Progress(
+            progress.SpinnerColumn(), columns, elapsed, console=console, transient=True
+        ) as shown:
+            shown.add_task(text, total=None)
+            yield
+        return
+    begin, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        say(console, f"{text} ...")
+        while not done.wait(_BETWEEN_LINES_OF_WAITING):
+            say(console, f"{text}: {time.monotonic() - begin:.0f} s so far")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def _bars(

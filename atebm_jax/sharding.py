@@ -15,7 +15,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -216,15 +216,25 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
     return {axis: sizes[axis] for axis in AXES if axis in sizes}
 
 
-def make_mesh(spec: str = DATA_PARALLEL) -> Mesh:
-    """The mesh over all devices of all processes that `parse_mesh` describes.
+def make_mesh(
+    spec: str = DATA_PARALLEL, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh that `parse_mesh` describes.
+
+    Args:
+      spec: as of `parse_mesh`.
+      devices: all of them; default those of all processes.
 
     Raises:
       UserError: as of `parse_mesh`.
     """
-    sizes = parse_mesh(spec, jax.device_count())
+    devices = jax.devices() if devices is None else devices
+    sizes = parse_mesh(spec, len(devices))
     return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
     )
 
 

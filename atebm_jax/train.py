@@ -129,8 +129,7 @@ def train_stage(
       Interrupted: asked to stop; it says what is saved.
     """
     name = plan.name
-    shapes = models.variable_shapes(job.model, job.config.data.image_shape)
-    like = _placed(plan, jax.eval_shape(plan.new_state, shapes), job.mesh)
+    like = placed_state(plan, job.model, job.config.data.image_shape, job.mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
     step_fn = jit_step(plan.step, placement, job.mesh)
     checkpoints = checkpoint.manager(job.workdir, name)
@@ -175,9 +174,12 @@ def train_stage(
     return None
 
 
-def _placed(plan: Plan, state: TrainState, mesh: Mesh) -> TrainState:
-    """The shapes of a fresh state, each with where it lives between two steps."""
-    placed = sharding.placed_shapes(state, mesh)
+def placed_state(
+    plan: Plan, model: nn.Module, image_shape: Sequence[int], mesh: Mesh
+) -> TrainState:
+    """Shapes of a fresh state, each with where it lives between two steps."""
+    shapes = models.variable_shapes(model, image_shape)
+    placed = sharding.placed_shapes(jax.eval_shape(plan.new_state, shapes), mesh)
     if not plan.stage.split_extra:
         return placed
     rows = sharding.batched(mesh)

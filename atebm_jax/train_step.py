@@ -141,9 +141,10 @@ def _in_parts(
         keys = None if key is None else jax.random.split(key, count)
         own = _split(extra, count) if stage.split_extra else None
         nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params), batch_stats)
-        (total, gradients, batch_stats), outputs = jax.lax.scan(
-            add, nothing, (keys, _split(batch, count), own)
-        )
+        with jax.named_scope("parts"):
+            (total, gradients, batch_stats), outputs = jax.lax.scan(
+                add, nothing, (keys, _split(batch, count), own)
+            )
         gradients = jax.tree.map(lambda g: g / count, gradients)
         return total / count, gradients, batch_stats, _join(outputs)
 

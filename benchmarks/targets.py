@@ -1,91 +1,199 @@
-"""One turn of the PGD loop as the compiler of a TPU or GPU sees it, without one.
+"""Training steps, and turns of their loops, as the compilers of TPUs and GPUs see them.
 
-    python benchmarks/targets.py --target=v5e:2x4 --rows=resnet50,wrn34_10
+    python benchmarks/targets.py --json=targets.json --markdown
+    python benchmarks/targets.py --json=targets.json --images_a_chip=2,8,16,64,128
+    python benchmarks/targets.py --loops=resnet50,wrn34_10 --targets=v5e:2x4
 
-Rows are networks in bfloat16, each at one size and number of images a chip. A TPU's
-compiler estimates the cycles of every instruction: the time is their sum. A GPU's does
-not: its table has the kernels that a turn launches, and the time that their bytes and
-FLOPs need at the peaks of the chip. Nothing here is measured on a device.
+The first compiles stage 2 of every row of the configs for every target and prints the
+table of docs/cost.md: memory, speed, and hours to the end of the row's budget; where a
+step does not fit, with the least costly change that makes it. The second compiles the
+rows for one chip, with so many images of each stream on it. What the file has is not
+compiled again: a stopped command goes on. Steps of large networks take minutes each.
 
-It needs libtpu (`pip install "jax[tpu]"`) or the plugin for CUDA
-(`pip install "jax[cuda13-local]"` and ptxas), and a minute or two a row.
+The third is one turn of the contrastive loop of a network in bfloat16: a TPU's time by
+the cycles that its compiler estimates; of a GPU the kernels that a turn launches too.
+
+Nothing here is measured on a device. It needs a compiler: the extras `target-tpu` and
+`target-gpu`.
 """
 
-import os
+import argparse
+import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported: no device is looked for, and no lock is taken on a TPU.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-
 import jax
 import jax.numpy as jnp
 import options
-from jax.experimental import topologies
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from atebm_jax import archs, ascent, energy, hlo, models
+from atebm_jax import (
+    archs,
+    ascent,
+    energy,
+    hlo,
+    models,
+    storage,
+    target_run,
+    targets,
+)
+from atebm_jax.command_line import load_config
+from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
-from atebm_jax.models import cpu
 
-#: Pixels a side, and images a chip.
-ROWS = {
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = ("imagenet256", "cifar10", "cifar100")
+# Rows for CPUs, and one that only tries the commands.
+NOT_FOR_TARGETS = ("cpu", "noise", "hour", "smoke")
+TARGETS = "v5e:2x4,v5e:4x4,v6e:2x4,v5p:2x2x1,h100:8"
+#: Of loops: pixels a side, and images a chip.
+LOOPS = {
     "wrn16_4": (32, 128),
     "wrn34_10": (32, 128),
     "resnet50": (256, 16),
     "wide_resnet50_4": (256, 16),
     "convnext_large_cvst": (256, 16),
 }
-#: bfloat16 FLOP/s of a chip, and FLOPs of its matrix units a cycle.
-TPUS = {"v5e": (197e12, 131_072), "v5p": (459e12, 262_144), "v6e": (918e12, 524_288)}
-#: bfloat16 FLOP/s and bytes/s of a card.
-GPUS = {"h100": (989e12, 3.35e12)}
+COMPILED = "*compiled*"
 
 
 def parser() -> options.Parser:
     flags = options.Parser(description=__doc__.partition("\n")[0])
-    flags.add_argument("--rows", default=",".join(ROWS), help="some of the rows")
+    flags.add_argument("--targets", default=TARGETS, help="as of main's --target")
     flags.add_argument(
-        "--target", default="v5e:2x4", help="a TPU topology as v5e:2x4, or h100"
+        "--rows", default="", help="as imagenet256:resnet50_t30; default: all"
     )
+    flags.add_argument("--json", default="", help="what is compiled, kept here")
+    flags.add_argument("--markdown", action="store_true", help="print only the table")
+    flags.add_argument(
+        "--images_a_chip",
+        type=_numbers,
+        default=(),
+        help="compile for one chip of each kind, with so many images of each stream",
+    )
+    flags.add_argument("--loops", default="", help="of these networks, one turn each")
     return flags
 
 
-def device(target: str) -> Any:
-    """A device of the target, for which programs can be compiled but not run.
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(options.positive(part) for part in text.split(","))
+
+
+def rows(wanted: str) -> list[str]:
+    """Names of rows, FILE:ROW.
 
     Raises:
-      UserError: an unknown target, or its compiler is not installed.
+      UserError: a row that no config has.
     """
-    kind = target.partition(":")[0]
-    check_choice("--target", kind, {**TPUS, **GPUS})
-    settings: dict[str, Any] = {"platform": "tpu", "topology_name": target}
-    if kind in GPUS:
-        text = Path(__file__).with_name(f"{kind}.txt").read_text()
-        settings = {"platform": "cuda", "topology_name": kind}
-        settings |= {"target_config": text, "topology": "1x1x1"}
-    else:
-        os.environ["TPU_ACCELERATOR_TYPE"] = f"{kind}-8"
-    try:
-        return topologies.get_topology_desc(**settings).devices[0]
-    except (RuntimeError, ValueError, ImportError) as error:
-        raise UserError(
-            f"--target={target}: its compiler is not here or does not know it; "
-            'install "jax[tpu]" for a TPU, "jax[cuda13-local]" for a GPU '
-            f"({str(error).splitlines()[0]})"
-        ) from None
+    known = []
+    for file in FILES:
+        spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = [name for name in module.ROWS if name not in NOT_FOR_TARGETS]
+        known += [f"{file}:{name}" for name in names]
+    chosen = wanted.split(",") if wanted else known
+    for row in chosen:
+        check_choice("--rows", row, known)
+    return chosen
 
 
-def compiled_loop(row: str, on: Any) -> hlo.Program:
-    """The contrastive loop of a row on one chip."""
-    side, batch = ROWS[row]
-    model = models.build(archs.model_config(row, dtype="bfloat16"))
+def steps(flags: argparse.Namespace) -> None:
+    """Compiles what the file lacks, and prints the table."""
+    if not flags.json:
+        raise UserError("--json is missing: give a file for what is compiled.")
+    path = epath.Path(flags.json)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    console = Console(stderr=True)
+    for row in rows(flags.rows):
+        for target in flags.targets.split(","):
+            for images in flags.images_a_chip or (0,):
+                name = f"{row} {target}" + (f" {images}" if images else "")
+                if name in kept or flags.markdown:
+                    continue
+                console.rule(name)
+                kept[name] = compiled(row, target, images, console)
+                storage.write_json(path, kept)
+    (print_chips if flags.images_a_chip else print_table)(kept)
+
+
+def compiled(row: str, target: str, images: int, console: Console) -> dict[str, Any]:
+    """The figures of stage 2 of a row; of so many images on one chip, if any."""
+    file, _, name = row.partition(":")
+    config = load_config(f"{CONFIGS / file}.py:{name}")
+    config.stages, config.init_from = "stage2", config.init_from or "weights"
+    if images:
+        config.stage2.batch_size = images
+        config.mesh = "data:-1"
+        kind = targets.parse(target).kind
+        target = f"{kind}:1" if kind in ("a100", "h100", "h200") else f"{kind}:1x1"
+    return target_run.run(config, target, console=console)["stage2"]
+
+
+def print_table(kept: dict[str, Any]) -> None:
+    """One line a row and target: the best setting that fits, in Markdown."""
+    print(
+        f"| row | target | setting | GiB a device of | images/s at T = 0 | at T_max | "
+        f"peak at T_max | hours to the end | |\n|{'---|' * 3}{'---:|' * 5}---|"
+    )
+    for name, figures in kept.items():
+        if name.count(" ") > 1:
+            continue
+        row, target = name.split(" ")
+        best = [figures, *figures["remedies"]]
+        best = [made for made in best if made["fits"]] or [figures]
+        made = best[0]
+        memory = made["memory_bytes"]
+        cells = [f"`{row}`", target, _setting(made)]
+        cells.append(f"{memory['needed'] / GIB:.1f} of {memory['available'] / GIB:.1f}")
+        first, *_, last = [*made.get("step", {"": {}}).values()] * 2
+        cells += [_number(at, "images_per_second") for at in (first, last)]
+        cells.append(f"{last['share_of_peak']:.0%}" if last else "")
+        hours = [_number(at, "hours_of_the_budget") for at in (first, last)]
+        cells += [" to ".join(hours) if last else "does not fit", COMPILED]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _setting(made: dict[str, Any]) -> str:
+    return f"`{made['flags']}`" if "flags" in made else "as it is"
+
+
+def _number(at: dict[str, float], name: str) -> str:
+    value = at.get(name)
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def print_chips(kept: dict[str, Any]) -> None:
+    """Images a second and chip at T_max, one line a row and kind, in Markdown."""
+    found: dict[str, dict[int, str]] = {}
+    for name, figures in kept.items():
+        if name.count(" ") < 2:
+            continue
+        row, target, images = name.split(" ")
+        *_, last = figures.get("step", {"": {}}).values()
+        cell = _number(last, "images_per_second") if figures["fits"] else "too large"
+        key = f"`{row}` | {target.partition(':')[0]}"
+        found.setdefault(key, {})[int(images)] = cell
+    numbers = sorted({n for cells in found.values() for n in cells})
+    titles = " | ".join(f"{n}" for n in numbers)
+    print(f"| row | chip | {titles} | |\n|---|---|{'---:|' * len(numbers)}---|")
+    for key, cells in found.items():
+        told = " | ".join(cells.get(n, "") for n in numbers)
+        print(f"| {key} | {told} | {COMPILED} |")
+
+
+def compiled_loop(network: str, on: Any) -> hlo.Program:
+    """The contrastive loop of a network on one chip."""
+    side, batch = LOOPS[network]
+    model = models.build(archs.model_config(network, dtype="bfloat16"))
     shape, place = (side, side, 3), jax.sharding.SingleDeviceSharding(on)
 
     def loop(variables: Any, x: jax.Array, y: jax.Array, num_steps: jax.Array) -> Any:
@@ -106,44 +214,41 @@ def compiled_loop(row: str, on: Any) -> hlo.Program:
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
     )
-    with cpu.forms("xla"):
-        lowered = jax.jit(loop).lower(*placed)
-    return hlo.Program(lowered.compile().as_text())
+    return hlo.Program(jax.jit(loop).lower(*placed).compile().as_text())
 
 
-def figures(program: hlo.Program, kind: str) -> list[str]:
-    """The row's cells: milliseconds a turn, and a GPU's kernels and convolutions."""
-    (loop,) = program.loops()
-    if kind in TPUS:
-        flops_a_second, flops_a_cycle = TPUS[kind]
-        seconds = program.cycles(loop.body) * flops_a_cycle / flops_a_second
-        return [f"{1e3 * seconds:.2f}"]
-    peak, bandwidth = GPUS[kind]
-    costs = program.kernel_costs(loop.body)
-    seconds = sum(max(flops / peak, moved / bandwidth) for flops, moved in costs)
-    kernels = program.kernels(loop.body)
-    convolutions = sum("cudnn$conv" in line for line in kernels)
-    return [f"{1e3 * seconds:.2f}", str(len(kernels)), str(convolutions)]
+def loops(flags: argparse.Namespace) -> None:
+    """Prints milliseconds, and a GPU's kernels and convolutions, of one turn each."""
+    networks = flags.loops.split(",")
+    for network in networks:
+        check_choice("--loops", network, LOOPS)
+    for name in flags.targets.split(","):
+        target = targets.parse(name)
+        on = targets.devices(target)[0]
+        table = Table(title=f"one PGD step on {name}: compiled, not measured")
+        table.add_column("network")
+        columns = ["images a chip", "ms"]
+        columns += ["kernels", "convolutions"] if target.is_gpu else []
+        for title in (*columns, "compilation, s"):
+            table.add_column(title, justify="right")
+        for network in networks:
+            begin = time.perf_counter()
+            program = compiled_loop(network, on)
+            (loop,) = program.loops()
+            seconds = target_run.seconds(program, {}, target, loop.body)
+            cells = [str(LOOPS[network][1]), f"{1e3 * seconds:.2f}"]
+            if target.is_gpu:
+                kernels = program.kernels(loop.body)
+                cells.append(str(len(kernels)))
+                cells.append(str(sum("cudnn$conv" in line for line in kernels)))
+            table.add_row(network, *cells, f"{time.perf_counter() - begin:.0f}")
+        Console(width=100).print(table)
 
 
 def main(argv: list[str]) -> None:
     flags = parser().parse_args(argv)
-    rows, kind = flags.rows.split(","), flags.target.partition(":")[0]
-    for row in rows:
-        check_choice("--rows", row, ROWS)
-    on = device(flags.target)
-    table = Table(title=f"one PGD step on {flags.target}: compiled, not measured")
-    table.add_column("network")
-    columns = ["images a chip", "ms"]
-    columns += ["kernels", "convolutions"] if kind in GPUS else []
-    for title in (*columns, "compilation, s"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        begin = time.perf_counter()
-        found = figures(compiled_loop(row, on), kind)
-        seconds = time.perf_counter() - begin
-        table.add_row(row, str(ROWS[row][1]), *found, f"{seconds:.0f}")
-    Console(width=100).print(table)
+    targets.only_compile()
+    (loops if flags.loops else steps)(flags)
 
 
 if __name__ == "__main__":

@@ -269,3 +269,47 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert exit_code.value.code == 2
     assert message.startswith("error: ") and said in message
     assert message.count("\n") == 1
+
+
+def test_table_of_targets_is_printed_from_what_is_kept(tmp_path):
+    memory = {"needed": 2**33, "available": 2**34}
+    at = {"images_per_second": 1234.5, "share_of_peak": 0.25}
+    steps = {"T=0": at | {"hours_of_the_budget": 1.5}, "T=30": at}
+    fitting = {"memory_bytes": memory, "fits": True, "step": steps}
+    steps["T=30"] = at | {"hours_of_the_budget": 12.0}
+    remedy = fitting | {"flags": "--config.model.remat=True"}
+    small = {"T=30": {"images_per_second": 99.0}}
+    kept = {
+        "imagenet256:resnet50_t30 v5e:2x4": fitting | {"remedies": []},
+        "imagenet256:swin_b h100:8": {
+            "memory_bytes": memory,
+            "fits": False,
+            "remedies": [remedy],
+        },
+        "cifar10:small v5e:2x4": {
+            "memory_bytes": memory,
+            "fits": False,
+            "remedies": [],
+        },
+        "cifar10:small v5e:2x4 16": {"fits": True, "step": small},
+        "cifar10:small v5e:2x4 128": {"fits": False},
+    }
+    path = tmp_path / "targets.json"
+    path.write_text(json.dumps(kept))
+    done = run("targets.py", f"--json={path}", "--markdown")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[2:]
+    expected = "8.0 of 16.0 | 1,234 | 1,234 | 25% | 1.5 to 12 | *compiled* |"
+    assert lines[0] == f"| `imagenet256:resnet50_t30` | v5e:2x4 | as it is | {expected}"
+    assert lines[1].endswith(f"| `--config.model.remat=True` | {expected}")
+    assert "does not fit" in lines[2] and len(lines) == 3
+    chips = run("targets.py", f"--json={path}", "--markdown", "--images_a_chip=16")
+    line = "| `cifar10:small` | v5e | 99 | too large | *compiled* |"
+    assert chips.stdout.splitlines()[2:] == [line]
+
+
+def test_targets_needs_a_file_and_rows_that_are_there(tmp_path):
+    done = run("targets.py")
+    assert done.returncode == 2 and "--json is missing" in done.stderr
+    done = run("targets.py", f"--json={tmp_path / 'a'}", "--rows=cifar10:smll")
+    assert done.returncode == 2 and "cifar10:small" in done.stderr

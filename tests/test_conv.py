@@ -181,6 +181,41 @@ def test_context_chooses_the_form_also_of_a_function_traced_before(groups):
     assert not forms()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_form_follows_the_platform_that_a_program_is_lowered_for(platform):
+    """On this CPU, by one and the same trace, also of a gradient's gradient."""
+    images, kernel = normal(2, 8, 8, 4), normal(3, 3, 4, 4)
+
+    def norm(x):
+        def score(x):
+            made = layers.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
+            return layers.max_pool(made * made, 3, 2, 1).sum()
+
+        return (jax.grad(score)(x) ** 2).sum()
+
+    traced = jax.jit(jax.grad(norm)).trace(images)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # XLA's own pooling, and the flipped kernel of the CPU's convolution.
+    assert ("select_and_scatter" in text) == (platform != "cpu")
+    assert ("optimization_barrier" in text) == (platform == "cpu")
+
+
+def test_both_forms_have_the_same_derivatives_without_a_choice_and_with_vmap():
+    images, kernel = normal(3, 2, 6, 6, 4), normal(3, 3, 4, 4)
+
+    def score(x):
+        made = layers.conv(x, kernel, (2, 2), ((1, 1), (1, 1)))
+        return (layers.max_pool(made, 2, 1, 0) ** 2).sum()
+
+    gradients = []
+    for form in ("cpu", "xla"):
+        with cpu.forms(form):
+            gradients.append(jax.vmap(jax.grad(score))(images))
+    free = jax.vmap(jax.grad(score))(images)
+    np.testing.assert_allclose(free, gradients[0], atol=1e-5)
+    np.testing.assert_allclose(free, gradients[1], atol=1e-5)
+
+
 def test_unknown_form_is_refused():
     with pytest.raises(UserError, match="'fast'.*cpu, xla"):
         cpu.forms("fast")

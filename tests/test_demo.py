@@ -57,7 +57,7 @@ def test_start_says_what_is_compiled(answers, said):
 
 
 def test_nothing_is_compiled_after_the_start(answers, image):
-    programs = (drawing._program, editing._program, api._attacker, api._logits)
+    programs = (drawing.chunk_program, editing._program, api._attacker, api._logits)
     before = [program.cache_info().currsize for program in programs]
     steps = [3, 5]
     for number, sampler in enumerate(kinds.SAMPLERS):

@@ -142,8 +142,8 @@ def test_batch_with_statistics_is_not_advised_to_pass_in_parts(cost):
     """Stage 1 of any network with batch normalisation; stage 2 keeps it still."""
     assert not cost.whole_batch
     assert dry_run.measure(settings(), "stage1").whole_batch
-    assert list(dry_run._splits(16, 2, True)) == [1]
-    assert list(dry_run._splits(16, 2, False)) == [1, 2, 4, 8]
+    assert list(dry_run.splits(16, 2, True)) == [1]
+    assert list(dry_run.splits(16, 2, False)) == [1, 2, 4, 8]
 
 
 def test_nothing_helps_where_the_state_alone_is_too_large(cost):

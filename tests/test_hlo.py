@@ -55,6 +55,13 @@ def test_cycles_count_nested_loops_and_skip_those_asked_for(program):
     assert program.cycles(skip=["outer"]) == 30
 
 
+def test_turns_that_the_text_does_not_say_can_be_given(program):
+    assert [loop.body for loop in program.all_loops()] == ["outer", "inner"]
+    turns = {"outer": 2, "inner": 5}
+    assert program.total(program.own_cycles, turns) == 30 + 2 * (100 + 5 * 7)
+    assert program.total(program.own_cycles, {"outer": 0}) == 30
+
+
 def test_kernels_cost_their_products_and_the_bytes_they_touch(program):
     assert ["fusion(" in line for line in program.kernels("outer")] == [True]
     image, kernel, result = 2 * 8 * 8 * 4, 3 * 3 * 4 * 16, 2 * 8 * 8 * 16

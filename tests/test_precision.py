@@ -217,7 +217,7 @@ def reader(name, model, variables):
     one, steps = jnp.float32(1), jnp.int32(3)
     settings = tiny.config().evaluate.attack
     if name == "sampler":
-        program = drawing._program(model, recipes.Recipe(), None)
+        program = drawing.chunk_program(model, recipes.Recipe(), None)
         traced = (np.uint32(0), one, steps[None], None)
         return program, ((variables, None), traced, labels, labels, images)
     if name == "edit":

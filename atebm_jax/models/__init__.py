@@ -98,15 +98,9 @@ def one_pass(
 
     Interleaving keeps each image on its device; concatenating would move them all.
 
-    Args:
-      model: images to logits.
-      variables: its "params" and "batch_stats".
-      batches: images [B, H, W, C] each, of one size.
-      frozen: evaluation mode, where every image is on its own; else the batch
-        statistics are those of all batches together, and the running ones move.
-
-    Returns:
-      (logits [B, K] of each batch, running statistics after it).
+    In evaluation mode (`frozen`) every image is on its own; else the batch statistics
+    are those of all batches [B, H, W, C] together, and the running ones move. Returns
+    logits [B, K] of each batch, and the running statistics after it.
     """
     stacked = jnp.stack(batches, axis=1)
     images = stacked.reshape(-1, *stacked.shape[2:])

@@ -29,7 +29,7 @@ def conv(
 ) -> jax.Array:
     """2-D convolution.
 
-    On CPU it has reverse-mode derivatives only, of any order.
+    It has reverse-mode derivatives only, of any order.
 
     Args:
       images: [B, H, W, I].
@@ -41,16 +41,15 @@ def conv(
     Returns:
       [B, H', W', O].
     """
-    if cpu.in_use():
-        return cpu.conv(images, kernel, strides, padding, groups)
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        strides,
-        padding,
+    ours = partial(cpu.conv, strides=strides, padding=padding, groups=groups)
+    theirs = partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+    return cpu.either(ours, theirs, images, kernel)
 
 
 def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Array:
@@ -62,8 +61,9 @@ def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Arr
     """
     window, strides = (side, side), (stride, stride)
     around = ((padding, padding), (padding, padding))
-    pool = cpu.max_pool if cpu.in_use() else nn.max_pool
-    return pool(images, window, strides, around)
+    ours = lambda x: cpu.max_pool(x, window, strides, around)
+    theirs = lambda x: nn.max_pool(x, window, strides, around)
+    return cpu.either(ours, theirs, images)
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -15,10 +15,12 @@ from atebm_jax.stages.method import Batch, Method, Stage, Variables, with_spread
 
 STREAMS = ("gen", "cls", "ood")
 
-#: What contrastive images may ascend: f(x)[y], or logsumexp f(x).
-CONTRASTIVE_OBJECTIVES = ("conditional", "marginal")
-#: How normalisation layers train: stage 1's running statistics, or the batch's.
-NORMALIZATIONS = ("frozen", "batch")
+CHOICES = {
+    # What contrastive images ascend: f(x)[y], or logsumexp f(x).
+    "contrastive_objective": ("conditional", "marginal"),
+    # How normalisation layers train: stage 1's running statistics, or the batch's.
+    "normalization": ("frozen", "batch"),
+}
 
 
 def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
@@ -36,12 +38,8 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     Raises:
       UserError: unknown contrastive objective or normalisation, or a negative weight.
     """
-    check_choice(
-        "stage2.contrastive_objective",
-        config.contrastive_objective,
-        CONTRASTIVE_OBJECTIVES,
-    )
-    check_choice("stage2.normalization", config.normalization, NORMALIZATIONS)
+    for field, choices in CHOICES.items():
+        check_choice(f"stage2.{field}", config[field], choices)
     weights = {"ce": config.weight_ce, "bce": config.weight_bce, "r1": config.weight_r1}
     for name, weight in weights.items():
         if weight < 0:

@@ -305,7 +305,7 @@ def test_other_seeds_and_steps_need_no_compilation(workdir):
 
     model = atebm_jax.load(workdir)
     model.sample(count=1, num_steps=1, target_energy=0.0)
-    before = drawing._program.cache_info().misses
+    before = drawing.chunk_program.cache_info().misses
     for seed in range(3):
         model.sample(
             count=1,
@@ -314,4 +314,4 @@ def test_other_seeds_and_steps_need_no_compilation(workdir):
             step_size=0.1 + seed,
             target_energy=float(seed),
         )
-    assert drawing._program.cache_info().misses == before
+    assert drawing.chunk_program.cache_info().misses == before

@@ -1,0 +1,595 @@
+"""The step of a config, compiled for a machine that is not here: what it would take.
+
+Nothing is measured: memory and communication are those of the program that the machine
+would be given. The time is an estimate: on a TPU the compiler's own, of the cycles of
+every instruction; on a GPU, whose compiler makes none, the time that each kernel's
+FLOPs and bytes take at the peaks of the card, without launches and communication.
+"""
+
+import collections
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atebm_jax import (
+    archs,
+    data,
+    drawing,
+    dry_run,
+    hlo,
+    models,
+    recipes,
+    sharding,
+    storage,
+    targets,
+)
+from atebm_jax import config as configuration
+from atebm_jax.dry_run import GIB
+from atebm_jax.errors import UserError, check_choice
+from atebm_jax.progress import say, waiting
+from atebm_jax.seeds import NOISE
+from atebm_jax.stages import STAGES
+from atebm_jax.targets import Target
+from atebm_jax.train import jit_step, placed_state, plan_stage
+
+# Images of an epoch where the data are not at hand.
+_NUM_TRAIN = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
+# The scopes of loops, as traced: of PGD's steps, last the adversary's own, and of the
+# parts of a batch.
+_CLIMB, _ADVERSARY, _PARTS = "climb", "adversary/climb", "parts"
+_MOST_DOUBLINGS = 4
+
+#: What `run` can compile.
+PROGRAMS = ("train", "sample")
+
+
+class Compiled(NamedTuple):
+    """What a compiler made of a step.
+
+    Attributes:
+      program: its text, read; None where the step does not fit.
+      memory: bytes a device by kind, "needed" among them.
+      seconds: that compilation took.
+    """
+
+    program: hlo.Program | None
+    memory: dict[str, int]
+    seconds: float
+
+
+def lower_step(
+    config: ml_collections.ConfigDict, name: str, target: Target
+) -> tuple[Any, Any, Any]:
+    """The update that training runs, ready to be compiled for a target.
+
+    Args:
+      config: a complete config.
+      name: a key of `stages.STAGES`.
+      target: the machine.
+
+    Returns:
+      The lowered update, and the placed shapes of its state and of its batch.
+
+    Raises:
+      UserError: config or target is refused, or the compiler is not here.
+    """
+    mesh = sharding.make_mesh(config.mesh, targets.devices(target))
+    block, shape = config[name], tuple(config.data.image_shape)
+    field = f"config.{name}.batch_size"
+    sharding.check_batch_size(
+        block.batch_size, mesh.size, field, block.num_micro_batches
+    )
+    model = models.build(config.model)
+    # Its length needs the data; a warm-up must fit.
+    plan = plan_stage(config, name, model, max(block.warmup_steps, 1), mesh)
+    state = placed_state(plan, model, shape, mesh)
+    batch = dry_run.batch_shapes(
+        plan.stage, shape, block.batch_size, jnp.uint8, sharding.batched(mesh)
+    )
+    if config.data.seeds == NOISE:
+        batch.pop("x_ood", None)
+    placement = jax.tree.map(lambda x: x.sharding, state)
+    step: Any = jit_step(plan.step, placement, mesh)
+    return step.lower(state, batch), state, batch
+
+
+def compile_step(
+    config: ml_collections.ConfigDict, name: str, target: Target
+) -> Compiled:
+    """Compiles the update that training runs; arguments and errors of `lower_step`."""
+    begin = time.monotonic()
+    lowered, state, batch = lower_step(config, name, target)
+    # The loop puts the next batch on the devices while a step runs.
+    return _compiled(lowered, _a_device(state), _a_device(batch), begin)
+
+
+def _compiled(lowered: Any, state: int, batch: int, begin: float) -> Compiled:
+    """Compiles; of what does not fit, what the compiler says that it would need."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        memory = _memory(state + batch, needed, batch)
+        return Compiled(None, memory, time.monotonic() - begin)
+    found = compiled.memory_analysis()
+    peak = max(
+        getattr(found, "peak_memory_in_bytes", 0),
+        found.argument_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes,
+    )
+    memory = _memory(
+        found.argument_size_in_bytes, peak, batch, found.generated_code_size_in_bytes
+    )
+    program = hlo.Program(compiled.as_text())
+    return Compiled(program, memory, time.monotonic() - begin)
+
+
+def _memory(arguments: int, peak: int, batch: int, program: int = 0) -> dict[str, int]:
+    """Bytes a device by kind; "needed" is the peak with what is there beside it."""
+    return {
+        "arguments": arguments,
+        "temporaries": peak - arguments,
+        "peak": peak,
+        "program": program,
+        "next batch": batch,
+        "needed": peak + program + batch,
+    }
+
+
+def _a_device(tree: Any) -> int:
+    """Bytes of placed shapes that one device holds."""
+    sizes = (
+        jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+        for x in jax.tree.leaves(tree)
+    )
+    return sum(x.size * x.dtype.itemsize for x in sizes)
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that a program would need, by its refusal; None of another error.
+
+    Arguments and outputs are among the "temporaries" of which it may speak.
+    """
+    found = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))
+
+
+def seconds(
+    program: hlo.Program, turns: dict[str, int], target: Target, name: str = ""
+) -> float:
+    """Estimated time of a program.
+
+    Args:
+      program: compiled.
+      turns: body of a loop -> how often it runs.
+      target: what the program was compiled for.
+      name: of a computation of it; by default the main one.
+    """
+    return program.total(_estimate(program, target), turns, name)
+
+
+def _estimate(program: hlo.Program, target: Target) -> Callable[[str], float]:
+    """Name of a computation -> seconds of its own instructions, worked out once."""
+    chip = target.chip
+
+    @functools.cache
+    def of(name: str) -> float:
+        if not target.is_gpu:
+            return program.own_cycles(name) * chip.flops_per_cycle / chip.flops
+        costs = program.kernel_costs(name)
+        return sum(max(f / chip.flops, b / chip.bandwidth) for f, b in costs)
+
+    return of
+
+
+def _scope(loop: hlo.Loop) -> str:
+    """Which of a step's loops this is; "" for sorts, searches and the like."""
+    for scope in (_ADVERSARY, _CLIMB, _PARTS):
+        if loop.scope.endswith(f"{scope}/while"):
+            return scope
+    return ""
+
+
+def times(
+    program: hlo.Program, target: Target, *, t_max: int, adversary: int, parts: int
+) -> dict[str, float]:
+    """Seconds of a step's parts and of whole steps.
+
+    Args:
+      program: a compiled step.
+      target: what it was compiled for.
+      t_max: contrastive steps of the last steps.
+      adversary: steps of the classifier's adversary.
+      parts: micro-batches.
+
+    Returns:
+      "contrastive step", "adversary step" (one of each, of the whole batch), "rest",
+      "step at T = 0", "step at T = `t_max`".
+    """
+    estimate = _estimate(program, target)
+    bodies = collections.defaultdict(list)
+    for loop in program.all_loops():
+        bodies[_scope(loop)].append(loop.body)
+
+    def taking(contrastive: int, adversarial: int) -> float:
+        counts = {_CLIMB: contrastive, _ADVERSARY: adversarial, _PARTS: parts}
+        turns = {body: counts[s] for s in counts for body in bodies.get(s, ())}
+        return program.total(estimate, turns)
+
+    rest = taking(0, 0)
+    result = {"adversary step": taking(0, 1) - rest, "rest": rest}
+    if bodies.get(_CLIMB):
+        result = {"contrastive step": taking(1, 0) - rest} | result
+    return result | {
+        f"step at T = {steps}": taking(steps, adversary) for steps in sorted({0, t_max})
+    }
+
+
+def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
+    """Collectives by place and kind: how many, and the bytes of their results."""
+    loops = program.all_loops()
+    inner = [x for x in loops if _scope(x) in (_CLIMB, _ADVERSARY)]
+    in_pgd = {line for loop in inner for line in program.reachable(loop.body)}
+    in_loops = {line for loop in loops for line in program.reachable(loop.body)}
+    places = {
+        "in the loops of PGD": in_pgd,
+        "in other loops": in_loops - in_pgd,
+        "outside of loops": set(program.everything()) - in_loops,
+    }
+    result: dict[str, dict[str, dict[str, int]]] = {}
+    for place, lines in places.items():
+        found: dict[str, dict[str, int]] = {}
+        for made in hlo.collectives(sorted(lines)):
+            entry = found.setdefault(made.kind, {"number": 0, "bytes": 0})
+            entry["number"] += 1
+            entry["bytes"] += made.bytes
+        result[place] = found
+    return result
+
+
+def figures(
+    config: ml_collections.ConfigDict,
+    name: str,
+    target: Target,
+    compiled: Compiled,
+    step_flops: Callable[[int], float],
+) -> dict[str, Any]:
+    """What a compiled step takes, as numbers to print and to write.
+
+    Args:
+      config, name, target: what was compiled.
+      compiled: by `compile_step`.
+      step_flops: T -> FLOPs of a step on all devices.
+    """
+    block = config[name]
+    result = _basics(config, target, compiled) | {
+        "mesh": config.mesh,
+        "batch_size": block.batch_size,
+        "num_micro_batches": block.num_micro_batches,
+    }
+    if compiled.program is None:
+        return result
+    t_max = STAGES[name].contrastive_steps(block)
+    found = times(
+        compiled.program,
+        target,
+        t_max=t_max,
+        adversary=block.adversary.num_steps,
+        parts=block.num_micro_batches,
+    )
+    images = num_images(config)
+    at: dict[str, dict[str, float]] = {}
+    for steps in sorted({0, t_max}):
+        step = found[f"step at T = {steps}"]
+        peak = step * target.num_devices * target.chip.flops
+        at[f"T={steps}"] = {
+            "seconds": step,
+            "share_of_peak": step_flops(steps) / peak,
+            "images_per_second": block.batch_size / step,
+        }
+        if images:
+            hours = configuration.num_steps(block, images) * step / 3600
+            at[f"T={steps}"] |= {
+                "hours_of_an_epoch": images / block.batch_size * step / 3600,
+                "hours_of_the_budget": hours,
+            }
+    return result | {
+        "time_is": _BASIS[target.is_gpu],
+        "seconds": {k: v for k, v in found.items() if not k.startswith("step at")},
+        "step": at,
+        "collectives": communication(compiled.program),
+    }
+
+
+def _basics(
+    config: ml_collections.ConfigDict, target: Target, compiled: Compiled
+) -> dict[str, Any]:
+    limit = int(target.chip.memory_gib * GIB)
+    return {
+        "target": target.name,
+        "devices": target.num_devices,
+        "remat": config.model.remat,
+        "memory_bytes": compiled.memory | {"available": limit},
+        "fits": compiled.program is not None and compiled.memory["needed"] <= limit,
+        "compilation_seconds": round(compiled.seconds, 1),
+    }
+
+
+_BASIS = {
+    False: "the compiler's own estimate of cycles",
+    True: "the roofline of the compiled kernels' FLOPs and bytes, without launches "
+    "and communication",
+}
+
+
+def num_images(config: ml_collections.ConfigDict) -> int | None:
+    """Images of an epoch: of the data where they are here, else of what is known."""
+    for name, number in _NUM_TRAIN.items():
+        if config.data.train == f"tfds:{name}:train":
+            return number
+    try:
+        return len(data.open_source(config.data.train, config.data.data_dir))
+    except UserError:
+        return None
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    target_name: str,
+    *,
+    program: str = "train",
+    console: Console | None = None,
+    json_file: str | None = None,
+) -> dict[str, Any]:
+    """Compiles every stage of a config for a target, prints and says what fits.
+
+    Where a step does not fit, changes are compiled until one does.
+
+    Args:
+      config: a complete config.
+      target_name: as "v5e:2x4" or "h100:8".
+      program: "train", or "sample" for the program that draws the config's samples.
+      console: where to print; default the terminal.
+      json_file: also write the figures there; `~` is the home.
+
+    Returns:
+      The figures by stage, "remedies" among them, each with its flags; or those of
+      "sample".
+
+    Raises:
+      UserError: config or target is refused, the compiler is not installed, or the
+        file cannot be written.
+    """
+    check_choice("--program", program, PROGRAMS)
+    target = targets.parse(target_name)
+    configuration.check(config)
+    targets.devices(target)
+    console = console or Console()
+    path = None if json_file is None else dry_run.place_of(json_file)
+    found = {}
+    if program == "sample":
+        found["sample"] = _sample(config, target, console)
+    else:
+        for name in configuration.stages_to_run(config):
+            found[name] = _stage(config, name, target, console)
+    if path:
+        with storage.writing(path):
+            storage.write_json(path, found)
+    return found
+
+
+def _stage(
+    config: ml_collections.ConfigDict, name: str, target: Target, console: Console
+) -> dict[str, Any]:
+    cost = dry_run.measure(config, name)
+    made = _tried(config, name, target, cost, console, "")
+    _show(console, config, _titled(name, made), made)
+    made["remedies"] = []
+    if not made["fits"]:
+        for flags, changed, on in _changes(config, name, target, cost, made):
+            again = _tried(changed, name, on, cost, console, flags)
+            made["remedies"].append({"flags": flags, **again})
+            verdict = "fits" if again["fits"] else "does not fit"
+            say(console, f"  {flags}: {_memory_line(again)}, {verdict}")
+            if again["fits"]:
+                _show(console, changed, _titled(name, again), again)
+                break
+    _tell_verdict(console, name, made)
+    return made
+
+
+def _lowered_sampler(
+    config: ml_collections.ConfigDict, model: nn.Module, device: jax.Device
+) -> Any:
+    """The program that draws one chunk, to be compiled for a device."""
+    static, traced = drawing.parts_of(recipes.of_config(config.evaluate.samples))
+    shape = tuple(config.data.image_shape)
+    images = jax.ShapeDtypeStruct((drawing.CHUNK, *shape), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((drawing.CHUNK,), jnp.int32)
+    weights = (models.variable_shapes(model, shape), None)
+    place = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (weights, traced, numbers, numbers, images),
+    )
+    program: Any = drawing.chunk_program(model, static, None)
+    return program.lower(*arguments)
+
+
+def _sample(
+    config: ml_collections.ConfigDict, target: Target, console: Console
+) -> dict[str, Any]:
+    """Compiles and tells what draws one chunk of samples on one device."""
+    begin = time.monotonic()
+    recipe = recipes.of_config(config.evaluate.samples)
+    model, shape = models.build(config.model), tuple(config.data.image_shape)
+    devices = targets.devices(target)
+    with waiting(console, f"compiling samples for {target.name}"):
+        lowered = _lowered_sampler(config, model, devices[0])
+        weights = dry_run.num_bytes(models.variable_shapes(model, shape))
+        compiled = _compiled(lowered, weights, 0, begin)
+    made = _basics(config, target, compiled)
+    if compiled.program is not None:
+        bodies = [x.body for x in compiled.program.all_loops() if _scope(x)]
+        rest, whole = (
+            seconds(compiled.program, dict.fromkeys(bodies, steps), target)
+            for steps in (0, recipe.num_steps)
+        )
+        made |= {
+            "time_is": _BASIS[target.is_gpu],
+            "num_steps": recipe.num_steps,
+            "seconds": {
+                f"step of {drawing.CHUNK} images": (whole - rest)
+                / max(recipe.num_steps, 1),
+                "rest": rest,
+            },
+            "samples_per_second": len(devices) * drawing.CHUNK / whole,
+            "collectives": communication(compiled.program),
+        }
+    title = f"samples of {recipe.num_steps} steps, {drawing.CHUNK} at once"
+    _show(console, config, title, made)
+    if "samples_per_second" in made:
+        rate = made["samples_per_second"]
+        say(console, f"{rate:,.3g} samples a second on {len(devices)} devices.")
+    _tell_verdict(console, "sampling", made | {"remedies": []})
+    return made
+
+
+def _tried(
+    config: ml_collections.ConfigDict,
+    name: str,
+    target: Target,
+    cost: dry_run.Cost,
+    console: Console,
+    flags: str,
+) -> dict[str, Any]:
+    what = f"compiling {name} for {target.name}{' with ' if flags else ''}{flags}"
+    with waiting(console, what):
+        compiled = compile_step(config, name, target)
+    flops = functools.partial(cost.step_flops, config[name].batch_size)
+    return figures(config, name, target, compiled, flops)
+
+
+def _changes(
+    config: ml_collections.ConfigDict,
+    name: str,
+    target: Target,
+    cost: dry_run.Cost,
+    made: dict[str, Any],
+) -> Iterator[tuple[str, ml_collections.ConfigDict, Target]]:
+    """What could make a step fit, the least costly first: (flags, config, target).
+
+    Parts whose share of the temporaries would not fit are passed over: a part of the
+    batch leaves its share of them, or more.
+    """
+    memory, block = made["memory_bytes"], config[name]
+    kept = memory["needed"] - memory["temporaries"]
+
+    def changed(field: str, value: Any) -> ml_collections.ConfigDict:
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({field: value})
+        return other
+
+    field = f"{name}.num_micro_batches"
+    splits = [
+        parts
+        for parts in dry_run.splits(
+            block.batch_size, target.num_devices, cost.whole_batch
+        )
+        if parts > block.num_micro_batches
+    ]
+    share = lambda parts: memory["temporaries"] * block.num_micro_batches / parts
+    for parts in splits:
+        if kept + share(parts) <= memory["available"]:
+            yield f"--config.{field}={parts}", changed(field, parts), target
+    if not config.model.remat:
+        yield "--config.model.remat=True", changed("model.remat", True), target
+    if sharding.STATE_AXIS not in config.mesh and target.num_devices > 1:
+        yield "--config.mesh=fsdp:-1", changed("mesh", "fsdp:-1"), target
+    for _ in range(_MOST_DOUBLINGS):
+        target = target.larger()
+        if block.batch_size % (target.num_devices * block.num_micro_batches):
+            return
+        yield f"--target={target.name}", config, target
+
+
+def _memory_line(made: dict[str, Any]) -> str:
+    memory = made["memory_bytes"]
+    needed, available = (memory[k] / GIB for k in ("needed", "available"))
+    return f"{needed:.3g} of {available:.4g} GiB a device"
+
+
+def _size(number: int) -> str:
+    return (
+        f"{number / GIB:.2f} GiB" if number > GIB / 10 else f"{number / 2**20:.2f} MiB"
+    )
+
+
+def _titled(name: str, made: dict[str, Any]) -> str:
+    return f"{name}, batch {made['batch_size']}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _show(
+    console: Console,
+    config: ml_collections.ConfigDict,
+    what: str,
+    made: dict[str, Any],
+) -> None:
+    size = "x".join(map(str, config.data.image_shape[:2]))
+    title = (
+        f"{archs.describe(config.model)} at {size}, {config.model.dtype}, {what} "
+        f"on {made['target']}"
+    )
+    table = Table(title=Text(title, style="table.title"), show_header=False)
+    for kind, number in made["memory_bytes"].items():
+        table.add_row(f"memory, a device: {kind}", _size(number))
+    for place, kinds in made.get("collectives", {}).items():
+        told = "; ".join(
+            f"{entry['number']} {kind}, {_size(entry['bytes'])}"
+            for kind, entry in kinds.items()
+        )
+        table.add_row(f"communication {place}", told or "none")
+    for part, value in made.get("seconds", {}).items():
+        table.add_row(f"time: {part}", _duration(value))
+    for moment, at in made.get("step", {}).items():
+        speed = f"{at['images_per_second']:,.0f} images/s"
+        share = f"{at['share_of_peak']:.0%} of the peak"
+        table.add_row(
+            f"a step at {moment}", f"{_duration(at['seconds'])}, {speed}, {share}"
+        )
+        if "hours_of_an_epoch" in at:
+            told = f"{at['hours_of_an_epoch']:.2g} h an epoch, "
+            told += f"{at['hours_of_the_budget']:.2g} h the stage"
+            table.add_row(f"all steps at {moment}", told)
+    console.print(table)
+    if "time_is" in made:
+        say(console, f"compiled, not measured; time is {made['time_is']}.")
+
+
+def _tell_verdict(console: Console, name: str, made: dict[str, Any]) -> None:
+    told = f"{name} {'fits' if made['fits'] else 'does not fit'} on {made['target']}: "
+    told += _memory_line(made)
+    if not made["fits"]:
+        fitting = [remedy["flags"] for remedy in made["remedies"] if remedy["fits"]]
+        told += f"; it does with {fitting[0]}" if fitting else "; nothing tried helps"
+    say(console, f"{told}.")

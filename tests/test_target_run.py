@@ -1,0 +1,289 @@
+"""What is said of a compiled step, and what is tried where it does not fit.
+
+Nothing is compiled here: `tests/targets` does that.
+"""
+
+import importlib.util
+import io
+import json
+import math
+import subprocess
+import time
+
+import pytest
+import tiny
+from rich.console import Console
+
+from atebm_jax import UserError, dry_run, hlo, progress, target_run, targets
+from atebm_jax.dry_run import GIB
+from atebm_jax.target_run import Compiled
+
+# Two parts of a batch, in each both loops; in the rest a search and the all-reduce.
+STEP = """HloModule jit_step
+
+%climb (c.1: (s32[])) -> (s32[]) {
+  %c.1 = (s32[]) parameter(0)
+  %f.1 = f32[4] fusion(%c.1), calls=%g, backend_config={"estimated_cycles":"1000"}
+}
+
+%attack (c.2: (s32[])) -> (s32[]) {
+  %c.2 = (s32[]) parameter(0)
+  %f.2 = f32[4] fusion(%c.2), calls=%g, backend_config={"estimated_cycles":"100"}
+}
+
+%search (c.3: (s32[])) -> (s32[]) {
+  %c.3 = (s32[]) parameter(0)
+  %f.3 = f32[4] fusion(%c.3), calls=%g, backend_config={"estimated_cycles":"1"}
+}
+
+%part (c.4: (s32[])) -> (s32[]) {
+  %c.4 = (s32[]) parameter(0)
+  %w.1 = (s32[]) while(%c.4), body=%climb, metadata={op_name="jit(step)/parts/while/body/climb/while"}
+  %w.2 = (s32[]) while(%c.4), body=%attack, metadata={op_name="jit(step)/parts/while/body/adversary/climb/while"}
+  %f.4 = f32[4] fusion(%c.4), calls=%g, backend_config={"estimated_cycles":"10000"}
+}
+
+ENTRY %main (a: f32[3]) -> f32[3] {
+  %a = f32[3] parameter(0)
+  %w.3 = (s32[]) while(%a), body=%part, metadata={op_name="jit(step)/parts/while"}
+  %w.4 = (s32[]) while(%a), body=%search, metadata={op_name="jit(step)/search/while"}
+  %all-reduce.1 = f32[1024] all-reduce(%a), to_apply=%sum, backend_config={"estimated_cycles":"5"}
+}
+"""  # noqa: E501
+
+
+def settings(**overrides):
+    chosen = {"stages": "stage2", "init_from": "anything", "stage2.t_max": 7}
+    return tiny.config(**chosen | overrides)
+
+
+def compiled(gib, temporaries=None):
+    """A step that needs so much; of it temporaries."""
+    needed = int(gib * GIB)
+    inner = int((gib - 1 if temporaries is None else temporaries) * GIB)
+    memory = {"arguments": needed - inner, "temporaries": inner, "needed": needed}
+    return Compiled(hlo.Program(STEP), memory, 1.0)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Compilers that are here, and a memory for every config: config, target -> GiB."""
+
+    def use(need):
+        made = []
+
+        def compile_step(config, name, target):
+            made.append((config, target.name))
+            return need(config, target)
+
+        flops = {"contrastive step": 2.0, "adversary step": 2.0, "loss gradient": 9.0}
+        turns = {"contrastive step": 7, "adversary step": 5, "loss gradient": 1}
+        cost = dry_run.Cost(1, 2, 3, 4, 5, 6, flops, turns)
+        monkeypatch.setattr(dry_run, "measure", lambda config, name: cost)
+        monkeypatch.setattr(target_run, "compile_step", compile_step)
+        monkeypatch.setattr(
+            targets, "devices", lambda target: range(math.prod(target.sizes))
+        )
+        return made
+
+    return use
+
+
+def told(config, target, **options):
+    console = Console(file=io.StringIO(), width=160)
+    figures = target_run.run(config, target, console=console, **options)
+    return figures["stage2"], console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v9:2x2", "h100:2x2", "h100:0", "2x4"])
+def test_target_that_is_none_is_refused_with_what_is_known(name):
+    with pytest.raises(UserError, match=f"--target is '{name}'.*v5e:2x4.*h100:8"):
+        targets.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("v5e:2x4", "v5e:4x4"),
+        ("v5e:4x4", "v5e:4x8"),
+        ("v5p:2x2x1", "v5p:2x2x2"),
+        ("v5p:2x2x2", "v5p:2x2x4"),
+        ("h100:8", "h100:16"),
+        ("h100", "h100:2"),
+    ],
+)
+def test_larger_target_has_twice_the_devices(name, larger):
+    assert targets.parse(name).larger().name == larger
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("v5e:2x4", "target-tpu"), ("h100:8", "target-gpu")]
+)
+def test_without_the_compiler_the_extra_is_named(name, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"pip install 'atebm_jax\[{extra}\]'"):
+        target_run.run(settings(), name)
+
+
+def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
+    found = target_run.times(
+        hlo.Program(STEP), targets.parse("v5e:2x4"), t_max=7, adversary=3, parts=2
+    )
+    second = 197e12 / 131_072  # cycles
+    cycles = {name: round(seconds * second) for name, seconds in found.items()}
+    rest = 2 * 10_000 + 1 + 5
+    assert cycles == {
+        "contrastive step": 2 * 1000,
+        "adversary step": 2 * 100,
+        "rest": rest,
+        "step at T = 0": rest + 2 * 3 * 100,
+        "step at T = 7": rest + 2 * (3 * 100 + 7 * 1000),
+    }
+
+
+def test_time_on_a_gpu_is_what_bytes_and_flops_of_its_kernels_take():
+    found = target_run.times(
+        hlo.Program(STEP), targets.parse("h100:8"), t_max=7, adversary=3, parts=1
+    )
+    assert found["contrastive step"] == pytest.approx((4 + 1) * 4 / 3.35e12, rel=0.3)
+
+
+def test_communication_is_told_by_place():
+    found = target_run.communication(hlo.Program(STEP))
+    assert found["in the loops of PGD"] == found["in other loops"] == {}
+    assert found["outside of loops"] == {"all-reduce": {"number": 1, "bytes": 4096}}
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory: Used 26.50G of 15.75G hbm.", 26.5),
+        (
+            "RESOURCE_EXHAUSTED: total memory for HLO temporaries (512.00M) exceeds",
+            0.5,
+        ),
+        ("INTERNAL: Used 3 registers", None),
+        ("RESOURCE_EXHAUSTED: shared memory", None),
+    ],
+)
+def test_what_a_refused_program_needs_is_read_off_the_refusal(message, gib):
+    assert target_run._needed(message) == (gib and gib * GIB)
+
+
+def test_step_that_fits_is_told_with_all_figures(pretend, tmp_path):
+    made = pretend(lambda config, target: compiled(9.2))
+    path = tmp_path / "cost.json"
+    figures, shown = told(settings(), "v5e:2x4", json_file=str(path))
+    assert len(made) == 1 and figures["fits"] and figures["remedies"] == []
+    assert json.loads(path.read_text())["stage2"] == figures
+    assert "9.20 GiB" in shown and "1 all-reduce" in shown
+    assert "compiled, not measured; time is the compiler's own estimate" in shown
+    assert "stage2 fits on v5e:2x4: 9.2 of 15.75 GiB a device." in shown
+    slow, fast = (figures["step"][key] for key in ("T=7", "T=0"))
+    assert slow["seconds"] > fast["seconds"]
+    assert slow["images_per_second"] == 16 / slow["seconds"]
+    steps = 1438 / 16  # of an epoch of the digits
+    assert slow["hours_of_an_epoch"] == pytest.approx(steps * slow["seconds"] / 3600)
+    assert slow["hours_of_the_budget"] == 6 * slow["seconds"] / 3600
+
+
+def test_least_costly_change_that_fits_is_found_by_compiling(pretend):
+    def need(config, target):
+        parts = config.stage2.num_micro_batches
+        # In two parts its share would fit, and does not.
+        return compiled({1: 21, 2: 16, 4: 9}[parts], temporaries=20 / parts)
+
+    made = pretend(need)
+    figures, shown = told(settings(**{"stage2.batch_size": 64}), "v5e:2x4")
+    assert not figures["fits"]
+    assert [c.stage2.num_micro_batches for c, _ in made] == [1, 2, 4]
+    last = figures["remedies"][-1]
+    assert last["flags"] == "--config.stage2.num_micro_batches=4" and last["fits"]
+    assert "16 of 15.75 GiB a device, does not fit" in shown
+    assert "it does with --config.stage2.num_micro_batches=4." in shown
+
+
+def test_parts_remat_fsdp_and_more_chips_are_tried_in_this_order(pretend):
+    made = pretend(
+        lambda config, target: compiled(
+            9 if target.name == "v5e:4x8" else 40, temporaries=30
+        )
+    )
+    figures, shown = told(settings(**{"stage2.batch_size": 256}), "v5e:2x4")
+    flags = [remedy["flags"] for remedy in figures["remedies"]]
+    # No part would fit beside what stays.
+    assert flags == [
+        *(f"--config.stage2.num_micro_batches={n}" for n in (8, 16, 32)),
+        "--config.model.remat=True",
+        "--config.mesh=fsdp:-1",
+        "--target=v5e:4x4",
+        "--target=v5e:4x8",
+    ]
+    assert made[4][0].model.remat and made[5][0].mesh == "fsdp:-1"
+    assert "it does with --target=v5e:4x8" in shown
+
+
+def test_step_that_nothing_helps_is_told_so(pretend):
+    pretend(lambda config, target: compiled(99, temporaries=1))
+    figures, shown = told(settings(), "h100:1")
+    assert not any(remedy["fits"] for remedy in figures["remedies"])
+    assert "stage2 does not fit on h100:1" in shown and "nothing tried helps" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target=v5e:2x4"], "--workdir is missing"),
+        (["--target=v5e:2x4", "--workdir=w"], "--target is for --dry_run"),
+        (
+            ["--dry_run", "--target=v5e:2x4", "--devices=4"],
+            "--devices and --target=v5e:2x4 exclude each other",
+        ),
+        (["--dry_run", "--target=v5e"], "--target is 'v5e': give a TPU"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message):
+    config = str(tiny.ROOT / "tests" / "small.py")
+    done = subprocess.run(
+        tiny.command("atebm_jax.main", f"--config={config}", *flags),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=tiny.environment(),
+    )
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_waiting_is_told_on_a_terminal_and_elsewhere(monkeypatch):
+    monkeypatch.setattr(progress, "_BETWEEN_LINES_OF_WAITING", 0.01)
+    plain = Console(file=io.StringIO(), width=80)
+    with progress.waiting(plain, "compiling [x]"):
+        time.sleep(0.1)
+    lines = plain.file.getvalue().splitlines()
+    assert lines[0] == "compiling [x] ..." and "so far" in lines[1]
+    bars = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with progress.waiting(bars, "compiling [x]"):
+        time.sleep(0.2)
+    assert "compiling [x]" in bars.file.getvalue()
+
+
+def test_samples_are_told_a_second_on_all_devices(pretend, monkeypatch):
+    pretend(lambda config, target: compiled(1))
+    text = STEP.replace("parts/while/body/adversary/", "")
+    one = Compiled(hlo.Program(text), {"needed": GIB}, 1.0)
+    monkeypatch.setattr(target_run, "_compiled", lambda *_: one)
+    monkeypatch.setattr(target_run.drawing, "lower", lambda *_: None)
+    config = settings(**{"evaluate.samples.num_steps": 4})
+    console = Console(file=io.StringIO(), width=160)
+    made = target_run.run(config, "v5e:2x4", program="sample", console=console)
+    figures = made["sample"]
+    assert figures["fits"] and figures["num_steps"] == 4
+    assert figures["samples_per_second"] > 0
+    assert figures["seconds"]["step of 32 images"] > figures["seconds"]["rest"] / 20
+    assert "samples a second on 8 devices" in console.file.getvalue()
+
+
+def test_unknown_program_is_refused():
+    with pytest.raises(UserError, match="--program 'draw'.*train, sample"):
+        target_run.run(settings(), "v5e:2x4", program="draw")
