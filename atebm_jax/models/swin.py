@@ -335,7 +335,9 @@ def _aliases() -> Iterator[tuple[str, str]]:
 def _arch(size: str, window: int = 7, norm_epsilon: float = 1e-5) -> dict[str, Any]:
     sizes = {"size": size, "window": window, "position_grid": 56}
     sizes |= {"norm_epsilon": norm_epsilon, "num_classes": 1000}
-    normal = family.AS_THEY_ARE if norm_epsilon == _MIMIRS else family.IMAGENET
+    normal: Mapping[str, tuple[float, ...]] = family.IMAGENET
+    if norm_epsilon == _MIMIRS:
+        normal = family.AS_THEY_ARE
     return {**sizes, **normal}
 
 
