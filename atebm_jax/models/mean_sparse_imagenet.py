@@ -69,6 +69,8 @@ SWIN_FAMILY = dataclasses.replace(
             *swin.FAMILY.torch.rules,
         ),
         mark="layers.0.blocks.0.meansparse1.running_mean",
+        usual=lambda model: family.IMAGENET,
+        who="",
         aliases=(),
         unused=mean_sparse_wide_resnet.unused,
         beside=mean_sparse_wide_resnet.beside,

@@ -274,6 +274,9 @@ def build(config: ml_collections.ConfigDict) -> Swin:
     return Swin(**family.network_fields(config, *fields))
 
 
+# Epsilon of the norms in the networks of MIMIR.
+_MIMIRS = 1e-6
+
 # An array of integers that older files keep beside each table.
 _INDEX = "relative_position_index"
 
@@ -292,7 +295,7 @@ def _fields(shapes: family.Shapes) -> dict[str, Any]:
     sides = tuple((math.isqrt(count) + 1) // 2 for count in rows)
     if all(sides) and window_sides(sides[0], _MERGED * sides[3]) == sides:
         found |= {"window": sides[0], "position_grid": _MERGED * sides[3]}
-        found["norm_epsilon"] = 1e-6 if sides[0] == 14 else 1e-5
+        found["norm_epsilon"] = _MIMIRS if sides[0] == 14 else 1e-5
     return found
 
 
@@ -341,7 +344,18 @@ def _aliases() -> Iterator[tuple[str, str]]:
 def _arch(size: str, window: int = 7, norm_epsilon: float = 1e-5) -> dict[str, Any]:
     sizes = {"size": size, "window": window, "position_grid": 56}
     sizes |= {"norm_epsilon": norm_epsilon, "num_classes": 1000}
-    return {**sizes, **family.IMAGENET}
+    normal: Mapping[str, tuple[float, ...]] = family.IMAGENET
+    if norm_epsilon == _MIMIRS:
+        normal = family.AS_THEY_ARE
+    return {**sizes, **normal}
+
+
+def _usual(model: family.ModelFields) -> Mapping[str, tuple[float, ...]] | None:
+    """MIMIR's networks see pixels as they are; its Swin-B looks like any other."""
+    if model["norm_epsilon"] == _MIMIRS:
+        return family.AS_THEY_ARE
+    asked = (model["size"], model["window"]) == ("base", 7)
+    return None if asked else family.IMAGENET
 
 
 FAMILY = family.Family(
@@ -350,8 +364,8 @@ FAMILY = family.Family(
     archs={f"swin_{size[0]}": _arch(size) for size in SIZES}
     # Xu et al., 2024 (MIMIR).
     | {
-        "swin_b_mimir": _arch("base", norm_epsilon=1e-6),
-        "swin_l_mimir": _arch("large", window=14, norm_epsilon=1e-6),
+        "swin_b_mimir": _arch("base", norm_epsilon=_MIMIRS),
+        "swin_l_mimir": _arch("large", window=14, norm_epsilon=_MIMIRS),
     },
     activation="gelu",
     # The names of timm since version 0.9.
@@ -375,7 +389,9 @@ FAMILY = family.Family(
         fields=_fields,
         unsaid=lambda fields: {"norm_epsilon": "--arch gives another"},
         side=lambda model: side_unit(model["window"], model["position_grid"]),
-        usual=lambda model: family.IMAGENET,
+        usual=_usual,
+        who="--normalization=imagenet (the authors, timm, torchvision, Liu2023) or "
+        "--arch=swin_b_mimir (MIMIR, on pixels as they are)",
         aliases=tuple(_aliases()),
         settle=_settle,
         bare={"relative_position_bias_table": 2},

@@ -27,6 +27,7 @@ def decide(asked, in_file, arch="wrn28_10", channels=3):
         ("vit_b", 3, "imagenet .DeiT.*mean=0.5 --std=0.5.*none"),
         ("xcit_s12", 3, "none .Debenedetti2022. or .*imagenet"),
         ("resnet50", 1, "none.*MNIST"),
+        ("swin_b", 3, "imagenet .the authors, timm.*--arch=swin_b_mimir .MIMIR"),
         ("wide_resnet50_2", 3, "imagenet .torchvision.*none .Chen2024"),
     ],
 )
@@ -47,7 +48,9 @@ def test_where_two_conventions_are_common_one_must_be_given(arch, channels, who)
         ("vit_b_cvst", ()),
         ("xcit_m12", ()),
         ("xcit_s12_p4", (0.4914, 0.4822, 0.4465)),
-        ("swin_b", IMAGENET["mean"]),
+        ("swin_l", IMAGENET["mean"]),
+        ("swin_b_mimir", ()),
+        ("swin_l_mimir", ()),
     ],
 )
 def test_where_all_agree_it_is_assumed_and_said(arch, mean):
