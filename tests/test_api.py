@@ -117,7 +117,7 @@ def test_sampler_of_the_config_is_the_default(workdir):
         for text in ("pgd", "sgld(noise=0.05)", "sgld(noise=0.1)")
     }
     np.testing.assert_array_equal(model.sample(**options), drawn["pgd"])
-    model._config.evaluate.samples.sampler = "sgld(noise=0.05)"
+    model.config.evaluate.samples.sampler = "sgld(noise=0.05)"
     np.testing.assert_array_equal(model.sample(**options), drawn["sgld(noise=0.05)"])
     assert not np.allclose(drawn["sgld(noise=0.05)"], drawn["sgld(noise=0.1)"])
 
