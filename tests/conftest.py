@@ -15,6 +15,9 @@ import numpy as np
 import optax
 import pytest
 
+# The compilers of other machines may be installed: no test looks for their devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 # Before JAX is first used: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

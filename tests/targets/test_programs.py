@@ -1,0 +1,274 @@
+"""What the compilers of a TPU and of a GPU make of a step and of a sampler.
+
+Small networks, compiled for machines that are not here. Each check is a function from a
+program to what is wrong with it; one program in which everything is wrong shows that
+each of them sees it.
+"""
+
+import math
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import reference
+import tiny
+
+from atebm_jax import (
+    drawing,
+    energy,
+    hlo,
+    models,
+    recipes,
+    sharding,
+    target_run,
+    targets,
+)
+
+# Images a device, of a step and of a chunk of samples: no weight has as many rows.
+PER_DEVICE, NUM_CLASSES = 6, 10
+IMAGES = (PER_DEVICE, drawing.CHUNK)
+SMALLEST_KERNEL = 3 * 3 * 1 * 64
+SHAPE = (16, 16, 1)
+PROGRAMS = ("stage1", "stage2", "stage2 under fsdp", "sampler")
+RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+# Where numbers are written, not what they are.
+PLACING = {"get-tuple-element", "bitcast", "copy", "copy-start", "copy-done"}
+
+
+@pytest.fixture(scope="module", params=["v5e:2x4", "h100:8"])
+def target(request):
+    found = targets.parse(request.param)
+    if install := targets.missing(found):
+        pytest.skip(f"the compiler of {found.name} is not installed: {install}")
+    return found
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
+def made(request, target):
+    """A program, and how many bytes of it are state."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return program_of(request.param, target)
+
+
+def settings(mesh="data:-1"):
+    fields = {"model.dtype": "bfloat16", "model.widen_factor": 8, "mesh": mesh}
+    fields |= {"data.image_shape": SHAPE}
+    sizes = {f"{s}.batch_size": 8 * PER_DEVICE for s in ("stage1", "stage2")}
+    return tiny.config(**fields, **sizes)
+
+
+def program_of(name, target):
+    if name == "sampler":
+        return SimpleNamespace(program=sampler(target))
+    config = settings("data:-1,fsdp:4" if "fsdp" in name else "data:-1")
+    lowered, state, _ = target_run.lower_step(config, name.split()[0], target)
+    compiled = reference.compiled(lowered)
+    return SimpleNamespace(
+        program=hlo.Program(compiled.as_text()),
+        memory=compiled.memory_analysis(),
+        state=state,
+    )
+
+
+def sampler(target):
+    config = settings()
+    model = models.build(config.model)
+    device = targets.devices(target)[0]
+    lowered = drawing.lower(model, recipes.Recipe(), SHAPE, device)
+    return hlo.Program(reference.compiled(lowered).as_text())
+
+
+def network_loops(program):
+    """The innermost loops that read a network."""
+    return [
+        loop
+        for loop in program.all_loops()
+        if products(program.reachable(loop.body)) and not program.loops(loop.body)
+    ]
+
+
+def products(lines):
+    """(dtypes, sizes) of operands and results of convolutions and products."""
+    types, found = {}, []
+    for line in lines:
+        match = RESULT.match(line)
+        if match:
+            types[match[1]] = match[2]
+            if match[3] in ("convolution", "dot") or "cudnn$conv" in line:
+                found.append((match[2], re.findall(r"%([\w.\-]+)", match[4])[:2]))
+    return [
+        " ".join([made, *(types.get(name, "") for name in of)]) for made, of in found
+    ]
+
+
+def talking_loops(program):
+    """Communication inside of loops."""
+    bodies = (program.reachable(loop.body) for loop in program.all_loops())
+    return [c for body in bodies for c in hlo.collectives(body)]
+
+
+def wide_products(program):
+    """Products of the loops that are not in bfloat16, but for the last layer's."""
+    bodies = (program.reachable(loop.body) for loop in network_loops(program))
+    last = re.compile(rf"[\[,]{NUM_CLASSES}[\],]")
+    return [
+        product
+        for body in bodies
+        for product in products(body)
+        if "f32[" in product and not last.search(product)
+    ]
+
+
+def doubles(program):
+    return [
+        line for line in program.everything() if re.search(r"\b[fc](64|128)\[", line)
+    ]
+
+
+def host_transfers(program):
+    words = (" send(", " recv(", " infeed(", " outfeed(", "callback", "S(5)")
+    return [line for line in program.everything() if any(w in line for w in words)]
+
+
+def fixed_loops(program):
+    """Loops over a network that run as often as the program says."""
+    found = []
+    for loop in network_loops(program):
+        (line,) = (x for x in program.everything() if f"body=%{loop.body}" in x)
+        condition = re.search(r"condition=%([\w.\-]+)", line)[1]
+        if any(" constant(" in x for x in program.reachable(condition)):
+            found.append(loop)
+    return found
+
+
+def sums_of_gradients(program):
+    """Sums over devices outside of loops that carry a kernel."""
+    found = hlo.collectives(program.outside_loops())
+    kinds = ("all-reduce", "reduce-scatter")
+    return [c for c in found if c.kind in kinds and c.elements >= SMALLEST_KERNEL]
+
+
+def work_on_weights(program):
+    """What the loops compute of arrays that stay, none of them as long as the batch."""
+    return [
+        line
+        for loop in network_loops(program)
+        for line in _of_staying(program.lines(loop.body))
+    ]
+
+
+def _of_staying(lines):
+    found = [match for line in lines if (match := RESULT.match(line))]
+    names = {m[1]: re.findall(r"%([\w.\-]+)", m[4]) for m in found}
+    (root,) = (m for m in found if m[3] == "tuple" and m[0].lstrip().startswith("ROOT"))
+    inputs = {
+        m[1]: int(re.search(r"index=(\d+)", m[4])[1])
+        for m in found
+        if m[3] == "get-tuple-element" and "param" in names[m[1]][0]
+    }
+    carried = names[root[1]]
+    alone, work = set(), []
+    for match in found:
+        name, made, kind, _ = match.groups()
+        if name in inputs:
+            array = re.match(r"\w+\[(\d+)[,\]]", made)
+            stays = inputs.get(carried[inputs[name]]) == inputs[name]
+            if stays and array and int(array[1]) not in IMAGES:
+                alone.add(name)
+        elif names[name] and all(n in alone for n in names[name] if n in names):
+            operands = [n for n in names[name] if n in names]
+            if operands and kind not in PLACING:
+                work.append(match[0])
+            if operands:
+                alone.add(name)
+    return work
+
+
+CHECKS = {
+    "communication in a loop": talking_loops,
+    "products of the loops in float32": wide_products,
+    "float64": doubles,
+    "transfers to the host": host_transfers,
+    "work on weights alone in a loop": work_on_weights,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_nothing_is_in_the_program_that_does_not_belong_there(made, check):
+    assert network_loops(made.program)
+    assert CHECKS[check](made.program) == []
+
+
+def test_all_numbers_of_contrastive_steps_are_one_program(made):
+    """The classifier's adversary, whose steps are settled, would be seen."""
+    fixed = {loop.body for loop in fixed_loops(made.program)}
+    for loop in network_loops(made.program):
+        assert (loop.body in fixed) == ("adversary" in loop.scope), loop
+
+
+def test_gradients_are_summed_once(made):
+    if not hasattr(made, "state"):
+        assert hlo.collectives(made.program.everything()) == []
+        return
+    # Those of kernels are in bfloat16, the others in float32; with fsdp each is summed
+    # over both axes of the mesh.
+    axes = len(jax.tree.leaves(made.state)[0].sharding.mesh.axis_names)
+    assert 1 <= len(sums_of_gradients(made.program)) <= 2 * axes
+
+
+def test_state_takes_no_memory_of_its_own(made):
+    if not hasattr(made, "state"):
+        return
+    leaves = jax.tree.leaves(made.state)
+    assert made.program.num_aliases == len(leaves)
+    kept = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
+    )
+    # A TPU pads small arrays.
+    assert kept <= made.memory.alias_size_in_bytes <= made.memory.output_size_in_bytes
+
+
+def everything_wrong(target):
+    """A program with all the deliberate mistakes."""
+    mesh = sharding.make_mesh(devices=targets.devices(target))
+    network = reference.TwoLayers(channels=64)
+    # Of images smaller than a window, compilers transpose the kernel in every turn.
+    shape = (2, 2, 1)
+    everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
+    weights = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        models.variable_shapes(network, shape),
+    )
+    images = jax.ShapeDtypeStruct((8 * PER_DEVICE, *shape), jnp.float32, sharding=split)
+
+    def wrong(weights, images):
+        def turn(_, x):
+            # Statistics of the batch, and weights that are worked on in every turn.
+            def score(x):
+                logits, _ = network.apply(
+                    weights, x, train=True, mutable=["batch_stats"]
+                )
+                return energy.score(logits).sum()
+
+            return x + jax.grad(score)(x)
+
+        x = jax.lax.fori_loop(0, 3, turn, images)
+        for _ in range(3):
+            gradients = jax.grad(lambda w: network.apply(w, x).sum())(weights)
+            weights = jax.tree.map(jnp.add, weights, gradients)
+        shown = jax.device_put(x, jax.memory.Space.Host)
+        return x.astype(jnp.float64).sum(), shown, weights
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        lowered = jax.jit(wrong).lower(weights, images)
+    return hlo.Program(reference.compiled(lowered).as_text())
+
+
+def test_everything_that_does_not_belong_there_would_be_seen(target):
+    program = everything_wrong(target)
+    seen = {name for name, check in CHECKS.items() if check(program)}
+    assert seen == set(CHECKS)
+    assert fixed_loops(program) == network_loops(program) != []
+    assert len(sums_of_gradients(program)) > 2 and program.num_aliases == 0
