@@ -57,6 +57,7 @@ FAMILY = family.Family(
     torch=dataclasses.replace(
         wide_resnet.FAMILY.torch,
         look_alikes={},
+        unsaid=lambda fields: {"name": "a file that lost fc.bias looks the same"},
         published="Pang2020 (Boosting adversarial training)",
     ),
 )

@@ -363,8 +363,8 @@ def test_second_first_group_of_trades_is_dropped_with_a_printed_step(small):
 def test_entry_to_give_is_proposed_where_the_weights_do_not_fit(small):
     arrays, write = small
     other = {f"ema.{name}": x for name, x in arrays.items()}
-    del other["ema.fc.bias"]
-    with pytest.raises(UserError, match="missing: 1 .fc.bias.*--entry=model"):
+    del other["ema.bn1.bias"]
+    with pytest.raises(UserError, match="missing: 1 .bn1.bias.*--entry=model"):
         run(*write(other | {f"model.{n}": x for n, x in arrays.items()}))
 
 
