@@ -192,7 +192,7 @@ def _judges(loaded: Trained, num: int) -> tuple[Judges, dict[str, float]]:
     config, settings = loaded.config, loaded.config.evaluate.samples
     images, labels = _images(config, config.data.train, settings.num_reference)
     pixels = pixel_scores.make_reference(images, labels, settings)
-    extractor = from_model("model", loaded.model, loaded.variables)
+    extractor = from_model("model", loaded.model, loaded.variables, loaded.num_classes)
     pooled = jax.jit(lambda variables, x: extractor.apply(variables, x)[0])
 
     def features(images: np.ndarray) -> np.ndarray:

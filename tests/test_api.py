@@ -13,7 +13,7 @@ from atebm_jax import UserError, api, constraints
 HEAVY = ("IPython", "PIL", "array_record", "clu", "grain", "matplotlib", "pandas")
 # Of SciPy, whose parts come at their first use.
 HEAVY += ("scipy.linalg", "scipy.optimize", "scipy.spatial", "scipy.special")
-HEAVY += ("scipy.stats", "safetensors", "sklearn", "tensorboardX", "tensorflow")
+HEAVY += ("scipy.stats", "sklearn", "tensorboardX", "tensorflow")
 HEAVY += ("tensorflow_datasets", "timm", "torch", "torchvision")
 
 pytestmark = pytest.mark.usefixtures("two_devices")

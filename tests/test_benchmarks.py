@@ -116,16 +116,13 @@ def test_rows_with_a_record_are_not_run_again(tmp_path):
 
 FLOAT64 = """
 import sys
-import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, torch
+import jax, jax.numpy as jnp, numpy as np, torch
 import torch_reference, torch_side
 from atebm_jax import ascent, convert, energy, command_line, models
 from atebm_jax.models import wide_resnet
 
 torch.set_default_dtype(torch.float64)
 torch_reference._pick = lambda logits, y: logits.gather(1, y[:, None])[:, 0]
-wide_resnet.batch_norm = lambda name, train: nn.BatchNorm(
-    True, epsilon=1e-5, dtype=jnp.float64, name=name
-)
 config = command_line.load_config("configs/cifar10.py:small")
 config.model.update(depth=16, widen_factor=2, dtype="float64")
 config.stage2.t_max = 3
@@ -248,8 +245,8 @@ def test_data_speed_has_a_row_for_each_worker_count_and_evaluation(tmp_path):
         ("step.py", "--config=absent.py", "absent.py"),
         ("step.py", "--config.model.wideness=2", "wideness"),
         ("step.py", "--repeat", "--repeat"),
-        ("targets.py", "--target=x9", "choose one of v5e"),
-        ("targets.py", "--rows=resnet51", "choose one of wrn16_4"),
+        ("targets.py", "--targets=v5e:2x4", "--json is missing"),
+        ("targets.py", "--loops=resnet51", "wrn16_4"),
         ("gpu.py", "--rows=wrn", "--out"),
         ("data.py", "--workers=two", "--workers=two"),
         ("autoattack.py", "--num=0", "positive integer"),

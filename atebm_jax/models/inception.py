@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from atebm_jax.models import bilinear
 
 SIZE = 299
-DIMENSIONS = 2048
 NUM_LOGITS = 1008
 
 # Scores are compared in the third digit, which rounding to bfloat16 or TF32 changes.

@@ -324,5 +324,5 @@ def test_intervals_of_detection_are_no_points_and_stay_in_bounds(name, apart):
 
 
 def test_texts_of_lists_and_of_nothing_are_readable():
-    assert report._text(["a", "b"]) == "a, b"
-    assert report._text([]) == report._text("") == "none"
+    assert report.in_words(["a", "b"]) == "a, b"
+    assert report.in_words([]) == report.in_words("") == "none"

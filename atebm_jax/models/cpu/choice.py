@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -82,6 +83,7 @@ _choice.multiple_results = True
 
 @_choice.def_impl
 def _run(*arrays: jax.Array, ours: Form, theirs: Form) -> Any:
+    arrays = tuple(map(jnp.asarray, arrays))
     (platform,) = {device.platform for device in arrays[0].devices()}
     return (ours if platform == "cpu" else theirs)(*arrays)
 
