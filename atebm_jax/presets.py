@@ -145,6 +145,9 @@ def _one_stage(config: ConfigDict) -> None:
     config.stages = "stage2"
     config.init_from = RANDOM
     config.stage2.normalization = "batch"
+    # Nothing has learned before: at the rate of stage 1.
+    for field in ("learning_rate", "schedule", "warmup_steps"):
+        config.stage2[field] = config.stage1[field]
 
 
 def _batchnorm(config: ConfigDict) -> None:

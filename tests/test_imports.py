@@ -147,7 +147,7 @@ def test_imports_point_upwards_only(path):
 @pytest.mark.parametrize("path", files_of(*PURE), ids=name_of)
 def test_pure_rooms_touch_no_file_no_clock_and_no_log(path):
     allowed = set(PURE_IMPORTS)
-    allowed |= {"models": {"ml_collections"}, "metrics": {"sklearn"}}.get(
+    allowed |= {"models": {"ml_collections", "re"}, "metrics": {"sklearn"}}.get(
         room(path), set()
     )
     assert {name.split(".")[0] for name in imports(path)} <= allowed

@@ -321,9 +321,11 @@ def test_jem_killed_on_the_way_ends_with_the_same_bits(monkeypatch, tmp_path):
     assert one["extra"].shape == (16, 3, 8, 8, 1)
 
 
-@pytest.mark.parametrize("method", ["jem", "ratio"])
-def test_method_trains_evaluates_and_reports(method, tmp_path):
-    report, _ = tiny.run(settings(method), tmp_path)
+@pytest.mark.parametrize(
+    ("method", "seeds"), [("jem", "noise"), ("ratio", "gaussian_per_class")]
+)
+def test_method_trains_evaluates_and_reports(method, seeds, tmp_path):
+    report, _ = tiny.run(settings(method, **{"data.seeds": seeds}), tmp_path)
     assert report["stages"].keys() == {method}
     assert report["stages"][method]["step"] == 6
     # Neither has a curriculum of T, nor seeds that it would have to lead somewhere.

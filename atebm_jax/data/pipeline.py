@@ -329,7 +329,9 @@ def _merge(examples: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 def _with_seed(
     draw_seeds: DrawFn, position: int, example: dict[str, Any]
 ) -> dict[str, Any]:
-    return {**example, "x_ood": draw_seeds(position, int(example["y_gen"]))}
+    # Of the class to generate, where there is one.
+    label = example["y_gen" if "y_gen" in example else "y_cls"]
+    return {**example, "x_ood": draw_seeds(position, int(label))}
 
 
 # --- Grain ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atebm_jax.models import family, wide_resnet
+from atebm_jax.models.layers import prepared
 
 
 class Cosines(nn.Module):
@@ -24,8 +25,8 @@ class Cosines(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         init = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, shape, jnp.float32)
-        return _unit(x, -1) @ _unit(kernel.astype(x.dtype), 0)
+        kernel = lambda: self.param("kernel", init, shape, jnp.float32).astype(x.dtype)
+        return _unit(x, -1) @ prepared(self, lambda: _unit(kernel(), 0))
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:

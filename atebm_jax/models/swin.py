@@ -150,6 +150,8 @@ class Block(nn.Module):
             return (bias + hidden[:, None])[:, None]
 
         bias = prepared(self, biases)
+        if bias.ndim != 4 + any(shift):
+            raise ValueError("the network was made ready for images of another size")
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             # By windows: all images of a batch have the same biases.
