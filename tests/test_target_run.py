@@ -273,7 +273,7 @@ def test_samples_are_told_a_second_on_all_devices(pretend, monkeypatch):
     text = STEP.replace("parts/while/body/adversary/", "")
     one = Compiled(hlo.Program(text), {"needed": GIB}, 1.0)
     monkeypatch.setattr(target_run, "_compiled", lambda *_: one)
-    monkeypatch.setattr(target_run.drawing, "lower", lambda *_: None)
+    monkeypatch.setattr(target_run, "_lowered_sampler", lambda *_: None)
     config = settings(**{"evaluate.samples.num_steps": 4})
     console = Console(file=io.StringIO(), width=160)
     made = target_run.run(config, "v5e:2x4", program="sample", console=console)

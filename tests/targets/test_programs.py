@@ -20,7 +20,6 @@ from atebm_jax import (
     energy,
     hlo,
     models,
-    recipes,
     sharding,
     target_run,
     targets,
@@ -76,7 +75,7 @@ def sampler(target):
     config = settings()
     model = models.build(config.model)
     device = targets.devices(target)[0]
-    lowered = drawing.lower(model, recipes.Recipe(), SHAPE, device)
+    lowered = target_run._lowered_sampler(config, model, device)
     return hlo.Program(reference.compiled(lowered).as_text())
 
 
