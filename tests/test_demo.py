@@ -1,18 +1,21 @@
 """The page: what its tabs answer, and the tabs in a real browser."""
 
+import importlib.metadata
 import io
 import json
 import os
 import runpy
 import shlex
 import shutil
-import sys
+import subprocess
 import threading
 import time
+import tomllib
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +25,11 @@ from rich.console import Console
 
 from atebm_jax import UserError, api, drawing, editing, trained
 from atebm_jax.demo import answers as kinds
-from atebm_jax.demo.__main__ import main
+from atebm_jax.demo.__main__ import _GRADIO, main
 from atebm_jax.demo.answers import ANY, GUESS, RADII, Answers
 from atebm_jax.sample import __main__ as command
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,15 @@ def test_samples_appear_step_by_step_and_end_as_those_of_one_run(answers, sample
     np.testing.assert_array_equal(last, kinds._levels(whole))
     first = np.stack(list(shown[0].images.values()))
     assert (first != last).any()
+
+
+def test_samples_are_captioned_with_class_names_that_no_file_could_have(
+    answers, monkeypatch
+):
+    monkeypatch.setattr(answers, "names", [f"Class {k}/{k}" for k in range(10)])
+    (made, *_) = answers.sample(4, 2, 0, 0, 0.1, "pgd")
+    assert list(made.images) == ["00_place4", "01_place4"]
+    assert made.captions == ["Class 4/4", "Class 4/4"]
 
 
 ASKED = {
@@ -238,12 +252,24 @@ def test_networks_for_other_images_are_not_compared(answers):
         kinds._check_alike(answers.model, other)
 
 
-def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "atebm_jax.demo.page", raising=False)
-    monkeypatch.delattr("atebm_jax.demo.page", raising=False)
-    with pytest.raises(UserError, match=r"pip install 'atebm_jax\[demo\]'"):
+@pytest.mark.parametrize("here", [None, "5.49.1"])
+def test_missing_or_old_package_is_named(monkeypatch, here):
+    def version(name):
+        if here is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return here
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    says = (
+        f"version 6 or newer, {f'and {here} is here' if here else 'which is missing'}"
+    )
+    with pytest.raises(UserError, match=rf"{says}: pip install 'atebm_jax\[demo\]'"):
         main(["--workdir=nowhere"])
+
+
+def test_extra_and_command_want_the_same_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["demo"] == [f"gradio>={_GRADIO}"]
 
 
 # The page itself.
@@ -363,6 +389,18 @@ def test_samples_are_drawn_downloaded_and_taken_in_hand(visit, answers, steps):
     wait_until(
         lambda: (picture(visitor, "Image in hand") == last.images["07_7"][..., 0]).all()
     )
+    eight = visitor.get_by_role("tabpanel").get_by_label("Thumbnail 9 of 16")
+    address = eight.locator("img").get_attribute("src")
+    Path(address.partition("file=")[2]).unlink()
+    eight.click()
+    visitor.get_by_text("this sample is not kept any more").wait_for()
+
+
+def test_sample_that_is_gone_is_said_in_a_sentence(page, blocks):
+    [take] = [f.fn for f in blocks.fns.values() if f.name == "take"]
+    for samples in (None, [("gone.png", "7")]):
+        with pytest.raises(page.gr.Error, match="draw samples again"):
+            list(take(samples, SimpleNamespace(index=0)))
 
 
 def wait_until(true, seconds=60):
@@ -527,6 +565,11 @@ def test_closed_page_stops_its_sampling(visit, answers, monkeypatch):
     assert len(drawn) == before
 
 
+def test_files_of_visitors_are_deleted_when_the_docs_say(blocks):
+    between, kept = blocks.delete_cache
+    assert (kept, between) == (60 * 60, 5 * 60)
+
+
 def test_policy_forbids_what_comes_from_elsewhere(blocks):
     with urllib.request.urlopen(blocks.local_url) as answer:
         assert answer.headers["content-security-policy"].startswith(
@@ -550,13 +593,17 @@ def test_command_says_where_the_page_is(page, answers, monkeypatch):
     opened[0].close()
 
 
-def test_notebook_opens_the_page(page, trained, tmp_path):
-    path = Path(__file__).parents[1] / "notebooks" / "demo.ipynb"
+def test_notebook_opens_the_page(page, trained, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: commands.append(words))
+    path = ROOT / "notebooks" / "demo.ipynb"
     cells = json.loads(path.read_text())["cells"]
     codes = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     file = tmp_path / "demo.py"
     file.write_text("\n".join(codes).replace('"zoo:cifar10"', repr(str(trained))))
     names = runpy.run_path(str(file))
+    # Pip notices an old one.
+    assert commands[0][-1] == f"gradio>={_GRADIO}"
     with urllib.request.urlopen(names["blocks"].local_url) as answer:
         assert b"gradio" in answer.read()
     names["blocks"].close()

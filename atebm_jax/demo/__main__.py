@@ -4,6 +4,7 @@ Exit codes: 0 finished; 2 a mistake in flags, checkpoint or data, said in one se
 130 or 143 stopped by a signal.
 """
 
+import importlib.metadata
 import os
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from rich.console import Console
 from atebm_jax.command_line import Parser, check_platform, quiet_libraries, run
 from atebm_jax.errors import UserError
 from atebm_jax.progress import say
+
+# The oldest major version of Gradio that the page can be made with.
+_GRADIO = 6
 
 
 def _parser() -> Parser:
@@ -32,24 +36,34 @@ def _parser() -> Parser:
     return parser
 
 
+def _check_gradio() -> None:
+    try:
+        version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        here = "which is missing"
+    else:
+        if int(version.partition(".")[0]) >= _GRADIO:
+            return
+        here = f"and {version} is here"
+    raise UserError(
+        f"the page needs the package gradio, version {_GRADIO} or newer, {here}: "
+        "pip install 'atebm_jax[demo]'."
+    )
+
+
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Opens the page, until a signal comes.
 
     Raises:
-      UserError: a flag, a checkpoint or the data cannot be used, or Gradio is missing.
+      UserError: a flag, a checkpoint or the data cannot be used, or Gradio is missing
+        or too old.
     """
     console = console or Console()
     flags = _parser().parse_args(arguments)
+    _check_gradio()
     # Before Gradio is imported, which reads it there.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        from atebm_jax.demo import page
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("gradio", "starlette"):
-            raise
-        raise UserError(
-            "the page needs the package gradio: pip install 'atebm_jax[demo]'."
-        ) from error
+    from atebm_jax.demo import page
     from atebm_jax.demo.answers import Answers
 
     check_platform()

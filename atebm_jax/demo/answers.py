@@ -11,7 +11,7 @@ import shlex
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,7 @@ class Answer(NamedTuple):
       classes: title -> class name -> probability.
       says: a sentence.
       figure: PNG file of a diagram.
+      captions: of the images, in their order.
     """
 
     images: dict[str, np.ndarray]
@@ -63,6 +64,7 @@ class Answer(NamedTuple):
     classes: Mapping[str, dict[str, float]] = {}
     says: str = ""
     figure: bytes | None = None
+    captions: Sequence[str] = ()
 
     def archive(self) -> bytes:
         """A ZIP file of images and settings."""
@@ -213,6 +215,7 @@ class Answers:
         given |= {"count": count, "num_steps": steps, **how, "quantise": "nearest"}
         words = [self._word(k).replace(":", "") for k in labels]
         files = [f"{number:02d}_{word}" for number, word in enumerate(words)]
+        captions = [self.names[k] for k in labels]
         settings = self._settings("sample", given, "")
         images, done = None, 0
         for end in _ends(steps, sampler):
@@ -222,7 +225,8 @@ class Answers:
                 images = self._drawn(labels, end, **how)
             done = end
             shown = dict(zip(files, _levels(images), strict=True))
-            yield Answer(shown, settings, says=f"step {end} of {steps}")
+            says = f"step {end} of {steps}"
+            yield Answer(shown, settings, says=says, captions=captions)
 
     def edit(
         self,

@@ -7,7 +7,7 @@ one queue, as one at a time runs on the device.
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from atebm_jax.errors import UserError
 
 _MOST_WAITING = 100
 _LARGEST_UPLOAD = "8mb"
-# Files of visitors, and what was made for them, are deleted after an hour.
-_KEPT_SECONDS = 3600
+# Files of visitors, and what was made for them, are deleted at the first look after
+# an hour.
+_KEPT_SECONDS, _SECONDS_BETWEEN_LOOKS = 3600, 300
 # Pixels along the side of the ground that a mask is drawn on.
 _CANVAS = 384
 _POLICY = (
@@ -61,7 +62,7 @@ def build(answers: Answers) -> gr.Blocks:
         title="atebm_jax",
         fill_width=True,
         analytics_enabled=False,
-        delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS),
+        delete_cache=(_SECONDS_BETWEEN_LOOKS, _KEPT_SECONDS),
     )
     size = " x ".join(map(str, answers.model.image_shape))
     with blocks:
@@ -174,6 +175,8 @@ def _on(
 def _told(function: Callable) -> Callable:
     """Says mistakes in a sentence; what yields answers goes on yielding them."""
 
+    # Gradio gives the place of a click to a function whose signature asks for it.
+    @wraps(function)
     def call(*values: Any) -> Iterator[Any]:
         try:
             made = function(*values)
@@ -235,14 +238,14 @@ def _sample_tab(answers: Answers, hand: gr.State) -> None:
         drawn = _answered(ask, inputs, [run.click], gallery=True)
 
         def take(samples: Any, event: gr.SelectData) -> np.ndarray:
-            return answers.read(samples[event.index][0])
+            paths = [path for path, _ in samples or []][event.index :]
+            if not paths or not Path(paths[0]).is_file():
+                raise UserError("this sample is not kept any more: draw samples again.")
+            return answers.read(paths[0])
 
-        drawn.select(
-            take, drawn, hand, show_progress="hidden", api_visibility="private"
-        )
-        sampler.change(
-            answers.step_size, sampler, size, queue=False, api_visibility="private"
-        )
+        options: dict[str, Any] = {"api_visibility": "private"}
+        drawn.select(_told(take), drawn, hand, show_progress="hidden", **options)
+        sampler.change(answers.step_size, sampler, size, queue=False, **options)
 
 
 def _explain_tab(answers: Answers, hand: gr.State) -> None:
@@ -431,10 +434,8 @@ def _classes(answers: Answers) -> list[tuple[str, int]]:
 
 
 def _captioned(answer: Answer) -> list[tuple[Image.Image, str]]:
-    return [
-        (to_pillow(image), name.partition("_")[2])
-        for name, image in answer.images.items()
-    ]
+    pictures = map(to_pillow, answer.images.values())
+    return list(zip(pictures, answer.captions, strict=True))
 
 
 def _opened(png: bytes | None) -> Image.Image | None:
