@@ -239,7 +239,7 @@ def test_config_describes_the_network():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "resnet18", "'resnet18'.*wide_resnet, .*resnet, convnext"),
+        ("name", "resnet18", "'resnet18'.*wide_resnet, .*resnet, .*convnext"),
         ("dtype", "float16", "'float16'.*float32, bfloat16"),
         ("depth", 12, "6n \\+ 4"),
         ("depth", 4, "6n \\+ 4"),
