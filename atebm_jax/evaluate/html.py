@@ -4,6 +4,7 @@ Several evaluations stand side by side where their figures mean the same.
 """
 
 import base64
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from atebm_jax import storage
 from atebm_jax.config import flatten
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import report as reports
+from atebm_jax.local_path import HUB
+from atebm_jax.model_names import located
 from atebm_jax.names import printable
 
 FILE = "report.html"
@@ -29,7 +32,7 @@ class Evaluation(NamedTuple):
 
 def of_folder(name: str, report: Mapping[str, Any], folder: epath.Path) -> Evaluation:
     """An evaluation with the plots that lie in its folder."""
-    plots = (p for x in report["metrics"].values() for p in x.get("plots", ()))
+    plots = reports.plots_of(report)
     found = {plot: folder / plot for plot in plots if (folder / plot).exists()}
     return Evaluation(
         name, report, {plot: path.read_bytes() for plot, path in found.items()}
@@ -40,15 +43,17 @@ def compare(places: Sequence[str], metrics: Sequence[str], out: epath.Path) -> N
     """Writes several evaluations into one file, side by side.
 
     Args:
-      places: NAME=FOLDER or FOLDER of each: where `evaluate` wrote to, or a workdir.
+      places: NAME=FOLDER or FOLDER of each: where `evaluate` wrote to, a workdir or a
+        release.
       metrics: names of those to show; empty for all.
       out: folder of the file.
 
     Raises:
-      UserError: fewer than two, one that cannot be read, two that measured differently
-        (the field is named), or the file cannot be written.
+      UserError: fewer than two, one that cannot be read or has no metric in common
+        with the others, two that measured differently (the field is named), or the
+        file cannot be written.
     """
-    named = [(name or place, place or name) for name, _, place in _parted(places)]
+    named = [_parted(place) for place in places]
     names = [name for name, _ in named]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise UserError(
@@ -56,19 +61,29 @@ def compare(places: Sequence[str], metrics: Sequence[str], out: epath.Path) -> N
             "as FOLDER or NAME=FOLDER."
         )
     evaluations = [_read(name, place, metrics) for name, place in named]
-    for other in evaluations[1:]:
-        _check_comparable(evaluations[0], other)
+    _check_none_alone(evaluations)
+    for one, other in itertools.combinations(evaluations, 2):
+        _check_comparable(one, other)
     with storage.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         storage.replace_text(out / FILE, page(evaluations))
 
 
-def _parted(places: Sequence[str]) -> Iterable[tuple[str, str, str]]:
-    return (place.partition("=") for place in places)
+def _parted(place: str) -> tuple[str, str]:
+    """Name and folder; a folder may have a "=" too, and a name has no slash."""
+    name, _, folder = place.partition("=")
+    if not folder or "/" in name:
+        return place, place
+    return name or folder, folder
 
 
 def _read(name: str, place: str, metrics: Sequence[str]) -> Evaluation:
-    folder = storage.reached(place)
+    if place.startswith(HUB):
+        raise UserError(
+            f"{printable(place)}: a name on a hub stands for weights alone; fetch the "
+            "release with its evaluation, and give its folder."
+        )
+    folder = located(place)
     if (folder / "evaluation" / "report.json").exists():
         folder = folder / "evaluation"
     report = reports.read_figures(folder)
@@ -89,11 +104,25 @@ _OWN_CHOICE = {"seeds", "sampler", "step_size", "num_steps", "sweep", "sweep_sam
 _OWN_CHOICE |= {"undecodable_seeds"}
 
 
+def _check_none_alone(evaluations: Sequence[Evaluation]) -> None:
+    """Refuses an evaluation that has nothing beside it."""
+    for one in evaluations:
+        others = [e for e in evaluations if e is not one]
+        if not any(_common(one, other) for other in others):
+            raise UserError(
+                f"{one.name} has no metric in common with "
+                f"{', '.join(e.name for e in others)}: evaluate it with one of theirs, "
+                "or leave it out."
+            )
+
+
+def _common(one: Evaluation, other: Evaluation) -> list[str]:
+    return [m for m in one.report["metrics"] if m in other.report["metrics"]]
+
+
 def _check_comparable(one: Evaluation, other: Evaluation) -> None:
     """Refuses two evaluations whose figures do not mean the same."""
-    common = [m for m in one.report["metrics"] if m in other.report["metrics"]]
-    if not common:
-        raise UserError(f"{one.name} and {other.name} have no metric in common.")
+    common = _common(one, other)
     before, after = (_decisive(x.report, common) for x in (one, other))
     for field in {**before, **after}:
         if before.get(field) != after.get(field):
@@ -212,7 +241,7 @@ def _number(value: float | None) -> str:
 
 def _cell(shown: str, value: float | None, more: str = "") -> str:
     """A cell that sorts by a number, or last without one."""
-    known = "" if value is None else f' data-value="{value!r}"'
+    known = "" if value is None else f' data-value="{_text(value)}"'
     return f"<td{known}>{_text(shown)}{more}</td>"
 
 
@@ -230,7 +259,7 @@ def _pictures(evaluation: Evaluation, result: Mapping[str, Any]) -> str:
     return "".join(shown)
 
 
-def _text(text: str) -> str:
+def _text(text: object) -> str:
     return escape(printable(str(text)))
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -90,7 +91,7 @@ def read_figures(folder: epath.Path) -> dict[str, Any]:
     """The report of an evaluation, from the folder that `write_figures` wrote to.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: there is none, it is damaged, or it names plots in other folders.
     """
     path = folder / "report.json"
     try:
@@ -100,12 +101,34 @@ def read_figures(folder: epath.Path) -> dict[str, Any]:
             f"{path} cannot be read ({error}): give the folder that "
             "python -m atebm_jax.evaluate wrote to."
         ) from error
-    if not isinstance(report, dict) or "metrics" not in report:
+    try:
+        markdown(report)  # has every field that is shown, or else it cannot be made
+        wrong = [plot for plot in plots_of(report) if not _names_a_plot(plot)]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} is no report of an evaluation: give the folder that "
-            "python -m atebm_jax.evaluate wrote to, WORKDIR/evaluation say."
+            f"{path} is no report of an evaluation, or not whole ({error!r}): give the "
+            "folder that python -m atebm_jax.evaluate wrote to, WORKDIR/evaluation say."
+        ) from error
+    if wrong:
+        raise UserError(
+            f"{path} has the plot {wrong[0]!r}: expected the name of a .png file that "
+            "lies beside it, without a folder; plots from elsewhere are not read."
         )
     return report
+
+
+def plots_of(report: Mapping[str, Any]) -> list[str]:
+    """File names of the plots of all metrics."""
+    return [p for x in report["metrics"].values() for p in x.get("plots", ())]
+
+
+def _names_a_plot(name: Any) -> bool:
+    """A report may come from others: what it names must not be any file."""
+    return (
+        isinstance(name, str)
+        and name == os.path.basename(name) == printable(name)
+        and name.endswith(".png")
+    )
 
 
 def facts(report: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,7 @@ def _header(report: Mapping[str, Any] | None, name: str, license_name: str) -> s
 
 def _results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The headline figures, one result a metric, as hubs have them."""
-    source = printable(report["data"]["test"]["source"])
+    source = printable(str(report["data"]["test"]["source"]))
     results = []
     for metric in _HEADLINES:
         figures = report["metrics"].get(metric, {}).get("figures", {})

@@ -89,6 +89,14 @@ def changed(folder, **fields):
     path.write_text(json.dumps(made))
 
 
+def only(folder, metric):
+    """Leaves one metric in a report."""
+    path = folder / "evaluation" / "report.json"
+    made = json.loads(path.read_text())
+    made["metrics"] = {metric: made["metrics"][metric]}
+    path.write_text(json.dumps(made))
+
+
 def test_report_is_one_file_that_loads_nothing(tmp_path):
     text = written(tmp_path / "evaluation", content(0.9, 0.5))
     page = parsed(text)
@@ -163,6 +171,41 @@ def test_what_measured_differently_is_refused_by_its_field(runs):
         html.compare(places, ["accuracy"], epath.Path(runs / "out"))
 
 
+def test_every_two_are_checked_also_where_the_first_has_not_their_metric(runs):
+    written(runs / "first" / "evaluation", content(0.7, 0.4))
+    places = [str(runs / name) for name in ("first", "a", "b")]
+    only(runs / "first", "accuracy")
+    html.compare(places, [], epath.Path(runs / "out"))
+    changed(runs / "b", norm="linf")
+    with pytest.raises(UserError, match="a and .*b cannot be .*pgd.norm is 'l2' and"):
+        html.compare(places, [], epath.Path(runs / "out"))
+
+
+def test_none_stands_without_a_figure_beside_its_own(runs):
+    written(runs / "c" / "evaluation", content(0.7, 0.5))
+    only(runs / "a", "accuracy")
+    only(runs / "b", "pgd")
+    # What two have not in common, each may have in common with a third one.
+    places = [str(runs / name) for name in "abc"]
+    html.compare(places, [], epath.Path(runs / "out"))
+    with pytest.raises(UserError, match="a has no metric in common with .*b: evaluate"):
+        html.compare(places[:2], [], epath.Path(runs / "out"))
+
+
+def test_names_of_models_and_folders_with_an_equals_sign_are_places(runs):
+    written(runs / "lr=0.1" / "evaluation", content(0.7, 0.5))
+    places = [str(runs / "lr=0.1"), f"b={runs / 'lr=0.1'}"]
+    html.compare(places, [], epath.Path(runs / "out"))
+    assert f"<h2>{runs}/lr=0.1</h2>" in (runs / "out" / "report.html").read_text()
+    places = ["zoo:digits", "again=zoo:digits"]
+    html.compare(places, ["accuracy"], epath.Path(runs / "out"))
+    assert "<h2>again</h2>" in (runs / "out" / "report.html").read_text()
+    with pytest.raises(
+        UserError, match="hf:a/b: a name on a hub stands for weights al"
+    ):
+        html.compare(["hf:a/b", places[0]], [], epath.Path(runs / "out"))
+
+
 @pytest.mark.parametrize(
     ("names", "metrics", "message"),
     [
@@ -184,6 +227,53 @@ def test_report_of_a_job_is_no_evaluation(runs):
     report.write_stages(epath.Path(runs / "job"), {"stages": {}})
     with pytest.raises(UserError, match="is no report of an evaluation"):
         html.compare([str(runs / "a"), str(runs / "job")], [], epath.Path(runs / "out"))
+
+
+PLOTS = ["../secret.png", "/secret.png", "..", "", "secret", "a\n.png", 1]
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_report_names_no_file_but_its_own_plots(runs, plot):
+    (runs / "a" / "secret.png").write_bytes(b"secret")
+    folder = epath.Path(runs / "a" / "evaluation")
+    made = json.loads((folder / "report.json").read_text())
+    made["metrics"]["pgd"]["plots"] = [plot]
+    (folder / "report.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="report.json has the plot .*: expected the na"):
+        report.read_figures(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            (field, None)
+            for field in ("checkpoint", "data", "versions", "seed", "notes")
+        ),
+        ("metrics", []),
+        ("metrics", {"pgd": {"figures": {}}}),
+        ("metrics", {"pgd": {"protocol": {}, "figures": {"robust": {}}}}),
+        ("metrics", {"pgd": {"protocol": {}, "figures": {"robust": {"value": "x"}}}}),
+        ("metrics", {"pgd": {"protocol": {}, "figures": {}, "plots": 1}}),
+        ("data", {"test": {"source": "digits:test"}}),
+    ],
+)
+def test_report_that_is_not_whole_is_told_in_one_sentence(runs, field, value):
+    folder = epath.Path(runs / "a" / "evaluation")
+    made = json.loads((folder / "report.json").read_text())
+    made = {k: x for k, x in made.items() if k != field}
+    made |= {} if value is None else {field: value}
+    (folder / "report.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="no report of an evaluation, or not whole"):
+        report.read_figures(folder)
+
+
+def test_what_a_report_says_is_no_markup(runs):
+    """A count that is a text would end the attribute that it is sorted by."""
+    made = content(0.9, 0.5)
+    figure = {"value": 0.5, "count": '"><b>', "interval_95": ['"><b>', None]}
+    made["metrics"]["accuracy"]["figures"] = {"clean_accuracy": figure}
+    assert "<b>" not in written(runs / "c", made)
 
 
 def test_sampling_is_a_models_own_choice_and_the_extractor_is_not(runs):
