@@ -78,7 +78,8 @@ def _on_hub(name: str) -> epath.Path:
             f"hf:{name} is no release of atebm_jax: it has no {CONFIG} beside a "
             f"{WEIGHTS}."
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    # Also what its HTTP library raises where a connection breaks, which is no OSError.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"hf:{name} cannot be fetched ({printable(reason)}): check owner, name and "

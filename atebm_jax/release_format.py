@@ -41,8 +41,12 @@ DTYPES = ("float32", "float16")
 
 
 def is_release(folder: epath.Path) -> bool:
-    """Whether a folder has the two files of a release, whoever wrote them."""
-    return (folder / WEIGHTS).exists() and (folder / CONFIG).exists()
+    """Whether a folder has the two files of a release, whoever wrote them.
+
+    A workdir has both where weights were exported into it, and `checkpoints` besides.
+    """
+    files = (folder / WEIGHTS).exists() and (folder / CONFIG).exists()
+    return files and not (folder / "checkpoints").exists()
 
 
 def write(
@@ -108,17 +112,31 @@ def read(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
             folder, f"the SHA-256 of {WEIGHTS} is not the one that {CONFIG} has"
         )
     tree = _arrays(folder, content)
-    if seeds := tree.pop("seeds", None):
-        shapes = {name: np.shape(x) for name, x in seeds.items()}
-        group, *rest = shapes.get("factors", (None,))
-        if (
-            shapes.keys() != {"means", "factors"}
-            or (group, *rest[1:]) != shapes["means"]
-        ):
-            raise _damaged(folder, f"{WEIGHTS} has seeds of shapes {shapes}")
-        meta["seeds"] = seeds
-    fitting.check_weights(_expected(folder, meta), tree, os.fspath(folder))
+    expected = _expected(folder, meta)
+    if "seeds" in tree:
+        meta["seeds"] = tree.pop("seeds")
+        _check_seeds(folder, meta["seeds"], meta["config"])
+    fitting.check_weights(expected, tree, os.fspath(folder))
     return {"params": {}, "batch_stats": {}} | tree, meta
+
+
+def _check_seeds(folder: epath.Path, found: Any, config: Mapping[str, Any]) -> None:
+    """Refuses Gaussians that no image of the config can be drawn from."""
+    arrays = found if isinstance(found, dict) else {"": found}
+    shapes = {name: np.shape(x) for name, x in arrays.items()}
+    # np.shape calls a dict, arrays below a name, a single number.
+    means, factors = (shapes.get(name, ()) for name in ("means", "factors"))
+    *sides, channels = config["data"]["image_shape"]
+    if (
+        shapes.keys() != {"means", "factors"}
+        or len(factors) != 5
+        or 0 in factors
+        or (factors[0], *factors[2:]) != means
+        or means[0] not in (1, config["model"]["num_classes"])
+        or means[3] != channels
+        or any(a > b for a, b in zip(means[1:3], sides))
+    ):
+        raise _damaged(folder, f"{WEIGHTS} has seeds of shapes {shapes}")
 
 
 def _expected(folder: epath.Path, meta: Mapping[str, Any]) -> Any:
@@ -190,7 +208,8 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
         names, number = about["class_names"], config.model.num_classes
         if names is not None and len(names) != number:
             raise UserError(f"{len(names)} class_names for {number} classes")
-    except UserError as error:
+    # Besides UserError what ConfigDict says of names that no field can have.
+    except (ValueError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"{CONFIG}: {str(error).rstrip('.')}") from error
     return {name: about[name] for name in (*_OF_META, "sha256")}
 

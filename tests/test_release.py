@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import jax
@@ -230,6 +231,8 @@ def copied(release, to):
         ({"stage": 1}, "no usable stage"),
         ({"config": []}, "no usable config"),
         ({"config": {"seed": "x"}}, "config.seed is 'x'"),
+        ({"config": {"seed.x": 1}}, "damaged: config.json: .*dots in field names"),
+        ({"config": {"__class__": 1}}, "damaged: config.json: .*__class__ cannot be"),
         ({"class_names": ["a"]}, "1 class_names for 10 classes"),
     ],
 )
@@ -266,6 +269,43 @@ def test_weights_that_are_none_are_told_in_one_sentence(release, tmp_path, conte
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="damaged: model.safetensors"):
         checkpoint.load_weights(folder)
+
+
+def gaussians(means, factors):
+    return {"seeds/means": np.ones(means), "seeds/factors": np.ones(factors)}
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"seeds": np.ones(2)},
+        {"seeds/means": np.ones(1), "seeds/factors/x": np.ones(1)},
+        gaussians((), ()),
+        gaussians((1,), (1, 5)),
+        gaussians((2, 8, 8, 1), (2, 5, 8, 8, 1)),
+        gaussians((1, 9, 8, 1), (1, 5, 9, 8, 1)),
+        gaussians((1, 8, 8, 3), (1, 5, 8, 8, 3)),
+        gaussians((1, 8, 8, 1), (1, 0, 8, 8, 1)),
+        gaussians((1, 8, 8, 1), (10, 5, 8, 8, 1)),
+    ],
+)
+def test_gaussians_that_draw_no_image_are_refused(release, tmp_path, arrays):
+    from safetensors.numpy import load, save
+
+    folder, about = copied(release, tmp_path / "r")
+    path = folder / "model.safetensors"
+    kept = {k: x for k, x in load(path.read_bytes()).items() if "seeds" not in k}
+    path.write_bytes(save(kept | {k: x.astype(np.float32) for k, x in arrays.items()}))
+    about["sha256"] = release_format._sha256(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="damaged: model.safetensors has seeds of shap"):
+        checkpoint.load_weights(folder)
+
+
+def test_workdir_with_exported_weights_in_it_is_no_release(release, tmp_path):
+    folder, _ = copied(release, tmp_path / "workdir")
+    (folder / "checkpoints" / "stage2" / "6").mkdir(parents=True)
+    assert checkpoint.find(folder) == folder / "checkpoints" / "stage2" / "6"
 
 
 def test_weights_of_another_network_are_refused(release, tmp_path):
@@ -322,7 +362,25 @@ def test_release_that_cannot_be_finished_leaves_nothing(loaded, tmp_path, monkey
 def test_licence_that_nobody_gives_is_asked_for(loaded, name, file, stage, message):
     of_stage = loaded._replace(meta=META | {"stage": stage})
     with pytest.raises(UserError, match=message):
-        licences.choose(name, file, of_stage, "apache-2.0")
+        licences.choose(name, file, of_stage, "apache-2.0", released=False)
+
+
+def test_licence_of_a_release_is_asked_for_and_not_replaced(release, tmp_path):
+    flags = [f"--workdir={release}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="come from a release, and their licence is th"):
+        command.main(flags)
+    assert not list(tmp_path.iterdir())
+    command.main([*flags, "--license=apache-2.0"])
+    assert 'license: "apache-2.0"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_weights_that_training_started_from_are_told(loaded, tmp_path):
+    config = loaded.config.copy_and_resolve_references()
+    config.init_from = "hf:owner/name"
+    said = "\n".join(write(loaded._replace(config=config), tmp_path / "out"))
+    assert "started from hf:owner/name: the licence of those" in said
+    # A name on a hub is no place of this machine.
+    assert "places of this machine" not in said
 
 
 # --- Figures ---
@@ -353,7 +411,8 @@ def figures(loaded, out):
 def test_card_shows_the_figures_with_their_protocol(loaded, tmp_path):
     yaml = pytest.importorskip("yaml")
     evaluation = figures(loaded, tmp_path / "evaluation")
-    write(loaded, tmp_path / "out", evaluation, name="A: 'model'")
+    said = write(loaded, tmp_path / "out", evaluation, name="A: 'model'")
+    assert said[-1].endswith("are in README.md and evaluation/: checkpoint.path runs/x")
     text = (tmp_path / "out" / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "mit" and header["library_name"] == "atebm_jax"
@@ -474,6 +533,21 @@ def test_name_that_is_no_release_is_told_in_one_sentence(hub, name, message):
 def test_hub_without_its_package_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'atebm_jax\[hub\]'"):
+        atebm_jax.load("hf:owner/name")
+
+
+def test_connection_that_breaks_is_told(monkeypatch):
+    class Broken(Exception):
+        """Of an HTTP library, which knows nothing of OSError."""
+
+    def download(*_, **options):
+        raise Broken("peer closed connection\nincomplete message body")
+
+    kinds = ("LocalEntryNotFoundError", "EntryNotFoundError")
+    errors = types.SimpleNamespace(**{k: type(k, (Exception,), {}) for k in kinds})
+    hub = types.SimpleNamespace(hf_hub_download=download, errors=errors)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(UserError, match=r"cannot be fetched .peer closed connection\)"):
         atebm_jax.load("hf:owner/name")
 
 

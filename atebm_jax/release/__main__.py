@@ -63,13 +63,20 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     quiet_libraries()
     check_platform()
     # Imported late, so that --help answers at once.
-    from atebm_jax import release_format, storage, trained
+    from atebm_jax import checkpoint, release_format, storage, trained
     from atebm_jax.release import licences, writing
 
     check_choice("--dtype", flags.dtype, release_format.DTYPES)
     storage.check_new_folder("--out", flags.out)
-    loaded = trained.load(flags.workdir, best_by=flags.best_by)
-    license_ = licences.choose(flags.license, flags.license_file, loaded, _LICENSE)
+    folder = checkpoint.find(flags.workdir, best_by=flags.best_by)
+    loaded = trained.load(folder)
+    license_ = licences.choose(
+        flags.license,
+        flags.license_file,
+        loaded,
+        _LICENSE,
+        released=release_format.is_release(folder),
+    )
     lines = writing.write(
         loaded,
         flags.out,

@@ -18,22 +18,30 @@ class Licence(NamedTuple):
     text: str
 
 
-def choose(name: str | None, file: str | None, loaded: Trained, usual: str) -> Licence:
+def choose(
+    name: str | None, file: str | None, loaded: Trained, usual: str, *, released: bool
+) -> Licence:
     """The licence of a release, as the flags --license and --license_file have it.
 
     Args:
       name, file: the flags; None where they were not given.
       loaded: the model; weights that were imported are under their owner's licence.
       usual: this package's own licence.
+      released: the model was read from a release, which has a licence already.
 
     Raises:
       UserError: nobody says which licence, or nobody gives its text.
     """
     if name is None:
-        if loaded.meta["stage"] == IMPORTED:
+        if released or loaded.meta["stage"] == IMPORTED:
+            origin = (
+                "come from a release, and their licence is the one it has"
+                if released
+                else "were imported, and their licence is their owner's"
+            )
             raise UserError(
-                "these weights were imported, and their licence is their owner's: "
-                "give --license=NAME and --license_file=FILE."
+                f"these weights {origin}: give --license=NAME and, unless that is "
+                f"{usual}, --license_file=FILE."
             )
         name = usual
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):

@@ -10,7 +10,7 @@ from atebm_jax import checkpoint, release_format, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import html, report
-from atebm_jax.local_path import beside
+from atebm_jax.local_path import beside, is_name
 from atebm_jax.release import card, programs
 from atebm_jax.release.licences import Licence
 
@@ -103,9 +103,31 @@ def write(
         said.append(
             "the card has no figures: python -m atebm_jax.evaluate measures them"
         )
-    if paths := _local_paths(loaded.config):
-        said.append(f"config.json names places of this machine: {'; '.join(paths)}")
+    origin = loaded.config.init_from
+    if origin not in ("", configuration.RANDOM):
+        said.append(
+            f"training started from {origin}: the licence of those weights may bind "
+            "these too"
+        )
+    for file, fields in _published(loaded, made_of or {}).items():
+        if paths := _local_paths(fields):
+            said.append(f"places of this machine are in {file}: {'; '.join(paths)}")
     return said
+
+
+def _published(
+    loaded: trained.Trained, report_: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """Fields that may name places, by the files that they are in."""
+    places = {
+        name: value
+        for name, value in configuration.flatten(report_)
+        if name.rpartition(".")[2] in ("path", "source")
+    }
+    return {
+        release_format.CONFIG: loaded.config,
+        f"README.md and {EVALUATION}/": places,
+    }
 
 
 def _meta(loaded: trained.Trained) -> dict[str, Any]:
@@ -135,15 +157,13 @@ def _check_same(evaluation: Evaluation, loaded: trained.Trained, dtype: str) -> 
 def _copy(evaluation: Evaluation, to: epath.Path) -> None:
     """The report and its plots."""
     to.mkdir()
-    plots = [
-        p for x in evaluation.report["metrics"].values() for p in x.get("plots", ())
-    ]
+    plots = report.plots_of(evaluation.report)
     # Evaluations of earlier versions have no page.
     page = [html.FILE] if (evaluation.folder / html.FILE).exists() else []
     try:
         for name in ("report.json", *page, *plots):
             content = (evaluation.folder / name).read_bytes()
-            storage.replace_bytes(to / os.path.basename(name), content)
+            storage.replace_bytes(to / name, content)
     except OSError as error:
         raise UserError(
             f"the evaluation in {evaluation.folder} is not complete ({error}): give "
@@ -151,7 +171,10 @@ def _copy(evaluation: Evaluation, to: epath.Path) -> None:
         ) from error
 
 
-def _local_paths(config: Any) -> list[str]:
-    """Fields of a config that hold a path, for a look before the release is public."""
-    fields = configuration.flatten(config)
-    return [f"{k} {v}" for k, v in fields if isinstance(v, str) and os.sep in v]
+def _local_paths(fields: Mapping[str, Any]) -> list[str]:
+    """Fields that hold a path, for a look before the release is public."""
+    return [
+        f"{name} {value}"
+        for name, value in configuration.flatten(fields)
+        if isinstance(value, str) and os.sep in value and not is_name(value)
+    ]
