@@ -13,7 +13,7 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -191,6 +191,12 @@ def _bytes_of_a_part(tree: Any, count: int) -> int:
     return sum(map(part, jax.tree.leaves(tree)))
 
 
+def moments(name: str, turns: Mapping[str, int]) -> list[int]:
+    """Contrastive steps T to tell a whole step at: the least and the most."""
+    most = turns.get("contrastive step", 0)
+    return sorted({0 if stages.STAGES[name].curriculum else most, most})
+
+
 def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
     return stages.STAGES[name].turns(config[name]) | {"loss gradient": 1}
 
@@ -257,6 +263,7 @@ def _flops(
         "adversary step": (jax.grad(cross_entropy, 1), (variables, image, label)),
         "loss gradient": (jax.grad(loss), (variables["params"], stats, batch, made)),
     }
+    parts["outside step"] = parts["adversary step"]  # the loss hardly counts
     result = {}
     for part in (name for name in parts if name in turns):
         function, arguments = parts[part]
@@ -466,10 +473,9 @@ def _figures(
     stage = config[name]
     need = cost.device_bytes(stage.batch_size, machine.devices, _parts(stage))
     speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
-    most = cost.turns.get("contrastive step", 0)
     seconds = {
         f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
-        for steps in sorted({0 if stages.STAGES[name].curriculum else most, most})
+        for steps in moments(name, cost.turns)
     }
     return {
         **dataclasses.asdict(cost),

@@ -260,20 +260,22 @@ def _product_flops(line: str, shapes: dict[str, str]) -> int:
     operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
     if not operands or operands[-1] not in shapes and len(operands) < 2:
         return 0
-    result = max(_sizes(match[2]), key=math.prod, default=())
     if "dim_labels=" in line:
-        kernel = _sizes(shapes.get(operands[1], ""))
+        # As of the forward pass, whose image, kernel and result a backward pass has in
+        # other places; beside the result, the first, stands what cuDNN works in.
+        made = _sizes(match[2])[:1]
+        left, right = (_sizes(shapes.get(o, ""))[:1] for o in operands[:2])
+        kernel, wide = right, made
+        if "BackwardInput" in line:
+            wide = left
+        elif "BackwardFilter" in line:
+            kernel, wide = made, right
         labels = re.search(r"dim_labels=\w+_(\w+)->", line)
-        if not kernel or labels is None:
+        if not kernel or not wide or labels is None:
             return 0
         outputs = kernel[0][labels[1].index("o")]
-        # Backward passes by the image: the roles of image and result are exchanged.
-        wide = (
-            _sizes(shapes.get(operands[0], ""))[0]
-            if "BackwardInput" in line
-            else result
-        )
-        return 2 * math.prod(wide) * math.prod(kernel[0]) // max(outputs, 1)
+        return 2 * math.prod(wide[0]) * math.prod(kernel[0]) // max(outputs, 1)
+    result = max(_sizes(match[2]), key=math.prod, default=())
     if match[3] == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", line)
         left = _sizes(shapes.get(operands[0], ""))

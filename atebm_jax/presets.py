@@ -134,7 +134,7 @@ def methods(base: Callable[[], ConfigDict]) -> dict[str, Callable[[], ConfigDict
 
         return changed
 
-    return {name: row(change) for name, change in _METHODS.items()}
+    return {name: row(change) for name, change in METHODS.items()}
 
 
 def _at(config: ConfigDict) -> None:
@@ -184,8 +184,8 @@ def _ratio(config: ConfigDict) -> None:
     config.ratio.learning_rate = config.stage1.learning_rate
 
 
-# Name of a row -> what it changes; method: sections 3 and 9.
-_METHODS: dict[str, Callable[[ConfigDict], None]] = {
+#: Name of a row -> what it changes; method: sections 3 and 9.
+METHODS: dict[str, Callable[[ConfigDict], None]] = {
     "at": _at,
     "dat_one_stage": _one_stage,
     "dat_batchnorm": _batchnorm,

@@ -6,11 +6,10 @@ every instruction; on a GPU, whose compiler makes none, the time that each kerne
 FLOPs and bytes take at the peaks of the card, without launches and communication.
 """
 
-import collections
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -44,9 +43,14 @@ from atebm_jax.train import jit_step, placed_state, plan_stage
 
 # Images of an epoch where the data are not at hand.
 _NUM_TRAIN = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
-# The scopes of loops, as traced: of PGD's steps, last the adversary's own, and of the
-# parts of a batch.
-_CLIMB, _ADVERSARY, _PARTS = "climb", "adversary/climb", "parts"
+# The scopes of loops, as traced: of PGD's steps, by their names in `dry_run`, the
+# longest first, and of the parts of a batch.
+_CLIMBS = {
+    "outside step": "outside/adversary/climb",
+    "adversary step": "adversary/climb",
+    "contrastive step": "climb",
+}
+_PARTS = "parts"
 _MOST_DOUBLINGS = 4
 
 #: What `run` can compile.
@@ -170,8 +174,19 @@ def _needed(message: str) -> int | None:
     return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))
 
 
+def peak(target: Target, dtype: str) -> float:
+    """FLOP/s of a device; products of float32 run on a GPU as TF32, at half of them."""
+    halved = target.is_gpu and dtype == "float32"
+    return target.chip.flops / (2 if halved else 1)
+
+
 def seconds(
-    program: hlo.Program, turns: dict[str, int], target: Target, name: str = ""
+    program: hlo.Program,
+    turns: Mapping[str, int],
+    target: Target,
+    name: str = "",
+    *,
+    dtype: str = "bfloat16",
 ) -> float:
     """Estimated time of a program.
 
@@ -180,71 +195,102 @@ def seconds(
       turns: body of a loop -> how often it runs.
       target: what the program was compiled for.
       name: of a computation of it; by default the main one.
+      dtype: the network's.
     """
-    return program.total(_estimate(program, target), turns, name)
+    return program.total(_estimate(program, target, dtype), turns, name)
 
 
-def _estimate(program: hlo.Program, target: Target) -> Callable[[str], float]:
+def _estimate(
+    program: hlo.Program, target: Target, dtype: str
+) -> Callable[[str], float]:
     """Name of a computation -> seconds of its own instructions, worked out once."""
-    chip = target.chip
+    chip, flops = target.chip, peak(target, dtype)
 
     @functools.cache
     def of(name: str) -> float:
         if not target.is_gpu:
             return program.own_cycles(name) * chip.flops_per_cycle / chip.flops
         costs = program.kernel_costs(name)
-        return sum(max(f / chip.flops, b / chip.bandwidth) for f, b in costs)
+        return sum(max(f / flops, b / chip.bandwidth) for f, b in costs)
 
     return of
 
 
-def _scope(loop: hlo.Loop) -> str:
+def _part(loop: hlo.Loop) -> str:
     """Which of a step's loops this is; "" for sorts, searches and the like."""
-    for scope in (_ADVERSARY, _CLIMB, _PARTS):
-        if loop.scope.endswith(f"{scope}/while"):
-            return scope
+    if loop.scope.endswith(f"{_PARTS}/while"):
+        return _PARTS
+    for part, scope in _CLIMBS.items():
+        if f"/{scope}/while/" in f"/{loop.scope}/":
+            return part
     return ""
 
 
+def _loops(program: hlo.Program, name: str = "") -> Iterator[tuple[str, hlo.Loop]]:
+    """The loops of a batch's parts and of PGD; of one climb's nest only the outermost.
+
+    A sampler climbs in a loop of one turn around the loop of steps, where the compiler
+    has not removed it; what a step itself searches for stands further inside.
+    """
+    for loop in program.loops(name):
+        part = _part(loop)
+        if part:
+            yield part, loop
+        if part not in _CLIMBS:
+            yield from _loops(program, loop.body)
+
+
 def times(
-    program: hlo.Program, target: Target, *, t_max: int, adversary: int, parts: int
+    program: hlo.Program,
+    target: Target,
+    turns: Mapping[str, int],
+    *,
+    moments: Sequence[int],
+    parts: int,
+    dtype: str = "bfloat16",
 ) -> dict[str, float]:
     """Seconds of a step's parts and of whole steps.
 
     Args:
       program: a compiled step.
       target: what it was compiled for.
-      t_max: contrastive steps of the last steps.
-      adversary: steps of the classifier's adversary.
+      turns: part -> how often a step climbs, as a method's `turns`.
+      moments: contrastive steps T of whole steps.
       parts: micro-batches.
+      dtype: the network's.
 
     Returns:
-      "contrastive step", "adversary step" (one of each, of the whole batch), "rest",
-      "step at T = 0", "step at T = `t_max`".
+      Each of `_CLIMBS` that has a loop (one step, of the whole batch), "rest", and
+      "step at T = `moment`" for each moment.
     """
-    estimate = _estimate(program, target)
-    bodies = collections.defaultdict(list)
-    for loop in program.all_loops():
-        bodies[_scope(loop)].append(loop.body)
+    estimate, loops = _estimate(program, target, dtype), list(_loops(program))
 
-    def taking(contrastive: int, adversarial: int) -> float:
-        counts = {_CLIMB: contrastive, _ADVERSARY: adversarial, _PARTS: parts}
-        turns = {body: counts[s] for s in counts for body in bodies.get(s, ())}
-        return program.total(estimate, turns)
+    def taking(counts: Mapping[str, int]) -> float:
+        bodies = {
+            loop.body: parts if part == _PARTS else counts.get(part, 0)
+            for part, loop in loops
+        }
+        return program.total(estimate, bodies)
 
-    rest = taking(0, 0)
-    result = {"adversary step": taking(0, 1) - rest, "rest": rest}
-    if bodies.get(_CLIMB):
-        result = {"contrastive step": taking(1, 0) - rest} | result
-    return result | {
-        f"step at T = {steps}": taking(steps, adversary) for steps in sorted({0, t_max})
+    rest = taking({})
+    there = {part for part, _ in loops}
+    result = {
+        part: taking({part: 1}) - rest for part in reversed(_CLIMBS) if part in there
     }
+    return (
+        result
+        | {"rest": rest}
+        | {
+            f"step at T = {steps}": taking({**turns, "contrastive step": steps})
+            for steps in moments
+        }
+    )
 
 
 def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
     """Collectives by place and kind: how many, and the bytes of their results."""
     loops = program.all_loops()
-    inner = [x for x in loops if _scope(x) in (_CLIMB, _ADVERSARY)]
+    inner = [loop for part, loop in _loops(program) if part in _CLIMBS]
     in_pgd = {line for loop in inner for line in program.reachable(loop.body)}
     in_loops = {line for loop in loops for line in program.reachable(loop.body)}
     places = {
@@ -285,22 +331,24 @@ def figures(
     }
     if compiled.program is None:
         return result
-    t_max = STAGES[name].contrastive_steps(block)
+    turns = STAGES[name].turns(block)
+    moments = dry_run.moments(name, turns)
     found = times(
         compiled.program,
         target,
-        t_max=t_max,
-        adversary=block.adversary.num_steps,
+        turns,
+        moments=moments,
         parts=block.num_micro_batches,
+        dtype=config.model.dtype,
     )
     images = num_images(config)
     at: dict[str, dict[str, float]] = {}
-    for steps in sorted({0, t_max}):
+    most = target.num_devices * peak(target, config.model.dtype)
+    for steps in moments:
         step = found[f"step at T = {steps}"]
-        peak = step * target.num_devices * target.chip.flops
         at[f"T={steps}"] = {
             "seconds": step,
-            "share_of_peak": step_flops(steps) / peak,
+            "share_of_peak": step_flops(steps) / (step * most),
             "images_per_second": block.batch_size / step,
         }
         if images:
@@ -310,7 +358,7 @@ def figures(
                 "hours_of_the_budget": hours,
             }
     return result | {
-        "time_is": _BASIS[target.is_gpu],
+        "time_is": _basis(target, config.model.dtype),
         "seconds": {k: v for k, v in found.items() if not k.startswith("step at")},
         "step": at,
         "collectives": communication(compiled.program),
@@ -331,11 +379,15 @@ def _basics(
     }
 
 
-_BASIS = {
-    False: "the compiler's own estimate of cycles",
-    True: "the roofline of the compiled kernels' FLOPs and bytes, without launches "
-    "and communication",
-}
+def _basis(target: Target, dtype: str) -> str:
+    """What the times are."""
+    if not target.is_gpu:
+        return "the compiler's own estimate of cycles"
+    at = "" if peak(target, dtype) == target.chip.flops else ", at the peak of TF32"
+    return (
+        f"the roofline of the compiled kernels' FLOPs and bytes{at}, without launches "
+        "and communication"
+    )
 
 
 def num_images(config: ml_collections.ConfigDict) -> int | None:
@@ -446,13 +498,19 @@ def _sample(
         compiled = _compiled(lowered, weights, 0, begin)
     made = _basics(config, target, compiled)
     if compiled.program is not None:
-        bodies = [x.body for x in compiled.program.all_loops() if _scope(x)]
+        loops = _loops(compiled.program)
+        bodies = [loop.body for part, loop in loops if part in _CLIMBS]
         rest, whole = (
-            seconds(compiled.program, dict.fromkeys(bodies, steps), target)
+            seconds(
+                compiled.program,
+                dict.fromkeys(bodies, steps),
+                target,
+                dtype=config.model.dtype,
+            )
             for steps in (0, recipe.num_steps)
         )
         made |= {
-            "time_is": _BASIS[target.is_gpu],
+            "time_is": _basis(target, config.model.dtype),
             "num_steps": recipe.num_steps,
             "seconds": {
                 f"step of {drawing.CHUNK} images": (whole - rest)
@@ -524,7 +582,11 @@ def _changes(
         yield "--config.mesh=fsdp:-1", changed("mesh", "fsdp:-1"), target
     for _ in range(_MOST_DOUBLINGS):
         target = target.larger()
-        if block.batch_size % (target.num_devices * block.num_micro_batches):
+        try:
+            devices = target.num_devices
+        except UserError:  # the compiler knows none so large
+            return
+        if block.batch_size % (devices * block.num_micro_batches):
             return
         yield f"--target={target.name}", config, target
 

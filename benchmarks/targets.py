@@ -38,6 +38,7 @@ from atebm_jax import (
     energy,
     hlo,
     models,
+    presets,
     storage,
     target_run,
     targets,
@@ -48,8 +49,9 @@ from atebm_jax.errors import UserError, check_choice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = ("imagenet256", "cifar10", "cifar100")
-# Rows for CPUs, and one that only tries the commands.
-NOT_FOR_TARGETS = ("cpu", "noise", "hour", "smoke")
+# Rows for CPUs, those that compare methods among them, and one that only tries the
+# commands.
+NOT_FOR_TARGETS = ("cpu", "noise", "hour", "smoke", "dat", *presets.METHODS)
 TARGETS = "v5e:2x4,v5e:4x4,v6e:2x4,v5p:2x2x1,h100:8"
 #: Of loops: pixels a side, and images a chip.
 LOOPS = {

@@ -310,3 +310,6 @@ def test_targets_needs_a_file_and_rows_that_are_there(tmp_path):
     assert done.returncode == 2 and "--json is missing" in done.stderr
     done = run("targets.py", f"--json={tmp_path / 'a'}", "--rows=cifar10:smll")
     assert done.returncode == 2 and "cifar10:small" in done.stderr
+    # A row that compares methods on a CPU is none for targets.
+    done = run("targets.py", f"--json={tmp_path / 'a'}", "--rows=cifar10:jem")
+    assert done.returncode == 2 and "--rows" in done.stderr

@@ -74,6 +74,36 @@ def test_kernels_cost_their_products_and_the_bytes_they_touch(program):
     ]
 
 
+# cuDNN's custom calls name the operands of the forward pass: an image of 3 channels, a
+# kernel 5x5 to 7, a result of half the size.
+CUDNN = """HloModule jit_step
+
+ENTRY %main (x: f32[2,8,8,3]) -> f32[7,5,5,3] {{
+  %x = f32[2,8,8,3]{{3,2,1,0}} parameter(0)
+  %w = f32[7,5,5,3]{{3,2,1,0}} parameter(1)
+  %y = f32[2,4,4,7]{{3,2,1,0}} parameter(2)
+  %made = ({result}, u8[1048576]{{0}}) custom-call({operands}), window={{size=5x5 stride=2x2}}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{pass_}"
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("pass_", "operands", "result", "flops"),
+    [
+        # As often a product and a sum as the result has numbers, each of 5 * 5 * 3.
+        ("Forward", "%x, %w", "f32[2,4,4,7]", 2 * (2 * 4 * 4 * 7) * (5 * 5 * 3)),
+        # A number of the kernel's gradient sums over 2 * 4 * 4 places.
+        ("BackwardFilter", "%x, %y", "f32[7,5,5,3]", 2 * (7 * 5 * 5 * 3) * (2 * 4 * 4)),
+        # Each number of the result's gradient goes to 5 * 5 * 3 of the image's.
+        ("BackwardInput", "%y, %w", "f32[2,8,8,3]", 2 * (2 * 4 * 4 * 7) * (5 * 5 * 3)),
+    ],
+)
+def test_passes_of_a_convolution_cost_the_same_products(pass_, operands, result, flops):
+    text = CUDNN.format(pass_=pass_, operands=operands, result=result)
+    ((found, _),) = hlo.Program(text).kernel_costs()
+    assert found == flops == 33_600
+
+
 def test_communications_have_elements_and_bytes(program):
     assert hlo.collectives(program.outside_loops()) == [
         ("all-reduce", 1000, 4 * 1000 + 2 * 6)

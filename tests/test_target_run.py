@@ -7,15 +7,26 @@ import importlib.util
 import io
 import json
 import math
+import re
 import subprocess
 import time
 
+import jax
 import pytest
 import tiny
 from rich.console import Console
 
-from atebm_jax import UserError, dry_run, hlo, progress, target_run, targets
+from atebm_jax import (
+    UserError,
+    dry_run,
+    hlo,
+    models,
+    progress,
+    target_run,
+    targets,
+)
 from atebm_jax.dry_run import GIB
+from atebm_jax.stages import STAGES
 from atebm_jax.target_run import Compiled
 
 # Two parts of a batch, in each both loops; in the rest a search and the all-reduce.
@@ -127,7 +138,11 @@ def test_without_the_compiler_the_extra_is_named(name, extra, monkeypatch):
 
 def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
     found = target_run.times(
-        hlo.Program(STEP), targets.parse("v5e:2x4"), t_max=7, adversary=3, parts=2
+        hlo.Program(STEP),
+        targets.parse("v5e:2x4"),
+        {"contrastive step": 7, "seed scores": 1, "adversary step": 3},
+        moments=[0, 7],
+        parts=2,
     )
     second = 197e12 / 131_072  # cycles
     cycles = {name: round(seconds * second) for name, seconds in found.items()}
@@ -141,11 +156,80 @@ def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
     }
 
 
+def test_attacks_inside_and_outside_take_the_turns_of_their_own():
+    text = STEP.replace("body/climb/while", "body/outside/adversary/climb/while")
+    found = target_run.times(
+        hlo.Program(text),
+        targets.parse("v5e:2x4"),
+        {"adversary step": 3, "outside step": 20},
+        moments=[0],
+        parts=1,
+    )
+    second = 197e12 / 131_072  # cycles
+    cycles = {name: round(seconds * second) for name, seconds in found.items()}
+    rest = 10_000 + 1 + 5
+    assert cycles == {
+        "adversary step": 100,
+        "outside step": 1000,
+        "rest": rest,
+        "step at T = 0": rest + 3 * 100 + 20 * 1000,
+    }
+
+
+def test_attacks_inside_and_outside_are_traced_in_scopes_of_their_own():
+    config = settings()
+    model, shape = models.build(config.model), tuple(config.data.image_shape)
+    stage = STAGES["ratio"].build(model, config.ratio)
+    batch = dry_run.batch_shapes(stage, shape, 2)
+    lowered = jax.jit(stage.adversaries).lower(
+        None, models.variable_shapes(model, shape), None, batch
+    )
+    text = lowered.as_text(debug_info=True)
+    loops = set(re.findall(r"/([\w/]*climb)/while", text))
+    assert loops == {"adversary/climb", "outside/adversary/climb"}
+
+
+def test_chains_of_jem_take_their_turns_and_no_adversary():
+    config = settings(**{"jem.sgld_steps": 4})
+    one = compiled(1)
+    asked = []
+    made = target_run.figures(
+        config, "jem", targets.parse("v5e:2x4"), one, lambda t: asked.append(t) or 1.0
+    )
+    assert list(made["step"]) == ["T=4"] and asked == [4]
+    cycles = round(made["step"]["T=4"]["seconds"] * 197e12 / 131_072)
+    assert cycles == 10_000 + 1 + 5 + 4 * 1000
+
+
 def test_time_on_a_gpu_is_what_bytes_and_flops_of_its_kernels_take():
     found = target_run.times(
-        hlo.Program(STEP), targets.parse("h100:8"), t_max=7, adversary=3, parts=1
+        hlo.Program(STEP), targets.parse("h100:8"), {}, moments=[], parts=1
     )
     assert found["contrastive step"] == pytest.approx((4 + 1) * 4 / 3.35e12, rel=0.3)
+
+
+def test_products_of_float32_have_half_the_peak_of_a_gpu():
+    side = 4096
+    text = f"""HloModule product
+
+ENTRY %main (a: f32[{side},{side}]) -> f32[{side},{side}] {{
+  %a = f32[{side},{side}] parameter(0)
+  ROOT %d = f32[{side},{side}] dot(%a, %a), lhs_contracting_dims={{1}}
+}}
+"""
+    target, program = targets.parse("h100:8"), hlo.Program(text)
+    whole = 2 * side**3 / 989e12
+    for dtype, slower in (("bfloat16", 1), ("float32", 2)):
+        found = target_run.seconds(program, {}, target, dtype=dtype)
+        assert found == pytest.approx(slower * whole)
+    assert target_run.peak(targets.parse("v5e:2x4"), "float32") == 197e12
+
+
+def test_network_in_float32_on_a_gpu_is_told_so(pretend):
+    pretend(lambda config, target: compiled(1))
+    for dtype, said in (("float32", True), ("bfloat16", False)):
+        _, shown = told(settings(**{"model.dtype": dtype}), "h100:8")
+        assert "time is the roofline" in shown and ("of TF32" in shown) == said
 
 
 def test_communication_is_told_by_place():
@@ -268,9 +352,44 @@ def test_waiting_is_told_on_a_terminal_and_elsewhere(monkeypatch):
     assert "compiling [x]" in bars.file.getvalue()
 
 
-def test_samples_are_told_a_second_on_all_devices(pretend, monkeypatch):
+# As compilers leave the two loops of a sampler, of which the outer has one turn; a rule
+# may search in a step.
+SAMPLER = """HloModule jit_sample
+
+%search (c.1: (s32[])) -> (s32[]) {
+  %c.1 = (s32[]) parameter(0)
+  %f.1 = f32[4] fusion(%c.1), calls=%g, backend_config={"estimated_cycles":"1"}
+}
+
+%step (c.2: (s32[])) -> (s32[]) {
+  %c.2 = (s32[]) parameter(0)
+  %f.2 = f32[4] fusion(%c.2), calls=%g, backend_config={"estimated_cycles":"1000"}
+  %w.1 = (s32[]) while(%c.2), body=%search, metadata={op_name="jit(sample)/climb/while/body/closed_call/while/body/while"}, backend_config={"known_trip_count":{"n":"9"}}
+}
+
+ENTRY %main (a: f32[3]) -> f32[3] {
+  %a = f32[3] parameter(0)
+  %f.3 = f32[4] fusion(%a), calls=%g, backend_config={"estimated_cycles":"500"}
+  %w.2 = (s32[]) while(%a), body=%step, metadata={op_name="jit(sample)/climb/while/body/closed_call/while"}
+}
+"""  # noqa: E501
+# The same where the outer loop is still there.
+_LOOP = SAMPLER.splitlines()[-2]
+_OUTER = _LOOP.replace("%step", "%once").replace("/body/closed_call/while", "")
+NESTED = SAMPLER.replace(_LOOP, _OUTER).replace(
+    "ENTRY",
+    f"""%once (c.3: (s32[])) -> (s32[]) {{
+  %a = (s32[]) parameter(0)
+{_LOOP}
+}}
+
+ENTRY""",
+)
+
+
+@pytest.mark.parametrize("text", [SAMPLER, NESTED], ids=["one loop", "both loops"])
+def test_samples_are_told_a_second_on_all_devices(text, pretend, monkeypatch):
     pretend(lambda config, target: compiled(1))
-    text = STEP.replace("parts/while/body/adversary/", "")
     one = Compiled(hlo.Program(text), {"needed": GIB}, 1.0)
     monkeypatch.setattr(target_run, "_compiled", lambda *_: one)
     monkeypatch.setattr(target_run, "_lowered_sampler", lambda *_: None)
@@ -279,9 +398,26 @@ def test_samples_are_told_a_second_on_all_devices(pretend, monkeypatch):
     made = target_run.run(config, "v5e:2x4", program="sample", console=console)
     figures = made["sample"]
     assert figures["fits"] and figures["num_steps"] == 4
-    assert figures["samples_per_second"] > 0
-    assert figures["seconds"]["step of 32 images"] > figures["seconds"]["rest"] / 20
+    second = 197e12 / 131_072  # cycles
+    cycles = {name: round(x * second) for name, x in figures["seconds"].items()}
+    assert cycles == {"step of 32 images": 1000 + 9, "rest": 500}
+    whole = (500 + 4 * 1009) / second
+    assert figures["samples_per_second"] == pytest.approx(8 * 32 / whole)
     assert "samples a second on 8 devices" in console.file.getvalue()
+
+
+def test_change_to_a_topology_that_is_none_is_not_tried(pretend, monkeypatch):
+    made = pretend(lambda config, target: compiled(99, temporaries=1))
+
+    def devices(target):
+        if target.name != "v5e:2x4":
+            raise UserError(f"--target={target.name} is refused by its compiler.")
+        return range(8)
+
+    monkeypatch.setattr(targets, "devices", devices)
+    figures, shown = told(settings(), "v5e:2x4")
+    assert {name for _, name in made} == {"v5e:2x4"} and not figures["fits"]
+    assert "nothing tried helps" in shown
 
 
 def test_unknown_program_is_refused():

@@ -40,10 +40,10 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         del key, extra
         image_shape, labels = batch["x_cls"].shape[1:], batch["y_cls"]
         logits_fn = models.freeze(model, variables, image_shape)
-        return {
-            "x_adv": adversary(logits_fn, batch["x_cls"], labels),
-            "x_confident": confident(logits_fn, batch["x_ood"], labels),
-        }
+        x_adv = adversary(logits_fn, batch["x_cls"], labels)
+        with jax.named_scope("outside"):
+            x_confident = confident(logits_fn, batch["x_ood"], labels)
+        return {"x_adv": x_adv, "x_confident": x_confident}
 
     def loss(
         params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
@@ -81,6 +81,7 @@ METHOD = Method(
     # Both halves are differentiated; the classifier's adversary counts elsewhere.
     passes=lambda block, steps: 2 * block.ood_adversary.num_steps + 3 * 2,
     turns=lambda block: {
-        "adversary step": block.adversary.num_steps + block.ood_adversary.num_steps
+        "adversary step": block.adversary.num_steps,
+        "outside step": block.ood_adversary.num_steps,
     },
 )
