@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "energy_landscape", "import_and_sample")
-# `tests/test_demo_page.py` runs this one: it opens a page.
+# `tests/test_demo.py` runs this one: it opens a page.
 ALL = (*NAMES, "demo")
 LARGEST_BYTES = 300_000
 
