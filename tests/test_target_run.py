@@ -189,7 +189,8 @@ def test_attacks_inside_and_outside_are_traced_in_scopes_of_their_own():
     assert loops == {"adversary/climb", "outside/adversary/climb"}
 
 
-def test_chains_of_jem_take_their_turns_and_no_adversary():
+def test_chains_of_jem_take_their_turns_and_no_adversary(monkeypatch):
+    monkeypatch.setattr(targets, "devices", lambda target: range(8))
     config = settings(**{"jem.sgld_steps": 4})
     one = compiled(1)
     asked = []
