@@ -490,15 +490,20 @@ def _figures(
     }
 
 
+def in_words(config: ml_collections.ConfigDict) -> str:
+    """Network, image size and compute dtype of a config, for titles."""
+    size = "x".join(map(str, config.data.image_shape[:2]))
+    return f"{archs.describe(config.model)} at {size}, {config.model.dtype}"
+
+
 def _show(
     console: Console,
     config: ml_collections.ConfigDict,
     name: str,
     figures: dict[str, Any],
 ) -> None:
-    size = "x".join(map(str, config.data.image_shape[:2]))
     title = (
-        f"{archs.describe(config.model)} at {size}, {config.model.dtype}, "
+        f"{in_words(config)}, "
         f"{name}, batch {figures['batch_size']} on {figures['devices']} devices"
     )
     table = Table(title=Text(title, style="table.title"), show_header=False)

@@ -5,7 +5,7 @@ The text is what `compiled.as_text()` returns for a CPU, GPU or TPU.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -133,17 +133,6 @@ class Program:
             if count := turns.get(loop.body, loop.turns or 1):
                 result += count * self.total(cost, turns, loop.body)
         return result
-
-    def cycles(self, name: str = "", skip: Sequence[str] = ()) -> int:
-        """A TPU compiler's estimate of a computation, nested loops included.
-
-        A loop whose turns are not known counts as one turn.
-
-        Args:
-          name: of the computation; by default the main one.
-          skip: bodies of loops that shall not count.
-        """
-        return int(self.total(self.own_cycles, dict.fromkeys(skip, 0), name))
 
     def own_cycles(self, name: str) -> int:
         """A TPU compiler's estimate of a computation without its loops."""

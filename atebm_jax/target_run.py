@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atebm_jax import config as configuration
 from atebm_jax import (
-    archs,
     data,
     drawing,
     dry_run,
@@ -32,7 +32,6 @@ from atebm_jax import (
     storage,
     targets,
 )
-from atebm_jax import config as configuration
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.progress import say, waiting
@@ -617,11 +616,7 @@ def _show(
     what: str,
     made: dict[str, Any],
 ) -> None:
-    size = "x".join(map(str, config.data.image_shape[:2]))
-    title = (
-        f"{archs.describe(config.model)} at {size}, {config.model.dtype}, {what} "
-        f"on {made['target']}"
-    )
+    title = f"{dry_run.in_words(config)}, {what} on {made['target']}"
     table = Table(title=Text(title, style="table.title"), show_header=False)
     for kind, number in made["memory_bytes"].items():
         table.add_row(f"memory, a device: {kind}", _size(number))

@@ -5,29 +5,11 @@ Published networks are trained without: statistics and thresholds are added afte
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-import ml_collections
 import numpy as np
 
-from atebm_jax.models import dm_wide_resnet, family, ra_wide_resnet, wide_resnet
-
-
-def build(config: ml_collections.ConfigDict) -> wide_resnet.WideResNet:
-    """Builds a sparse DeepMind WideResNet from `config.model`.
-
-    Raises:
-      UserError: as of `wide_resnet.build`.
-    """
-    return dm_wide_resnet.build(config).clone(sparse=True)
-
-
-def build_ra(config: ml_collections.ConfigDict) -> ra_wide_resnet.RaWideResNet:
-    """Builds a sparse RaWideResNet from `config.model`.
-
-    Raises:
-      UserError: as of `ra_wide_resnet.build`.
-    """
-    return ra_wide_resnet.build(config).clone(sparse=True)
+from atebm_jax.models import dm_wide_resnet, family, ra_wide_resnet
 
 
 def _rules() -> family.Rules:
@@ -72,42 +54,50 @@ def beside(
     return made | family.batch_counters(arrays)
 
 
-def _names(dense: family.Family, mark: str, published: str) -> family.TorchNames:
-    """Those of the dense network, and those of statistics and thresholds."""
+def sparse(
+    dense: family.Family,
+    archs: Mapping[str, family.ModelFields],
+    rules: family.Rules,
+    **names: Any,
+) -> family.Family:
+    """The family of a dense one's networks with sparse activations.
+
+    Args:
+      dense: has names in PyTorch.
+      archs: as of a family.
+      rules: names of the statistics and thresholds in PyTorch, and ours.
+      names: attributes of `family.TorchNames` that differ from the dense family's.
+    """
     assert dense.torch is not None
+    names = {"unused": unused, "beside": beside} | names
     return dataclasses.replace(
-        dense.torch,
-        rules=(*_rules(), *dense.torch.rules),
-        mark=mark,
-        published=published,
-        unused=unused,
-        beside=beside,
-        look_alikes={},
+        dense,
+        build=lambda model: dense.build(model).clone(sparse=True),
+        archs=archs,
+        torch=dataclasses.replace(
+            dense.torch, rules=(*rules, *dense.torch.rules), **names
+        ),
     )
 
 
-FAMILY = family.Family(
-    build=build,
-    sized_by=("depth", "widen_factor"),
-    archs={
+FAMILY = sparse(
+    dm_wide_resnet.FAMILY,
+    {
         "mean_sparse_wrn70_16": dm_wide_resnet.FAMILY.archs["dm_wrn70_16"],
         "mean_sparse_wrn94_16": dm_wide_resnet.FAMILY.archs["dm_wrn94_16"],
     },
-    torch=_names(
-        dm_wide_resnet.FAMILY,
-        "layer.0.block.0.meansparse_0.running_mean",
-        "Amini2024 (MeanSparse on Wang2023's and Bartoldson2024's networks)",
-    ),
+    _rules(),
+    mark="layer.0.block.0.meansparse_0.running_mean",
+    published="Amini2024 (MeanSparse on Wang2023's and Bartoldson2024's networks)",
+    look_alikes={},
 )
 
-RA_FAMILY = family.Family(
-    build=build_ra,
-    sized_by=("blocks", "widths"),
-    archs={"mean_sparse_ra_wrn70_16": ra_wide_resnet.FAMILY.archs["ra_wrn70_16"]},
-    torch=_names(
-        ra_wide_resnet.FAMILY,
-        # Dense ones have this array too, and are recognised before.
-        "layer.0.block.0.se.fc1.bias",
-        "Amini2024 (MeanSparse on Peng2023's network for CIFAR-10)",
-    ),
+RA_FAMILY = sparse(
+    ra_wide_resnet.FAMILY,
+    {"mean_sparse_ra_wrn70_16": ra_wide_resnet.FAMILY.archs["ra_wrn70_16"]},
+    _rules(),
+    # Dense ones have this array too, and are recognised before.
+    mark="layer.0.block.0.se.fc1.bias",
+    published="Amini2024 (MeanSparse on Peng2023's network for CIFAR-10)",
+    look_alikes={},
 )
