@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -126,8 +125,9 @@ def _names_a_plot(name: Any) -> bool:
     """A report may come from others: what it names must not be any file."""
     return (
         isinstance(name, str)
-        and name == os.path.basename(name) == printable(name)
         and name.endswith(".png")
+        and "/" not in name
+        and name == printable(name)
     )
 
 
