@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import small
+from absl.testing import flagsaver
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from atebm_jax import job, train, train_step
+from atebm_jax.evaluate import __main__ as evaluate_command
 from atebm_jax.evaluate import classification, evaluation
 from atebm_jax.evaluate.context import Context
 
@@ -159,6 +161,16 @@ def run(settings: ConfigDict, workdir: str | Path, **options: Any) -> tuple[dict
     console = Console(file=printed, width=200)
     report = job.run(settings, workdir, console=console, **options)
     return report, printed.getvalue()
+
+
+def evaluate(*arguments: str) -> None:
+    """The evaluation command in this process; its flags are then as they were."""
+    flags = evaluate_command._FLAGS
+    before = flagsaver.save_flag_values(flags)
+    try:
+        evaluate_command.main(evaluate_command._parse(["evaluate", *arguments]))
+    finally:
+        flagsaver.restore_flag_values(before, flags)
 
 
 def command(module: str, *arguments: str) -> list[str]:

@@ -6,10 +6,10 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+import tiny
 from etils import epath
 
 from atebm_jax import UserError
-from atebm_jax.evaluate import __main__ as command
 from atebm_jax.evaluate import html, report
 
 PICTURE = b"\x89PNG a picture"
@@ -294,5 +294,5 @@ def test_sampling_is_a_models_own_choice_and_the_extractor_is_not(runs):
 @pytest.mark.parametrize("flag", ["--workdir=x", "--checkpoint=x", "--seed=1"])
 def test_comparison_needs_a_place_and_no_model(flag, capsys):
     with pytest.raises(SystemExit):
-        command._parse(["evaluate", "--compare=a,b", flag])
+        tiny.evaluate("--compare=a,b", flag)
     assert "--compare reads finished evaluations: give --out" in capsys.readouterr().err

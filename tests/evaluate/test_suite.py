@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl.testing import flagsaver
 from PIL import Image
 
 from atebm_jax import UserError, autoattack, checkpoint, config, data, trained
-from atebm_jax.evaluate import __main__ as command
 from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
 from atebm_jax.evaluate.store import Store
@@ -296,14 +294,9 @@ def test_config_of_another_network_is_refused(workdir, tmp_path, field, value):
 def test_user_mistake_on_the_command_line_exits_with_2(
     monkeypatch, capsys, arguments, message
 ):
-    arguments = ["evaluate", *arguments]
-    monkeypatch.setattr(sys, "argv", arguments)
-    before = flagsaver.save_flag_values(command._FLAGS)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            command.main(command._parse(arguments))
-    finally:
-        flagsaver.restore_flag_values(before, command._FLAGS)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        tiny.evaluate(*arguments)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said

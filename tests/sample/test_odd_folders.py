@@ -8,12 +8,10 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl.testing import flagsaver
 from PIL import Image
 
 from atebm_jax import UserError, checkpoint, data
 from atebm_jax.convert import __main__ as convert
-from atebm_jax.evaluate import __main__ as evaluate
 from atebm_jax.sample import __main__ as sample
 
 # Beside each lies a folder that its last part means as a pattern.
@@ -89,17 +87,8 @@ def run_samples(folder, workdir=None):
 
 
 def run_evaluation(folder):
-    arguments = [
-        "evaluate",
-        f"--workdir={folder}/run",
-        "--metrics=accuracy,calibration",
-    ]
-    arguments += ["--num_examples=40"]
-    before = flagsaver.save_flag_values(evaluate._FLAGS)
-    try:
-        evaluate.main(evaluate._parse(arguments))
-    finally:
-        flagsaver.restore_flag_values(before, evaluate._FLAGS)
+    metrics = "--metrics=accuracy,calibration"
+    tiny.evaluate(f"--workdir={folder}/run", metrics, "--num_examples=40")
 
 
 def assert_same_files(folder, expected):
