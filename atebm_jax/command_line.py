@@ -156,7 +156,9 @@ def quiet_libraries() -> None:
         # Do not end because of a name that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # tensorboardX warns of each value that is no number; the job itself tells of them.
+    for library in ("absl", "tensorboardX"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     # An error in a saving thread of Orbax is raised again where the job waits for it.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

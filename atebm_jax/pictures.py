@@ -381,7 +381,7 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
     panels = {
         "losses": ("loss_ce", "loss_bce", "loss_energy", "loss_uniform"),
         "T (contrastive steps)": ("T",),
-        "AUC, real against": ("auc", "auc_seeds"),
+        "AUC of real images": ("auc", "auc_seeds"),
         "mean score s(x)": ("score_real", "score_contrastive", "score_seeds"),
         "held-out accuracy": ("eval_clean_accuracy", "eval_robust_accuracy"),
         "sample distance": ("eval_sample_distance",),

@@ -1,10 +1,12 @@
 """The metrics of a job on disk."""
 
+import logging
 import time
 
 import numpy as np
 from etils import epath
 
+from atebm_jax import command_line
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 
 
@@ -34,10 +36,18 @@ def test_line_cut_off_by_a_kill_is_left_out(tmp_path):
     assert [r["step"] for r in read_metrics(workdir)] == [1, 2]
 
 
-def test_broken_figures_stay_readable(tmp_path):
-    workdir = epath.Path(tmp_path)
-    write_steps(workdir, [1], gradient_norm=float("nan"))
+def test_broken_figures_stay_readable_without_a_word_from_a_library(tmp_path, caplog):
+    loggers = [logging.getLogger(name) for name in ("", "absl", "tensorboardX")]
+    before = [logger.level for logger in loggers]
+    try:
+        command_line.quiet_libraries()
+        workdir = epath.Path(tmp_path)
+        write_steps(workdir, [1], gradient_norm=float("nan"))
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
     assert np.isnan(read_metrics(workdir)[0]["gradient_norm"])
+    assert not caplog.records
 
 
 def test_foreign_lines_among_the_metrics_are_left_out(tmp_path):
