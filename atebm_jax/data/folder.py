@@ -153,6 +153,27 @@ class FolderSource(Source):
             )
 
 
+def check_outside(flag: str, out: str | os.PathLike, source: str | Path) -> None:
+    """Refuses to write into a folder that is read: the next command would read it too.
+
+    Args:
+      flag: the flag that gave it, for messages.
+      out: where a command writes.
+      source: a folder, `folder:PATH`; files and data sets are in no danger.
+
+    Raises:
+      UserError: `out` is the folder or lies in it.
+    """
+    folder = Path(os.path.expanduser(str(source).removeprefix("folder:")))
+    # `os.path` takes loops of links and names that are too long; `Path` does not.
+    inside = Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder))
+    if os.path.isdir(folder) and inside:
+        raise UserError(
+            f"{flag}={out} lies in {folder}, whose images are read: give a folder "
+            "outside of it."
+        )
+
+
 def _walk(
     root: str, passed_over: collections.Counter[str]
 ) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import psutil
@@ -88,6 +89,29 @@ def test_unreadable_images_are_listed_and_limited(folder, tmp_path):
     assert "cat/2.png" in (tmp_path / "set" / "bad_images.txt").read_text()
     with pytest.raises(UserError, match=r"1 images .*0 are tolerated: .*cat/2\.png"):
         make(folder, tmp_path / "other", max_bad_images=0)
+
+
+def test_image_longer_than_a_jpeg_may_be_is_an_unreadable_one(folder, tmp_path):
+    Image.new("L", (66_000, 1)).save(folder / "cat" / "thin.png")
+    assert make(folder, tmp_path / "set")["num_bad_images"] == 1
+    listed = (tmp_path / "set" / "bad_images.txt").read_text()
+    assert "thin.png: it has 66000 x 1 pixels, more than a JPEG" in listed
+
+
+def test_end_of_a_worker_is_told_in_one_sentence():
+    def killed():
+        raise BrokenProcessPool
+
+    with pytest.raises(UserError, match="want of memory: .* fewer --num_workers"):
+        prepare._run([killed], num_workers=1, max_bad_images=0)
+
+
+def test_set_is_not_written_among_the_images_it_is_made_of(folder):
+    before = sorted(folder.rglob("*"))
+    for to in (folder, folder / "set", folder / "cat" / ".." / "set"):
+        with pytest.raises(UserError, match=f"--to={to} lies in {folder}"):
+            prepare.main([f"--from=folder:{folder}", f"--to={to}"])
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_images_of_a_damaged_shard_are_unreadable_ones(folder, tmp_path):
