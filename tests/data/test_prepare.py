@@ -382,6 +382,22 @@ def test_byte_order_mark_is_no_part_of_a_table(tmp_path):
     assert chosen_from(tmp_path, encoding="utf-8-sig") == {"2"}
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        "0: tench\n",
+        "{0: 'tench, Tinca tinca',\n 1: 'goldfish'}",
+        "0\ttench",
+        '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}',
+        '{\n"0": [\n"n01440764",\n"tench"\n]}',
+        "'n01440764': 'tench'",
+        "0,n01440764,tench",
+    ],
+)
+def test_classes_are_known_however_they_are_listed(tmp_path, classes):
+    assert chosen_from(tmp_path, classes=classes) == {"2"}
+
+
 def test_images_of_labels_without_a_name_are_left_out_and_that_is_said(
     tmp_path, caplog
 ):
