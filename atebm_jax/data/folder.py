@@ -3,6 +3,7 @@
 import collections
 import logging
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 # Images whose sizes are compared, and threads that ask for them.
 _MOST_SIZES, _THREADS = 2**16, 16
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 # Kinds of entries that are used.
 _FOLDER, _IMAGE = "folder", "image"
@@ -140,17 +143,39 @@ class FolderSource(Source):
     def _warn_of_numbers(self) -> None:
         """Warns if folders "1", "10", "2" become classes 0, 1 and 2."""
         names = self.class_names or ()
-        if not all(name.isdecimal() for name in names):
+        if not all(map(_NUMBER.fullmatch, names)):
             return
-        wrong = [k for k, name in enumerate(sorted(names, key=int)) if name != names[k]]
+        ascending = enumerate(sorted(names, key=float))
+        wrong = [k for k, name in ascending if name != names[k]]
         if wrong:
             place, digits = wrong[0], len(str(len(names)))
             _log.warning(
                 "%s: the class folders are numbers sorted as text (%s, ...): class %d "
-                "is the folder %s. Leading zeros (%s) keep them in order",
+                "is the folder %s. Leading zeros (%s) keep whole numbers in order",
                 *(self.spec, ", ".join(names[:4]), place, names[place]),
                 str(place).zfill(digits),
             )
+
+
+def check_outside(flag: str, out: str | os.PathLike, source: str | Path) -> None:
+    """Refuses to write into a folder that is read: the next command would read it too.
+
+    Args:
+      flag: the flag that gave it, for messages.
+      out: where a command writes.
+      source: a folder, `folder:PATH`; files and data sets are in no danger.
+
+    Raises:
+      UserError: `out` is the folder or lies in it.
+    """
+    folder = Path(os.path.expanduser(str(source).removeprefix("folder:")))
+    # `os.path` takes loops of links and names that are too long; `Path` does not.
+    inside = Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder))
+    if os.path.isdir(folder) and inside:
+        raise UserError(
+            f"{flag}={out} lies in {folder}, whose images are read: give a folder "
+            "outside of it."
+        )
 
 
 def _walk(

@@ -29,7 +29,8 @@ def normalise(name: str) -> str:
 def names_of_classes(path: str) -> set[str]:
     """Normalised names of a class file: one class a line, synonyms between commas.
 
-    A WordNet identifier (n01440764) in front of the names is ignored.
+    A number and a WordNet identifier (n01440764) in front of the names are ignored, and
+    so is punctuation: `0: 'tench, Tinca tinca',` names what `tench, Tinca tinca` does.
 
     Raises:
       UserError: the file cannot be read or holds no name.
@@ -37,8 +38,10 @@ def names_of_classes(path: str) -> set[str]:
     names = set()
     with _opened("--imagenet_classes", path) as file:
         for line in file:
-            line = re.sub(r"^n\d{8}\s*[:,]?\s*", "", line.strip())
-            names |= {normalise(part) for part in line.split(",")} - {""}
+            line = re.sub(r"^\W*n\d{8}\s*[:,]?\s*", "", line.strip())
+            # Without its number too; a name may begin with one.
+            lines = line, re.sub(r"^\W*\d+\W+(n\d{8}\W+)?", "", line)
+            names |= {normalise(part) for x in lines for part in x.split(",")} - {""}
     if not names:
         raise UserError(
             f"--imagenet_classes={path} holds no names: expected one class a line, "

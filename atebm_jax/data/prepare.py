@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from atebm_jax import data, storage, workdir_lock
 from atebm_jax.command_line import Parser, quiet_libraries, run
 from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.examples import too_many_bad
+from atebm_jax.data.folder import check_outside
 from atebm_jax.data.pipeline import end_with_main_process
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
@@ -41,7 +43,7 @@ SIZE, QUALITY, SHARD_SIZE, MAX_BAD_IMAGES = 292, 95, 2048, 100
 # Names of what a command may leave that ended before its first shard.
 _OWN = (workdir_lock.FILE, ".settings.json.")
 
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _LONGEST_JPEG = b"\xff\xd8\xff", 65500
 
 
 def prepare(
@@ -214,6 +216,11 @@ def _run(
                 bad += future.result()["bad"]
                 if len(bad) > max_bad_images:
                     raise too_many_bad(bad, max_bad_images)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that decoded images was ended from outside, most likely for "
+                "want of memory: give the same command again, with fewer --num_workers."
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -287,6 +294,10 @@ def resized(image: bytes | np.ndarray, size: int, quality: int) -> bytes:
     if shorter > size:
         shape = (round(width * size / shorter), round(height * size / shorter))
         picture = picture.resize(shape, Image.Resampling.BICUBIC)
+    if max(picture.size) > _LONGEST_JPEG:
+        raise ValueError(
+            f"it has {width} x {height} pixels, more than a JPEG can have on a side"
+        )
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=quality, subsampling=0)
     return stream.getvalue()
@@ -386,6 +397,9 @@ def main(arguments: Sequence[str]) -> None:
         return print(f"{check(flags.to)} images, every shard as it was written.")
     if not flags.source:
         raise UserError("--from is missing: give folder:PATH, say.")
+    kind, _, folder = flags.source.partition(":")
+    if kind in ("folder", "openimages"):
+        check_outside("--to", _local(flags.to), folder)
     source, indices = _selected(flags)
     names = ("size", "quality", "shard_size", "num_workers", "max_bad_images")
     settings = {name: vars(flags)[name] for name in names}

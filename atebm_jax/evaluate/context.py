@@ -30,6 +30,8 @@ class Judge(NamedTuple):
     apply: Callable[[Any, jax.Array], jax.Array]
     variables: Any  #: its weights, on every device
     fingerprint: str  #: SHA-256 of them
+    #: its output for each of the model's classes; None where it is that of their place
+    outputs: tuple[int, ...] | None = None
 
 
 # (logits_fn, images [B, H, W, C] float32 in [0, 1], labels [B] or -1, more) -> arrays
@@ -59,6 +61,8 @@ class Context:
     judge: Judge | None = None
     gaussian: Gaussian | None = None  #: of the seeds; None where they are noise or read
     notes: tuple[str, ...] = ()  #: what the report says about the data
+    #: of the network; None where its classes are compared by place
+    class_names: tuple[str, ...] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

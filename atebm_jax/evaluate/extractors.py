@@ -12,6 +12,7 @@ from PIL import Image
 from atebm_jax import sharding, trained
 from atebm_jax.convert import efficientnet_lite as lite_file
 from atebm_jax.convert import inception as weights_file
+from atebm_jax.data import relabel
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Rows
 from atebm_jax.models import efficientnet_lite, inception
@@ -91,7 +92,25 @@ def _chosen(context: Context) -> Extractor:
             f"--feature_extractor={chosen} takes images {loaded.image_shape} and this "
             f"model {context.image_shape}: its features would be of other images."
         )
-    return from_model("network", loaded.model, loaded.variables, loaded.num_classes)
+    made = from_model("network", loaded.model, loaded.variables, loaded.num_classes)
+    return _by_name(made, loaded.class_names, context.class_names)
+
+
+def _by_name(
+    network: Extractor, own: Sequence[str] | None, names: Sequence[str] | None
+) -> Extractor:
+    """With its output for each of the model's classes, `names`, if they are its own.
+
+    By place, which the description says, where either names none.
+    """
+    if own is None or names is None:
+        described = network.description | {"classes": "compared by place"}
+        return network._replace(description=described)
+    try:
+        order = relabel.same_order(own, names, "the network of the features")
+    except UserError:  # it tells other things apart
+        return network._replace(outputs=None)
+    return network if order is None else network._replace(outputs=np.asarray(order))
 
 
 def from_model(name: str, model: Any, variables: Any, num_classes: int) -> Extractor:

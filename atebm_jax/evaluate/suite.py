@@ -267,6 +267,7 @@ def _context(
         options=options,
         show=show,
         notes=tuple(notes),
+        class_names=names,
     )
     fingerprints = {role: context.fingerprint(role) for role in sources}
     return replace(context, fingerprints=fingerprints)
@@ -368,8 +369,14 @@ def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> C
     imagenet = path == extractors.EFFICIENTNET_LITE0
     judge = (_imagenet_judge if imagenet else _trained_judge)(context, path, names)
     placed = sharding.put_replicated(judge.variables, context.mesh)
-    store = context.store.within(judge=judge.fingerprint)
-    return replace(context, judge=judge._replace(variables=placed), store=store)
+    store = context.store.within(judge=judge.fingerprint, outputs=judge.outputs)
+    notes = context.notes
+    if names and judge.outputs is None:
+        said = f"--judge={path} does not name its classes: they were compared by place."
+        notes = (*notes, said)
+        _log.warning(said)
+    judge = judge._replace(variables=placed)
+    return replace(context, judge=judge, store=store, notes=notes)
 
 
 def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Judge:
@@ -380,9 +387,10 @@ def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -
             f"{loaded.num_classes} classes and this model {context.image_shape} of "
             f"{number}: an independent classifier must take the same."
         )
-    order = None
+    outputs = None
     if names and loaded.class_names:
-        order = data.relabel.same_order(loaded.class_names, names, f"--judge={path}")
+        own, what = loaded.class_names, f"--judge={path}"
+        outputs = data.relabel.same_order(own, names, what) or range(number)
     sha256 = loaded.fingerprint
     if sha256 == trained.fingerprint(context.variables):
         raise UserError(
@@ -392,9 +400,9 @@ def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
         found = models.logits_fn(loaded.model, variables)(images)
-        return found if order is None else found[:, np.asarray(order)]
+        return found if outputs is None else found[:, np.asarray(outputs)]
 
-    return Judge(logits, loaded.variables, sha256)
+    return Judge(logits, loaded.variables, sha256, outputs and tuple(outputs))
 
 
 def _imagenet_judge(
@@ -415,7 +423,8 @@ def _imagenet_judge(
     def logits(variables: Any, images: jax.Array) -> jax.Array:
         return extractor.apply(variables, images)[1][:, outputs]
 
-    return Judge(logits, extractor.variables, extractor.fingerprint)
+    places = tuple(outputs.tolist())
+    return Judge(logits, extractor.variables, extractor.fingerprint, places)
 
 
 def _notes(context: Context) -> list[str]:

@@ -191,6 +191,11 @@ def risk_coverage(
     Returns:
       (coverage [N], k / N for k = 1 to N; risk [N] of the k most confident images).
     """
+    if not np.size(confidence) or np.shape(confidence) != np.shape(hits):
+        raise ValueError(
+            f"confidences have shape {np.shape(confidence)} and hits {np.shape(hits)}: "
+            "expected [N] of both, N >= 1."
+        )
     if broken := reals.count_nan(confidence):
         raise ValueError(f"{broken} confidences are NaN: none has a rank.")
     rank = np.unique(reals.real(confidence), return_inverse=True)[1]

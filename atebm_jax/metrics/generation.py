@@ -245,6 +245,7 @@ def split_of_images(number: int, num_splits: int, protocol: str) -> np.ndarray:
         "torch_fidelity", chunks that begin at floor(i N / S); a ValueError otherwise.
     """
     check_choice("protocol", protocol, SCORE_PROTOCOLS)
+    number, num_splits = reals.counts(number, num_splits)
     if num_splits < 1 or number < 2 * num_splits:
         raise ValueError(
             f"there are logits of {number} images: {num_splits} splits need [N, K] "

@@ -1,4 +1,7 @@
-"""How near an image is to its original, and one set of images to another."""
+"""How near an image is to its original, and one set of images to another.
+
+Images of two shapes are a ValueError: they would be broadcast.
+"""
 
 import numpy as np
 
@@ -17,6 +20,7 @@ def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Returns:
       [N] float64, decibels; infinite where both are the same.
     """
+    _check_same("images", np.shape(images), np.shape(truth))
     error = np.square(reals.floats(images) - reals.floats(truth))
     mean = error.reshape(len(error), -1).mean(axis=1)
     with np.errstate(divide="ignore"):
@@ -43,10 +47,16 @@ def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
     Returns:
       L2 pixels, at least 0.
     """
+    _check_same("the images of a set", np.shape(first)[1:], np.shape(second)[1:])
     (one, variance), (other, other_variance) = _lengths(first), _lengths(second)
     by_chance = (variance + other_variance).sum()
     square = np.square(one - other).sum() - by_chance
     return float(np.sqrt(max(square, 0.0)))
+
+
+def _check_same(what: str, one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    if one != other:
+        raise ValueError(f"{what} have shapes {one} and {other}: expected the same.")
 
 
 def _lengths(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

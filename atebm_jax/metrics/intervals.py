@@ -22,7 +22,7 @@ def wilson_interval(hits: int, number: int) -> tuple[float, float]:
       hits: successes, 0 <= hits <= number.
       number: trials >= 1.
     """
-    hits, number = _counts(hits, number)
+    hits, number = reals.counts(hits, number)
     if not (number >= 1 and 0 <= hits <= number):
         raise ValueError(
             f"{hits} hits of {number}: expected 0 <= hits <= number and number >= 1."
@@ -46,7 +46,7 @@ def auroc_interval(
       num_positive, num_negative: scores of each kind, >= 1.
     """
     area = float(area)
-    num_positive, num_negative = _counts(num_positive, num_negative)
+    num_positive, num_negative = reals.counts(num_positive, num_negative)
     if not (0 <= area <= 1 and min(num_positive, num_negative) >= 1):
         raise ValueError(
             f"area {area} of {num_positive} positive and {num_negative} negative "
@@ -137,8 +137,3 @@ def jackknife_interval(
         )
     reach = float(_REACH * np.sqrt((len(values) - 1) * np.var(values)))
     return float(value) - reach, float(value) + reach
-
-
-def _counts(*numbers: Any) -> tuple[int, ...]:
-    """Python's ints, as a product of counts would overflow narrow dtypes."""
-    return tuple(int(reals.whole(number, "counts")) for number in numbers)

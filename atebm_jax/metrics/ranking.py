@@ -15,11 +15,22 @@ from atebm_jax.metrics import reals
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether the largest logit is the label's: [B, K], [B] -> [B] bool."""
+    """Whether the largest logit is the label's: [B, K], [B] -> [B] bool.
+
+    Raises:
+      ValueError: other shapes, such as labels [B, 1], which would be broadcast.
+    """
+    if not np.ndim(logits) or np.shape(labels) != np.shape(logits)[:-1]:
+        raise ValueError(
+            f"logits have shape {np.shape(logits)} and labels {np.shape(labels)}: "
+            "expected [B, K] and [B]."
+        )
     if reals.on_host(logits, labels):
         hits = reals.real(logits).argmax(axis=-1) == reals.real(labels)
         return hits  # type: ignore[return-value]
     best, wanted = jnp.asarray(logits).argmax(axis=-1), jnp.asarray(labels)
+    if jnp.issubdtype(wanted.dtype, jnp.integer):
+        wanted = wanted.astype(best.dtype)
     best, wanted = reals.traced(best, wanted)
     return best == wanted
 

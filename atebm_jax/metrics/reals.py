@@ -60,6 +60,11 @@ def whole(values: Any, what: str) -> np.ndarray:
     return ints
 
 
+def counts(*numbers: Any) -> tuple[int, ...]:
+    """Python's ints, as arithmetic of counts would overflow narrow dtypes."""
+    return tuple(int(whole(number, "counts")) for number in numbers)
+
+
 def comparable(one: Any, other: Any) -> tuple[np.ndarray, np.ndarray]:
     """Two sets of numbers, flat and of one dtype, that compare as they are.
 
@@ -87,8 +92,17 @@ def _exact_as_float(array: np.ndarray) -> bool:
 
 
 def traced(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two traced arrays in a common dtype: float32 for half precision and another."""
+    """Two traced arrays in a common dtype: float32 for half precision and another.
+
+    Raises:
+      ValueError: int32 and uint32, as no compiled dtype holds both.
+    """
     common = promoted(one.dtype, other.dtype)
+    if common == jnp.int32 and jnp.uint32 in (one.dtype, other.dtype):
+        raise ValueError(
+            f"a compiled function cannot compare {one.dtype} with {other.dtype}: give "
+            "both in one dtype."
+        )
     if one.dtype != other.dtype and jnp.issubdtype(common, np.floating):
         common = promoted(common, np.float32)
     return one.astype(common), other.astype(common)

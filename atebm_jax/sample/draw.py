@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from atebm_jax import data, drawing, recipes, seeds, storage, trained
+from atebm_jax.data.folder import check_outside
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
 from atebm_jax.progress import say, track
@@ -51,7 +52,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     spec, seeds_of, seeds_data = _seeds(flags, loaded)
     out = Path(local("--out", flags.out))
     if spec.startswith("folder:"):
-        files.check_outside(out, spec)
+        check_outside("--out", out, spec)
     protocol = {
         **records.described(loaded, flags.workdir),
         **recipe._asdict(),

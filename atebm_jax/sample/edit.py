@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from atebm_jax import drawing, editing, pictures, recipes, trained
+from atebm_jax.data.folder import check_outside
 from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import local
@@ -48,7 +49,7 @@ def run(command: str, given: argparse.Namespace, console: Console) -> None:
     problem = make(given, loaded, names)
     out = Path(local("--out", given.out))
     for named in given.images:
-        files.check_outside(out, named)
+        check_outside("--out", out, named)
     # All flags are looked at before an image is.
     variants = np.arange(len(problem.files))
     black = np.zeros((len(variants), *problem.shape), np.uint8)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,26 +82,6 @@ def _short(value: Any) -> str:
     """A value for a sentence: of a thousand classes the first ones."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:160]} ..."
-
-
-def check_outside(out: Path, source: str | Path) -> None:
-    """Refuses to write into a folder that is read: the next command would read it too.
-
-    Args:
-      out: where a command writes.
-      source: a folder, `folder:PATH`; files and data sets are in no danger.
-
-    Raises:
-      UserError: `out` is the folder or lies in it.
-    """
-    folder = Path(os.path.expanduser(str(source).removeprefix("folder:")))
-    # `os.path` takes loops of links and names that are too long; `Path` does not.
-    inside = Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder))
-    if os.path.isdir(folder) and inside:
-        raise UserError(
-            f"--out={out} lies in {folder}, whose images are read: give a folder "
-            "outside of it."
-        )
 
 
 def told(out: Path) -> contextlib.AbstractContextManager[None]:

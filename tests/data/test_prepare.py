@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import psutil
@@ -88,6 +89,29 @@ def test_unreadable_images_are_listed_and_limited(folder, tmp_path):
     assert "cat/2.png" in (tmp_path / "set" / "bad_images.txt").read_text()
     with pytest.raises(UserError, match=r"1 images .*0 are tolerated: .*cat/2\.png"):
         make(folder, tmp_path / "other", max_bad_images=0)
+
+
+def test_image_longer_than_a_jpeg_may_be_is_an_unreadable_one(folder, tmp_path):
+    Image.new("L", (66_000, 1)).save(folder / "cat" / "thin.png")
+    assert make(folder, tmp_path / "set")["num_bad_images"] == 1
+    listed = (tmp_path / "set" / "bad_images.txt").read_text()
+    assert "thin.png: it has 66000 x 1 pixels, more than a JPEG" in listed
+
+
+def test_end_of_a_worker_is_told_in_one_sentence():
+    def killed():
+        raise BrokenProcessPool
+
+    with pytest.raises(UserError, match="want of memory: .* fewer --num_workers"):
+        prepare._run([killed], num_workers=1, max_bad_images=0)
+
+
+def test_set_is_not_written_among_the_images_it_is_made_of(folder):
+    before = sorted(folder.rglob("*"))
+    for to in (folder, folder / "set", folder / "cat" / ".." / "set"):
+        with pytest.raises(UserError, match=f"--to={to} lies in {folder}"):
+            prepare.main([f"--from=folder:{folder}", f"--to={to}"])
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_images_of_a_damaged_shard_are_unreadable_ones(folder, tmp_path):
@@ -356,6 +380,22 @@ def chosen_from(folder, encoding="utf-8", **texts):
 def test_byte_order_mark_is_no_part_of_a_table(tmp_path):
     assert chosen_from(tmp_path) == {"2"}
     assert chosen_from(tmp_path, encoding="utf-8-sig") == {"2"}
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        "0: tench\n",
+        "{0: 'tench, Tinca tinca',\n 1: 'goldfish'}",
+        "0\ttench",
+        '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}',
+        '{\n"0": [\n"n01440764",\n"tench"\n]}',
+        "'n01440764': 'tench'",
+        "0,n01440764,tench",
+    ],
+)
+def test_classes_are_known_however_they_are_listed(tmp_path, classes):
+    assert chosen_from(tmp_path, classes=classes) == {"2"}
 
 
 def test_images_of_labels_without_a_name_are_left_out_and_that_is_said(

@@ -226,6 +226,26 @@ def test_folders_of_systems_are_no_classes(tmp_path, encode, image, caplog):
     assert "folder @eaDir: 2" in caplog.text and "folder __MACOSX: 1" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("1", "2", "10"), "class 1 is the folder 10. Leading zeros (1) keep"),
+        (("-1", "0", "1", "2", "10"), "class 3 is the folder 10."),
+        (("0.5", "2", "10.25"), "class 1 is the folder 10.25."),
+        (("01", "02", "10"), ""),
+        (("0", "1", "2"), ""),
+        (("1", "10", "2a"), ""),
+    ],
+)
+def test_numbers_as_classes_out_of_their_order_are_said_in_a_line(
+    tmp_path, encode, image, caplog, names, said
+):
+    for name in names:
+        put(tmp_path / name / "a.png", encode(image, "PNG"))
+    open_source(f"folder:{tmp_path}")
+    assert len(caplog.records) == bool(said) and said in caplog.text
+
+
 def test_links_that_lead_above_themselves_are_passed_over(
     tmp_path, encode, image, caplog
 ):

@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, data
+from atebm_jax import UserError, checkpoint, data, sharding
 from atebm_jax.evaluate import classification, extractors, ood, report, suite
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.options import Options
@@ -241,6 +241,54 @@ def test_network_for_imagenet_judges_imagenet_alone(workdir, tmp_path, monkeypat
     for names in (None, backwards):
         judge = suite._imagenet_judge(context, "efficientnet_lite0", names)
         np.testing.assert_array_equal(judge.apply({}, None), outputs[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "outputs"),
+    [
+        (("a", "b", "c"), ("a", "b", "c"), [0, 1, 2]),
+        (("c", "a", "b"), ("a", "b", "c"), [1, 2, 0]),
+        (("a", "b", "d"), ("a", "b", "c"), None),
+        (("a", "b"), ("a", "b", "c"), None),
+        (None, ("a", "b", "c"), [0, 1, 2]),
+        (("c", "a", "b"), None, [0, 1, 2]),
+    ],
+)
+def test_classes_of_another_network_are_compared_by_name(
+    monkeypatch, own, names, outputs
+):
+    """Those of the features, and those of a judge, whose others are refused."""
+    network = extractors.Extractor("", "sha", {}, None, None, {}, np.arange(3))
+    found = extractors._by_name(network, own, names)
+    places = None if found.outputs is None else found.outputs.tolist()
+    assert places == outputs
+    by_place = own is None or names is None
+    assert found.description == ({"classes": "compared by place"} if by_place else {})
+
+    config, shape = tiny.config(**{"model.num_classes": 3}), (8, 8, 1)
+    number = 3 if own is None else len(own)
+    judge = SimpleNamespace(
+        class_names=own,
+        num_classes=number,
+        image_shape=shape,
+        model=None,
+        variables={},
+        fingerprint="judge",
+    )
+    monkeypatch.setattr("atebm_jax.trained.load", lambda path: judge)
+    monkeypatch.setattr(
+        "atebm_jax.models.logits_fn", lambda model, weights: lambda x: x
+    )
+    context = Context(config, None, {}, sharding.make_mesh(), {})
+    if outputs is None:
+        with pytest.raises(UserError, match="--judge=path"):
+            suite._with_judge(context, "path", names)
+        return
+    made = suite._with_judge(context, "path", names)
+    assert made.judge.outputs == (None if by_place else tuple(outputs))
+    assert any("compared by place" in x for x in made.notes) == (own is None)
+    logits = np.array([[10.0, 20.0, 30.0]])
+    np.testing.assert_array_equal(made.judge.apply({}, logits), logits[:, outputs])
 
 
 def test_judge_and_classes_stand_in_the_report(workdir, tmp_path, monkeypatch):

@@ -150,3 +150,5 @@ def test_risk_ends_at_the_error_and_is_it_where_nothing_is_known():
     assert (best[: hits.sum()] == 0).all() and best.mean() < error / 2
     with pytest.raises(ValueError, match="1 confidences are NaN"):
         metrics.risk_coverage(np.array([0.1, np.nan]), np.array([True, False]))
+    with pytest.raises(ValueError, match=r"shape \(2,\) and hits \(1,\)"):
+        metrics.risk_coverage(np.array([0.1, 0.2]), np.array([True]))

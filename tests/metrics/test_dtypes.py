@@ -130,6 +130,15 @@ def test_compiled_area_of_float32_is_computed_as_ever():
     assert float(jax.jit(metrics.auroc)(*scores)) == float(jax.jit(plain)(*scores))
 
 
+def test_compiled_area_of_ints_without_a_common_dtype_is_refused():
+    pair = np.array([-1], np.int32), np.array([3_000_000_000], np.uint32)
+    assert metrics.auroc(*pair) == 0
+    with pytest.raises(ValueError, match="cannot compare int32 with uint32"):
+        jax.jit(metrics.auroc)(*pair)
+    hits = jax.jit(metrics.accuracy)(np.eye(3), np.array([0, 1, 2**32 - 1], np.uint32))
+    assert hits.tolist() == [True, True, False]
+
+
 def test_numbers_that_do_not_fit_a_narrow_dtype_are_not_counted_in_it():
     counts = np.uint8(200), np.uint8(250)
     assert metrics.wilson_interval(*counts) == metrics.wilson_interval(200, 250)
@@ -140,6 +149,10 @@ def test_numbers_that_do_not_fit_a_narrow_dtype_are_not_counted_in_it():
     expected = metrics.psnr(images.astype(float), np.zeros((1, 9)))
     assert metrics.psnr(images, np.zeros_like(images)) == expected
     assert metrics.psnr(np.zeros_like(images), images) == expected
+    for protocol in metrics.SCORE_PROTOCOLS:
+        narrow = metrics.split_of_images(np.uint8(200), np.uint8(10), protocol)
+        wide = metrics.split_of_images(200, 10, protocol)
+        np.testing.assert_array_equal(narrow, wide)
 
 
 @pytest.mark.parametrize("scores", [np.ones(2, complex), np.array(["a", "b"])])

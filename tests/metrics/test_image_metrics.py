@@ -57,6 +57,14 @@ def test_psnr_is_worked_by_hand():
     assert psnr(images, truth) == pytest.approx([20.0, 20.0], rel=1e-6)
 
 
+def test_images_of_two_shapes_are_refused():
+    images = np.zeros((3, 4, 4, 1))
+    with pytest.raises(ValueError, match="expected the same"):
+        psnr(images, np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match=r"\(4, 4, 1\) and \(4, 5, 1\)"):
+        spectral_distance(images, np.zeros((2, 4, 5, 1)))
+
+
 def test_psnr_of_the_same_image_is_infinite_and_falls_with_noise():
     rng = np.random.default_rng(0)
     truth = rng.random((1, 8, 8, 3))

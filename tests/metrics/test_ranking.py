@@ -1,5 +1,6 @@
 """Accuracy, AUROC, average precision and the false positive rate."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,13 @@ def test_accuracy_marks_images_whose_largest_logit_is_the_labels():
     logits = jnp.asarray([[1.0, 2.0], [3.0, 0.0], [5.0, 6.0]])
     hits = metrics.accuracy(logits, jnp.asarray([1, 1, 0]))
     np.testing.assert_array_equal(hits, [True, False, False])
+
+
+@pytest.mark.parametrize("labels", [[[0], [1], [2]], [0], np.eye(3, dtype=int)])
+def test_accuracy_refuses_labels_that_would_be_broadcast(labels):
+    for measure in (metrics.accuracy, jax.jit(metrics.accuracy)):
+        with pytest.raises(ValueError, match=r"expected \[B, K\] and \[B\]"):
+            measure(np.eye(3), np.asarray(labels))
 
 
 DETECTION = {

@@ -10,7 +10,8 @@ import tiny
 from PIL import Image
 
 from atebm_jax import UserError, data
-from atebm_jax.sample import files, inputs
+from atebm_jax.data.folder import check_outside
+from atebm_jax.sample import inputs
 from atebm_jax.trained import Trained
 
 CONFIG = tiny.config()
@@ -228,6 +229,6 @@ def test_paths_that_lead_nowhere_are_told(tmp_path):
             pictures([str(path)])
         with pytest.raises(UserError, match="there is no mask"):
             inputs.read_mask(path, (8, 8, 1), CONFIG, False)
-        files.check_outside(path, tmp_path / "other")
+        check_outside("--out", path, tmp_path / "other")
         with pytest.raises(UserError, match="whose images are read"):
-            files.check_outside(path, tmp_path)
+            check_outside("--out", path, tmp_path)
