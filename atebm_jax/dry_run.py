@@ -162,7 +162,8 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     shape = tuple(config.data.image_shape)
     variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(plan.new_state, variables)
-    batch, turns = batch_shapes(stage, shape, 1), _turns(config, name)
+    batch = batch_shapes(stage, shape, 1)
+    turns = plan.method.turns(plan.block) | {"loss gradient": 1}
     gradient = num_bytes(variables["params"])
     return Cost(
         parameters=sum(
@@ -195,10 +196,6 @@ def moments(name: str, turns: Mapping[str, int]) -> list[int]:
     """Contrastive steps T to tell a whole step at: the least and the most."""
     most = turns.get("contrastive step", 0)
     return sorted({0 if stages.STAGES[name].curriculum else most, most})
-
-
-def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
-    return stages.STAGES[name].turns(config[name]) | {"loss gradient": 1}
 
 
 def batch_shapes(
@@ -310,46 +307,41 @@ def remedies(
     config: ml_collections.ConfigDict, name: str, cost: Cost, machine: Machine
 ) -> list[str]:
     """What would make a batch fit, the least first; empty if it fits or none does."""
-    stage = config[name]
-    limit = machine.memory_gib * GIB * (1 - RESERVE)
-    if cost.device_bytes(stage.batch_size, machine.devices, _parts(stage)) <= limit:
+    batch_size, parts = config[name].batch_size, config[name].num_micro_batches
+    devices = machine.devices
+
+    def fitting(cost: Cost, ways: list[tuple[int, int]], words: str) -> list[str]:
+        """The first of (devices, parts) that fits, in words; empty if none does."""
+        for way in ways:
+            need = cost.device_bytes(batch_size, *way) / GIB
+            if need <= machine.memory_gib * (1 - RESERVE):
+                return [words.format(*way, f"{need:.1f} GiB")]
         return []
-    found = []
-    lighter = config.copy_and_resolve_references()
-    lighter.model.remat = True
+
+    if fitting(cost, [(devices, parts)], ""):
+        return []
+    found, fsdp = [], _fsdp(config, machine)
     candidates = {"": cost}
     if not config.model.remat:
-        candidates["--config.model.remat=True "] = measure(
-            lighter, name, _fsdp(config, machine)
-        )
+        lighter = config.copy_and_resolve_references()
+        lighter.model.remat = True
+        candidates["--config.model.remat=True "] = measure(lighter, name, fsdp)
+    numbers = splits(batch_size, devices, cost.whole_batch)
+    ways = [(devices, number) for number in numbers]
     for flags, candidate in candidates.items():
-        for parts in splits(stage.batch_size, machine.devices, cost.whole_batch):
-            need = candidate.device_bytes(stage.batch_size, machine.devices, parts)
-            if need <= limit:
-                found.append(
-                    f"{flags}--config.{name}.num_micro_batches={parts} "
-                    f"({need / GIB:.1f} GiB a device)"
-                )
-                break
-    if _fsdp(config, machine) == 1 and machine.devices > 1:
-        candidate = measure(config, name, machine.devices)
-        need = candidate.device_bytes(stage.batch_size, machine.devices, _parts(stage))
-        if need <= limit:
-            found.append(f"--config.mesh=fsdp:-1 ({need / GIB:.1f} GiB a device)")
-    for devices in _device_counts(stage.batch_size, machine.devices):
-        need = cost.device_bytes(stage.batch_size, devices, _parts(stage))
-        if need <= limit:
-            found.append(f"{devices} devices ({need / GIB:.1f} GiB each)")
-            break
-    return found
+        words = f"{flags}--config.{name}.num_micro_batches={{1}} ({{2}} a device)"
+        found += fitting(candidate, ways, words)
+    if fsdp == 1 and devices > 1:
+        split = measure(config, name, devices)
+        words = "--config.mesh=fsdp:-1 ({2} a device)"
+        found += fitting(split, [(devices, parts)], words)
+    more = range(devices + 1, _MOST_DEVICES + 1)
+    ways = [(number, parts) for number in more if batch_size % number == 0]
+    return found + fitting(cost, ways, "{0} devices ({2} each)")
 
 
 def _fsdp(config: ml_collections.ConfigDict, machine: Machine) -> int:
     return sharding.parse_mesh(config.mesh, machine.devices).get(sharding.STATE_AXIS, 1)
-
-
-def _parts(stage: ml_collections.ConfigDict) -> int:
-    return stage.num_micro_batches
 
 
 def splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
@@ -357,12 +349,6 @@ def splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
     for parts in range(1, 2 if whole_batch else batch_size // devices + 1):
         if batch_size % (parts * devices) == 0:
             yield parts
-
-
-def _device_counts(batch_size: int, devices: int) -> Iterator[int]:
-    for count in range(devices + 1, _MOST_DEVICES + 1):
-        if batch_size % count == 0:
-            yield count
 
 
 def run(
@@ -394,9 +380,8 @@ def run(
                 f"config.{name}.batch_size is {config[name].batch_size}: it does not "
                 f"split over --devices={machine.devices}."
             )
-    console = console or Console()
     path = None if json_file is None else place_of(json_file)
-    figures = _estimate(config, machine, console)
+    figures = _estimate(config, machine, console or Console())
     if path:
         with storage.writing(path):
             storage.write_json(path, figures)
@@ -471,7 +456,8 @@ def _figures(
     config: ml_collections.ConfigDict, name: str, cost: Cost, machine: Machine
 ) -> dict[str, Any]:
     stage = config[name]
-    need = cost.device_bytes(stage.batch_size, machine.devices, _parts(stage))
+    parts = stage.num_micro_batches
+    need = cost.device_bytes(stage.batch_size, machine.devices, parts)
     speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
     seconds = {
         f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
@@ -481,7 +467,7 @@ def _figures(
         **dataclasses.asdict(cost),
         **machine._asdict(),
         "batch_size": stage.batch_size,
-        "num_micro_batches": _parts(stage),
+        "num_micro_batches": parts,
         "device_bytes": need,
         "fits": need <= machine.memory_gib * GIB * (1 - RESERVE),
         "remedies": remedies(config, name, cost, machine),
@@ -531,12 +517,11 @@ def _show(
     )
     console.print(table)
     usable = figures["memory_gib"] * (1 - RESERVE)
-    if figures["fits"]:
-        verdict = f"fits into {usable:.0f} of {figures['memory_gib']:g} GiB."
-    else:
-        verdict = f"does not fit into {usable:.0f} of {figures['memory_gib']:g} GiB."
+    fits, remedy = "fits", ""
+    if not figures["fits"]:
+        fits = "does not fit"
+        remedy = " No split, rematerialisation or number of devices would help."
         if figures["remedies"]:
-            verdict += f" It would with {'; or '.join(figures['remedies'])}."
-        else:
-            verdict += " No split, rematerialisation or number of devices would help."
-    say(console, f"{name} {verdict}")
+            remedy = f" It would with {'; or '.join(figures['remedies'])}."
+    room = f"{usable:.0f} of {figures['memory_gib']:g} GiB"
+    say(console, f"{name} {fits} into {room}.{remedy}")

@@ -1,5 +1,6 @@
 """The one exception that means "the input is wrong", as opposed to "the code is"."""
 
+import difflib
 from collections.abc import Collection
 
 
@@ -23,6 +24,7 @@ def check_choice(
       of: what the choices belong to, where that is in doubt: " of a ViT".
     """
     if value not in choices:
-        raise UserError(
-            f"unknown {field} {value!r}{of}: choose one of {', '.join(choices)}."
-        )
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        meant = "".join(f" Did you mean {name!r}?" for name in near)
+        known = ", ".join(choices)
+        raise UserError(f"unknown {field} {value!r}{of}: choose one of {known}.{meant}")

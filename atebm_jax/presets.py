@@ -1,6 +1,6 @@
 """Settings that several config files share (method: section 4)."""
 
-import difflib
+import functools
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from atebm_jax import seeds
 from atebm_jax.archs import model_config
 from atebm_jax.config import RANDOM, adversary, default
-from atebm_jax.errors import UserError
+from atebm_jax.errors import check_choice
 
 CIFAR_SIZE = "resize(32)|center_crop(32)"
 CIFAR_BASIC = "pad_crop(4)|flip"
@@ -126,15 +126,12 @@ def methods(base: Callable[[], ConfigDict]) -> dict[str, Callable[[], ConfigDict
       base: makes the config of that row, both stages of the paper's method.
     """
 
-    def row(change: Callable[[ConfigDict], None]) -> Callable[[], ConfigDict]:
-        def changed() -> ConfigDict:
-            config = base()
-            change(config)
-            return config
+    def row(change: Callable[[ConfigDict], None]) -> ConfigDict:
+        config = base()
+        change(config)
+        return config
 
-        return changed
-
-    return {name: row(change) for name, change in METHODS.items()}
+    return {name: functools.partial(row, change) for name, change in METHODS.items()}
 
 
 def _at(config: ConfigDict) -> None:
@@ -256,10 +253,5 @@ def choose_row(row: str, rows: Mapping[str, Callable[[], ConfigDict]]) -> Config
     Raises:
       UserError: there is no such row.
     """
-    if row not in rows:
-        near = difflib.get_close_matches(row, rows, n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f"there is no row {row!r}{meant}: choose one of {', '.join(rows)}."
-        )
+    check_choice("row", row, rows)
     return rows[row]()

@@ -73,12 +73,7 @@ class Compiled(NamedTuple):
 def lower_step(
     config: ml_collections.ConfigDict, name: str, target: Target
 ) -> tuple[Any, Any, Any]:
-    """The update that training runs, ready to be compiled for a target.
-
-    Args:
-      config: a complete config.
-      name: a key of `stages.STAGES`.
-      target: the machine.
+    """The update of a stage that training runs, ready to be compiled for a target.
 
     Returns:
       The lowered update, and the placed shapes of its state and of its batch.
@@ -155,11 +150,12 @@ def _memory(arguments: int, peak: int, batch: int, program: int = 0) -> dict[str
 
 def _a_device(tree: Any) -> int:
     """Bytes of placed shapes that one device holds."""
-    sizes = (
-        jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        for x in jax.tree.leaves(tree)
+    return dry_run.num_bytes(
+        [
+            jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+            for x in jax.tree.leaves(tree)
+        ]
     )
-    return sum(x.size * x.dtype.itemsize for x in sizes)
 
 
 def _needed(message: str) -> int | None:
@@ -179,27 +175,7 @@ def peak(target: Target, dtype: str) -> float:
     return target.chip.flops / (2 if halved else 1)
 
 
-def seconds(
-    program: hlo.Program,
-    turns: Mapping[str, int],
-    target: Target,
-    name: str = "",
-    *,
-    dtype: str = "bfloat16",
-) -> float:
-    """Estimated time of a program.
-
-    Args:
-      program: compiled.
-      turns: body of a loop -> how often it runs.
-      target: what the program was compiled for.
-      name: of a computation of it; by default the main one.
-      dtype: the network's.
-    """
-    return program.total(_estimate(program, target, dtype), turns, name)
-
-
-def _estimate(
+def estimate(
     program: hlo.Program, target: Target, dtype: str
 ) -> Callable[[str], float]:
     """Name of a computation -> seconds of its own instructions, worked out once."""
@@ -262,28 +238,25 @@ def times(
       Each of `_CLIMBS` that has a loop (one step, of the whole batch), "rest", and
       "step at T = `moment`" for each moment.
     """
-    estimate, loops = _estimate(program, target, dtype), list(_loops(program))
+    own_seconds, loops = estimate(program, target, dtype), list(_loops(program))
 
     def taking(counts: Mapping[str, int]) -> float:
         bodies = {
             loop.body: parts if part == _PARTS else counts.get(part, 0)
             for part, loop in loops
         }
-        return program.total(estimate, bodies)
+        return program.total(own_seconds, bodies)
 
     rest = taking({})
     there = {part for part, _ in loops}
     result = {
         part: taking({part: 1}) - rest for part in reversed(_CLIMBS) if part in there
     }
-    return (
-        result
-        | {"rest": rest}
-        | {
-            f"step at T = {steps}": taking({**turns, "contrastive step": steps})
-            for steps in moments
-        }
-    )
+    result["rest"] = rest
+    for steps in moments:
+        at = {**turns, "contrastive step": steps}
+        result[f"step at T = {steps}"] = taking(at)
+    return result
 
 
 def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
@@ -317,10 +290,7 @@ def figures(
 ) -> dict[str, Any]:
     """What a compiled step takes, as numbers to print and to write.
 
-    Args:
-      config, name, target: what was compiled.
-      compiled: by `compile_step`.
-      step_flops: T -> FLOPs of a step on all devices.
+    `step_flops` is a function of T, of a step on all devices.
     """
     block = config[name]
     result = _basics(config, target, compiled) | {
@@ -495,27 +465,18 @@ def _sample(
         lowered = _lowered_sampler(config, model, devices[0])
         weights = dry_run.num_bytes(models.variable_shapes(model, shape))
         compiled = _compiled(lowered, weights, 0, begin)
-    made = _basics(config, target, compiled)
+    made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
-        loops = _loops(compiled.program)
-        bodies = [loop.body for part, loop in loops if part in _CLIMBS]
-        rest, whole = (
-            seconds(
-                compiled.program,
-                dict.fromkeys(bodies, steps),
-                target,
-                dtype=config.model.dtype,
-            )
-            for steps in (0, recipe.num_steps)
+        number = recipe.num_steps
+        taken = times(
+            compiled.program, target, {}, moments=[number], parts=1, dtype=dtype
         )
+        one = f"step of {drawing.CHUNK} images"
+        whole = taken[f"step at T = {number}"]
         made |= {
-            "time_is": _basis(target, config.model.dtype),
-            "num_steps": recipe.num_steps,
-            "seconds": {
-                f"step of {drawing.CHUNK} images": (whole - rest)
-                / max(recipe.num_steps, 1),
-                "rest": rest,
-            },
+            "time_is": _basis(target, dtype),
+            "num_steps": number,
+            "seconds": {one: taken.get("contrastive step", 0.0), "rest": taken["rest"]},
             "samples_per_second": len(devices) * drawing.CHUNK / whole,
             "collectives": communication(compiled.program),
         }

@@ -219,7 +219,7 @@ def _in_full(figure: Mapping[str, Any]) -> list[str]:
     """Three cells: value, interval (which sorts by its lower end), count."""
     interval, count = figure.get("interval_95"), figure.get("count")
     return [
-        _cell(_number(figure["value"]), figure["value"]),
+        _cell(reports.value_in_words(figure), figure["value"]),
         _cell(reports.interval_in_words(figure), interval and interval[0]),
         _cell("" if count is None else str(count), count),
     ]
@@ -231,12 +231,7 @@ def _in_short(figure: Mapping[str, Any] | None) -> str:
         return _cell("", None)
     words = _text(reports.interval_in_words(figure))
     small = f"<small>{words}</small>" * bool(words)
-    return _cell(_number(figure["value"]), figure["value"], small)
-
-
-def _number(value: float | None) -> str:
-    """Null stands for a figure that was no number."""
-    return "none" if value is None else f"{value:.4f}"
+    return _cell(reports.value_in_words(figure), figure["value"], small)
 
 
 def _cell(shown: str, value: float | None, more: str = "") -> str:
