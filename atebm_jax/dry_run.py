@@ -52,19 +52,12 @@ _MOST_DEVICES = 1024
 
 
 class Machine(NamedTuple):
-    """What the step shall run on.
+    """What the step shall run on."""
 
-    Attributes:
-      devices: how many.
-      memory_gib: of each, GiB.
-      peak_tflops: of each, in the config's compute dtype.
-      utilisation: share of the peak to expect, an assumption.
-    """
-
-    devices: int = 1
-    memory_gib: float = 80.0
-    peak_tflops: float = 989.0
-    utilisation: float = 0.4
+    devices: int = 1  #: how many
+    memory_gib: float = 80.0  #: of each, GiB
+    peak_tflops: float = 989.0  #: of each, in the config's compute dtype
+    utilisation: float = 0.4  #: share of the peak to expect, an assumption
 
     def check(self) -> None:
         """Refuses what no machine has.
@@ -87,31 +80,22 @@ class Machine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one stage's step takes.
+    """What one stage's step takes."""
 
-    Attributes:
-      parameters: numbers in the network.
-      state_bytes: parameters, averages and optimiser, on every device; with an fsdp
-        axis its part of them.
-      gradient_bytes: of one gradient of all parameters.
-      image_bytes: of one image of each stream, with what PGD makes of it, float32.
-      loss_bytes: kept per image and stream for the gradient of the loss.
-      pgd_bytes: kept per image for an image gradient.
-      flops: part -> FLOPs of one image (of each stream) and one turn.
-      turns: part -> how often it runs in a step; T_max for contrastive steps.
-      gathered_bytes: the whole parameters that a step gathers; 0 without an fsdp axis.
-      whole_batch: whether a batch has to pass at once, for its statistics.
-    """
-
-    parameters: int
+    parameters: int  #: numbers in the network
+    #: parameters, averages and optimiser, on every device; with an fsdp axis its part
+    #: of them
     state_bytes: int
-    gradient_bytes: int
-    image_bytes: int
-    loss_bytes: int
-    pgd_bytes: int
-    flops: dict[str, float]
+    gradient_bytes: int  #: of one gradient of all parameters
+    image_bytes: int  #: of one image of each stream, with what PGD makes of it, float32
+    loss_bytes: int  #: kept per image and stream for the gradient of the loss
+    pgd_bytes: int  #: kept per image for an image gradient
+    flops: dict[str, float]  #: part -> FLOPs of one image (of each stream) and one turn
+    #: part -> how often it runs in a step; T_max for contrastive steps
     turns: dict[str, int]
+    #: the whole parameters that a step gathers; 0 without an fsdp axis
     gathered_bytes: int = 0
+    #: whether a batch has to pass at once, for its statistics
     whole_batch: bool = False
 
     def step_flops(

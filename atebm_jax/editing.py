@@ -28,17 +28,11 @@ _SMALLEST_RECORD = 64
 
 
 class Rows(NamedTuple):
-    """What is edited, one row an image.
+    """What is edited, one row an image."""
 
-    Attributes:
-      constraint: of `atebm_jax.constraints`; every array [N, ...].
-      labels: [N] int32 in 0..K-1 or `GUESS`; None to lower E(x).
-      step_sizes: [N] float32 > 0, as of the sampler.
-    """
-
-    constraint: Any
-    labels: Any
-    step_sizes: Any
+    constraint: Any  #: of `atebm_jax.constraints`; every array [N, ...]
+    labels: Any  #: [N] int32 in 0..K-1 or `GUESS`; None to lower E(x)
+    step_sizes: Any  #: [N] float32 > 0, as of the sampler
 
 
 class Path(NamedTuple):

@@ -156,20 +156,15 @@ _CURVE_INCHES = 3.6
 
 
 class Row(NamedTuple):
-    """One line of a strip.
+    """One line of a strip."""
 
-    Attributes:
-      pictures: title -> image [H, W, C] in [0, 1], from the left.
-      change: [H, W, C], what was added to the image; shown after the pictures.
-      curves: label -> [T + 1] probabilities.
-      energy: [T + 1].
-      hole: [H, W] bool, shown on the first picture; None for none.
-    """
-
+    #: title -> image [H, W, C] in [0, 1], from the left
     pictures: Mapping[str, np.ndarray]
+    #: [H, W, C], what was added to the image; shown after the pictures
     change: np.ndarray
-    curves: Mapping[str, np.ndarray]
-    energy: np.ndarray
+    curves: Mapping[str, np.ndarray]  #: label -> [T + 1] probabilities
+    energy: np.ndarray  #: [T + 1]
+    #: [H, W] bool, shown on the first picture; None for none
     hole: np.ndarray | None = None
 
 

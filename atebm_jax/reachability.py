@@ -29,22 +29,17 @@ _ENOUGH = 0.5
 
 
 class Reachability(NamedTuple):
-    """How far seeds lie and how far steps go, L2 pixels of [0, 1] images.
+    """How far seeds lie and how far steps go, L2 pixels of [0, 1] images."""
 
-    Attributes:
-      distance: mean, between a seed and a training image.
-      least_distance: lower bound of the distance between seeds and images with the
-        spectrum of the training images.
-      farthest_contrastive: length of T_max contrastive steps in a straight line.
-      farthest_sampling: length of the sampling steps of evaluation in a straight line;
-        None if the sampler's steps have no given length.
-      sentence: which steps are too short, and what would help; None if none are.
-    """
-
-    distance: float
+    distance: float  #: mean, between a seed and a training image
+    #: lower bound of the distance between seeds and images with the spectrum of the
+    #: training images
     least_distance: float
-    farthest_contrastive: float
+    farthest_contrastive: float  #: length of T_max contrastive steps in a straight line
+    #: length of the sampling steps of evaluation in a straight line; None if the
+    #: sampler's steps have no given length
     farthest_sampling: float | None
+    #: which steps are too short, and what would help; None if none are
     sentence: str | None
 
 

@@ -52,17 +52,13 @@ _FINGERPRINT_IMAGES = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Normal distributions of images, mean + sum_r z[r] * factor[r], z standard normal.
+    """Normal distributions of images: mean + sum_r z[r] * factor[r], z ~ N(0, 1)."""
 
-    Attributes:
-      means: [G, h, w, C] float32, pixels in [0, 1]; G is 1, or the number of classes.
-      factors: [G, R, h, w, C] float32, principal components times their standard
-        deviations.
-      image_shape: (H, W, C) of what is drawn; (h, w) where that is not larger.
-    """
-
+    #: [G, h, w, C] float32, pixels in [0, 1]; G is 1, or the number of classes
     means: np.ndarray
+    #: [G, R, h, w, C] float32, principal components times their standard deviations
     factors: np.ndarray
+    #: (H, W, C) of what is drawn; (h, w) where that is not larger
     image_shape: tuple[int, int, int]
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -57,17 +57,11 @@ PROGRAMS = ("train", "sample")
 
 
 class Compiled(NamedTuple):
-    """What a compiler made of a step.
+    """What a compiler made of a step."""
 
-    Attributes:
-      program: its text, read; None where the step does not fit.
-      memory: bytes a device by kind, "needed" among them.
-      seconds: that compilation took.
-    """
-
-    program: hlo.Program | None
-    memory: dict[str, int]
-    seconds: float
+    program: hlo.Program | None  #: its text, read; None where the step does not fit
+    memory: dict[str, int]  #: bytes a device by kind, "needed" among them
+    seconds: float  #: that compilation took
 
 
 def lower_step(

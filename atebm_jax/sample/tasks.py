@@ -36,26 +36,18 @@ Comparison = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 class Problem(NamedTuple):
-    """What is asked of every image, in V variants.
+    """What is asked of every image, in V variants."""
 
-    Attributes:
-      names: of the classes.
-      shape: (H, W, C) of the images that are given.
-      rows: (images [B, H, W, C] uint8, variants [B]) -> rows to edit, and how.
-      files: what the result of each variant is called.
-      compare: (variant, its result, the given image [H, W, C] uint8, another one that
-        is its truth or None) -> comparison.
-      settings: for the protocol.
-      hole: [H, W] bool, or None.
-    """
-
-    names: Sequence[str]
-    shape: tuple[int, int, int]
+    names: Sequence[str]  #: of the classes
+    shape: tuple[int, int, int]  #: (H, W, C) of the images that are given
+    #: (images [B, H, W, C] uint8, variants [B]) -> rows to edit, and how
     rows: Callable[[np.ndarray, np.ndarray], tuple[editing.Rows, recipes.Recipe]]
-    files: Sequence[str]
+    files: Sequence[str]  #: what the result of each variant is called
+    #: (variant, its result, the given image [H, W, C] uint8, another one that is its
+    #: truth or None) -> comparison
     compare: Callable[[int, Edited, np.ndarray, np.ndarray | None], Comparison]
-    settings: dict[str, Any]
-    hole: np.ndarray | None = None
+    settings: dict[str, Any]  #: for the protocol
+    hole: np.ndarray | None = None  #: [H, W] bool, or None
 
 
 def _rows(
