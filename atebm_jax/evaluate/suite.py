@@ -12,15 +12,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import (
-    checkpoint,
-    data,
-    models,
-    seeds,
-    sharding,
-    storage,
-    trained,
-)
+from atebm_jax import checkpoint, data, seeds, sharding, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import (
@@ -34,7 +26,7 @@ from atebm_jax.evaluate import (
     report,
     robustness,
 )
-from atebm_jax.evaluate.context import Context, Judge, Options
+from atebm_jax.evaluate.context import Context, Extractor, Options
 from atebm_jax.evaluate.store import Store
 from atebm_jax.model_names import located
 from atebm_jax.progress import ShowFn
@@ -372,7 +364,9 @@ def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> C
     return replace(context, judge=judge._replace(variables=placed), store=store)
 
 
-def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Judge:
+def _trained_judge(
+    context: Context, path: str, names: tuple[str, ...] | None
+) -> Extractor:
     loaded, number = trained.load(path), context.config.model.num_classes
     if (loaded.image_shape, loaded.num_classes) != (context.image_shape, number):
         raise UserError(
@@ -380,42 +374,32 @@ def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -
             f"{loaded.num_classes} classes and this model {context.image_shape} of "
             f"{number}: an independent classifier must take the same."
         )
-    order = None
-    if names and loaded.class_names:
-        order = data.relabel.same_order(loaded.class_names, names, f"--judge={path}")
-    sha256 = loaded.fingerprint
-    if sha256 == trained.fingerprint(context.variables):
+    judge = extractors.from_model("network", loaded.model, loaded.variables, number)
+    if judge.fingerprint == trained.fingerprint(context.variables):
         raise UserError(
             f"--judge={path} has the weights of the model itself: give a classifier "
             "that was trained independently."
         )
-
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        found = models.logits_fn(loaded.model, variables)(images)
-        return found if order is None else found[:, np.asarray(order)]
-
-    return Judge(logits, loaded.variables, sha256)
+    if names and loaded.class_names:
+        order = data.relabel.same_order(loaded.class_names, names, f"--judge={path}")
+        if order is not None:
+            return judge._replace(outputs=np.asarray(order))
+    return judge
 
 
 def _imagenet_judge(
     context: Context, path: str, names: tuple[str, ...] | None
-) -> Judge:
+) -> Extractor:
     """EfficientNet-Lite0, for models of ImageNet's classes alone."""
     # A network that names no classes has those of its data, by place.
     names = names or context.sources["test"].class_names
-    outputs = extractors.imagenet_outputs(names)
-    if outputs is None:
+    if extractors.imagenet_outputs(names) is None:
         raise UserError(
             f"--judge={path} knows ImageNet's 1,000 classes, by their names in WordNet "
             "(n01440764 and so on), and this model has others: give a checkpoint of a "
             "classifier of the same classes."
         )
-    extractor = extractors.from_efficientnet_lite0()
-
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return extractor.apply(variables, images)[1][:, outputs]
-
-    return Judge(logits, extractor.variables, extractor.fingerprint)
+    return extractors.from_efficientnet_lite0(names)
 
 
 def _notes(context: Context) -> list[str]:

@@ -235,12 +235,16 @@ def test_network_for_imagenet_judges_imagenet_alone(workdir, tmp_path, monkeypat
     network = extractors.Extractor(
         "", "sha", {}, lambda weights, x: (x, outputs), None, {}
     )
-    monkeypatch.setattr(extractors, "from_efficientnet_lite0", lambda: network)
+    monkeypatch.setattr(
+        extractors,
+        "from_efficientnet_lite0",
+        lambda names: network._replace(outputs=extractors.imagenet_outputs(names)),
+    )
     backwards = tuple(f"n{k:08d}" for k in range(1000))[::-1]
     context = SimpleNamespace(sources={"test": SimpleNamespace(class_names=backwards)})
     for names in (None, backwards):
         judge = suite._imagenet_judge(context, "efficientnet_lite0", names)
-        np.testing.assert_array_equal(judge.apply({}, None), outputs[:, ::-1])
+        np.testing.assert_array_equal(judge.logits({}, None), outputs[:, ::-1])
 
 
 def test_judge_and_classes_stand_in_the_report(workdir, tmp_path, monkeypatch):
