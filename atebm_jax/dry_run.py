@@ -60,11 +60,7 @@ class Machine(NamedTuple):
     utilisation: float = 0.4  #: share of the peak to expect, an assumption
 
     def check(self) -> None:
-        """Refuses what no machine has.
-
-        Raises:
-          UserError: names the flag.
-        """
+        """Refuses what no machine has by a `UserError` that names the flag."""
         for flag, value in self._asdict().items():
             flag = "device_memory_gib" if flag == "memory_gib" else flag
             if not 0 < value < math.inf:
@@ -123,12 +119,9 @@ class Cost:
 
 
 def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost:
-    """Traces a stage's parts with shapes.
+    """Traces the parts of a stage of a complete config with shapes.
 
-    Args:
-      config: a complete config.
-      name: a key of `stages.STAGES`.
-      fsdp: devices that share one state.
+    `fsdp` is the number of devices that share one state.
 
     Raises:
       UserError: the config describes no network or no step.
@@ -191,12 +184,7 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a stage: images [number, H, W, C] and labels of each stream.
 
-    Args:
-      stage: whose streams.
-      shape: [H, W, C].
-      number: of images.
-      dtype: of the images.
-      place: where they live, a sharding; None for shapes that are only traced.
+    They have a place, a sharding, unless they are only traced.
     """
     images = jax.ShapeDtypeStruct((number, *shape), dtype, sharding=place)
     labels = jax.ShapeDtypeStruct((number,), jnp.int32, sharding=place)

@@ -16,14 +16,10 @@ CIFAR_STRONG = f"{CIFAR_BASIC}|autoaugment_cifar10|cutout(16)"
 
 
 def cifar(name: str, num_classes: int) -> ConfigDict:
-    """WRN-34-10 on CIFAR-10 or CIFAR-100: data, augmentation, both stages.
+    """WRN-34-10 on CIFAR-10 or CIFAR-100 of TFDS: data, augmentation, both stages.
 
     The L2 adversaries (eps 0.5, 10 steps of 0.1), SGD with weight decay 5e-4, batch 128
     and the contrastive step of 0.1 are the defaults already.
-
-    Args:
-      name: of the TFDS data set.
-      num_classes: its classes.
     """
     config = default()
     config.data.train = f"tfds:{name}:train"
@@ -120,11 +116,7 @@ def _small_stage2(config: ConfigDict) -> None:
 
 
 def methods(base: Callable[[], ConfigDict]) -> dict[str, Callable[[], ConfigDict]]:
-    """Rows of a config file that differ from one row in the method alone.
-
-    Args:
-      base: makes the config of that row, both stages of the paper's method.
-    """
+    """Rows that differ in the method alone from one, with both stages of the paper's."""
 
     def row(change: Callable[[ConfigDict], None]) -> ConfigDict:
         config = base()
@@ -197,9 +189,7 @@ METHODS: dict[str, Callable[[ConfigDict], None]] = {
 def imagenet(arch: str, size: int = 256) -> ConfigDict:
     """Stage 2 on ImageNet from imported weights: data, augmentation, SGD, adversary.
 
-    Args:
-      arch: a key of `archs.ARCHS`.
-      size: S, pixels a side.
+    The network is one of `archs.ARCHS`, for images of `size` pixels a side.
     """
     config = default()
     config.stages = "stage2"
@@ -248,10 +238,6 @@ def imagenet(arch: str, size: int = 256) -> ConfigDict:
 
 
 def choose_row(row: str, rows: Mapping[str, Callable[[], ConfigDict]]) -> ConfigDict:
-    """The config of a row of a config file's table.
-
-    Raises:
-      UserError: there is no such row.
-    """
+    """The config of a row of a config file's table; a `UserError` if there is none."""
     check_choice("row", row, rows)
     return rows[row]()

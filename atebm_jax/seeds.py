@@ -71,15 +71,11 @@ class Gaussian:
         return hashlib.sha256(content).hexdigest()
 
     def draw(self, seed: int, number: int, label: int = 0) -> np.ndarray:
-        """One seed image, which does not depend on the others that are drawn with it.
+        """One seed image, uint8 [H, W, C], which does not depend on any other.
 
         Args:
-          seed: of the whole set, 0 <= seed < 2**64.
-          number: of the image in the set, 0 <= number < 2**64.
+          seed, number: of the whole set, and of the image in it; 0 to 2**64 - 1.
           label: its class; ignored where one Gaussian describes all.
-
-        Returns:
-          uint8 [H, W, C].
         """
         group = label % len(self.means)
         bits = np.random.Philox(key=np.array([seed, number], np.uint64))

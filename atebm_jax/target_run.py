@@ -377,11 +377,9 @@ def run(
     Where a step does not fit, changes are compiled until one does.
 
     Args:
-      config: a complete config.
+      config, console, json_file: as of `dry_run.run`.
       target_name: as "v5e:2x4" or "h100:8".
       program: "train", or "sample" for the program that draws the config's samples.
-      console: where to print; default the terminal.
-      json_file: also write the figures there; `~` is the home.
 
     Returns:
       The figures by stage, "remedies" among them, each with its flags; or those of

@@ -133,11 +133,7 @@ class Target(NamedTuple):
 
 
 def parse(name: str) -> Target:
-    """Reads a target's name.
-
-    Raises:
-      UserError: no such chip, or no size.
-    """
+    """Reads a target's name; a `UserError` of no such chip, or no size."""
     match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*))?", name)
     kind, sizes = (match[1], match[2]) if match else (name, None)
     if kind in _GPUS and sizes is None:

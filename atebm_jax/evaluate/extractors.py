@@ -26,8 +26,7 @@ _WORDNET = re.compile(r"n\d{8}")
 def of(context: Context) -> Extractor:
     """The extractor that the options ask for, its weights on every device.
 
-    Raises:
-      UserError: it is not there, or takes other images.
+    A `UserError` if it is not there, or takes other images.
     """
     extractor = _chosen(context)
     placed = sharding.put_replicated(extractor.variables, context.mesh)
