@@ -116,7 +116,7 @@ def _small_stage2(config: ConfigDict) -> None:
 
 
 def methods(base: Callable[[], ConfigDict]) -> dict[str, Callable[[], ConfigDict]]:
-    """Rows that differ in the method alone from one, with both stages of the paper's."""
+    """Rows that differ in the method alone from a row of the paper's method."""
 
     def row(change: Callable[[ConfigDict], None]) -> ConfigDict:
         config = base()
