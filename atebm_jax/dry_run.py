@@ -372,22 +372,16 @@ def place_of(json_file: str) -> epath.Path:
     elif not os.path.isdir(path.parent):
         wrong = f"{path.parent} is not there"
     elif not is_device(path):
-        wrong = _refused(path)
+        try:
+            storage.probe(path)
+        except OSError as error:
+            wrong = error.strerror or str(error)
     if wrong:
         raise UserError(
             f"--dry_run_json={json_file} cannot be written ({wrong}): give a file in a "
             "folder that exists."
         )
     return path
-
-
-def _refused(path: epath.Path) -> str:
-    """Why a file system takes no new file beside this one; "" if it does."""
-    try:
-        storage.probe(path)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
 
 
 def _estimate(

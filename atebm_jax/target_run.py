@@ -41,7 +41,11 @@ from atebm_jax.targets import Target
 from atebm_jax.train import jit_step, placed_state, plan_stage
 
 # Images of an epoch where the data are not at hand.
-_NUM_TRAIN = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
+_NUM_TRAIN = {
+    "tfds:imagenet2012:train": 1_281_167,
+    "tfds:cifar10:train": 50_000,
+    "tfds:cifar100:train": 50_000,
+}
 # The scopes of loops, as traced: of PGD's steps, by their names in `dry_run`, the
 # longest first, and of the parts of a batch.
 _CLIMBS = {
@@ -355,9 +359,8 @@ def _basis(target: Target, dtype: str) -> str:
 
 def num_images(config: ml_collections.ConfigDict) -> int | None:
     """Images of an epoch: of the data where they are here, else of what is known."""
-    for name, number in _NUM_TRAIN.items():
-        if config.data.train == f"tfds:{name}:train":
-            return number
+    if config.data.train in _NUM_TRAIN:
+        return _NUM_TRAIN[config.data.train]
     try:
         return len(data.open_source(config.data.train, config.data.data_dir))
     except UserError:
