@@ -13,7 +13,7 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -141,17 +141,28 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     state = jax.eval_shape(plan.new_state, variables)
     batch = batch_shapes(stage, shape, 1)
     turns = plan.method.turns(plan.block) | {"loss gradient": 1}
-    gradient = num_bytes(variables["params"])
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    gradient = num_bytes(params)
+
+    def by_params(number: int) -> int:
+        batch = batch_shapes(stage, shape, number)
+        made = _made(stage, variables, batch)
+        return _kept(lambda *of: stage.loss(*of)[0], params, stats, batch, made)
+
+    def by_images(number: int) -> int:
+        images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
+        score = lambda x, v: energy.score(models.logits_fn(model, v)(x))
+        return _kept(score, images, variables)
+
     return Cost(
-        parameters=sum(
-            math.prod(x.shape) for x in jax.tree.leaves(variables["params"])
-        ),
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
         state_bytes=_bytes_of_a_part(state, fsdp),
         gradient_bytes=gradient,
         image_bytes=2
         * num_bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
-        loss_bytes=_slope(lambda n: _kept_by_loss(stage, variables, shape, n)),
-        pgd_bytes=_slope(lambda n: _kept_by_pgd(model, variables, shape, n)),
+        # What two images need more than one.
+        loss_bytes=by_params(2) - by_params(1),
+        pgd_bytes=by_images(2) - by_images(1),
         flops=_flops(stage, model, variables, batch, turns),
         turns=turns,
         gathered_bytes=0 if fsdp == 1 else gradient,
@@ -241,38 +252,17 @@ def _flops(
     return result
 
 
-def _slope(kept: Any) -> int:
-    """Bytes per image: what two images need more than one."""
-    return kept(2) - kept(1)
+def _kept(function: Callable[..., Any], by: Any, *rest: Any) -> int:
+    """Bytes that differentiation by the first argument keeps."""
 
+    def pullback(by: Any, *rest: Any) -> Any:
+        return jax.vjp(lambda by: function(by, *rest), by)[1]
 
-def _kept_by_loss(
-    stage: stages.Stage, variables: Any, shape: tuple[int, ...], number: int
-) -> int:
-    batch = batch_shapes(stage, shape, number)
-    made = _made(stage, variables, batch)
-    stats = variables.get("batch_stats", {})
-
-    def pullback(params: Any, stats: Any, batch: Any, made: Any) -> Any:
-        return jax.vjp(lambda p: stage.loss(p, stats, batch, made)[0], params)[1]
-
-    return num_bytes(jax.eval_shape(pullback, variables["params"], stats, batch, made))
-
-
-def _kept_by_pgd(
-    model: nn.Module, variables: Any, shape: tuple[int, ...], number: int
-) -> int:
-    images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
-
-    def pullback(variables: Any, x: jax.Array) -> Any:
-        logits_fn = models.logits_fn(model, variables)
-        return jax.vjp(lambda images: energy.score(logits_fn(images)), x)[1]
-
-    return num_bytes(jax.eval_shape(pullback, variables, images))
+    return num_bytes(jax.eval_shape(pullback, by, *rest))
 
 
 def num_bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def remedies(

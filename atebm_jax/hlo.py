@@ -53,8 +53,6 @@ class Program:
     def __init__(self, text: str):
         self._lines: dict[str, list[str]] = {}
         self._entry = ""
-        # Inputs whose memory an output takes over.
-        self.num_aliases = text.partition("\n")[0].count("-alias)")
         name = ""
         for line in text.splitlines():
             header = _HEADER.match(line)
@@ -73,19 +71,6 @@ class Program:
     def lines(self, name: str) -> list[str]:
         """The instructions of one computation, without those that it calls."""
         return [_code(line) for line in self._lines[name]]
-
-    def loop_bodies(self) -> list[list[str]]:
-        """The instructions of every loop body with all that it calls."""
-        return [
-            self.reachable(loop.body)
-            for name in self._lines
-            for loop in self.loops(name)
-        ]
-
-    def outside_loops(self) -> list[str]:
-        """All instructions that are in no loop body."""
-        inside = {line for body in self.loop_bodies() for line in body}
-        return [line for line in self.everything() if line not in inside]
 
     def loops(self, name: str = "") -> list[Loop]:
         """The loops that a computation (by default the main one) runs, in order."""
@@ -177,15 +162,6 @@ class Program:
             for line in self._lines[name]:
                 waiting += _called(line)
         return [_code(line) for name in seen for line in self._lines[name]]
-
-
-def convolutions(lines: Iterable[str]) -> list[tuple[int, ...]]:
-    """The result shapes of the convolutions among some instructions."""
-    return [
-        _sizes(line.partition(" convolution(")[0])[-1]
-        for line in lines
-        if " convolution(" in line
-    ]
 
 
 def collectives(lines: Iterable[str]) -> list[Collective]:
