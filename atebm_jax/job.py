@@ -446,7 +446,7 @@ def _tell_ahead(job: Job, plans: Sequence[Plan], evaluation: Evaluation) -> None
     evaluated = [s for s in reached if reached[s] or s in to_run]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
     if any(p.method.curriculum and not reached[p.name] for p in to_train):
-        for line in reachability.lines(evaluation.measured_reachability()):
+        for line in reachability.lines(evaluation.reachability):
             say(job.console, line)
 
 
