@@ -55,12 +55,10 @@ def measure(
     """Compares seeds with training images, and the distance with what steps can cover.
 
     Args:
-      seeds: [N, H, W, C] float in [0, 1].
-      images: [M, H, W, C] float in [0, 1].
-      t_max: greatest number of contrastive steps.
-      contrastive_step_size: L2 pixels.
-      num_sampling_steps: of evaluation's samples.
-      sampling_step_size: L2 pixels; None where steps have no given length.
+      seeds, images: [N, H, W, C] and [M, H, W, C], float in [0, 1].
+      t_max, num_sampling_steps: most contrastive steps, and those of evaluation.
+      contrastive_step_size, sampling_step_size: L2 pixels; the latter is None where
+        steps have no given length.
     """
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)

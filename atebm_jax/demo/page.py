@@ -407,7 +407,7 @@ def _answered(
     return drawn
 
 
-def _picture(label: str, **options: Any) -> gr.Image:
+def _picture(label: str) -> gr.Image:
     return gr.Image(
         label=label,
         format="png",
@@ -415,7 +415,6 @@ def _picture(label: str, **options: Any) -> gr.Image:
         buttons=["download", "fullscreen"],
         elem_classes="pixels",
         min_width=150,
-        **options,
     )
 
 

@@ -205,7 +205,8 @@ def _given_images(
     height, width, channels = shape
     degrade: Callable[[np.ndarray], np.ndarray] = constraints.as_images
     if hole is not None and given.degrade:
-        degrade = partial(_blacken, hole)
+        black, kept = np.float32(0), ~hole[..., None]
+        degrade = lambda images: np.where(kept, constraints.as_images(images), black)
     if given.task == "superres":
         factor = given.factor
         if factor < 2 or height % factor or width % factor:
@@ -238,10 +239,6 @@ def _constraint(
         radius = 4.0 if given.radius is None else given.radius
         parts.append(constraints.ball(origin, radius, given.norm))
     return parts[0] if len(parts) == 1 else constraints.together(*parts)
-
-
-def _blacken(hole: np.ndarray, images: np.ndarray) -> np.ndarray:
-    return np.where(hole[..., None], np.float32(0), constraints.as_images(images))
 
 
 def _shrink(factor: int, images: np.ndarray) -> np.ndarray:
