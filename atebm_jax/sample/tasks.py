@@ -30,6 +30,8 @@ _TASKS: dict[str, tuple[str, ...]] = {
     "superres": ("factor",),
 }
 _DEFAULTS = {"fill": "mean", "strength": 0.5}
+# Flags that are fields of a recipe under the same name.
+_OF_RECIPE = ("sampler", "schedule", "step_size", "num_steps", "seed")
 
 #: Pictures of a strip by title, and what the record of the result has beside.
 Comparison = tuple[dict[str, np.ndarray], dict[str, Any]]
@@ -63,11 +65,7 @@ def _rows(
         constraint(images, variants),
         None if labels is None else labels[variants],
         loaded.config.evaluate.samples,
-        step_size=given.step_size,
-        num_steps=given.num_steps,
-        sampler=given.sampler,
-        schedule=given.schedule,
-        seed=given.seed,
+        **{name: getattr(given, name) for name in _OF_RECIPE},
     )
 
 
