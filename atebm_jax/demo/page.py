@@ -31,27 +31,7 @@ _CANVAS = 384
 _POLICY = (
     b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
 )
-# Pixels are shown as they are, and nothing lies on them.
-_CSS = """
-.gradio-container { max-width: 1360px !important; width: 100%; margin: auto; }
-#title h1 { font-size: 1.7rem; margin: 0.4rem 0 0; letter-spacing: -0.02em; }
-#title p { opacity: 0.7; margin: 0; }
-.pixels img { image-rendering: pixelated; width: 100%; object-fit: contain; }
-.pixels .image-container, .pixels .image-container * { max-height: 22rem; }
-.pixels .image-container :is(button:has(img), .image-frame) { width: 100%; }
-.pixels label[data-testid="block-label"] { position: relative; display: inline-flex;
-              margin: 8px; }
-.pixels label[data-testid="block-label"] > span { display: none; }
-.pixels .grid-wrap { min-height: 0; }
-.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), 1fr);
-              grid-template-rows: none; grid-auto-rows: auto; padding-top: 0; }
-.pixels .gallery-item { height: auto; }
-.pixels .thumbnail-lg { aspect-ratio: 1; height: auto; width: 100%; }
-.pixels .caption-label { font-size: 0.65rem; padding: 1px 5px; }
-@media (max-width: 700px) {
-  .pixels .grid-container { grid-template-columns: repeat(4, 1fr); }
-}
-"""
+_STYLE = Path(__file__).with_name("page.css")
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "Consolas", "monospace"]
 
@@ -123,7 +103,7 @@ def launch(
             share=share,
             max_file_size=_LARGEST_UPLOAD,
             theme=theme,
-            css=_CSS,
+            css=_STYLE.read_text(),
             footer_links=["settings"],
             ssr_mode=False,
             show_error=True,

@@ -4,10 +4,10 @@ Several evaluations stand side by side where their figures mean the same.
 """
 
 import base64
-import importlib.resources
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -156,9 +156,8 @@ def page(evaluations: Sequence[Evaluation]) -> str:
     links = "".join(f'<a href="#{_text(m)}">{_text(m)}</a>' for m in metrics)
     sections = "".join(_section(metric, evaluations) for metric in metrics)
     facts = "".join(map(_facts, evaluations))
-    # They lie beside this file.
-    beside = importlib.resources.files(__package__)
-    style, script = (beside.joinpath(f"report.{e}").read_text() for e in ("css", "js"))
+    here = Path(__file__)
+    style, script = (here.with_name(f"report.{e}").read_text() for e in ("css", "js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
