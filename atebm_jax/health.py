@@ -235,7 +235,7 @@ def _gains(
             accuracy_evidence(_accuracy(metrics), setting, _BETWEEN_ODDS, _CHANCE_ODDS)
         )
     if watch.spreads:
-        least = _NO_SPREAD * np.median(watch.spreads)
+        least = _NO_SPREAD * float(np.median(watch.spreads))
         gains["logit_spread"] = _counted(metrics["logit_spread"] < least)
     if len(watch.norms) >= PATIENCE:
         most = _LARGE_NORM * _usual_norm(watch)
