@@ -27,8 +27,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, local_path, release_format, sharding
+from atebm_jax import checksums, release_format, sharding
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.local_path import absolute
 from atebm_jax.model_names import located
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
@@ -51,9 +52,6 @@ _EXTRA_BEFORE = "curriculum"
 
 # The stage of weights that came from elsewhere.
 IMPORTED = "imported"
-
-#: A path in the form that Orbax needs.
-absolute = local_path.absolute
 
 
 def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:

@@ -64,7 +64,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 70
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_use_ivar = False
 
 
 def setup(app: Sphinx) -> None:
@@ -194,7 +194,8 @@ def _plain_text(
         parts[::2] = [
             re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]
         ]
-        lines[index] = bullet + "`".join(parts)
+        # A letter with a full stop alone would begin a list.
+        lines[index] = bullet + re.sub(r"(: [A-Z])\.$", r"\1", "`".join(parts))
     if what in ("attribute", "data") and lines:
         lines[0] = f":{lines[0]}"  # as below
     for index, line in enumerate(lines[:-1]):
