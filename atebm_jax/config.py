@@ -474,12 +474,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
-    """Refuses an override of a field that does not exist or has another type.
-
-    Args:
-      config: the config before the override.
-      field: dotted name after "--config.".
-      text: the value as written on the command line.
+    """Refuses an override, `--config.FIELD=TEXT`, that does not fit the config.
 
     Raises:
       UserError: names the nearest fields, or the type that is expected.

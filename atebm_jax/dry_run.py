@@ -323,8 +323,7 @@ def run(
     """Estimates every stage of a config, prints tables, and says what fits.
 
     Args:
-      config: a complete config.
-      machine: devices, their memory and speed.
+      config, machine: a complete config, and what it shall run on.
       console: where to print; default the terminal.
       json_file: also write the figures there; `~` is the home.
 

@@ -15,13 +15,9 @@ class UserError(ValueError):
 def check_choice(
     field: str, value: object, choices: Collection[str], of: str = ""
 ) -> None:
-    """Refuses a value that is none of a few.
+    """Refuses a value of a field ("model.stem") that is none of a few.
 
-    Args:
-      field: what has the value: "model.stem".
-      value: what was given.
-      choices: what is allowed.
-      of: what the choices belong to, where that is in doubt: " of a ViT".
+    `of` says what the choices belong to, where that is in doubt: " of a ViT".
     """
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)

@@ -118,12 +118,8 @@ def look(
 ) -> tuple[Watch, list[Sign]]:
     """Takes the metrics of one step.
 
-    Args:
-      watch: what is remembered of the steps before.
-      metrics: as of `train_step.make`, as plain numbers. A step that was skipped, as it
-        was not finite, is not looked at.
-      setting: of the stage.
-      step: its number.
+    They are those of `train_step.make`, as plain numbers. A step that was skipped, as
+    it was not finite, is not looked at.
 
     Returns:
       (what is remembered now, signs that are shown for the first time).

@@ -225,12 +225,10 @@ def times(
     """Seconds of a step's parts and of whole steps.
 
     Args:
-      program: a compiled step.
-      target: what it was compiled for.
+      program, target: a compiled step, and what it was compiled for.
       turns: part -> how often a step climbs, as a method's `turns`.
       moments: contrastive steps T of whole steps.
-      parts: micro-batches.
-      dtype: the network's.
+      parts, dtype: micro-batches, and the network's dtype.
 
     Returns:
       Each of `_CLIMBS` that has a loop (one step, of the whole batch), "rest", and

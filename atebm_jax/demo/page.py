@@ -83,7 +83,6 @@ def launch(
     """Opens the page.
 
     Args:
-      answers: of a model.
       host: address to listen at; the default is reached from this machine alone.
       port: default the first free one from 7860 on.
       share: a public address by Gradio's servers, which then carry all traffic.
