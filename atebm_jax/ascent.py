@@ -371,7 +371,6 @@ def climb_through(
     step_size: jax.Array | float,
     ends: jax.Array,
     schedule: ScheduleFn = SCHEDULES["constant"],
-    project: ProjectFn = clip,
     target: jax.Array | float | None = None,
 ) -> jax.Array:
     """`climb` that shows the images at several numbers of steps of one trajectory.
@@ -384,7 +383,7 @@ def climb_through(
       [S, B, H, W, C], each what `climb` makes in so many steps.
     """
     scored = lambda x: (objective(x), None)
-    advance = _step(scored, rule, keys, step_size, ends[-1], schedule, project, target)
+    advance = _step(scored, rule, keys, step_size, ends[-1], schedule, target=target)
 
     def part(
         carry: tuple[jax.Array, State], last: jax.Array

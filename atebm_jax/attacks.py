@@ -37,14 +37,7 @@ def l2(epsilon: jax.Array | float) -> Threat:
     Raises:
       UserError: epsilon is not positive.
     """
-    if _is_infinite("l2", epsilon):
-        return unbounded()._replace(norm="l2")
-    return Threat(
-        "l2",
-        epsilon,
-        ascent.unit,
-        lambda images, origin: ascent.project_l2(images, origin, epsilon),
-    )
+    return _ball("l2", epsilon, ascent.unit, ascent.project_l2)
 
 
 def linf(epsilon: jax.Array | float) -> Threat:
@@ -59,14 +52,26 @@ def linf(epsilon: jax.Array | float) -> Threat:
     Raises:
       UserError: epsilon is not positive.
     """
-    if _is_infinite("linf", epsilon):
-        return unbounded()._replace(norm="linf", direction=jnp.sign)
-    return Threat(
-        "linf",
-        epsilon,
-        jnp.sign,
-        lambda images, origin: ascent.project_linf(images, origin, epsilon),
-    )
+    return _ball("linf", epsilon, jnp.sign, ascent.project_linf)
+
+
+def _ball(
+    norm: str,
+    epsilon: jax.Array | float,
+    direction: Callable[[jax.Array], jax.Array],
+    project: Callable[..., jax.Array],
+) -> Threat:
+    # A radius of run time is not checked, and taken for a finite one.
+    if not isinstance(epsilon, jax.Array):
+        if not epsilon > 0:
+            raise UserError(
+                f"{norm} radius epsilon is {epsilon!r}: it must be positive; "
+                "for no attack at all set the number of steps to 0."
+            )
+        if math.isinf(epsilon):
+            return unbounded()._replace(norm=norm, direction=direction)
+    onto = lambda images, origin: project(images, origin, epsilon)
+    return Threat(norm, epsilon, direction, onto)
 
 
 def unbounded() -> Threat:
@@ -200,15 +205,3 @@ def adversary(
         )
 
     return perturb
-
-
-def _is_infinite(norm: str, epsilon: jax.Array | float) -> bool:
-    """Checks a radius; one of run time is taken for a finite one."""
-    if isinstance(epsilon, jax.Array):
-        return False
-    if not epsilon > 0:
-        raise UserError(
-            f"{norm} radius epsilon is {epsilon!r}: it must be positive; "
-            "for no attack at all set the number of steps to 0."
-        )
-    return math.isinf(epsilon)

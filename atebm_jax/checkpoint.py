@@ -13,6 +13,7 @@ deleted. `intact` chooses the step to go on from.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -26,8 +27,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from atebm_jax import checksums, local_path, release_format, sharding
+from atebm_jax import checksums, release_format, sharding
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.local_path import absolute
 from atebm_jax.model_names import located
 from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
@@ -50,9 +52,6 @@ _EXTRA_BEFORE = "curriculum"
 
 # The stage of weights that came from elsewhere.
 IMPORTED = "imported"
-
-#: A path in the form that Orbax needs.
-absolute = local_path.absolute
 
 
 def stage_folder(workdir: str | epath.Path, stage: str) -> epath.Path:
@@ -81,17 +80,11 @@ def manager(workdir: str | epath.Path, stage: str) -> ocp.CheckpointManager:
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         _remove_leftovers(folder)
-    policies: list[checkpoint_managers.PreservationPolicy] = [
-        checkpoint_managers.LatestN(2),
-        *(
-            checkpoint_managers.BestN(
-                get_metric_fn=_rank_by(name),
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            for name in BEST_BY
-        ),
-    ]
+    best_n = functools.partial(
+        checkpoint_managers.BestN, n=1, keep_checkpoints_without_metrics=False
+    )
+    policies = [best_n(get_metric_fn=_rank_by(name)) for name in BEST_BY]
+    policies = [checkpoint_managers.LatestN(2), *policies]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         # Without a best_fn Orbax does not store the metrics that the policies read.
@@ -121,9 +114,7 @@ def save(
 
     Args:
       checkpoints: as of `manager`.
-      state: the state; its step names the checkpoint.
-      stage: name of the stage.
-      config: the whole config, stored beside the state.
+      state, stage, config: what is saved; the config is the whole one.
       metrics: evaluation at this step, with the keys of `BEST_BY`, or None.
       contrastive_steps: T, which it has reached; 0 without any.
       gaussian: what seeds are drawn from; None where they are noise or a data set.
@@ -183,8 +174,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> TrainSt
     """Restores a state onto the devices and shardings of another.
 
     Args:
-      checkpoints: as of `manager`.
-      step: one of `checkpoints.all_steps()`.
+      checkpoints, step: as of `manager`, and one of its steps.
       like: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`, with
         the shardings that the result shall have.
 
@@ -478,7 +468,5 @@ def _restored(
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (
-        f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-    )
+    lines = [line[:200] for line in str(error).strip().splitlines()]
+    return ": ".join([type(error).__name__, *lines[:1]])

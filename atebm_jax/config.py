@@ -7,12 +7,12 @@ command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
 import ast
 import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 from atebm_jax.stages import PAPER, STAGES
 
 #: The `init_from` that stands for random weights, whatever a stage starts from.
@@ -380,11 +380,7 @@ ON_DYING = ("rollback", "stop", "note", "report")
 
 
 def _check_dying(config: ml_collections.ConfigDict) -> None:
-    if config.on_dying not in ON_DYING:
-        raise UserError(
-            f"config.on_dying is {config.on_dying!r}: choose one of "
-            f"{', '.join(ON_DYING)}."
-        )
+    check_choice("config.on_dying", config.on_dying, ON_DYING)
     factor = config.rollback_learning_rate_factor
     if not 0 < factor <= 1:
         raise UserError(
@@ -392,11 +388,21 @@ def _check_dying(config: ml_collections.ConfigDict) -> None:
         )
 
 
+# Of a stage's fields: whether a value can be, and what it must do.
+_MUST: dict[str, tuple[Callable[[float], bool], str]] = {
+    "batch_size": (lambda x: x >= 1, "be positive"),
+    "num_steps": (lambda x: x >= 0, "be >= 0"),
+    "eval_every_steps": (lambda x: x >= 0, "be >= 0"),
+    "checkpoint_every_steps": (lambda x: x >= 0, "be >= 0"),
+    "learning_rate": (lambda x: x > 0, "be positive"),
+    "average_decay": (lambda x: 0 <= x < 1, "lie in [0, 1)"),
+}
+
+
 def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
-    if stage.batch_size < 1:
-        raise UserError(
-            f"config.{name}.batch_size is {stage.batch_size}: it must be positive."
-        )
+    for field, (holds, must) in _MUST.items():
+        if not holds(stage[field]):
+            raise UserError(f"config.{name}.{field} is {stage[field]}: it must {must}.")
     parts = stage.num_micro_batches
     if parts < 1 or stage.batch_size % parts:
         raise UserError(
@@ -408,21 +414,6 @@ def _check_stage(name: str, stage: ml_collections.ConfigDict) -> None:
             f"config.{name}.num_epochs is {stage.num_epochs} and config.{name}."
             f"num_steps {stage.num_steps}: a budget is required, exactly one of the "
             "two must be positive."
-        )
-    for field in ("eval_every_steps", "checkpoint_every_steps", "num_steps"):
-        if stage[field] < 0:
-            raise UserError(
-                f"config.{name}.{field} is {stage[field]}: it must be >= 0."
-            )
-    if not stage.learning_rate > 0:
-        raise UserError(
-            f"config.{name}.learning_rate is {stage.learning_rate}: it must be "
-            "positive."
-        )
-    if not 0 <= stage.average_decay < 1:
-        raise UserError(
-            f"config.{name}.average_decay is {stage.average_decay}: it must lie in "
-            "[0, 1)."
         )
     STAGES[name].check(name, stage)
 
@@ -483,12 +474,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def check_override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
-    """Refuses an override of a field that does not exist or has another type.
-
-    Args:
-      config: the config before the override.
-      field: dotted name after "--config.".
-      text: the value as written on the command line.
+    """Refuses an override, `--config.FIELD=TEXT`, that does not fit the config.
 
     Raises:
       UserError: names the nearest fields, or the type that is expected.

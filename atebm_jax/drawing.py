@@ -253,8 +253,7 @@ def on_devices(
 
     Args:
       program: compiled; (weights, *arguments) -> a tree of arrays.
-      weights: of the networks.
-      numbers: of the chunks.
+      weights, numbers: of the networks, and of the chunks.
       arguments_of: indices [CHUNK] int32 -> arguments, the same shapes every time.
       finish, together: as of `draw`.
 

@@ -13,7 +13,7 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -52,26 +52,15 @@ _MOST_DEVICES = 1024
 
 
 class Machine(NamedTuple):
-    """What the step shall run on.
+    """What the step shall run on."""
 
-    Attributes:
-      devices: how many.
-      memory_gib: of each, GiB.
-      peak_tflops: of each, in the config's compute dtype.
-      utilisation: share of the peak to expect, an assumption.
-    """
-
-    devices: int = 1
-    memory_gib: float = 80.0
-    peak_tflops: float = 989.0
-    utilisation: float = 0.4
+    devices: int = 1  #: how many
+    memory_gib: float = 80.0  #: of each, GiB
+    peak_tflops: float = 989.0  #: of each, in the config's compute dtype
+    utilisation: float = 0.4  #: share of the peak to expect, an assumption
 
     def check(self) -> None:
-        """Refuses what no machine has.
-
-        Raises:
-          UserError: names the flag.
-        """
+        """Refuses what no machine has by a `UserError` that names the flag."""
         for flag, value in self._asdict().items():
             flag = "device_memory_gib" if flag == "memory_gib" else flag
             if not 0 < value < math.inf:
@@ -87,31 +76,22 @@ class Machine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one stage's step takes.
+    """What one stage's step takes."""
 
-    Attributes:
-      parameters: numbers in the network.
-      state_bytes: parameters, averages and optimiser, on every device; with an fsdp
-        axis its part of them.
-      gradient_bytes: of one gradient of all parameters.
-      image_bytes: of one image of each stream, with what PGD makes of it, float32.
-      loss_bytes: kept per image and stream for the gradient of the loss.
-      pgd_bytes: kept per image for an image gradient.
-      flops: part -> FLOPs of one image (of each stream) and one turn.
-      turns: part -> how often it runs in a step; T_max for contrastive steps.
-      gathered_bytes: the whole parameters that a step gathers; 0 without an fsdp axis.
-      whole_batch: whether a batch has to pass at once, for its statistics.
-    """
-
-    parameters: int
+    parameters: int  #: numbers in the network
+    #: parameters, averages and optimiser, on every device; with an fsdp axis its part
+    #: of them
     state_bytes: int
-    gradient_bytes: int
-    image_bytes: int
-    loss_bytes: int
-    pgd_bytes: int
-    flops: dict[str, float]
+    gradient_bytes: int  #: of one gradient of all parameters
+    image_bytes: int  #: of one image of each stream, with what PGD makes of it, float32
+    loss_bytes: int  #: kept per image and stream for the gradient of the loss
+    pgd_bytes: int  #: kept per image for an image gradient
+    flops: dict[str, float]  #: part -> FLOPs of one image (of each stream) and one turn
+    #: part -> how often it runs in a step; T_max for contrastive steps
     turns: dict[str, int]
+    #: the whole parameters that a step gathers; 0 without an fsdp axis
     gathered_bytes: int = 0
+    #: whether a batch has to pass at once, for its statistics
     whole_batch: bool = False
 
     def step_flops(
@@ -139,12 +119,9 @@ class Cost:
 
 
 def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost:
-    """Traces a stage's parts with shapes.
+    """Traces the parts of a stage of a complete config with shapes.
 
-    Args:
-      config: a complete config.
-      name: a key of `stages.STAGES`.
-      fsdp: devices that share one state.
+    `fsdp` is the number of devices that share one state.
 
     Raises:
       UserError: the config describes no network or no step.
@@ -162,18 +139,30 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     shape = tuple(config.data.image_shape)
     variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(plan.new_state, variables)
-    batch, turns = batch_shapes(stage, shape, 1), _turns(config, name)
-    gradient = num_bytes(variables["params"])
+    batch = batch_shapes(stage, shape, 1)
+    turns = plan.method.turns(plan.block) | {"loss gradient": 1}
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    gradient = num_bytes(params)
+
+    def by_params(number: int) -> int:
+        batch = batch_shapes(stage, shape, number)
+        made = _made(stage, variables, batch)
+        return _kept(lambda *of: stage.loss(*of)[0], params, stats, batch, made)
+
+    def by_images(number: int) -> int:
+        images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
+        score = lambda x, v: energy.score(models.logits_fn(model, v)(x))
+        return _kept(score, images, variables)
+
     return Cost(
-        parameters=sum(
-            math.prod(x.shape) for x in jax.tree.leaves(variables["params"])
-        ),
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
         state_bytes=_bytes_of_a_part(state, fsdp),
         gradient_bytes=gradient,
         image_bytes=2
         * num_bytes({k: v for k, v in batch.items() if k.startswith("x_")}),
-        loss_bytes=_slope(lambda n: _kept_by_loss(stage, variables, shape, n)),
-        pgd_bytes=_slope(lambda n: _kept_by_pgd(model, variables, shape, n)),
+        # What two images need more than one.
+        loss_bytes=by_params(2) - by_params(1),
+        pgd_bytes=by_images(2) - by_images(1),
         flops=_flops(stage, model, variables, batch, turns),
         turns=turns,
         gathered_bytes=0 if fsdp == 1 else gradient,
@@ -197,10 +186,6 @@ def moments(name: str, turns: Mapping[str, int]) -> list[int]:
     return sorted({0 if stages.STAGES[name].curriculum else most, most})
 
 
-def _turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
-    return stages.STAGES[name].turns(config[name]) | {"loss gradient": 1}
-
-
 def batch_shapes(
     stage: stages.Stage,
     shape: tuple[int, ...],
@@ -210,12 +195,7 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a stage: images [number, H, W, C] and labels of each stream.
 
-    Args:
-      stage: whose streams.
-      shape: [H, W, C].
-      number: of images.
-      dtype: of the images.
-      place: where they live, a sharding; None for shapes that are only traced.
+    They have a place, a sharding, unless they are only traced.
     """
     images = jax.ShapeDtypeStruct((number, *shape), dtype, sharding=place)
     labels = jax.ShapeDtypeStruct((number,), jnp.int32, sharding=place)
@@ -272,84 +252,58 @@ def _flops(
     return result
 
 
-def _slope(kept: Any) -> int:
-    """Bytes per image: what two images need more than one."""
-    return kept(2) - kept(1)
+def _kept(function: Callable[..., Any], by: Any, *rest: Any) -> int:
+    """Bytes that differentiation by the first argument keeps."""
 
+    def pullback(by: Any, *rest: Any) -> Any:
+        return jax.vjp(lambda by: function(by, *rest), by)[1]
 
-def _kept_by_loss(
-    stage: stages.Stage, variables: Any, shape: tuple[int, ...], number: int
-) -> int:
-    batch = batch_shapes(stage, shape, number)
-    made = _made(stage, variables, batch)
-    stats = variables.get("batch_stats", {})
-
-    def pullback(params: Any, stats: Any, batch: Any, made: Any) -> Any:
-        return jax.vjp(lambda p: stage.loss(p, stats, batch, made)[0], params)[1]
-
-    return num_bytes(jax.eval_shape(pullback, variables["params"], stats, batch, made))
-
-
-def _kept_by_pgd(
-    model: nn.Module, variables: Any, shape: tuple[int, ...], number: int
-) -> int:
-    images = jax.ShapeDtypeStruct((number, *shape), jnp.float32)
-
-    def pullback(variables: Any, x: jax.Array) -> Any:
-        logits_fn = models.logits_fn(model, variables)
-        return jax.vjp(lambda images: energy.score(logits_fn(images)), x)[1]
-
-    return num_bytes(jax.eval_shape(pullback, variables, images))
+    return num_bytes(jax.eval_shape(pullback, by, *rest))
 
 
 def num_bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def remedies(
     config: ml_collections.ConfigDict, name: str, cost: Cost, machine: Machine
 ) -> list[str]:
     """What would make a batch fit, the least first; empty if it fits or none does."""
-    stage = config[name]
-    limit = machine.memory_gib * GIB * (1 - RESERVE)
-    if cost.device_bytes(stage.batch_size, machine.devices, _parts(stage)) <= limit:
+    batch_size, parts = config[name].batch_size, config[name].num_micro_batches
+    devices = machine.devices
+
+    def fitting(cost: Cost, ways: list[tuple[int, int]], words: str) -> list[str]:
+        """The first of (devices, parts) that fits, in words; empty if none does."""
+        for way in ways:
+            need = cost.device_bytes(batch_size, *way) / GIB
+            if need <= machine.memory_gib * (1 - RESERVE):
+                return [words.format(*way, f"{need:.1f} GiB")]
         return []
-    found = []
-    lighter = config.copy_and_resolve_references()
-    lighter.model.remat = True
+
+    if fitting(cost, [(devices, parts)], ""):
+        return []
+    found, fsdp = [], _fsdp(config, machine)
     candidates = {"": cost}
     if not config.model.remat:
-        candidates["--config.model.remat=True "] = measure(
-            lighter, name, _fsdp(config, machine)
-        )
+        lighter = config.copy_and_resolve_references()
+        lighter.model.remat = True
+        candidates["--config.model.remat=True "] = measure(lighter, name, fsdp)
+    numbers = splits(batch_size, devices, cost.whole_batch)
+    ways = [(devices, number) for number in numbers]
     for flags, candidate in candidates.items():
-        for parts in splits(stage.batch_size, machine.devices, cost.whole_batch):
-            need = candidate.device_bytes(stage.batch_size, machine.devices, parts)
-            if need <= limit:
-                found.append(
-                    f"{flags}--config.{name}.num_micro_batches={parts} "
-                    f"({need / GIB:.1f} GiB a device)"
-                )
-                break
-    if _fsdp(config, machine) == 1 and machine.devices > 1:
-        candidate = measure(config, name, machine.devices)
-        need = candidate.device_bytes(stage.batch_size, machine.devices, _parts(stage))
-        if need <= limit:
-            found.append(f"--config.mesh=fsdp:-1 ({need / GIB:.1f} GiB a device)")
-    for devices in _device_counts(stage.batch_size, machine.devices):
-        need = cost.device_bytes(stage.batch_size, devices, _parts(stage))
-        if need <= limit:
-            found.append(f"{devices} devices ({need / GIB:.1f} GiB each)")
-            break
-    return found
+        words = f"{flags}--config.{name}.num_micro_batches={{1}} ({{2}} a device)"
+        found += fitting(candidate, ways, words)
+    if fsdp == 1 and devices > 1:
+        split = measure(config, name, devices)
+        words = "--config.mesh=fsdp:-1 ({2} a device)"
+        found += fitting(split, [(devices, parts)], words)
+    more = range(devices + 1, _MOST_DEVICES + 1)
+    ways = [(number, parts) for number in more if batch_size % number == 0]
+    return found + fitting(cost, ways, "{0} devices ({2} each)")
 
 
 def _fsdp(config: ml_collections.ConfigDict, machine: Machine) -> int:
     return sharding.parse_mesh(config.mesh, machine.devices).get(sharding.STATE_AXIS, 1)
-
-
-def _parts(stage: ml_collections.ConfigDict) -> int:
-    return stage.num_micro_batches
 
 
 def splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
@@ -357,12 +311,6 @@ def splits(batch_size: int, devices: int, whole_batch: bool) -> Iterator[int]:
     for parts in range(1, 2 if whole_batch else batch_size // devices + 1):
         if batch_size % (parts * devices) == 0:
             yield parts
-
-
-def _device_counts(batch_size: int, devices: int) -> Iterator[int]:
-    for count in range(devices + 1, _MOST_DEVICES + 1):
-        if batch_size % count == 0:
-            yield count
 
 
 def run(
@@ -375,8 +323,7 @@ def run(
     """Estimates every stage of a config, prints tables, and says what fits.
 
     Args:
-      config: a complete config.
-      machine: devices, their memory and speed.
+      config, machine: a complete config, and what it shall run on.
       console: where to print; default the terminal.
       json_file: also write the figures there; `~` is the home.
 
@@ -394,9 +341,8 @@ def run(
                 f"config.{name}.batch_size is {config[name].batch_size}: it does not "
                 f"split over --devices={machine.devices}."
             )
-    console = console or Console()
     path = None if json_file is None else place_of(json_file)
-    figures = _estimate(config, machine, console)
+    figures = _estimate(config, machine, console or Console())
     if path:
         with storage.writing(path):
             storage.write_json(path, figures)
@@ -415,22 +361,16 @@ def place_of(json_file: str) -> epath.Path:
     elif not os.path.isdir(path.parent):
         wrong = f"{path.parent} is not there"
     elif not is_device(path):
-        wrong = _refused(path)
+        try:
+            storage.probe(path)
+        except OSError as error:
+            wrong = error.strerror or str(error)
     if wrong:
         raise UserError(
             f"--dry_run_json={json_file} cannot be written ({wrong}): give a file in a "
             "folder that exists."
         )
     return path
-
-
-def _refused(path: epath.Path) -> str:
-    """Why a file system takes no new file beside this one; "" if it does."""
-    try:
-        storage.probe(path)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
 
 
 def _estimate(
@@ -471,7 +411,8 @@ def _figures(
     config: ml_collections.ConfigDict, name: str, cost: Cost, machine: Machine
 ) -> dict[str, Any]:
     stage = config[name]
-    need = cost.device_bytes(stage.batch_size, machine.devices, _parts(stage))
+    parts = stage.num_micro_batches
+    need = cost.device_bytes(stage.batch_size, machine.devices, parts)
     speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
     seconds = {
         f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
@@ -481,7 +422,7 @@ def _figures(
         **dataclasses.asdict(cost),
         **machine._asdict(),
         "batch_size": stage.batch_size,
-        "num_micro_batches": _parts(stage),
+        "num_micro_batches": parts,
         "device_bytes": need,
         "fits": need <= machine.memory_gib * GIB * (1 - RESERVE),
         "remedies": remedies(config, name, cost, machine),
@@ -531,12 +472,11 @@ def _show(
     )
     console.print(table)
     usable = figures["memory_gib"] * (1 - RESERVE)
-    if figures["fits"]:
-        verdict = f"fits into {usable:.0f} of {figures['memory_gib']:g} GiB."
-    else:
-        verdict = f"does not fit into {usable:.0f} of {figures['memory_gib']:g} GiB."
+    fits, remedy = "fits", ""
+    if not figures["fits"]:
+        fits = "does not fit"
+        remedy = " No split, rematerialisation or number of devices would help."
         if figures["remedies"]:
-            verdict += f" It would with {'; or '.join(figures['remedies'])}."
-        else:
-            verdict += " No split, rematerialisation or number of devices would help."
-    say(console, f"{name} {verdict}")
+            remedy = f" It would with {'; or '.join(figures['remedies'])}."
+    room = f"{usable:.0f} of {figures['memory_gib']:g} GiB"
+    say(console, f"{name} {fits} into {room}.{remedy}")

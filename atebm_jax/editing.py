@@ -28,17 +28,11 @@ _SMALLEST_RECORD = 64
 
 
 class Rows(NamedTuple):
-    """What is edited, one row an image.
+    """What is edited, one row an image."""
 
-    Attributes:
-      constraint: of `atebm_jax.constraints`; every array [N, ...].
-      labels: [N] int32 in 0..K-1 or `GUESS`; None to lower E(x).
-      step_sizes: [N] float32 > 0, as of the sampler.
-    """
-
-    constraint: Any
-    labels: Any
-    step_sizes: Any
+    constraint: Any  #: of `atebm_jax.constraints`; every array [N, ...]
+    labels: Any  #: [N] int32 in 0..K-1 or `GUESS`; None to lower E(x)
+    step_sizes: Any  #: [N] float32 > 0, as of the sampler
 
 
 class Path(NamedTuple):
@@ -177,12 +171,7 @@ def prepare(
     constraint: Any,
     labels: np.ndarray | None,
     settings: ml_collections.ConfigDict,
-    *,
-    step_size: float | None = None,
-    num_steps: int | None = None,
-    sampler: str | None = None,
-    schedule: str = "constant",
-    seed: int = 0,
+    **given: Any,
 ) -> tuple[Rows, Recipe]:
     """Rows and recipe, with defaults for what is not given.
 
@@ -190,27 +179,22 @@ def prepare(
       constraint, labels: as of `Rows`.
       settings: `config.evaluate.samples`, for sampler, step size (in a ball a fifth of
         the radius if that is less) and number of steps.
-      step_size, num_steps, schedule, seed: as of `Recipe`.
-      sampler: as of `Recipe`; default in balls "pgd", in linf balls "sign".
+      given: fields of `Recipe`; None is not given. Default of the sampler: in balls
+        "pgd", in linf balls "sign".
 
     Raises:
       UserError: a value that nothing can be edited with.
     """
     balls = constraints.balls(constraint)
-    chosen = longest = settings.step_size if step_size is None else step_size
-    if sampler is None and balls:
-        sampler = "sign" if {ball.norm for ball in balls} == {"linf"} else "pgd"
+    usual = given.get("step_size") is None
+    longest = settings.step_size if usual else given["step_size"]
+    if given.get("sampler") is None and balls:
+        linf = {ball.norm for ball in balls} == {"linf"}
+        given["sampler"] = "sign" if linf else "pgd"
         # The config's step size is its own sampler's, whose unit may be another.
-        if step_size is None:
-            longest = ascent.step_length(settings.sampler, chosen)
-    recipe = recipes.of_config(
-        settings,
-        sampler=sampler,
-        schedule=schedule,
-        step_size=chosen,
-        num_steps=num_steps,
-        seed=seed,
-    )
+        if usual:
+            longest = ascent.step_length(settings.sampler, longest)
+    recipe = recipes.of_config(settings, **given)
     if recipe.num_steps > _MOST_STEPS:
         raise UserError(
             f"num_steps is {recipe.num_steps}: every step of an edit is recorded, give "
@@ -218,7 +202,7 @@ def prepare(
         )
     number = len(jax.tree.leaves(constraint)[0])
     sizes = np.full(number, longest, np.float64)
-    for ball in balls if step_size is None else ():
+    for ball in balls if usual else ():
         radii = np.asarray(ball.radius, np.float64)[:, 0, 0, 0]
         sizes = counterfactual_step_size(sizes, radii)
     return Rows(constraint, labels, sizes.astype(np.float32)), recipe

@@ -1,5 +1,6 @@
 """The one exception that means "the input is wrong", as opposed to "the code is"."""
 
+import difflib
 from collections.abc import Collection
 
 
@@ -14,15 +15,12 @@ class UserError(ValueError):
 def check_choice(
     field: str, value: object, choices: Collection[str], of: str = ""
 ) -> None:
-    """Refuses a value that is none of a few.
+    """Refuses a value of a field ("model.stem") that is none of a few.
 
-    Args:
-      field: what has the value: "model.stem".
-      value: what was given.
-      choices: what is allowed.
-      of: what the choices belong to, where that is in doubt: " of a ViT".
+    `of` says what the choices belong to, where that is in doubt: " of a ViT".
     """
     if value not in choices:
-        raise UserError(
-            f"unknown {field} {value!r}{of}: choose one of {', '.join(choices)}."
-        )
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        meant = "".join(f" Did you mean {name!r}?" for name in near)
+        known = ", ".join(choices)
+        raise UserError(f"unknown {field} {value!r}{of}: choose one of {known}.{meant}")

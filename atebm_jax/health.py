@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 #: Steps with a sign before it is shown, at least.
 PATIENCE = 5
 
@@ -116,12 +118,8 @@ def look(
 ) -> tuple[Watch, list[Sign]]:
     """Takes the metrics of one step.
 
-    Args:
-      watch: what is remembered of the steps before.
-      metrics: as of `train_step.make`, as plain numbers. A step that was skipped, as it
-        was not finite, is not looked at.
-      setting: of the stage.
-      step: its number.
+    They are those of `train_step.make`, as plain numbers. A step that was skipped, as
+    it was not finite, is not looked at.
 
     Returns:
       (what is remembered now, signs that are shown for the first time).
@@ -157,16 +155,13 @@ def entropy_evidence(
 ) -> float:
     """Evidence of a batch for one mean cross-entropy against another.
 
-    The log-likelihood ratio of normal variables, in units of what is needed.
+    The log-likelihood ratio of normal variables, in units of what is needed: positive
+    where the batch is nearer to the alternative.
 
     Args:
       cross_entropy: mean over the batch, in nats.
       setting: of the stage.
-      null: mean that the evidence speaks against, as a share of ln K.
-      alternative: mean that it speaks for.
-
-    Returns:
-      Positive where the batch is nearer to the alternative.
+      null, alternative: means that it speaks against and for, as shares of ln K.
     """
     share = cross_entropy / math.log(setting.num_classes)
     ratio = (alternative - null) / _VARIANCE * (share - (null + alternative) / 2)
@@ -178,13 +173,8 @@ def accuracy_evidence(
 ) -> float:
     """Evidence of a batch for one accuracy against another, as `entropy_evidence`.
 
-    The log-likelihood ratio of independent guesses.
-
-    Args:
-      accuracy: share of the batch in [0, 1].
-      setting: of the stage.
-      null: odds that the evidence speaks against, as multiples of 1 / (K - 1).
-      alternative: odds that it speaks for.
+    The log-likelihood ratio of independent guesses. Accuracies lie in [0, 1]; null and
+    alternative are odds, as multiples of 1 / (K - 1).
     """
     fewest = setting.num_classes - 1
     ratio = accuracy * math.log(alternative / null)
@@ -230,7 +220,8 @@ def _gains(
     watch: Watch, metrics: Mapping[str, float], setting: Setting
 ) -> dict[str, float]:
     """Evidence of dying in one step, by sign."""
-    gains = {"energy": _counted(_size(metrics) > _largest_size(watch, setting))}
+    usual_size = max(math.log(setting.num_classes) + 1, watch.first_size or 0.0)
+    gains = {"energy": _counted(_size(metrics) > _RUN_AWAY * usual_size)}
     if watch.better_entropy >= 1:
         gains["cross_entropy"] = _limited(
             entropy_evidence(metrics["loss_ce"], setting, _BETWEEN, _CHANCE)
@@ -240,7 +231,7 @@ def _gains(
             accuracy_evidence(_accuracy(metrics), setting, _BETWEEN_ODDS, _CHANCE_ODDS)
         )
     if watch.spreads:
-        least = _NO_SPREAD * _median(watch.spreads)
+        least = _NO_SPREAD * float(np.median(watch.spreads))
         gains["logit_spread"] = _counted(metrics["logit_spread"] < least)
     if len(watch.norms) >= PATIENCE:
         most = _LARGE_NORM * _usual_norm(watch)
@@ -305,21 +296,9 @@ def _size(metrics: Mapping[str, float]) -> float:
     return max(abs(metrics.get(name, 0.0)) for name in names)
 
 
-def _largest_size(watch: Watch, setting: Setting) -> float:
-    usual = math.log(setting.num_classes) + 1
-    return _RUN_AWAY * max(usual, watch.first_size or 0.0)
-
-
 def _usual_norm(watch: Watch) -> float:
     """A converged network has spikes of the gradient that are small by its start."""
-    return max(_median(watch.norms), watch.first_norm or 0.0)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered, middle = sorted(values), len(values) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) / 2
+    return max(float(np.median(watch.norms)), watch.first_norm or 0.0)
 
 
 def _text(
@@ -336,7 +315,7 @@ def _text(
         f"({_accuracy(metrics):.2g}, "
         f"1 / {number}) after it was better",
         "logit_spread": "all images of a batch get the same logits (spread "
-        f"{metrics['logit_spread']:.2g}, {_median(watch.spreads or [0.0]):.2g} before)",
+        f"{metrics['logit_spread']:.2g}, {np.median(watch.spreads or 0.0):.2g} before)",
         "gradient_norm": f"gradient norm {metrics['gradient_norm']:.3g}, many times "
         f"the usual {_usual_norm(watch):.3g}",
         "energy": f"energies run away (as far as {_size(metrics):.3g}, "

@@ -19,15 +19,13 @@ _COLLECTIVE = re.compile(
 )
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
 _BITS = re.compile(r"\d+")
 # What runs on a GPU as kernels of its own; all else is bookkeeping.
 _KERNELS = frozenset(
-    {"fusion", "custom-call", "copy", "dot", "convolution", "sort", "reduce", "scatter"}
-    | {
-        "gather",
-        "reduce-window",
-        "select-and-scatter",
-        "transpose",
+    {
+        *("fusion", "custom-call", "copy", "dot", "convolution", "sort", "reduce"),
+        *("scatter", "gather", "reduce-window", "select-and-scatter", "transpose"),
         "rng-bit-generator",
     }
 )
@@ -55,8 +53,6 @@ class Program:
     def __init__(self, text: str):
         self._lines: dict[str, list[str]] = {}
         self._entry = ""
-        # Inputs whose memory an output takes over.
-        self.num_aliases = text.partition("\n")[0].count("-alias)")
         name = ""
         for line in text.splitlines():
             header = _HEADER.match(line)
@@ -75,19 +71,6 @@ class Program:
     def lines(self, name: str) -> list[str]:
         """The instructions of one computation, without those that it calls."""
         return [_code(line) for line in self._lines[name]]
-
-    def loop_bodies(self) -> list[list[str]]:
-        """The instructions of every loop body with all that it calls."""
-        return [
-            self.reachable(loop.body)
-            for name in self._lines
-            for loop in self.loops(name)
-        ]
-
-    def outside_loops(self) -> list[str]:
-        """All instructions that are in no loop body."""
-        inside = {line for body in self.loop_bodies() for line in body}
-        return [line for line in self.everything() if line not in inside]
 
     def loops(self, name: str = "") -> list[Loop]:
         """The loops that a computation (by default the main one) runs, in order."""
@@ -151,29 +134,20 @@ class Program:
 
     def kernel_costs(self, name: str = "") -> Iterator[tuple[int, int]]:
         """(FLOPs, bytes) of each kernel: of its products, and read and written once."""
-        shapes = {
-            match[1]: match[2]
-            for line in self._lines[name or self._entry]
-            if (match := _RESULT.match(line))
-        }
+        shapes = _shapes(self._lines[name or self._entry])
         for line in self.kernels(name):
             match = _RESULT.match(line)
             assert match is not None
-            operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
-            moved = _bytes(match[2]) + sum(
-                _bytes(shapes.get(o, "")) for o in dict.fromkeys(operands)
-            )
+            operands = dict.fromkeys(_operands(line, match))
+            moved = _bytes(match[2]) + sum(_bytes(shapes.get(o, "")) for o in operands)
             yield self._flops(line, shapes), moved
 
     def _flops(self, line: str, around: Mapping[str, str]) -> int:
         """Of convolutions and products, those inside a fusion included."""
         shapes, inner = dict(around), [line]
-        for names in _REFERENCE.findall(line):
-            for called in re.findall(r"%([\w.\-]+)", names):
-                for other in self._lines.get(called, ()):
-                    if match := _RESULT.match(other):
-                        shapes[match[1]] = match[2]
-                    inner.append(other)
+        for called in _called(line):
+            inner += self._lines.get(called, [])
+        shapes |= _shapes(inner[1:])
         return sum(_product_flops(other, shapes) for other in inner)
 
     def reachable(self, start: str) -> list[str]:
@@ -186,18 +160,8 @@ class Program:
                 continue
             seen[name] = None
             for line in self._lines[name]:
-                for names in _REFERENCE.findall(line):
-                    waiting += re.findall(r"%([\w.\-]+)", names)
+                waiting += _called(line)
         return [_code(line) for name in seen for line in self._lines[name]]
-
-
-def convolutions(lines: Iterable[str]) -> list[tuple[int, ...]]:
-    """The result shapes of the convolutions among some instructions."""
-    return [
-        _sizes(line.partition(" convolution(")[0])[-1]
-        for line in lines
-        if " convolution(" in line
-    ]
 
 
 def collectives(lines: Iterable[str]) -> list[Collective]:
@@ -214,14 +178,25 @@ def _code(line: str) -> str:
     return line.partition(", metadata=")[0]
 
 
-def _arguments(rest: str) -> str:
-    """What stands before the parenthesis that closes an instruction's operands."""
-    depth = 1
+def _called(line: str) -> list[str]:
+    """Names of the computations that an instruction runs."""
+    return _NAME.findall(" ".join(_REFERENCE.findall(line)))
+
+
+def _shapes(lines: Iterable[str]) -> dict[str, str]:
+    """Name of an instruction -> the type of its result."""
+    found = map(_RESULT.match, lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _operands(line: str, match: re.Match) -> list[str]:
+    """Names before the parenthesis that closes the operands of a matched line."""
+    rest, depth = line[match.end() :], 1
     for index, character in enumerate(rest):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return rest[:index]
-    return rest
+            return _NAME.findall(rest[:index])
+    return _NAME.findall(rest)
 
 
 def _sizes(text: str) -> list[tuple[int, ...]]:
@@ -246,7 +221,7 @@ def _product_flops(line: str, shapes: dict[str, str]) -> int:
     match = _RESULT.match(line)
     if match is None:
         return 0
-    operands = re.findall(r"%([\w.\-]+)", _arguments(line[match.end() :]))
+    operands = _operands(line, match)
     if not operands or operands[-1] not in shapes and len(operands) < 2:
         return 0
     if "dim_labels=" in line:

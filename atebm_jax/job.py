@@ -446,7 +446,7 @@ def _tell_ahead(job: Job, plans: Sequence[Plan], evaluation: Evaluation) -> None
     evaluated = [s for s in reached if reached[s] or s in to_run]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
     if any(p.method.curriculum and not reached[p.name] for p in to_train):
-        for line in reachability.lines(evaluation.measured_reachability()):
+        for line in reachability.lines(evaluation.reachability):
             say(job.console, line)
 
 
@@ -510,17 +510,14 @@ def _origins(
         reached = begun.get(before, 0)
         wanted = configuration.num_steps(config[before], num_train)
         if reached < wanted:
-            skipped = _except(damaged.get(before, {}))
+            # Later steps that do not count, and why.
+            skipped = "".join(
+                f" (step {step} is damaged: {fault})"
+                for step, fault in damaged.get(before, {}).items()
+            )
             raise UserError(
                 f"{first} starts from the weights of {before}, and that of "
                 f"{workdir} is at step {reached} of {wanted}{skipped}: run {before} "
                 "there to its end, or give --config.init_from=CHECKPOINT."
             )
     return origins
-
-
-def _except(damaged: Mapping[int, str]) -> str:
-    """Which later steps do not count, and why."""
-    return "".join(
-        f" (step {step} is damaged: {fault})" for step, fault in damaged.items()
-    )

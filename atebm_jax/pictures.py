@@ -105,12 +105,8 @@ def sample_grid(
 ) -> None:
     """One column a class; one block of rows for each set of samples, from the top.
 
-    Args:
-      path: of the PNG file.
-      rows_of_samples: title -> (images [N, H, W, C] in [0, 1], labels [N]).
-      num_classes: K; at most 20 columns are drawn.
-      num_rows: rows a block.
-      class_names: K names for the columns, default their numbers.
+    A set is title -> (images [N, H, W, C] in [0, 1], labels [N]). At most 20 columns
+    are drawn, with the names of their classes, by default their numbers.
     """
     columns, blocks = min(num_classes, 20), len(rows_of_samples)
     size = (0.7 * columns, (0.7 * num_rows + 0.5) * blocks)
@@ -160,20 +156,15 @@ _CURVE_INCHES = 3.6
 
 
 class Row(NamedTuple):
-    """One line of a strip.
+    """One line of a strip."""
 
-    Attributes:
-      pictures: title -> image [H, W, C] in [0, 1], from the left.
-      change: [H, W, C], what was added to the image; shown after the pictures.
-      curves: label -> [T + 1] probabilities.
-      energy: [T + 1].
-      hole: [H, W] bool, shown on the first picture; None for none.
-    """
-
+    #: title -> image [H, W, C] in [0, 1], from the left
     pictures: Mapping[str, np.ndarray]
+    #: [H, W, C], what was added to the image; shown after the pictures
     change: np.ndarray
-    curves: Mapping[str, np.ndarray]
-    energy: np.ndarray
+    curves: Mapping[str, np.ndarray]  #: label -> [T + 1] probabilities
+    energy: np.ndarray  #: [T + 1]
+    #: [H, W] bool, shown on the first picture; None for none
     hole: np.ndarray | None = None
 
 
@@ -264,17 +255,25 @@ def energies(sets: Mapping[str, np.ndarray], here: float) -> bytes:
     """The PNG file of histograms of energies [N] by label, and where one image lies."""
     figure, axes = _figure(1, 1, (7.6, 3.4))
     axis = axes[0, 0]
-    low, high = np.quantile(np.concatenate(list(sets.values())), [0.005, 0.995])
-    edges = np.linspace(min(low, here), max(high, here, low + 1e-6), 50)
-    for label, row in sets.items():
-        inner = np.clip(row, edges[0], edges[-1])
-        axis.hist(inner, edges, density=True, alpha=0.6, label=label)
+    _histograms(axis, sets, here, bins=49, alpha=0.6)
     axis.axvline(here, color="C3", linewidth=2, label="this image")
     axis.set_xlabel("energy E(x), lower is likelier", fontsize=8)
-    axis.set_yticks([])
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=8, frameon=False)
     return _transparent(figure)
+
+
+def _histograms(
+    axis: Any, sets: Mapping[str, np.ndarray], *seen: float, bins: int, alpha: float
+) -> None:
+    """Histograms of values [N] by label, as wide as all that must be seen."""
+    low, high = np.quantile(np.concatenate(list(sets.values())), [0.005, 0.995])
+    edges = np.linspace(min([low, *seen]), max([high, low + 1e-6, *seen]), bins + 1)
+    for label, row in sets.items():
+        # Every image has its place: those beyond lie in the outermost bins.
+        inner = np.clip(row, edges[0], edges[-1])
+        axis.hist(inner, edges, density=True, alpha=alpha, label=label)
+    axis.set_yticks([])
 
 
 def _transparent(figure: Figure) -> bytes:
@@ -303,14 +302,12 @@ def curve(
     bounds: Mapping[float, Sequence[float]] | None = None,
     title: str = "",
 ) -> None:
-    """A line through measured points.
+    """A line through measured points: place on the axis -> value.
 
     Args:
-      path: of the PNG file.
-      values: place on the axis -> value.
+      path, values, title: of the PNG file, what to draw, and above it.
       named: what places and values are.
       bounds: place -> (low, high) of a share in [0, 1], shaded.
-      title: above.
     """
     places, heights = zip(*sorted(values.items()), strict=True)
     figure, axes = _figure(1, 1, (5, 3.6))
@@ -342,13 +339,9 @@ def panels(
     named: tuple[str, str],
     logarithmic: Sequence[str] = (),
 ) -> None:
-    """Panels of many lines beside each other.
+    """Panels of many lines beside each other: title of a panel -> its lines.
 
-    Args:
-      path: of the PNG file.
-      lines: title of a panel -> its lines.
-      named: what x and y are.
-      logarithmic: titles of panels where y is, near zero linear.
+    `named` says what x and y are; y is logarithmic, near zero linear, in some panels.
     """
     figure, axes = _figure(1, len(lines), (4.5 * len(lines) + 0.5, 3.8))
     for axis, (title, drawn) in zip(axes.flat, lines.items(), strict=True):
@@ -373,10 +366,7 @@ def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> N
     """Losses, T, AUC, scores and held-out evaluation over the steps of both stages.
 
     Lines mark where a stage begins and where a sign of `atebm_jax.health` was seen.
-
-    Args:
-      path: of the PNG file.
-      records: the lines of `metrics.jsonl`.
+    Records are the lines of `metrics.jsonl`.
     """
     panels = {
         "losses": ("loss_ce", "loss_bce", "loss_energy", "loss_uniform"),
@@ -452,9 +442,7 @@ def risk_coverage(
 ) -> None:
     """Error against the share that is answered, one panel a moment.
 
-    Args:
-      path: of the PNG file.
-      curves: title -> name of a score -> as of `metrics.risk_coverage`.
+    Curves are title -> name of a score -> as of `metrics.risk_coverage`.
     """
     figure, axes = _figure(1, len(curves), (4.2 * len(curves), 3.6))
     for axis, (title, scores) in zip(axes.flat, curves.items()):
@@ -476,9 +464,8 @@ def detection(
     """Histograms above, ROC curves below, one column a score.
 
     Args:
-      path: of the PNG file.
-      name: of the out-of-distribution set.
-      scores: names of the scores.
+      path, name: of the PNG file, and of the out-of-distribution set.
+      scores: their names.
       inside: score -> [N] of in-distribution images.
       sets: "clean" and "attacked" -> score -> [M] of the others.
     """
@@ -487,14 +474,8 @@ def detection(
         values = {"test": inside[score]} | {
             f"{name}, {moment}": rows[score] for moment, rows in sets.items()
         }
-        low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
-        edges = np.linspace(low, max(high, low + 1e-6), 40)
-        for label, row in values.items():
-            # Every image has its place: those beyond lie in the outermost bins.
-            inner = np.clip(row, edges[0], edges[-1])
-            top.hist(inner, edges, density=True, alpha=0.5, label=label)
+        _histograms(top, values, bins=39, alpha=0.5)
         top.set_title(score, fontsize=9)
-        top.set_yticks([])
         for moment, rows in sets.items():
             bottom.plot(*roc_curve(inside[score], rows[score]), label=moment)
         bottom.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)

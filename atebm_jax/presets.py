@@ -1,6 +1,6 @@
 """Settings that several config files share (method: section 4)."""
 
-import difflib
+import functools
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from atebm_jax import seeds
 from atebm_jax.archs import model_config
 from atebm_jax.config import RANDOM, adversary, default
-from atebm_jax.errors import UserError
+from atebm_jax.errors import check_choice
 
 CIFAR_SIZE = "resize(32)|center_crop(32)"
 CIFAR_BASIC = "pad_crop(4)|flip"
@@ -16,14 +16,10 @@ CIFAR_STRONG = f"{CIFAR_BASIC}|autoaugment_cifar10|cutout(16)"
 
 
 def cifar(name: str, num_classes: int) -> ConfigDict:
-    """WRN-34-10 on CIFAR-10 or CIFAR-100: data, augmentation, both stages.
+    """WRN-34-10 on CIFAR-10 or CIFAR-100 of TFDS: data, augmentation, both stages.
 
     The L2 adversaries (eps 0.5, 10 steps of 0.1), SGD with weight decay 5e-4, batch 128
     and the contrastive step of 0.1 are the defaults already.
-
-    Args:
-      name: of the TFDS data set.
-      num_classes: its classes.
     """
     config = default()
     config.data.train = f"tfds:{name}:train"
@@ -120,21 +116,14 @@ def _small_stage2(config: ConfigDict) -> None:
 
 
 def methods(base: Callable[[], ConfigDict]) -> dict[str, Callable[[], ConfigDict]]:
-    """Rows of a config file that differ from one row in the method alone.
+    """Rows that differ in the method alone from a row of the paper's method."""
 
-    Args:
-      base: makes the config of that row, both stages of the paper's method.
-    """
+    def row(change: Callable[[ConfigDict], None]) -> ConfigDict:
+        config = base()
+        change(config)
+        return config
 
-    def row(change: Callable[[ConfigDict], None]) -> Callable[[], ConfigDict]:
-        def changed() -> ConfigDict:
-            config = base()
-            change(config)
-            return config
-
-        return changed
-
-    return {name: row(change) for name, change in METHODS.items()}
+    return {name: functools.partial(row, change) for name, change in METHODS.items()}
 
 
 def _at(config: ConfigDict) -> None:
@@ -200,9 +189,7 @@ METHODS: dict[str, Callable[[ConfigDict], None]] = {
 def imagenet(arch: str, size: int = 256) -> ConfigDict:
     """Stage 2 on ImageNet from imported weights: data, augmentation, SGD, adversary.
 
-    Args:
-      arch: a key of `archs.ARCHS`.
-      size: S, pixels a side.
+    The network is one of `archs.ARCHS`, for images of `size` pixels a side.
     """
     config = default()
     config.stages = "stage2"
@@ -251,15 +238,6 @@ def imagenet(arch: str, size: int = 256) -> ConfigDict:
 
 
 def choose_row(row: str, rows: Mapping[str, Callable[[], ConfigDict]]) -> ConfigDict:
-    """The config of a row of a config file's table.
-
-    Raises:
-      UserError: there is no such row.
-    """
-    if row not in rows:
-        near = difflib.get_close_matches(row, rows, n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f"there is no row {row!r}{meant}: choose one of {', '.join(rows)}."
-        )
+    """The config of a row of a config file's table; a `UserError` if there is none."""
+    check_choice("row", row, rows)
     return rows[row]()

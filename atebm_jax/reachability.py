@@ -29,22 +29,17 @@ _ENOUGH = 0.5
 
 
 class Reachability(NamedTuple):
-    """How far seeds lie and how far steps go, L2 pixels of [0, 1] images.
+    """How far seeds lie and how far steps go, L2 pixels of [0, 1] images."""
 
-    Attributes:
-      distance: mean, between a seed and a training image.
-      least_distance: lower bound of the distance between seeds and images with the
-        spectrum of the training images.
-      farthest_contrastive: length of T_max contrastive steps in a straight line.
-      farthest_sampling: length of the sampling steps of evaluation in a straight line;
-        None if the sampler's steps have no given length.
-      sentence: which steps are too short, and what would help; None if none are.
-    """
-
-    distance: float
+    distance: float  #: mean, between a seed and a training image
+    #: lower bound of the distance between seeds and images with the spectrum of the
+    #: training images
     least_distance: float
-    farthest_contrastive: float
+    farthest_contrastive: float  #: length of T_max contrastive steps in a straight line
+    #: length of the sampling steps of evaluation in a straight line; None if the
+    #: sampler's steps have no given length
     farthest_sampling: float | None
+    #: which steps are too short, and what would help; None if none are
     sentence: str | None
 
 
@@ -60,12 +55,10 @@ def measure(
     """Compares seeds with training images, and the distance with what steps can cover.
 
     Args:
-      seeds: [N, H, W, C] float in [0, 1].
-      images: [M, H, W, C] float in [0, 1].
-      t_max: greatest number of contrastive steps.
-      contrastive_step_size: L2 pixels.
-      num_sampling_steps: of evaluation's samples.
-      sampling_step_size: L2 pixels; None where steps have no given length.
+      seeds, images: [N, H, W, C] and [M, H, W, C], float in [0, 1].
+      t_max, num_sampling_steps: most contrastive steps, and those of evaluation.
+      contrastive_step_size, sampling_step_size: L2 pixels; the latter is None where
+        steps have no given length.
     """
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)

@@ -24,29 +24,20 @@ QUANTISE: dict[str, Callable[[Any], jax.Array]] = {
 
 
 class Recipe(NamedTuple):
-    """How samples are drawn: everything that decides them beside model and seeds.
+    """How samples are drawn: everything that decides them beside model and seeds."""
 
-    Attributes:
-      sampler: as of `ascent.rule`: "pgd", "sgld(noise=0.005)".
-      schedule: of the step size, a key of `ascent.SCHEDULES`.
-      step_size: > 0; L2 pixels per step ("sgld": factor of the gradient, "sign": Linf
-        pixels).
-      num_steps: >= 0.
-      target_energy: an image stops where its energy, E(x, y) or without a class E(x),
-        is this or lower; None for never.
-      smooth: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64.
-      seed: of all noise, 0 <= seed < 2**32.
-      conditional: draw given classes, by E(x, y), or any, by E(x).
-    """
-
-    sampler: str = "pgd"
-    schedule: str = "constant"
+    sampler: str = "pgd"  #: as of `ascent.rule`: "pgd", "sgld(noise=0.005)"
+    schedule: str = "constant"  #: of the step size, a key of `ascent.SCHEDULES`
+    #: > 0; L2 pixels per step ("sgld": factor of the gradient, "sign": Linf pixels)
     step_size: float = 0.2
-    num_steps: int = 35
+    num_steps: int = 35  #: >= 0
+    #: an image stops where its energy, E(x, y) or without a class E(x), is this or
+    #: lower; None for never
     target_energy: float | None = None
+    #: standard deviation of a Gaussian blur of the seeds, pixels, 0 to 64
     smooth: float = 0.0
-    seed: int = 0
-    conditional: bool = True
+    seed: int = 0  #: of all noise, 0 <= seed < 2**32
+    conditional: bool = True  #: draw given classes, by E(x, y), or any, by E(x)
 
 
 def of_config(settings: ml_collections.ConfigDict, **given: Any) -> Recipe:

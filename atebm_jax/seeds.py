@@ -52,17 +52,13 @@ _FINGERPRINT_IMAGES = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Normal distributions of images, mean + sum_r z[r] * factor[r], z standard normal.
+    """Normal distributions of images: mean + sum_r z[r] * factor[r], z ~ N(0, 1)."""
 
-    Attributes:
-      means: [G, h, w, C] float32, pixels in [0, 1]; G is 1, or the number of classes.
-      factors: [G, R, h, w, C] float32, principal components times their standard
-        deviations.
-      image_shape: (H, W, C) of what is drawn; (h, w) where that is not larger.
-    """
-
+    #: [G, h, w, C] float32, pixels in [0, 1]; G is 1, or the number of classes
     means: np.ndarray
+    #: [G, R, h, w, C] float32, principal components times their standard deviations
     factors: np.ndarray
+    #: (H, W, C) of what is drawn; (h, w) where that is not larger
     image_shape: tuple[int, int, int]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -75,15 +71,11 @@ class Gaussian:
         return hashlib.sha256(content).hexdigest()
 
     def draw(self, seed: int, number: int, label: int = 0) -> np.ndarray:
-        """One seed image, which does not depend on the others that are drawn with it.
+        """One seed image, uint8 [H, W, C], which does not depend on any other.
 
         Args:
-          seed: of the whole set, 0 <= seed < 2**64.
-          number: of the image in the set, 0 <= number < 2**64.
+          seed, number: of the whole set, and of the image in it; 0 to 2**64 - 1.
           label: its class; ignored where one Gaussian describes all.
-
-        Returns:
-          uint8 [H, W, C].
         """
         group = label % len(self.means)
         bits = np.random.Philox(key=np.array([seed, number], np.uint64))
@@ -120,8 +112,9 @@ def fit(
         their covariances would not fit in a file.
     """
     image_shape = image_shape or images.shape[1:]
+    kind = GAUSSIAN if labels is None else GAUSSIAN_PER_CLASS
+    small_shape, rank = check(kind, num_classes, image_shape)
     groups = 1 if labels is None else num_classes
-    small_shape, rank = _described(image_shape, groups)
     members = np.zeros(len(images), int) if labels is None else labels
     chosen = [members == k for k in range(groups)]
     _check_members([int(own.sum()) for own in chosen], labels is not None)
@@ -130,27 +123,21 @@ def fit(
     # With fewer images than directions, the remaining directions have no variance.
     rank = max(len(factors) for _, factors in fitted)
     factors = np.zeros((groups, rank, *small.shape[1:]), np.float32)
-    for k, (_, found) in enumerate(fitted):
-        factors[k, : len(found)] = found
+    for own, (_, found) in zip(factors, fitted):
+        own[: len(found)] = found
     return Gaussian(np.stack([mean for mean, _ in fitted]), factors, image_shape)
 
 
-def check(kind: str, num_classes: int, image_shape: Sequence[int]) -> None:
-    """Refuses Gaussians that are too large to store, before images are read.
-
-    Args:
-      kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
-      num_classes: K.
-      image_shape: (H, W, C).
+def check(
+    kind: str, num_classes: int, image_shape: Sequence[int]
+) -> tuple[tuple[int, int], int]:
+    """(h, w) at which images (H, W, C) are modelled, and the number of directions.
 
     Raises:
-      UserError: says what to choose instead.
+      UserError: Gaussians of this `FITTED` kind would be too large to store; says what
+        to choose instead.
     """
-    _described(image_shape, num_classes if kind == GAUSSIAN_PER_CLASS else 1)
-
-
-def _described(image_shape: Sequence[int], groups: int) -> tuple[tuple[int, int], int]:
-    """(h, w) at which images are modelled, and the number of directions."""
+    groups = num_classes if kind == GAUSSIAN_PER_CLASS else 1
     shrink = -(-max(image_shape[:2]) // _LARGEST_SIDE)
     height, width = (max(side // shrink, 1) for side in image_shape[:2])
     size = height * width * image_shape[2]
@@ -166,9 +153,9 @@ def _described(image_shape: Sequence[int], groups: int) -> tuple[tuple[int, int]
 
 def _check_members(numbers: Sequence[int], per_class: bool) -> None:
     """Refuses a Gaussian of fewer than two images."""
-    few = next((k for k, number in enumerate(numbers) if number < 2), None)
-    if few is None:
+    if min(numbers) >= 2:
         return
+    few = next(k for k, number in enumerate(numbers) if number < 2)
     number = f"{numbers[few]} image" + "s" * (numbers[few] != 1)
     if not per_class:
         raise UserError(
@@ -240,7 +227,7 @@ def fit_if_absent(
     writes and reads; the others need no common disk.
 
     Args:
-      kind: `GAUSSIAN` or `GAUSSIAN_PER_CLASS`.
+      kind: one of `FITTED`.
       source: the training images; `NUM_FITTED` of them, evenly spread, are used.
       config: `config.data`.
       path: the file; it also holds a fingerprint of kind and images.
@@ -300,8 +287,7 @@ def _fitted(
     from atebm_jax import data  # its pipeline is slow to import
 
     num_classes, shape = source.num_classes or 1, tuple(config.image_shape)
-    check(kind, num_classes, shape)
-    small_shape, _ = _described(shape, 1)
+    small_shape, _ = check(kind, num_classes, shape)
     images, labels = [], []
     # Batch by batch: 10,000 photographs take gigabytes, but reduced they do not.
     with data.eval_batches(

@@ -41,7 +41,11 @@ from atebm_jax.targets import Target
 from atebm_jax.train import jit_step, placed_state, plan_stage
 
 # Images of an epoch where the data are not at hand.
-_NUM_TRAIN = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
+_NUM_TRAIN = {
+    "tfds:imagenet2012:train": 1_281_167,
+    "tfds:cifar10:train": 50_000,
+    "tfds:cifar100:train": 50_000,
+}
 # The scopes of loops, as traced: of PGD's steps, by their names in `dry_run`, the
 # longest first, and of the parts of a batch.
 _CLIMBS = {
@@ -57,28 +61,17 @@ PROGRAMS = ("train", "sample")
 
 
 class Compiled(NamedTuple):
-    """What a compiler made of a step.
+    """What a compiler made of a step."""
 
-    Attributes:
-      program: its text, read; None where the step does not fit.
-      memory: bytes a device by kind, "needed" among them.
-      seconds: that compilation took.
-    """
-
-    program: hlo.Program | None
-    memory: dict[str, int]
-    seconds: float
+    program: hlo.Program | None  #: its text, read; None where the step does not fit
+    memory: dict[str, int]  #: bytes a device by kind, "needed" among them
+    seconds: float  #: that compilation took
 
 
 def lower_step(
     config: ml_collections.ConfigDict, name: str, target: Target
 ) -> tuple[Any, Any, Any]:
-    """The update that training runs, ready to be compiled for a target.
-
-    Args:
-      config: a complete config.
-      name: a key of `stages.STAGES`.
-      target: the machine.
+    """The update of a stage that training runs, ready to be compiled for a target.
 
     Returns:
       The lowered update, and the placed shapes of its state and of its batch.
@@ -155,11 +148,12 @@ def _memory(arguments: int, peak: int, batch: int, program: int = 0) -> dict[str
 
 def _a_device(tree: Any) -> int:
     """Bytes of placed shapes that one device holds."""
-    sizes = (
-        jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        for x in jax.tree.leaves(tree)
+    return dry_run.num_bytes(
+        [
+            jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+            for x in jax.tree.leaves(tree)
+        ]
     )
-    return sum(x.size * x.dtype.itemsize for x in sizes)
 
 
 def _needed(message: str) -> int | None:
@@ -179,27 +173,7 @@ def peak(target: Target, dtype: str) -> float:
     return target.chip.flops / (2 if halved else 1)
 
 
-def seconds(
-    program: hlo.Program,
-    turns: Mapping[str, int],
-    target: Target,
-    name: str = "",
-    *,
-    dtype: str = "bfloat16",
-) -> float:
-    """Estimated time of a program.
-
-    Args:
-      program: compiled.
-      turns: body of a loop -> how often it runs.
-      target: what the program was compiled for.
-      name: of a computation of it; by default the main one.
-      dtype: the network's.
-    """
-    return program.total(_estimate(program, target, dtype), turns, name)
-
-
-def _estimate(
+def estimate(
     program: hlo.Program, target: Target, dtype: str
 ) -> Callable[[str], float]:
     """Name of a computation -> seconds of its own instructions, worked out once."""
@@ -251,39 +225,34 @@ def times(
     """Seconds of a step's parts and of whole steps.
 
     Args:
-      program: a compiled step.
-      target: what it was compiled for.
+      program, target: a compiled step, and what it was compiled for.
       turns: part -> how often a step climbs, as a method's `turns`.
       moments: contrastive steps T of whole steps.
-      parts: micro-batches.
-      dtype: the network's.
+      parts, dtype: micro-batches, and the network's dtype.
 
     Returns:
       Each of `_CLIMBS` that has a loop (one step, of the whole batch), "rest", and
       "step at T = `moment`" for each moment.
     """
-    estimate, loops = _estimate(program, target, dtype), list(_loops(program))
+    own_seconds, loops = estimate(program, target, dtype), list(_loops(program))
 
     def taking(counts: Mapping[str, int]) -> float:
         bodies = {
             loop.body: parts if part == _PARTS else counts.get(part, 0)
             for part, loop in loops
         }
-        return program.total(estimate, bodies)
+        return program.total(own_seconds, bodies)
 
     rest = taking({})
     there = {part for part, _ in loops}
     result = {
         part: taking({part: 1}) - rest for part in reversed(_CLIMBS) if part in there
     }
-    return (
-        result
-        | {"rest": rest}
-        | {
-            f"step at T = {steps}": taking({**turns, "contrastive step": steps})
-            for steps in moments
-        }
-    )
+    result["rest"] = rest
+    for steps in moments:
+        at = {**turns, "contrastive step": steps}
+        result[f"step at T = {steps}"] = taking(at)
+    return result
 
 
 def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
@@ -317,10 +286,7 @@ def figures(
 ) -> dict[str, Any]:
     """What a compiled step takes, as numbers to print and to write.
 
-    Args:
-      config, name, target: what was compiled.
-      compiled: by `compile_step`.
-      step_flops: T -> FLOPs of a step on all devices.
+    `step_flops` is a function of T, of a step on all devices.
     """
     block = config[name]
     result = _basics(config, target, compiled) | {
@@ -391,9 +357,8 @@ def _basis(target: Target, dtype: str) -> str:
 
 def num_images(config: ml_collections.ConfigDict) -> int | None:
     """Images of an epoch: of the data where they are here, else of what is known."""
-    for name, number in _NUM_TRAIN.items():
-        if config.data.train == f"tfds:{name}:train":
-            return number
+    if config.data.train in _NUM_TRAIN:
+        return _NUM_TRAIN[config.data.train]
     try:
         return len(data.open_source(config.data.train, config.data.data_dir))
     except UserError:
@@ -413,11 +378,9 @@ def run(
     Where a step does not fit, changes are compiled until one does.
 
     Args:
-      config: a complete config.
+      config, console, json_file: as of `dry_run.run`.
       target_name: as "v5e:2x4" or "h100:8".
       program: "train", or "sample" for the program that draws the config's samples.
-      console: where to print; default the terminal.
-      json_file: also write the figures there; `~` is the home.
 
     Returns:
       The figures by stage, "remedies" among them, each with its flags; or those of
@@ -495,27 +458,18 @@ def _sample(
         lowered = _lowered_sampler(config, model, devices[0])
         weights = dry_run.num_bytes(models.variable_shapes(model, shape))
         compiled = _compiled(lowered, weights, 0, begin)
-    made = _basics(config, target, compiled)
+    made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
-        loops = _loops(compiled.program)
-        bodies = [loop.body for part, loop in loops if part in _CLIMBS]
-        rest, whole = (
-            seconds(
-                compiled.program,
-                dict.fromkeys(bodies, steps),
-                target,
-                dtype=config.model.dtype,
-            )
-            for steps in (0, recipe.num_steps)
+        number = recipe.num_steps
+        taken = times(
+            compiled.program, target, {}, moments=[number], parts=1, dtype=dtype
         )
+        one = f"step of {drawing.CHUNK} images"
+        whole = taken[f"step at T = {number}"]
         made |= {
-            "time_is": _basis(target, config.model.dtype),
-            "num_steps": recipe.num_steps,
-            "seconds": {
-                f"step of {drawing.CHUNK} images": (whole - rest)
-                / max(recipe.num_steps, 1),
-                "rest": rest,
-            },
+            "time_is": _basis(target, dtype),
+            "num_steps": number,
+            "seconds": {one: taken.get("contrastive step", 0.0), "rest": taken["rest"]},
             "samples_per_second": len(devices) * drawing.CHUNK / whole,
             "collectives": communication(compiled.program),
         }

@@ -16,22 +16,17 @@ from atebm_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-    """What one device of a kind has.
+    """What one device of a kind has."""
 
-    Attributes:
-      flops: bfloat16 FLOP/s, dense.
-      memory_gib: what programs may use of its memory. On a TPU the compiler says so; of
-        a GPU a tenth is left for the runtime and for the workspace of convolutions,
-        which nobody knows before they are tried on a device.
-      flops_per_cycle: of a TPU's matrix units; with it the compiler's cycles become
-        seconds. 0 for a GPU, whose compiler estimates no time.
-      bandwidth: bytes/s of a GPU's memory.
-    """
-
-    flops: float
+    flops: float  #: bfloat16 FLOP/s, dense
+    #: what programs may use of its memory. On a TPU the compiler says so; of a GPU a
+    #: tenth is left for the runtime and for the workspace of convolutions, which nobody
+    #: knows before they are tried on a device.
     memory_gib: float
+    #: of a TPU's matrix units; with it the compiler's cycles become seconds. 0 for a
+    #: GPU, whose compiler estimates no time.
     flops_per_cycle: int = 0
-    bandwidth: float = 0.0
+    bandwidth: float = 0.0  #: bytes/s of a GPU's memory
 
 
 #: By the first part of a target's name. FLOP/s and bytes/s: the makers' data sheets;
@@ -110,17 +105,11 @@ _KNOWN = (
 
 
 class Target(NamedTuple):
-    """A machine to compile for.
+    """A machine to compile for."""
 
-    Attributes:
-      name: as "v5e:2x4" or "h100:8".
-      kind: a key of `CHIPS`.
-      sizes: of the topology; of GPUs their number.
-    """
-
-    name: str
-    kind: str
-    sizes: tuple[int, ...]
+    name: str  #: as "v5e:2x4" or "h100:8"
+    kind: str  #: a key of `CHIPS`
+    sizes: tuple[int, ...]  #: of the topology; of GPUs their number
 
     @property
     def chip(self) -> Chip:
@@ -144,11 +133,7 @@ class Target(NamedTuple):
 
 
 def parse(name: str) -> Target:
-    """Reads a target's name.
-
-    Raises:
-      UserError: no such chip, or no size.
-    """
+    """Reads a target's name; a `UserError` of no such chip, or no size."""
     match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*))?", name)
     kind, sizes = (match[1], match[2]) if match else (name, None)
     if kind in _GPUS and sizes is None:

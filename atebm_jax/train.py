@@ -190,10 +190,7 @@ def placed_state(
 def jit_step(step: train_step.StepFn, placement: Any, mesh: Mesh) -> train_step.StepFn:
     """Compiles an update that takes the state's buffers for its own.
 
-    Args:
-      step: as of `plan_stage`.
-      placement: shardings of the state (`sharding.state_shardings`).
-      mesh: the device mesh.
+    They lie, and the new ones will, where `placement` says: shardings of the state.
     """
     return jax.jit(
         step,
@@ -213,10 +210,8 @@ def plan_stage(
     """A stage as its config describes it: its method, length and update.
 
     Args:
-      config: the whole config.
-      name: of the stage, a key of `STAGES`.
-      model: images to logits.
-      num_steps: of the stage.
+      config, model: of the whole job.
+      name, num_steps: of the stage, a key of `STAGES`, and its length.
       mesh: where state and batch live; None for a step that is only traced.
 
     Raises:

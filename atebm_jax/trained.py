@@ -15,22 +15,15 @@ from atebm_jax.seeds import Gaussian, from_arrays
 
 
 class Trained(NamedTuple):
-    """A trained model.
+    """A trained model."""
 
-    Attributes:
-      model: images to logits.
-      variables: its averaged weights, float32, on the host.
-      config: the complete config that it was trained with.
-      meta: of the checkpoint: "stage", "step", "T" and more.
-      gaussian: what its seeds were drawn from; None where they were not.
-      class_names: K names; None where the checkpoint has none.
-    """
-
-    model: nn.Module
-    variables: Any
-    config: ml_collections.ConfigDict
-    meta: dict[str, Any]
+    model: nn.Module  #: images to logits
+    variables: Any  #: its averaged weights, float32, on the host
+    config: ml_collections.ConfigDict  #: the complete config that it was trained with
+    meta: dict[str, Any]  #: of the checkpoint: "stage", "step", "T" and more
+    #: what its seeds were drawn from; None where they were not
     gaussian: Gaussian | None = None
+    #: K names; None where the checkpoint has none
     class_names: tuple[str, ...] | None = None
 
     @property

@@ -237,7 +237,8 @@ def loops(flags: argparse.Namespace) -> None:
             begin = time.perf_counter()
             program = compiled_loop(network, on)
             (loop,) = program.loops()
-            seconds = target_run.seconds(program, {}, target, loop.body)
+            estimate = target_run.estimate(program, target, "bfloat16")
+            seconds = program.total(estimate, name=loop.body)
             cells = [str(LOOPS[network][1]), f"{1e3 * seconds:.2f}"]
             if target.is_gpu:
                 kernels = program.kernels(loop.body)

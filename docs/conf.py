@@ -64,7 +64,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 70
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_use_ivar = False
 
 
 def setup(app: Sphinx) -> None:
@@ -75,7 +75,7 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-read", _link_files_outside)
     # Before napoleon, which has priority 500.
     app.connect("autodoc-process-docstring", _plain_text, priority=400)
-    app.connect("autodoc-skip-member", _skip_tuple_fields)
+    app.connect("autodoc-process-signature", _clear_tuple_fields)
     app.connect("autodoc-process-signature", _hide_flax_arguments)
 
 
@@ -194,7 +194,10 @@ def _plain_text(
         parts[::2] = [
             re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]
         ]
-        lines[index] = bullet + "`".join(parts)
+        # A letter with a full stop alone would begin a list.
+        lines[index] = bullet + re.sub(r"(: [A-Z])\.$", r"\1", "`".join(parts))
+    if what in ("attribute", "data") and lines:
+        lines[0] = f":{lines[0]}"  # as below
     for index, line in enumerate(lines[:-1]):
         if line in ("Returns:", "Yields:"):
             text = lines[index + 1].lstrip()
@@ -203,12 +206,10 @@ def _plain_text(
             lines[index + 1] = f"{' ' * indent}:{text}"
 
 
-def _skip_tuple_fields(
-    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
-) -> bool | None:
-    """Fields of named tuples stand in the docstring of their class."""
-    text = getattr(obj, "__doc__", None) or ""
-    return True if text.startswith("Alias for field number") else None
+def _clear_tuple_fields(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> None:
+    """Comments document the fields of named tuples, not Python's "Alias for ..."."""
+    for field in getattr(obj, "_fields", ()) if what == "class" else ():
+        vars(obj)[field].__doc__ = None
 
 
 def _hide_flax_arguments(

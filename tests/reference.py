@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from atebm_jax import config, convert, optim, stages, train_step
+from atebm_jax import config, convert, hlo, optim, stages, train_step
 from atebm_jax.models import (
     convnext,
     cpu,
@@ -283,3 +283,28 @@ def jitted_step(
         stage, transformation, optim.schedule("constant", peak=rate, num_steps=100)
     )
     return jax.jit(step), transformation
+
+
+class Program(hlo.Program):
+    """The text of a compiled program, and what only tests ask of it."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        # Inputs whose memory an output takes over.
+        self.num_aliases = text.partition("\n")[0].count("-alias)")
+
+    def loop_bodies(self) -> list[list[str]]:
+        """The instructions of every loop body with all that it calls."""
+        loops = (loop for name in self._lines for loop in self.loops(name))
+        return [self.reachable(loop.body) for loop in loops]
+
+    def outside_loops(self) -> list[str]:
+        """All instructions that are in no loop body."""
+        inside = {line for body in self.loop_bodies() for line in body}
+        return [line for line in self.everything() if line not in inside]
+
+
+def convolutions(lines: list[str]) -> list[tuple[int, ...]]:
+    """The result shapes of the convolutions among some instructions."""
+    found = [line.partition(" convolution(") for line in lines]
+    return [hlo._sizes(before)[-1] for before, here, _ in found if here]

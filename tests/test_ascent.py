@@ -173,7 +173,7 @@ def test_devices_have_nothing_to_say_to_each_other(name):
         )
 
     compiled = reference.compiled(jax.jit(sample).lower(seeds, keys, jnp.int32(3)))
-    program = hlo.Program(compiled.as_text())
+    program = reference.Program(compiled.as_text())
     assert program.loop_bodies() and not hlo.collectives(program.everything())
 
 

@@ -133,7 +133,7 @@ def test_page_says_claim_by_claim_what_holds(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_told_before_anything_runs(tmp_path, capsys):
-    with pytest.raises(UserError, match="no row 'dta'.*'dat'"):
+    with pytest.raises(UserError, match="unknown row 'dta'.*Did you mean 'dat'"):
         flags(tmp_path, "--rows=dta")
     with pytest.raises(UserError, match="unknown argument '--sedes=1'"):
         flags(tmp_path, "--sedes=1")

@@ -83,13 +83,13 @@ def program():
     # The form of accelerators, where each convolution is one operation.
     with cpu.forms("xla"):
         lowered = jitted(step, mesh).lower(*placed(state, mesh))
-    return hlo.Program(reference.compiled(lowered).as_text())
+    return reference.Program(reference.compiled(lowered).as_text())
 
 
 def pgd_bodies(program):
     """Loop bodies with convolutions; those of sorting and searching have none."""
     bodies = program.loop_bodies()
-    return [body for body in bodies if hlo.convolutions(body)]
+    return [body for body in bodies if reference.convolutions(body)]
 
 
 def test_parameter_gradients_never_appear_in_the_inner_loop(program):
@@ -97,7 +97,7 @@ def test_parameter_gradients_never_appear_in_the_inner_loop(program):
     assert len(bodies) == 2  # contrastive images and the classifier's adversary
     per_device = BATCH_SIZE // 8
     for body in bodies:
-        made = hlo.convolutions(body)
+        made = reference.convolutions(body)
         # Forward and image gradient of every layer, no more.
         assert len(made) == 2 * CONVOLUTIONS
         assert all(shape[0] == per_device and shape[1] > 1 for shape in made), made
@@ -127,9 +127,9 @@ def test_loop_with_parameter_gradients_would_be_seen():
         lowered = jax.jit(wrong).lower(
             weights["params"], batch["x_ood"], batch["y_gen"], jnp.int32(3)
         )
-    program = hlo.Program(reference.compiled(lowered).as_text())
+    program = reference.Program(reference.compiled(lowered).as_text())
     (body,) = pgd_bodies(program)
-    assert len(hlo.convolutions(body)) == 3 * 2
+    assert len(reference.convolutions(body)) == 3 * 2
 
 
 def test_inner_loops_do_not_communicate(program):
@@ -155,7 +155,7 @@ def test_stage1_communicates_statistics_and_gradients_outside_its_loop():
     step, state = update_of(reference.TwoLayers(), "stage1")
     with cpu.forms("xla"):
         lowered = jitted(step, mesh).lower(*placed(state, mesh))
-    program = hlo.Program(reference.compiled(lowered).as_text())
+    program = reference.Program(reference.compiled(lowered).as_text())
     (body,) = pgd_bodies(program)
     assert hlo.collectives(body) == []
     found = hlo.collectives(program.outside_loops())
@@ -183,7 +183,7 @@ def test_bfloat16_split_state_and_parts_leave_the_loops_quiet(monkeypatch):
         placement = sharding.state_shardings(state, mesh)
         compiled = train.jit_step(step, placement, mesh)
         lowered = compiled.lower(state, placed((), mesh)[1])
-    program = hlo.Program(reference.compiled(lowered).as_text())
+    program = reference.Program(reference.compiled(lowered).as_text())
     inner = [b for b in pgd_bodies(program) if not any(" while(" in x for x in b)]
     assert len(inner) == 2
     for body in inner:
@@ -211,7 +211,7 @@ def test_loop_that_communicates_would_be_seen():
         return ascent.climb(objective, images, step_size=0.1, num_steps=3)
 
     lowered = jax.jit(wrong).lower(state, batch["x_ood"], batch["y_gen"])
-    (body,) = pgd_bodies(hlo.Program(reference.compiled(lowered).as_text()))
+    (body,) = pgd_bodies(reference.Program(reference.compiled(lowered).as_text()))
     assert {c.kind for c in hlo.collectives(body)} == {"all-reduce"}
 
 

@@ -221,8 +221,8 @@ def test_comparison_names_fields_and_leaves_run_control_out():
     ("path", "message"),
     [
         ("nowhere.py", "no config file"),
-        ("cifar10.py:smal", "did you mean 'small'"),
-        ("digits.py:row", "no row 'row'"),
+        ("cifar10.py:smal", "Did you mean 'small'"),
+        ("digits.py:row", "unknown row 'row'"),
         ("../tests/small.py:row", "no rows"),
     ],
 )

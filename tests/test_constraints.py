@@ -175,7 +175,7 @@ def test_split_images_have_nothing_to_say_to_each_other(name):
         )
 
     compiled = reference.compiled(jax.jit(edit).lower(constraint, images))
-    program = hlo.Program(compiled.as_text())
+    program = reference.Program(compiled.as_text())
     assert program.loop_bodies() and not hlo.collectives(program.everything())
     np.testing.assert_allclose(
         compiled(constraint, images)[:3], edit(MAKE[name](), MOVED), **TOLERANCE

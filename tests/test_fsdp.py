@@ -88,7 +88,7 @@ def runs():
         for seed in range(2):
             state, metrics = compiled(state, batch_on(mesh, seed))
             history.append(metrics)
-        program = hlo.Program(compiled.as_text())
+        program = reference.Program(compiled.as_text())
         results[spec] = program, before, state, history
     return results
 
@@ -126,7 +126,7 @@ def test_split_state_takes_its_part_of_the_memory(runs, spec, count):
 def test_inner_loops_do_not_communicate(runs, spec):
     program = runs[spec][0]
     bodies = program.loop_bodies()
-    assert sum(bool(hlo.convolutions(body)) for body in bodies) == 2
+    assert sum(bool(reference.convolutions(body)) for body in bodies) == 2
     for body in bodies:
         assert hlo.collectives(body) == []
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from reference import compiled, conv_xla
+from reference import Program, compiled, conv_xla
 
 from atebm_jax import sharding
-from atebm_jax.hlo import Program, collectives
+from atebm_jax.hlo import collectives
 from atebm_jax.models.cpu.kernel_gradient import kernel_gradient
 
 # Batch, image size, window, strides, padding: with eight devices one share or eight,

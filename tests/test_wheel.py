@@ -81,6 +81,11 @@ def test_installed_package_runs_a_config_by_its_name(site, tmp_path):
     assert said == [str(site / "atebm_jax"), project()["project"]["version"]]
 
 
+def test_installed_package_has_what_its_pages_need(site):
+    for name in ("demo/page.css", "evaluate/report.css", "evaluate/report.js"):
+        assert (site / "atebm_jax" / name).read_text()
+
+
 def test_installed_package_has_the_models_that_ship(site):
     folders = (ROOT / "atebm_jax", site / "atebm_jax")
     files = [

@@ -6,7 +6,6 @@ Every operation maps (image [H, W, C] uint8, rng) to an image [H', W', C] uint8.
 leaves its input unchanged and takes all of its randomness from `rng`.
 """
 
-import difflib
 import functools
 import math
 import re
@@ -207,10 +206,8 @@ def _apply(
 def _parse_call(call: str, spec: str) -> functools.partial:
     name, words = calls.read(call) or (call.strip(), [])
     if name not in OPS:
-        near = difflib.get_close_matches(name, OPS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
         known = [example for _, example in OPS.values()]
-        of = f" in {spec!r}, operations joined by |{hint}"
+        of = f" in {spec!r}, operations joined by |"
         check_choice("augmentation", call.strip(), known, of)
     function, example = OPS[name]
     takes_size = "(" in example

@@ -22,10 +22,9 @@ def find(
     name to one that differs in case. `name:10` and `place:10` say which is meant.
 
     Args:
-      flag: where the word was given, for messages.
+      flag, also: where the word was given, and what else is taken there, for messages.
       word: a name, a place, or either after "name:" or "place:".
       names: of all classes.
-      also: what else the flag takes, for messages.
 
     Raises:
       UserError: no such class, or more than one.
@@ -60,11 +59,7 @@ def _meant(flag: str, word: str, names: Sequence[str]) -> list[int]:
 
 
 def check_keyword(flag: str, word: str, names: Sequence[str]) -> None:
-    """Refuses a keyword of a flag if it is also the name of a class.
-
-    Raises:
-      UserError: names both.
-    """
+    """Refuses a keyword of a flag with a `UserError` if a class has that name too."""
     if named := _called(word, names):
         raise UserError(
             f"{flag}={word} has a meaning of its own and is the name of class "

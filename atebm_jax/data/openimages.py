@@ -193,11 +193,7 @@ def _paths(node: Mapping[str, Any], above: tuple = ()) -> Iterator[tuple[str, ..
 
 @contextlib.contextmanager
 def _opened(flag: str, path: str, kind: str = "text") -> Iterator[TextIO]:
-    """Opens the file of a flag.
-
-    Raises:
-      UserError: in place of any error while the file is opened or read.
-    """
+    """Opens the file of a flag; a `UserError` takes the place of any error."""
     try:
         # utf-8-sig: skips a byte-order mark.
         local = os.path.expanduser(path)

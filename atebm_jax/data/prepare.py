@@ -60,11 +60,9 @@ def prepare(
     """Writes a prepared set, or goes on with one that was begun with these settings.
 
     Args:
-      source: the images.
-      to: folder; made if it is not there.
+      source, to: the images, and a folder, which is made if it is not there.
       size: pixels of the shorter side; images are never enlarged.
-      quality: of the JPEGs.
-      shard_size: images of a shard.
+      quality, shard_size: of the JPEGs, and images of a shard.
       num_workers: processes; 0 for one a core.
       max_bad_images: unreadable images that are passed over and listed.
       indices: only these images of the source, in this order.

@@ -85,11 +85,7 @@ class PreparedSource(Source):
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """The description of a prepared set.
-
-    Raises:
-      UserError: it is absent or damaged.
-    """
+    """The description of a prepared set; a `UserError` if it is absent or damaged."""
     path = root / INDEX
     try:
         index = json.loads(path.read_text())

@@ -5,7 +5,7 @@ decode them. Every source can be pickled: each worker process gets a copy.
 """
 
 from collections.abc import Iterator
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -39,15 +39,9 @@ class Source(Protocol):
         return f"{self.spec}[{index}]"
 
 
-@runtime_checkable
-class Listed(Protocol):
-    """A source that describes all its images without reading them."""
-
-    def listing(self) -> Iterator[bytes]:
-        """Lines that differ for other images, and are the same in every place."""
-        ...
-
-
 def listing(source: Source) -> Iterator[bytes]:
-    """The listing of a source; empty if it has none."""
-    return source.listing() if isinstance(source, Listed) else iter(())
+    """Lines that differ for other images, and are the same in every place.
+
+    They are those of `source.listing()`, which reads no image; none without one.
+    """
+    return source.listing() if hasattr(source, "listing") else iter(())

@@ -48,23 +48,15 @@ image = np.asarray(Image.open("image.png")).reshape(model.image_shape)
 
 
 class Answer(NamedTuple):
-    """What a tab shows, and what made it.
+    """What a tab shows, and what made it."""
 
-    Attributes:
-      images: file name without its ending -> [H, W, C] uint8.
-      settings: for JSON; "again" is the command, or Python, that makes the same.
-      classes: title -> class name -> probability.
-      says: a sentence.
-      figure: PNG file of a diagram.
-      captions: of the images, in their order.
-    """
-
-    images: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]  #: file name without its ending -> [H, W, C] uint8
+    #: for JSON; "again" is the command, or Python, that makes the same
     settings: dict[str, Any]
-    classes: Mapping[str, dict[str, float]] = {}
-    says: str = ""
-    figure: bytes | None = None
-    captions: Sequence[str] = ()
+    classes: Mapping[str, dict[str, float]] = {}  #: title -> class name -> probability
+    says: str = ""  #: a sentence
+    figure: bytes | None = None  #: PNG file of a diagram
+    captions: Sequence[str] = ()  #: of the images, in their order
 
     def archive(self) -> bytes:
         """A ZIP file of images and settings."""

@@ -31,27 +31,7 @@ _CANVAS = 384
 _POLICY = (
     b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
 )
-# Pixels are shown as they are, and nothing lies on them.
-_CSS = """
-.gradio-container { max-width: 1360px !important; width: 100%; margin: auto; }
-#title h1 { font-size: 1.7rem; margin: 0.4rem 0 0; letter-spacing: -0.02em; }
-#title p { opacity: 0.7; margin: 0; }
-.pixels img { image-rendering: pixelated; width: 100%; object-fit: contain; }
-.pixels .image-container, .pixels .image-container * { max-height: 22rem; }
-.pixels .image-container :is(button:has(img), .image-frame) { width: 100%; }
-.pixels label[data-testid="block-label"] { position: relative; display: inline-flex;
-              margin: 8px; }
-.pixels label[data-testid="block-label"] > span { display: none; }
-.pixels .grid-wrap { min-height: 0; }
-.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), 1fr);
-              grid-template-rows: none; grid-auto-rows: auto; padding-top: 0; }
-.pixels .gallery-item { height: auto; }
-.pixels .thumbnail-lg { aspect-ratio: 1; height: auto; width: 100%; }
-.pixels .caption-label { font-size: 0.65rem; padding: 1px 5px; }
-@media (max-width: 700px) {
-  .pixels .grid-container { grid-template-columns: repeat(4, 1fr); }
-}
-"""
+_STYLE = Path(__file__).with_name("page.css")
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "Consolas", "monospace"]
 
@@ -103,7 +83,6 @@ def launch(
     """Opens the page.
 
     Args:
-      answers: of a model.
       host: address to listen at; the default is reached from this machine alone.
       port: default the first free one from 7860 on.
       share: a public address by Gradio's servers, which then carry all traffic.
@@ -123,7 +102,7 @@ def launch(
             share=share,
             max_file_size=_LARGEST_UPLOAD,
             theme=theme,
-            css=_CSS,
+            css=_STYLE.read_text(),
             footer_links=["settings"],
             ssr_mode=False,
             show_error=True,
@@ -407,7 +386,7 @@ def _answered(
     return drawn
 
 
-def _picture(label: str, **options: Any) -> gr.Image:
+def _picture(label: str) -> gr.Image:
     return gr.Image(
         label=label,
         format="png",
@@ -415,7 +394,6 @@ def _picture(label: str, **options: Any) -> gr.Image:
         buttons=["download", "fullscreen"],
         elem_classes="pixels",
         min_width=150,
-        **options,
     )
 
 

@@ -14,8 +14,7 @@ from etils import epath
 
 from atebm_jax import attacks, energy, metrics, pictures
 from atebm_jax.evaluate.classification import logits
-from atebm_jax.evaluate.context import Context, Rows, check_finite, figure, share
-from atebm_jax.models import LogitsFn
+from atebm_jax.evaluate.context import Context, figure, share
 
 #: Logits [N, K] -> how sure the model is [N], by name.
 CONFIDENCES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -33,8 +32,8 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Area under the risk-coverage curve by max-softmax and by -E(x)."""
     values: dict[str, Any] = {}
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for moment, find in {"clean": logits, "attacked": _attacked}.items():
-        scores, labels = find(context, "test")
+    for moment in ("clean", "attacked"):
+        scores, labels = logits(context, "test", attacked=moment == "attacked")
         hits = scores.argmax(axis=1) == labels
         values[f"{moment}/error"] = share(int((~hits).sum()), len(hits))
         curves[moment] = {}
@@ -61,17 +60,3 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
         f"{context.options.num_resamples} bootstraps",
     }
     return {"protocol": protocol, "figures": values, "plots": ["abstention.png"]}
-
-
-def _attacked(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, K] of attacked images, and labels [N]."""
-    attack = context.config.evaluate.attack
-    adversary = attacks.adversary(**attack)
-
-    def rows(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
-        return {"logits": logits_fn(adversary(logits_fn, x, y))}
-
-    name = f"logits of attacked {role}"
-    found = context.map_images(name, role, rows, **attack)
-    check_finite(name, found["logits"])
-    return found["logits"], found["labels"]

@@ -15,13 +15,23 @@ from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, shar
 from atebm_jax.models import LogitsFn
 
 
-def logits(context: Context, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, K], all finite or a `UserError`, and labels [N] of a data set."""
-    rows = context.map_images(
-        f"logits of {role}", role, lambda logits_fn, x, y: {"logits": logits_fn(x)}
-    )
-    check_finite(f"logits of {role}", rows["logits"])
-    return rows["logits"], rows["labels"]
+def logits(
+    context: Context, role: str, attacked: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, K], all finite or a `UserError`, and labels [N] of a data set.
+
+    They are those of the images, or of what the config's PGD makes of them.
+    """
+    attack = context.config.evaluate.attack.to_dict() if attacked else {}
+    adversary = attacks.adversary(**attack) if attacked else lambda logits_fn, x, y: x
+
+    def rows(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> Rows:
+        return {"logits": logits_fn(adversary(logits_fn, x, y))}
+
+    name = f"logits of {'attacked ' * attacked}{role}"
+    found = context.map_images(name, role, rows, **attack)
+    check_finite(name, found["logits"])
+    return found["logits"], found["labels"]
 
 
 def accuracy(context: Context, out: epath.Path) -> dict[str, Any]:

@@ -23,15 +23,38 @@ from atebm_jax.progress import ShowFn
 from atebm_jax.seeds import Gaussian
 
 
-class Judge(NamedTuple):
-    """An independent classifier."""
+class Extractor(NamedTuple):
+    """A network that scores images, or judges counterfactuals."""
 
-    #: (variables, images [B, H, W, C] float32 in [0, 1]) -> logits [B, K]
-    apply: Callable[[Any, jax.Array], jax.Array]
-    variables: Any  #: its weights, on every device
-    fingerprint: str  #: SHA-256 of them
-    #: its output for each of the model's classes; None where it is that of their place
-    outputs: tuple[int, ...] | None = None
+    #: "inception", "efficientnet_lite0", "model" (the evaluated one) or "network"
+    name: str
+    fingerprint: str  #: SHA-256 of its weights
+    variables: Any  #: its weights, an argument of `apply`
+    #: (variables, images [B, H, W, C] float32 in [0, 1]) -> features [B, D], logits
+    #: [B, K]
+    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
+    apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
+    description: dict[str, Any]  #: for the report
+    #: [K] int: the output for each class of the evaluated model; None if it has none
+    outputs: np.ndarray | None = None
+
+    def logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        """Logits [B, K] of the evaluated model's classes, where `outputs` has them."""
+        return self.apply(variables, images)[1][:, self.outputs]
+
+    def features(
+        self, logits_fn: Any, images: Any, labels: Any, variables: Any
+    ) -> dict[str, jax.Array]:
+        """A `RowsFn` of the features alone."""
+        del logits_fn, labels
+        return {"features": self.apply(variables, images)[0]}
+
+    def sizes(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """D and K, without a run of the network."""
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        features, logits = jax.eval_shape(self.apply, self.variables, images)
+        return features.shape[1], logits.shape[1]
 
 
 # (logits_fn, images [B, H, W, C] float32 in [0, 1], labels [B] or -1, more) -> arrays
@@ -58,7 +81,7 @@ class Context:
     store: Store = dataclasses.field(default_factory=lambda: Store(None, {}))
     options: Options = dataclasses.field(default_factory=Options)
     show: ShowFn = lambda name, done, total: None
-    judge: Judge | None = None
+    judge: Extractor | None = None  #: an independent classifier
     gaussian: Gaussian | None = None  #: of the seeds; None where they are noise or read
     notes: tuple[str, ...] = ()  #: what the report says about the data
     #: of the network; None where its classes are compared by place

@@ -174,7 +174,7 @@ def _explain(
         }
         said = {"": logits_fn(result)}
         if context.judge is not None:
-            said["judge_"] = context.judge.apply(judge, result)
+            said["judge_"] = context.judge.logits(judge, result)
         for prefix, logits in said.items():
             probabilities = energy.class_probabilities(logits)
             confidence = jnp.take_along_axis(probabilities, targets[:, None], axis=-1)

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from atebm_jax import checkpoint, drawing, pictures, reachability, recipes, sharding
+from atebm_jax import checkpoint, drawing, pictures, recipes, sharding
 from atebm_jax import config as configuration
 from atebm_jax.data import Source
 from atebm_jax.evaluate import classification, cost, pixel_scores, report
@@ -20,6 +20,7 @@ from atebm_jax.evaluate.context import Context, Options
 from atebm_jax.metric_writer import read_metrics
 from atebm_jax.preemption import StopSignal
 from atebm_jax.progress import ShowFn, parts, say
+from atebm_jax.reachability import Reachability, of_config
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES
 
@@ -44,7 +45,6 @@ class Evaluation:
         self._attacked = self._context.compiled(attacked)
         self._recipe = recipes.of_config(config.evaluate.samples, seed=config.seed)
         self._seeds_of = self._context.seeds_fn(config.seed)
-        self._reachability: reachability.Reachability | None = None
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
         """Figures on `data.eval` and a grid of samples, with averaged weights."""
@@ -110,13 +110,11 @@ class Evaluation:
         records = read_metrics(self._workdir)
         return cost.of_final(self._config, stages, num_test, records)
 
-    def measured_reachability(self) -> reachability.Reachability:
+    @functools.cached_property
+    def reachability(self) -> Reachability:
         """How far seeds are from training images, and how far steps go."""
-        if self._reachability is None:
-            self._reachability = reachability.of_config(
-                self._config, self._context.sources, self._context.gaussian
-            )
-        return self._reachability
+        context = self._context
+        return of_config(self._config, context.sources, context.gaussian)
 
     def _measure(
         self, folders: dict[str, epath.Path], ended: dict[str, Any], show: ShowFn
@@ -157,7 +155,7 @@ class Evaluation:
         reached = {}
         to_run = configuration.stages_to_run(self._config)
         if any(STAGES[name].curriculum for name in to_run):
-            reached["reachability"] = self.measured_reachability()._asdict()
+            reached["reachability"] = self.reachability._asdict()
         return {
             "stages": stages,
             **reached,

@@ -1,8 +1,8 @@
 """Networks whose features and classes score generated images."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from atebm_jax.convert import efficientnet_lite as lite_file
 from atebm_jax.convert import inception as weights_file
 from atebm_jax.data import relabel
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Rows
+from atebm_jax.evaluate.context import Context, Extractor
 from atebm_jax.models import efficientnet_lite, inception
 
 #: What --feature_extractor and --judge call the network that others trained on ImageNet
@@ -24,42 +24,10 @@ EFFICIENTNET_LITE0 = "efficientnet_lite0"
 _WORDNET = re.compile(r"n\d{8}")
 
 
-class Extractor(NamedTuple):
-    """A network that scores images."""
-
-    #: "inception", `EFFICIENTNET_LITE0`, "model" (the evaluated one), "network"
-    #: (another)
-    name: str
-    fingerprint: str  #: SHA-256 of its weights
-    variables: Any  #: its weights, an argument of `apply`
-    #: (variables, images [B, H, W, C] float32 in [0, 1]) -> features [B, D], logits
-    #: [B, K]
-    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
-    #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
-    apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
-    description: dict[str, Any]  #: for the report
-    #: [K] int: the output for each class of the evaluated model; None if it has none
-    outputs: np.ndarray | None = None
-
-    def features(
-        self, logits_fn: Any, images: Any, labels: Any, variables: Any
-    ) -> Rows:
-        """A `RowsFn` of the features alone."""
-        del logits_fn, labels
-        return {"features": self.apply(variables, images)[0]}
-
-    def sizes(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        """D and K, without a run of the network."""
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        features, logits = jax.eval_shape(self.apply, self.variables, images)
-        return features.shape[1], logits.shape[1]
-
-
 def of(context: Context) -> Extractor:
     """The extractor that the options ask for, its weights on every device.
 
-    Raises:
-      UserError: it is not there, or takes other images.
+    A `UserError` if it is not there, or takes other images.
     """
     extractor = _chosen(context)
     placed = sharding.put_replicated(extractor.variables, context.mesh)
@@ -93,23 +61,30 @@ def _chosen(context: Context) -> Extractor:
             f"model {context.image_shape}: its features would be of other images."
         )
     made = from_model("network", loaded.model, loaded.variables, loaded.num_classes)
-    return _by_name(made, loaded.class_names, context.class_names)
+    own, what = loaded.class_names, "the network of the features"
+    try:
+        return by_name(made, own, context.class_names, what)
+    except UserError:  # it tells other things apart
+        return made._replace(outputs=None)
 
 
-def _by_name(
-    network: Extractor, own: Sequence[str] | None, names: Sequence[str] | None
+def by_name(
+    network: Extractor,
+    own: Sequence[str] | None,
+    names: Sequence[str] | None,
+    what: str,
 ) -> Extractor:
-    """With its output for each of the model's classes, `names`, if they are its own.
+    """With its output for each of the model's classes, `names`, found by `own` names.
 
     By place, which the description says, where either names none.
+
+    Raises:
+      UserError: `what` has other classes.
     """
     if own is None or names is None:
         described = network.description | {"classes": "compared by place"}
         return network._replace(description=described)
-    try:
-        order = relabel.same_order(own, names, "the network of the features")
-    except UserError:  # it tells other things apart
-        return network._replace(outputs=None)
+    order = relabel.same_order(own, names, what)
     return network if order is None else network._replace(outputs=np.asarray(order))
 
 
@@ -144,7 +119,6 @@ def from_inception(path: str) -> Extractor:
         outputs = run(variables, inception.resized(_coloured(images)))
         return outputs.features, outputs.unbiased_logits
 
-    published = sha256 == weights_file.PUBLISHED_SHA256
     return Extractor(
         name="inception",
         fingerprint=trained.fingerprint(variables),
@@ -153,8 +127,7 @@ def from_inception(path: str) -> Extractor:
         apply_inputs=lambda variables, inputs: run(variables, inputs).unbiased_logits,
         description={
             "network": "Inception-v3 (2015-12-05)",
-            "file_sha256": sha256,
-            "is_the_published_file": "yes" if published else "no: compare the source",
+            **_file(sha256, weights_file.PUBLISHED_SHA256),
         },
     )
 
@@ -179,7 +152,6 @@ def from_efficientnet_lite0(names: Sequence[str] | None = None) -> Extractor:
         assert isinstance(outputs, efficientnet_lite.Outputs)
         return outputs.features, outputs.logits
 
-    published = sha256 == lite_file.PUBLISHED_SHA256
     return Extractor(
         name=EFFICIENTNET_LITE0,
         fingerprint=trained.fingerprint(variables),
@@ -188,11 +160,16 @@ def from_efficientnet_lite0(names: Sequence[str] | None = None) -> Extractor:
         apply_inputs=None,
         description={
             "network": "EfficientNet-Lite0, trained on ImageNet (scores are no FID)",
-            "file_sha256": sha256,
-            "is_the_published_file": "yes" if published else "no: compare the source",
+            **_file(sha256, lite_file.PUBLISHED_SHA256),
         },
         outputs=imagenet_outputs(names),
     )
+
+
+def _file(sha256: str, published: str) -> dict[str, str]:
+    """Which weights a network has, for the report."""
+    told = "yes" if sha256 == published else "no: compare the source"
+    return {"file_sha256": sha256, "is_the_published_file": told}
 
 
 def imagenet_outputs(names: Sequence[str] | None) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import base64
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -155,13 +156,15 @@ def page(evaluations: Sequence[Evaluation]) -> str:
     links = "".join(f'<a href="#{_text(m)}">{_text(m)}</a>' for m in metrics)
     sections = "".join(_section(metric, evaluations) for metric in metrics)
     facts = "".join(map(_facts, evaluations))
+    here = Path(__file__)
+    style, script = (here.with_name(f"report.{e}").read_text() for e in ("css", "js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{_text(title)}</title><style>{style}</style></head><body>"
         f"<header><h1>Evaluation</h1><nav>{links}</nav></header>"
         f'<main><div class="facts">{facts}</div>{sections}</main>'
-        f"<script>{_SCRIPT}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
@@ -219,7 +222,7 @@ def _in_full(figure: Mapping[str, Any]) -> list[str]:
     """Three cells: value, interval (which sorts by its lower end), count."""
     interval, count = figure.get("interval_95"), figure.get("count")
     return [
-        _cell(_number(figure["value"]), figure["value"]),
+        _cell(reports.value_in_words(figure), figure["value"]),
         _cell(reports.interval_in_words(figure), interval and interval[0]),
         _cell("" if count is None else str(count), count),
     ]
@@ -231,12 +234,7 @@ def _in_short(figure: Mapping[str, Any] | None) -> str:
         return _cell("", None)
     words = _text(reports.interval_in_words(figure))
     small = f"<small>{words}</small>" * bool(words)
-    return _cell(_number(figure["value"]), figure["value"], small)
-
-
-def _number(value: float | None) -> str:
-    """Null stands for a figure that was no number."""
-    return "none" if value is None else f"{value:.4f}"
+    return _cell(reports.value_in_words(figure), figure["value"], small)
 
 
 def _cell(shown: str, value: float | None, more: str = "") -> str:
@@ -261,75 +259,3 @@ def _pictures(evaluation: Evaluation, result: Mapping[str, Any]) -> str:
 
 def _text(text: object) -> str:
     return escape(printable(str(text)))
-
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #d5d9e0; --soft: #f3f5f8; --ink: #1c2330;
-  --dim: #5d6778; --back: #fff; --mark: #2457c5; }
-@media (prefers-color-scheme: dark) { :root { --line: #343b48; --soft: #1d222b;
-  --ink: #e6e9ef; --dim: #9aa4b5; --back: #14171d; --mark: #86aefc; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-header { position: sticky; top: 0; z-index: 1; background: var(--back);
-  border-bottom: 1px solid var(--line); padding: .6rem 1.2rem; display: flex;
-  flex-wrap: wrap; gap: .2rem 1.6rem; align-items: baseline; }
-h1 { font-size: 1.2rem; margin: 0; }
-h2 { font-size: 1.15rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
-a { color: var(--mark); text-decoration: none; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.2rem; }
-.facts { display: grid; gap: 1rem; grid-template-columns:
-  repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
-article { background: var(--soft); border-radius: .5rem; padding: .9rem 1.1rem;
-  font-size: .85rem; color: var(--dim); }
-article h2 { color: var(--ink); }
-ul { margin: 0; padding-left: 1.1rem; overflow-wrap: anywhere; }
-section { margin-top: 2.2rem; scroll-margin-top: 5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: right;
-  font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; font-weight: 500; overflow-wrap: anywhere;
-  width: 40%; min-width: 11rem; }
-thead button { all: unset; cursor: pointer; font-weight: 600; }
-thead button:focus-visible { outline: 2px solid var(--mark); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-tbody tr:hover { background: var(--soft); }
-small { display: block; color: var(--dim); white-space: nowrap; }
-details { margin: .7rem 0; font-size: .85rem; }
-summary { cursor: pointer; color: var(--mark); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
-  overflow-wrap: anywhere; margin: .6rem 0; }
-dt { color: var(--dim); }
-dd { margin: 0; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 1rem 0 0; max-width: 100%; }
-img { max-width: 100%; background: #fff; border-radius: .5rem; padding: .4rem;
-  border: 1px solid var(--line); }
-figcaption { font-size: .8rem; color: var(--dim); overflow-wrap: anywhere; }
-"""
-
-# A click on a column's title sorts by it; cells without a value come last.
-_SCRIPT = """
-for (const button of document.querySelectorAll("thead button")) {
-  button.addEventListener("click", () => {
-    const head = button.parentElement, column = head.cellIndex;
-    const sign = head.ariaSort === "descending" ? 1 : column || head.ariaSort !== "none"
-      ? -1 : 1;
-    for (const other of head.parentElement.cells) other.ariaSort = "none";
-    head.ariaSort = sign > 0 ? "ascending" : "descending";
-    const body = head.closest("table").tBodies[0];
-    const key = row => row.cells[column].dataset.value;
-    const compare = (a, b) => {
-      if (!column) return sign * a.cells[0].textContent.localeCompare(
-        b.cells[0].textContent, undefined, { numeric: true });
-      if (key(a) === undefined || key(b) === undefined)
-        return (key(a) === undefined) - (key(b) === undefined);
-      return sign * (key(a) - key(b));
-    };
-    body.append(...[...body.rows].sort(compare));
-  });
-}
-"""

@@ -157,13 +157,8 @@ def markdown(report: Mapping[str, Any], *, level: int = 1, folder: str = "") -> 
     heading = "#" * level
     lines = [f"{heading} Evaluation", "", *(f"- {fact}" for fact in facts(report))]
     for name, result in report["metrics"].items():
-        lines += [
-            "",
-            f"{heading}# {name}",
-            "",
-            "| figure | value | 95 % interval | count |",
-        ]
-        lines += ["|---|---:|---:|---:|"]
+        lines += ["", f"{heading}# {name}", ""]
+        lines += ["| figure | value | 95 % interval | count |", "|---|---:|---:|---:|"]
         for row in _rows(result["figures"]):
             cells = (cell.replace("|", "&#124;") for cell in row)
             lines.append(f"| {' | '.join(cells)} |")
@@ -202,13 +197,14 @@ def show_figures(console: Console, report: Mapping[str, Any]) -> None:
 
 def _rows(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for name, figure in figures.items():
-        value = figure["value"]
-        yield (
-            name,
-            "none" if value is None else f"{value:.4f}",
-            interval_in_words(figure),
-            str(figure.get("count", "")),
-        )
+        value, interval = value_in_words(figure), interval_in_words(figure)
+        yield name, value, interval, str(figure.get("count", ""))
+
+
+def value_in_words(figure: Mapping[str, Any]) -> str:
+    """The value of a figure; null stands for one that was no number."""
+    value = figure["value"]
+    return "none" if value is None else f"{value:.4f}"
 
 
 def interval_in_words(figure: Mapping[str, Any]) -> str:

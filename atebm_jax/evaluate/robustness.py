@@ -14,11 +14,7 @@ from atebm_jax.evaluate.context import Context, share
 
 
 def plan(context: Context) -> versions.Plan:
-    """The attacks of the ensemble, and the threat.
-
-    Raises:
-      UserError: a threat, version or attack that does not exist.
-    """
+    """The attacks of the ensemble, and the threat; a `UserError` if one is unknown."""
     options, default = context.options, context.config.evaluate.attack
     norm = default.norm if options.norm is None else options.norm
     epsilon = default.epsilon if options.epsilon is None else options.epsilon

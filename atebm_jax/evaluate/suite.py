@@ -12,15 +12,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import (
-    checkpoint,
-    data,
-    models,
-    seeds,
-    sharding,
-    storage,
-    trained,
-)
+from atebm_jax import checkpoint, data, seeds, sharding, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import (
@@ -34,7 +26,7 @@ from atebm_jax.evaluate import (
     report,
     robustness,
 )
-from atebm_jax.evaluate.context import Context, Judge, Options
+from atebm_jax.evaluate.context import Context, Extractor, Options
 from atebm_jax.evaluate.store import Store
 from atebm_jax.model_names import located
 from atebm_jax.progress import ShowFn
@@ -369,9 +361,10 @@ def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> C
     imagenet = path == extractors.EFFICIENTNET_LITE0
     judge = (_imagenet_judge if imagenet else _trained_judge)(context, path, names)
     placed = sharding.put_replicated(judge.variables, context.mesh)
-    store = context.store.within(judge=judge.fingerprint, outputs=judge.outputs)
+    outputs = None if judge.outputs is None else judge.outputs.tolist()
+    store = context.store.within(judge=judge.fingerprint, outputs=outputs)
     notes = context.notes
-    if names and judge.outputs is None:
+    if names and "classes" in judge.description:
         said = f"--judge={path} does not name its classes: they were compared by place."
         notes = (*notes, said)
         _log.warning(said)
@@ -379,7 +372,9 @@ def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> C
     return replace(context, judge=judge, store=store, notes=notes)
 
 
-def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Judge:
+def _trained_judge(
+    context: Context, path: str, names: tuple[str, ...] | None
+) -> Extractor:
     loaded, number = trained.load(path), context.config.model.num_classes
     if (loaded.image_shape, loaded.num_classes) != (context.image_shape, number):
         raise UserError(
@@ -387,44 +382,28 @@ def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -
             f"{loaded.num_classes} classes and this model {context.image_shape} of "
             f"{number}: an independent classifier must take the same."
         )
-    outputs = None
-    if names and loaded.class_names:
-        own, what = loaded.class_names, f"--judge={path}"
-        outputs = data.relabel.same_order(own, names, what) or range(number)
-    sha256 = loaded.fingerprint
-    if sha256 == trained.fingerprint(context.variables):
+    judge = extractors.from_model("network", loaded.model, loaded.variables, number)
+    if judge.fingerprint == trained.fingerprint(context.variables):
         raise UserError(
             f"--judge={path} has the weights of the model itself: give a classifier "
             "that was trained independently."
         )
-
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        found = models.logits_fn(loaded.model, variables)(images)
-        return found if outputs is None else found[:, np.asarray(outputs)]
-
-    return Judge(logits, loaded.variables, sha256, outputs and tuple(outputs))
+    return extractors.by_name(judge, loaded.class_names, names, f"--judge={path}")
 
 
 def _imagenet_judge(
     context: Context, path: str, names: tuple[str, ...] | None
-) -> Judge:
+) -> Extractor:
     """EfficientNet-Lite0, for models of ImageNet's classes alone."""
     # A network that names no classes has those of its data, by place.
     names = names or context.sources["test"].class_names
-    outputs = extractors.imagenet_outputs(names)
-    if outputs is None:
+    if extractors.imagenet_outputs(names) is None:
         raise UserError(
             f"--judge={path} knows ImageNet's 1,000 classes, by their names in WordNet "
             "(n01440764 and so on), and this model has others: give a checkpoint of a "
             "classifier of the same classes."
         )
-    extractor = extractors.from_efficientnet_lite0()
-
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return extractor.apply(variables, images)[1][:, outputs]
-
-    places = tuple(outputs.tolist())
-    return Judge(logits, extractor.variables, extractor.fingerprint, places)
+    return extractors.from_efficientnet_lite0(names)
 
 
 def _notes(context: Context) -> list[str]:

@@ -35,11 +35,9 @@ def text(
     Args:
       loaded: the model.
       report: of its evaluation, whose plots lie in `evaluation/`; None for no figures.
-      name: its title.
-      license_name: as hubs abbreviate it.
+      name, license_name: its title, and the licence as hubs abbreviate it.
       command: what trained the weights; None where nobody says.
-      dtype: of the weights in the file.
-      programs: whether the release has programs for JAX alone.
+      dtype, programs: of the weights, and whether there are programs for JAX alone.
     """
     name = printable(name)
     parts = [

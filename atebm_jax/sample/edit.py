@@ -33,12 +33,7 @@ _NOTE = (
 
 
 def run(command: str, given: argparse.Namespace, console: Console) -> None:
-    """Edits or explains the images that the flags name.
-
-    Args:
-      command: "edit" or "explain".
-      given: its flags.
-      console: where to show progress and result.
+    """Edits or explains, by the command's name, the images that the flags name.
 
     Raises:
       UserError: a flag, the checkpoint, an image or the folder cannot be used.

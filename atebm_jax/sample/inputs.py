@@ -32,21 +32,14 @@ _MODES_WITHOUT_RANGE = ("I", "F")
 
 
 class Picture(NamedTuple):
-    """An image that is named but not read yet.
+    """An image that is named but not read yet."""
 
-    Attributes:
-      name: of the files that are written for it.
-      origin: its path, or its place in a data set.
-      label: its class in a data set; None where there is none.
-      read: (H, W, C) -> [H, W, C] uint8; raises UserError.
-      path: of its file; None in a data set.
-    """
-
-    name: str
-    origin: str
-    label: int | None
+    name: str  #: of the files that are written for it
+    origin: str  #: its path, or its place in a data set
+    label: int | None  #: its class in a data set; None where there is none
+    #: (H, W, C) -> [H, W, C] uint8; raises UserError
     read: Callable[[tuple[int, ...]], np.ndarray]
-    path: Path | None = None
+    path: Path | None = None  #: of its file; None in a data set
 
 
 def pictures(given: argparse.Namespace, loaded: Trained) -> list[Picture]:

@@ -40,14 +40,9 @@ def named(k: int, names: Sequence[str]) -> dict[str, Any]:
 
 
 def finished(folder: Path, content: Mapping[str, Any]) -> Done:
-    """Results of images whose files are all there.
+    """Results of images whose files are all there; a `UserError` if a part is damaged.
 
-    Args:
-      folder: of the command.
-      content: of its JSON file, with "results" from an earlier end.
-
-    Raises:
-      UserError: a part is damaged.
+    `content` is that of the command's JSON file, with "results" from an earlier end.
     """
     done: dict[str, Any] = {}
     for result in content.get("results", []):
@@ -76,13 +71,7 @@ def write(folder: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def gather(path: Path, content: Mapping[str, Any], done: Done) -> list[dict[str, Any]]:
-    """Writes all results into the JSON file, by name; returns them.
-
-    Args:
-      path: of the file.
-      content: of the file, beside the results.
-      done: all of them.
-    """
+    """Writes all results into the JSON file beside `content`, by name; returns them."""
     results = [result for image in sorted(done) for result in done[image]]
     storage.write_json(path, {**content, "results": results}, allow_nan=False)
     shutil.rmtree(path.parent / _PARTS, ignore_errors=True)
@@ -90,12 +79,7 @@ def gather(path: Path, content: Mapping[str, Any], done: Done) -> list[dict[str,
 
 
 def of_edit(edited: Edited, names: Sequence[str]) -> dict[str, Any]:
-    """What every result has: classes, confidences, energies, distance, path.
-
-    Args:
-      edited: of one image.
-      names: of the classes.
-    """
+    """What every result has: classes, confidences, energies, distance and path."""
     path, change = edited.path, edited.images - edited.start
     return {
         "original": named(edited.originals, names),

@@ -30,32 +30,26 @@ _TASKS: dict[str, tuple[str, ...]] = {
     "superres": ("factor",),
 }
 _DEFAULTS = {"fill": "mean", "strength": 0.5}
+# Flags that are fields of a recipe under the same name.
+_OF_RECIPE = ("sampler", "schedule", "step_size", "num_steps", "seed")
 
 #: Pictures of a strip by title, and what the record of the result has beside.
 Comparison = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 class Problem(NamedTuple):
-    """What is asked of every image, in V variants.
+    """What is asked of every image, in V variants."""
 
-    Attributes:
-      names: of the classes.
-      shape: (H, W, C) of the images that are given.
-      rows: (images [B, H, W, C] uint8, variants [B]) -> rows to edit, and how.
-      files: what the result of each variant is called.
-      compare: (variant, its result, the given image [H, W, C] uint8, another one that
-        is its truth or None) -> comparison.
-      settings: for the protocol.
-      hole: [H, W] bool, or None.
-    """
-
-    names: Sequence[str]
-    shape: tuple[int, int, int]
+    names: Sequence[str]  #: of the classes
+    shape: tuple[int, int, int]  #: (H, W, C) of the images that are given
+    #: (images [B, H, W, C] uint8, variants [B]) -> rows to edit, and how
     rows: Callable[[np.ndarray, np.ndarray], tuple[editing.Rows, recipes.Recipe]]
-    files: Sequence[str]
+    files: Sequence[str]  #: what the result of each variant is called
+    #: (variant, its result, the given image [H, W, C] uint8, another one that is its
+    #: truth or None) -> comparison
     compare: Callable[[int, Edited, np.ndarray, np.ndarray | None], Comparison]
-    settings: dict[str, Any]
-    hole: np.ndarray | None = None
+    settings: dict[str, Any]  #: for the protocol
+    hole: np.ndarray | None = None  #: [H, W] bool, or None
 
 
 def _rows(
@@ -71,11 +65,7 @@ def _rows(
         constraint(images, variants),
         None if labels is None else labels[variants],
         loaded.config.evaluate.samples,
-        step_size=given.step_size,
-        num_steps=given.num_steps,
-        sampler=given.sampler,
-        schedule=given.schedule,
-        seed=given.seed,
+        **{name: getattr(given, name) for name in _OF_RECIPE},
     )
 
 
@@ -213,7 +203,8 @@ def _given_images(
     height, width, channels = shape
     degrade: Callable[[np.ndarray], np.ndarray] = constraints.as_images
     if hole is not None and given.degrade:
-        degrade = partial(_blacken, hole)
+        black, kept = np.float32(0), ~hole[..., None]
+        degrade = lambda images: np.where(kept, constraints.as_images(images), black)
     if given.task == "superres":
         factor = given.factor
         if factor < 2 or height % factor or width % factor:
@@ -246,10 +237,6 @@ def _constraint(
         radius = 4.0 if given.radius is None else given.radius
         parts.append(constraints.ball(origin, radius, given.norm))
     return parts[0] if len(parts) == 1 else constraints.together(*parts)
-
-
-def _blacken(hole: np.ndarray, images: np.ndarray) -> np.ndarray:
-    return np.where(hole[..., None], np.float32(0), constraints.as_images(images))
 
 
 def _shrink(factor: int, images: np.ndarray) -> np.ndarray:

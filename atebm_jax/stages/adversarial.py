@@ -18,10 +18,6 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
 
     The attack runs in evaluation mode (running statistics); only the training pass
     uses the batch's statistics and moves the running ones.
-
-    Args:
-      model: images to logits.
-      config: the block of the stage.
     """
     adversary = attacks.adversary(**config.adversary)
 

@@ -13,70 +13,59 @@ Variables = Mapping[str, Any]
 
 
 class Stage(NamedTuple):
-    """A method for one network and one block of the config.
+    """A method for one network and one block of the config."""
 
-    Attributes:
-      streams: as of the `Method`.
-      adversaries: (key, variables, extra, batch) -> images made by PGD and what is
-        known of them. Never differentiated. The key is None unless `needs_key`.
-      loss: (params, batch_stats, batch, adversaries) -> (scalar loss, (new
-        batch_stats, outputs)); differentiable in params. The loss is a mean over the
-        batch; of the outputs, scalars are means over it and arrays [B, ...] are per
-        image.
-      statistics: outputs of a whole batch -> scalar metrics. Apart from the loss, so
-        that a batch may pass in parts and still be ranked as one.
-      init: (key, image_shape) -> the extra state before the first step, a pytree of
-        arrays.
-      update: (extra, outputs of the whole batch and metrics of a step) -> the extra
-        state after it.
-      shown: extra -> what the metrics say of it, scalars by name.
-      needs_key: whether `adversaries` draws random numbers.
-      split_extra: whether the extra state has a row for each image of the batch, and
-        is split over devices and micro-batches as the batch is.
-    """
-
-    streams: tuple[str, ...]
+    streams: tuple[str, ...]  #: as of the `Method`
+    #: (key, variables, extra, batch) -> images made by PGD and what is known of them.
+    #: Never differentiated. The key is None unless `needs_key`.
     adversaries: Callable[[Any, Variables, Any, Batch], dict[str, jax.Array]]
+    #: (params, batch_stats, batch, adversaries) -> (scalar loss, (new batch_stats,
+    #: outputs)); differentiable in params. The loss is a mean over the batch; of the
+    #: outputs, scalars are means over it and arrays [B, ...] are per image.
     loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+    #: outputs of a whole batch -> scalar metrics. Apart from the loss, so that a batch
+    #: may pass in parts and still be ranked as one.
     statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
+    #: (key, image_shape) -> the extra state before the first step, a pytree of arrays
     init: Callable[[Any, tuple[int, ...]], Any] = lambda key, image_shape: ()
+    #: (extra, outputs of the whole batch and metrics of a step) -> the extra state
+    #: after it
     update: Callable[[Any, dict[str, jax.Array]], Any] = lambda extra, metrics: extra
+    #: extra -> what the metrics say of it, scalars by name
     shown: Callable[[Any], dict[str, jax.Array]] = lambda extra: {}
-    needs_key: bool = False
+    needs_key: bool = False  #: whether `adversaries` draws random numbers
+    #: whether the extra state has a row for each image of the batch, and is split over
+    #: devices and micro-batches as the batch is
     split_extra: bool = False
 
 
 class Method(NamedTuple):
-    """A training method: one file of this folder, and one line of `stages.STAGES`.
+    """A training method: one file of this folder, and one line of `stages.STAGES`."""
 
-    Attributes:
-      streams: the batches it takes, of "gen", "cls" and "ood"; "ood" are seeds.
-      build: (model, block of the config) -> Stage; refuses values that it cannot use.
-      block: adds the method's own fields to a block of the config, with defaults.
-      check: (name, block) refuses values that no network could be trained with.
-      starts_from: the stage whose averaged weights it starts from; "" for random ones.
-      whole_batch: block -> whether normalisation sees the whole batch, so that it
-        cannot pass in parts.
-      classifies: block -> whether the cross-entropy has a weight.
-      curriculum: whether T contrastive steps lead from the seeds.
-      contrastive_steps: block -> T_max; 0 for a method without a curriculum.
-      window: block -> steps in the window of the AUC.
-      passes: (block, T) -> passes of an image through the network in one step, beside
-        those of the adversary (`evaluate.cost`).
-      turns: block -> how often a step climbs at most, by the parts of `dry_run`.
-    """
-
+    #: the batches it takes, of "gen", "cls" and "ood"; "ood" are seeds
     streams: tuple[str, ...]
+    #: (model, block of the config) -> Stage; refuses values that it cannot use
     build: Callable[[nn.Module, ml_collections.ConfigDict], Stage]
+    #: adds the method's own fields to a block of the config, with defaults
     block: Callable[[ml_collections.ConfigDict], None] = lambda block: None
+    #: (name, block) refuses values that no network could be trained with
     check: Callable[[str, ml_collections.ConfigDict], None] = lambda name, block: None
+    #: the stage whose averaged weights it starts from; "" for random ones
     starts_from: str = ""
+    #: block -> whether normalisation sees the whole batch, so that it cannot pass in
+    #: parts
     whole_batch: Callable[[ml_collections.ConfigDict], bool] = lambda block: False
+    #: block -> whether the cross-entropy has a weight
     classifies: Callable[[ml_collections.ConfigDict], bool] = lambda block: True
-    curriculum: bool = False
+    curriculum: bool = False  #: whether T contrastive steps lead from the seeds
+    #: block -> T_max; 0 for a method without a curriculum
     contrastive_steps: Callable[[ml_collections.ConfigDict], int] = lambda block: 0
+    #: block -> steps in the window of the AUC
     window: Callable[[ml_collections.ConfigDict], int] = lambda block: 1
+    #: (block, T) -> passes of an image through the network in one step, beside those of
+    #: the adversary (`evaluate.cost`)
     passes: Callable[[ml_collections.ConfigDict, int], int] = lambda block, steps: 3
+    #: block -> how often a step climbs at most, by the parts of `dry_run`
     turns: Callable[[ml_collections.ConfigDict], dict[str, int]] = lambda block: {
         "adversary step": block.adversary.num_steps
     }

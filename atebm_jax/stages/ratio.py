@@ -23,10 +23,6 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     The images outside the distribution are moved inside a ball to where the classifier
     is as confident as it can be. The attacks run in evaluation mode; the training pass
     uses the statistics of both halves of the batch together.
-
-    Args:
-      model: images to logits.
-      config: the block of the stage.
     """
     adversary = attacks.adversary(**config.adversary)
     confident = attacks.adversary(

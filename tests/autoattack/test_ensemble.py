@@ -349,7 +349,7 @@ def test_devices_have_nothing_to_say_to_each_other(attack):
     batch = ensemble._batch(task, versions.Round(attack, 1), np.arange(8), 8)
     program = programs.Program(False, attack, "l2", plan.settings.heeded_by(attack))
     compiled = reference.compiled(programs.attack.lower(program, network, batch))
-    text = hlo.Program(compiled.as_text())
+    text = reference.Program(compiled.as_text())
     assert text.loop_bodies()
     assert not hlo.collectives(text.everything())
 

@@ -235,12 +235,16 @@ def test_network_for_imagenet_judges_imagenet_alone(workdir, tmp_path, monkeypat
     network = extractors.Extractor(
         "", "sha", {}, lambda weights, x: (x, outputs), None, {}
     )
-    monkeypatch.setattr(extractors, "from_efficientnet_lite0", lambda: network)
+    monkeypatch.setattr(
+        extractors,
+        "from_efficientnet_lite0",
+        lambda names: network._replace(outputs=extractors.imagenet_outputs(names)),
+    )
     backwards = tuple(f"n{k:08d}" for k in range(1000))[::-1]
     context = SimpleNamespace(sources={"test": SimpleNamespace(class_names=backwards)})
     for names in (None, backwards):
         judge = suite._imagenet_judge(context, "efficientnet_lite0", names)
-        np.testing.assert_array_equal(judge.apply({}, None), outputs[:, ::-1])
+        np.testing.assert_array_equal(judge.logits({}, None), outputs[:, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -258,37 +262,30 @@ def test_classes_of_another_network_are_compared_by_name(
     monkeypatch, own, names, outputs
 ):
     """Those of the features, and those of a judge, whose others are refused."""
-    network = extractors.Extractor("", "sha", {}, None, None, {}, np.arange(3))
-    found = extractors._by_name(network, own, names)
-    places = None if found.outputs is None else found.outputs.tolist()
-    assert places == outputs
-    by_place = own is None or names is None
-    assert found.description == ({"classes": "compared by place"} if by_place else {})
-
-    config, shape = tiny.config(**{"model.num_classes": 3}), (8, 8, 1)
-    number = 3 if own is None else len(own)
-    judge = SimpleNamespace(
+    other = SimpleNamespace(
         class_names=own,
-        num_classes=number,
-        image_shape=shape,
-        model=None,
-        variables={},
-        fingerprint="judge",
+        num_classes=3 if own is None else len(own),
+        image_shape=(8, 8, 1),
+        model=SimpleNamespace(apply=lambda variables, images, features=False: images),
+        variables={"weight": np.ones(1)},
     )
-    monkeypatch.setattr("atebm_jax.trained.load", lambda path: judge)
-    monkeypatch.setattr(
-        "atebm_jax.models.logits_fn", lambda model, weights: lambda x: x
-    )
-    context = Context(config, None, {}, sharding.make_mesh(), {})
+    monkeypatch.setattr("atebm_jax.trained.load", lambda path: other)
+    config = tiny.config(**{"model.num_classes": 3})
+    context = Context(config, None, {}, sharding.make_mesh(), {}, class_names=names)
+    context = replace(context, options=Options(feature_extractor="path"))
+    network = extractors._chosen(context)
+    assert (None if network.outputs is None else network.outputs.tolist()) == outputs
+    by_place = own is None or names is None
+    assert (network.description.get("classes") == "compared by place") == by_place
+
     if outputs is None:
         with pytest.raises(UserError, match="--judge=path"):
             suite._with_judge(context, "path", names)
         return
     made = suite._with_judge(context, "path", names)
-    assert made.judge.outputs == (None if by_place else tuple(outputs))
     assert any("compared by place" in x for x in made.notes) == (own is None)
     logits = np.array([[10.0, 20.0, 30.0]])
-    np.testing.assert_array_equal(made.judge.apply({}, logits), logits[:, outputs])
+    np.testing.assert_array_equal(made.judge.logits({}, logits), logits[:, outputs])
 
 
 def test_judge_and_classes_stand_in_the_report(workdir, tmp_path, monkeypatch):

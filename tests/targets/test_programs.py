@@ -65,7 +65,7 @@ def program_of(name, target):
     lowered, state, _ = target_run.lower_step(config, name.split()[0], target)
     compiled = reference.compiled(lowered)
     return SimpleNamespace(
-        program=hlo.Program(compiled.as_text()),
+        program=reference.Program(compiled.as_text()),
         memory=compiled.memory_analysis(),
         state=state,
     )
@@ -76,7 +76,7 @@ def sampler(target):
     model = models.build(config.model)
     device = targets.devices(target)[0]
     lowered = target_run._lowered_sampler(config, model, device)
-    return hlo.Program(reference.compiled(lowered).as_text())
+    return reference.Program(reference.compiled(lowered).as_text())
 
 
 def network_loops(program):
@@ -262,7 +262,7 @@ def everything_wrong(target):
 
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         lowered = jax.jit(wrong).lower(weights, images)
-    return hlo.Program(reference.compiled(lowered).as_text())
+    return reference.Program(reference.compiled(lowered).as_text())
 
 
 def test_everything_that_does_not_belong_there_would_be_seen(target):
