@@ -64,7 +64,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 70
 napoleon_numpy_docstring = False
-napoleon_use_ivar = False
+napoleon_use_ivar = True
 
 
 def setup(app: Sphinx) -> None:
@@ -196,6 +196,10 @@ def _plain_text(
         ]
         # A letter with a full stop alone would begin a list.
         lines[index] = bullet + re.sub(r"(: [A-Z])\.$", r"\1", "`".join(parts))
+    if "Attributes:" in lines:
+        # "a, b: ..." would be taken for a field b of the type a.
+        for index in range(lines.index("Attributes:"), len(lines)):
+            lines[index] = re.sub(r"^(\s+\w+), (\w+:)", r"\1/\2", lines[index])
     if what in ("attribute", "data") and lines:
         lines[0] = f":{lines[0]}"  # as below
     for index, line in enumerate(lines[:-1]):

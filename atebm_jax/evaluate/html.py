@@ -7,7 +7,6 @@ import base64
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -156,8 +155,8 @@ def page(evaluations: Sequence[Evaluation]) -> str:
     links = "".join(f'<a href="#{_text(m)}">{_text(m)}</a>' for m in metrics)
     sections = "".join(_section(metric, evaluations) for metric in metrics)
     facts = "".join(map(_facts, evaluations))
-    here = Path(__file__)
-    style, script = (here.with_name(f"report.{e}").read_text() for e in ("css", "js"))
+    here = epath.Path(__file__).parent
+    style, script = ((here / f"report.{e}").read_text() for e in ("css", "js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
