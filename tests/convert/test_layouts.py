@@ -233,6 +233,8 @@ def test_several_networks_are_listed():
     np.testing.assert_array_equal(found.arrays["fc.bias"], network(1)["fc.bias"])
     with pytest.raises(UserError, match="--entry=other is not in the file"):
         layouts.find(AsIs(tree), "other")
+    with pytest.raises(UserError, match=r"--entry=critic: .* begin with conv1, .*fc"):
+        layouts.find(AsIs(tree["critic"]), "critic")
 
 
 @pytest.mark.parametrize(
