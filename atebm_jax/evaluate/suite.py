@@ -387,10 +387,10 @@ def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -
             f"{loaded.num_classes} classes and this model {context.image_shape} of "
             f"{number}: an independent classifier must take the same."
         )
-    outputs = None
+    outputs: tuple[int, ...] | None = None
     if names and loaded.class_names:
         own, what = loaded.class_names, f"--judge={path}"
-        outputs = data.relabel.same_order(own, names, what) or range(number)
+        outputs = tuple(data.relabel.same_order(own, names, what) or range(number))
     sha256 = loaded.fingerprint
     if sha256 == trained.fingerprint(context.variables):
         raise UserError(
@@ -402,7 +402,7 @@ def _trained_judge(context: Context, path: str, names: tuple[str, ...] | None) -
         found = models.logits_fn(loaded.model, variables)(images)
         return found if outputs is None else found[:, np.asarray(outputs)]
 
-    return Judge(logits, loaded.variables, sha256, outputs and tuple(outputs))
+    return Judge(logits, loaded.variables, sha256, outputs)
 
 
 def _imagenet_judge(
