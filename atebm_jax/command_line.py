@@ -161,9 +161,19 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     # An error in a saving thread of Orbax is raised again where the job waits for it.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    # What a failed save leaves behind ends in a closed event loop, with a traceback for
+    # each array: the sentence that the command ends with says it all.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Python warns when it frees, at exit, the shared memory of batches made ahead.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 # Variables that make JAX insist on a platform.

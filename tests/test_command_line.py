@@ -1,5 +1,7 @@
 """What all commands say alike."""
 
+import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import jax
 import pytest
+import tensorstore
 
 import atebm_jax
 from atebm_jax import UserError, command_line
@@ -172,3 +175,32 @@ def test_mistake_is_one_line_whatever_names_it_holds(capsys):
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert printed == "error: tea \\x1b[2Jcaf\\xe9 [bold] is no image.\n"
+
+
+def test_what_a_failed_save_leaves_behind_shows_no_traceback(monkeypatch, capfd):
+    """Arrays that Orbax was still writing end in an event loop that is closed."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    command_line.quiet_libraries()
+    promise, future = tensorstore.Promise.new()
+
+    async def written():
+        await future
+
+    async def save():
+        asyncio.get_running_loop().create_task(written())
+        await asyncio.sleep(0)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(save())
+    loop.close()
+    promise.set_result(None)
+    del loop
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+    class Broken:
+        def __del__(self):
+            raise ValueError("shown")
+
+    Broken()
+    assert "ValueError: shown" in capfd.readouterr().err

@@ -143,9 +143,13 @@ def _take_given(weights: Weights, prefix: str, path: str) -> None:
     """Takes the names that begin with a prefix; wrappers may be before it."""
     start = re.compile(rf"(?:{_TRANSPARENT}\.)*{re.escape(prefix)}\.(.+)")
     matches = {name: start.fullmatch(name) for name in weights.arrays}
+    firsts = ", ".join(list(_groups(weights.arrays))[:8])
     weights.arrays = {m[1]: weights.arrays[name] for name, m in matches.items() if m}
     if not weights.arrays:
-        raise refusal(f"--entry={prefix}: no name in {path} begins with '{prefix}.'.")
+        raise refusal(
+            f"--entry={prefix}: no name in {path} begins with '{prefix}.'; the names "
+            f"there begin with {firsts}."
+        )
 
 
 def _take_out_inner_wrappers(weights: Weights) -> None:

@@ -224,8 +224,10 @@ FAMILY = family.Family(
                 lambda shapes: "blocks.0.attn.relative_position_bias_table" in shapes
             ),
             "an EVA transformer": (
-                r"blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)"
+                # A Swin V2 has such blocks in stages, "layers.0.blocks.0".
+                r"(?<!\d\.)blocks\.\d+\.(attn\.q_bias|mlp\.(w1|w12|fc1_g)\.weight)"
             ),
+            "a hybrid of a ResNet and a ViT": r"patch_embed\.backbone\..*",
         },
     ),
 )

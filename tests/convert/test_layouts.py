@@ -233,6 +233,8 @@ def test_several_networks_are_listed():
     np.testing.assert_array_equal(found.arrays["fc.bias"], network(1)["fc.bias"])
     with pytest.raises(UserError, match="--entry=other is not in the file"):
         layouts.find(AsIs(tree), "other")
+    with pytest.raises(UserError, match=r"--entry=critic: .* begin with conv1, .*fc"):
+        layouts.find(AsIs(tree["critic"]), "critic")
 
 
 @pytest.mark.parametrize(
@@ -402,6 +404,8 @@ def test_second_first_group_is_dropped_where_it_is_that():
         ("resnet", "layer1.0.conv2.weight", "a ResNeXt"),
         ("resnet", "conv1.0.weight", "a ResNet-D"),
         ("vit", "blocks.0.mlp.fc1_g.weight", "an EVA"),
+        ("vit", "model.blocks.0.attn.q_bias", "an EVA"),
+        ("vit", "patch_embed.backbone.stem.conv.weight", "a hybrid of a ResNet"),
     ],
 )
 def test_network_that_is_not_built_here_is_called_what_it_is(
@@ -414,6 +418,15 @@ def test_network_that_is_not_built_here_is_called_what_it_is(
     assert names.recognise(shapes)[0] is None
     with pytest.raises(UserError, match=f"{what}.*not built here.*docs/convert.md"):
         importing._architecture("w.pt", "auto", shapes)
+
+
+def test_swin_of_version_2_is_no_eva():
+    # In the order of timm's file.
+    parts = ("logit_scale", "q_bias", "v_bias", "cpb_mlp.0.weight")
+    shapes = {f"layers.0.blocks.0.attn.{part}": (3,) for part in parts}
+    for mark in ({}, {names.known("swin").mark: (288, 96)}):
+        family, other = names.recognise(mark | dict(reversed(shapes.items())))
+        assert family is None and other.startswith("a Swin V2")
 
 
 def narrow(depth, widen_factor, **more):
