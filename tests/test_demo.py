@@ -403,6 +403,15 @@ def test_sample_that_is_gone_is_said_in_a_sentence(page, blocks):
             list(take(samples, SimpleNamespace(index=0)))
 
 
+def test_equal_images_have_files_of_their_own(page, image):
+    """A file that is written again is cut short for whom it is being sent to."""
+    grounds = [page._ground(image)["background"] for _ in range(2)]
+    for made in ([page._shown(image), page._shown(image)], grounds):
+        files = [page.gr.Image(format="png").postprocess(one).path for one in made]
+        assert files[0] != files[1]
+        assert np.array_equal(pixels(files[0]), pixels(files[1]))
+
+
 def wait_until(true, seconds=60):
     until = time.monotonic() + seconds
     while not true():

@@ -6,6 +6,7 @@ one queue, as one at a time runs on the device.
 
 import io
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -64,7 +65,7 @@ def build(answers: Answers) -> gr.Blocks:
                 _energy_tab(answers, hand)
 
         def show(image: np.ndarray) -> list[Any]:
-            return [to_pillow(image), answers.predicted(image), _ground(image)]
+            return [_shown(image), answers.predicted(image), _ground(image)]
 
         options = {"fn": show, "inputs": hand, "outputs": [*shown, canvas]}
         _on([blocks.load, hand.change], **options, show_progress="hidden")
@@ -172,7 +173,7 @@ def _picker(answers: Answers, hand: gr.State) -> list[Any]:
     classes = gr.Label(label="Predicted class", num_top_classes=3)
     upload = gr.UploadButton("Upload an image", size="md", variant="secondary")
     examples = gr.Gallery(
-        [(to_pillow(x), y) for x, y in zip(answers.examples, answers.captions)],
+        [(_shown(x), y) for x, y in zip(answers.examples, answers.captions)],
         label="Examples",
         columns=4,
         height=300,
@@ -370,7 +371,7 @@ def _answered(
         made = ask(*values)
         for answer in made if isinstance(made, Iterator) else [made]:
             parts = [answer.says, _captioned(answer) if gallery else None]
-            parts += [to_pillow(answer.images[name]) for name in images]
+            parts += [_shown(answer.images[name]) for name in images]
             parts += [answer.classes[name] for name in classes]
             parts += [_opened(answer.figure), answer.settings["again"]]
             yield [*parts, None]
@@ -378,7 +379,6 @@ def _answered(
             # Gradio copies it before it asks for more.
             path = Path(folder) / "answer.zip"
             path.write_bytes(answer.archive())
-            # Images that are written again would be broken while they are loaded.
             yield [*[gr.skip()] * len(parts), str(path)]
 
     outputs = [says, drawn, *shown, *named, diagram, code, file]
@@ -412,18 +412,32 @@ def _classes(answers: Answers) -> list[tuple[str, int]]:
 
 
 def _captioned(answer: Answer) -> list[tuple[Image.Image, str]]:
-    pictures = map(to_pillow, answer.images.values())
+    pictures = map(_shown, answer.images.values())
     return list(zip(pictures, answer.captions, strict=True))
 
 
+def _shown(image: np.ndarray) -> Image.Image:
+    return _own(to_pillow(image))
+
+
+def _own(image: Image.Image) -> Image.Image:
+    """The image, with a text of its own in its file.
+
+    Gradio names files by their content and would write a file of the same content
+    again, while the browser of this visitor or of another may be loading it.
+    """
+    image.info["id"] = uuid.uuid4().hex
+    return image
+
+
 def _opened(png: bytes | None) -> Image.Image | None:
-    return None if png is None else Image.open(io.BytesIO(png))
+    return None if png is None else _own(Image.open(io.BytesIO(png)))
 
 
 def _ground(image: np.ndarray) -> dict[str, Any]:
     """An image, enlarged to draw a mask on."""
     large = to_pillow(image).convert("RGB")
-    ground = np.asarray(large.resize((_CANVAS, _CANVAS), Image.Resampling.NEAREST))
+    ground = _own(large.resize((_CANVAS, _CANVAS), Image.Resampling.NEAREST))
     return {"background": ground, "layers": [], "composite": ground}
 
 
