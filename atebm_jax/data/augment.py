@@ -206,7 +206,7 @@ def _apply(
 def _parse_call(call: str, spec: str) -> functools.partial:
     name, words = calls.read(call) or (call.strip(), [])
     if name not in OPS:
-        known = [example for _, example in OPS.values()]
+        known = [x for _, example in OPS.values() for x in example.split(" or ")]
         of = f" in {spec!r}, operations joined by |"
         check_choice("augmentation", call.strip(), known, of)
     function, example = OPS[name]

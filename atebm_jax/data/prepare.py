@@ -396,7 +396,7 @@ def main(arguments: Sequence[str]) -> None:
     if not flags.source:
         raise UserError("--from is missing: give folder:PATH, say.")
     kind, _, folder = flags.source.partition(":")
-    if kind in ("folder", "openimages"):
+    if folder and kind in ("folder", "openimages"):
         check_outside("--to", _local(flags.to), folder)
     source, indices = _selected(flags)
     names = ("size", "quality", "shard_size", "num_workers", "max_bad_images")

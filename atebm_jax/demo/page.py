@@ -379,6 +379,7 @@ def _answered(
             # Gradio copies it before it asks for more.
             path = Path(folder) / "answer.zip"
             path.write_bytes(answer.archive())
+            # All else is shown already.
             yield [*[gr.skip()] * len(parts), str(path)]
 
     outputs = [says, drawn, *shown, *named, diagram, code, file]

@@ -61,11 +61,15 @@ def _chosen(context: Context) -> Extractor:
             f"model {context.image_shape}: its features would be of other images."
         )
     made = from_model("network", loaded.model, loaded.variables, loaded.num_classes)
+    described = made.description | {"classes": "others: no agreement"}
+    others = made._replace(outputs=None, description=described)
+    if loaded.num_classes != context.config.model.num_classes:
+        return others
     own, what = loaded.class_names, "the network of the features"
     try:
         return by_name(made, own, context.class_names, what)
-    except UserError:  # it tells other things apart
-        return made._replace(outputs=None)
+    except UserError:
+        return others
 
 
 def by_name(

@@ -367,7 +367,8 @@ def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> C
     if names and "classes" in judge.description:
         said = f"--judge={path} does not name its classes: they were compared by place."
         notes = (*notes, said)
-        _log.warning(said)
+        if jax.process_index() == 0:
+            _log.warning(said)
     judge = judge._replace(variables=placed)
     return replace(context, judge=judge, store=store, notes=notes)
 

@@ -219,6 +219,7 @@ def test_center_crop_takes_the_middle_and_leaves_short_sides():
     "spec, message",
     [
         ("flipp", "'flipp' in .*: choose one of pad_crop.*Did you mean 'flip'"),
+        ("rezise(256)", "Did you mean 'resize\\(256\\)'"),
         ("flip|", "unknown augmentation '' in 'flip|', operations joined by |"),
         ("cutout", "cutout\\(16\\)"),
         ("cutout(-3)", "cutout\\(16\\)"),
