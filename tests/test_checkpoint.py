@@ -204,8 +204,8 @@ def test_step_that_could_not_be_read_does_not_count(state, tmp_path, monkeypatch
 
 def test_cloud_paths_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
-    assert checkpoint.absolute("run") == tmp_path / "run"
+    assert str(local_path.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert local_path.absolute("run") == tmp_path / "run"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from PIL import Image
 
 from atebm_jax import (
     UserError,
-    checkpoint,
     load,
+    local_path,
     metrics,
     recipes,
     trained,
@@ -186,7 +186,7 @@ def test_statistics_go_on_after_a_batch_of_which_no_image_was_decoded(
             rows=rows,
             show=show,
         )
-        store = Store(checkpoint.absolute(folder), {})
+        store = Store(local_path.absolute(folder), {})
         return references._compute(context, extractor, 50, store)
 
     whole = compute(tmp_path / "whole", None)

@@ -10,7 +10,14 @@ import pytest
 import tiny
 from PIL import Image
 
-from atebm_jax import UserError, autoattack, checkpoint, config, data, trained
+from atebm_jax import (
+    UserError,
+    autoattack,
+    config,
+    data,
+    local_path,
+    trained,
+)
 from atebm_jax.evaluate import counterfactual, suite
 from atebm_jax.evaluate.context import Options
 from atebm_jax.evaluate.store import Store
@@ -203,7 +210,7 @@ def test_stopped_evaluation_goes_on_to_the_same_report(report, workdir, tmp_path
 
 
 def test_damaged_unit_is_made_again(tmp_path):
-    store = Store(checkpoint.absolute(tmp_path), {"seed": 0})
+    store = Store(local_path.absolute(tmp_path), {"seed": 0})
     store.save("000000", {"x": np.arange(3)})
     np.testing.assert_array_equal(store.load("000000")["x"], [0, 1, 2])
     (path,) = tmp_path.rglob("*.npz")
@@ -212,7 +219,7 @@ def test_damaged_unit_is_made_again(tmp_path):
 
 
 def test_units_of_another_protocol_are_not_met(tmp_path):
-    store = Store(checkpoint.absolute(tmp_path), {"seed": 0})
+    store = Store(local_path.absolute(tmp_path), {"seed": 0})
     store.within(radius=1.0).save("000000", {"x": np.arange(3)})
     assert store.within(radius=2.0).load("000000") is None
     assert store.load("000000") is None
