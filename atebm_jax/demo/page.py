@@ -67,8 +67,13 @@ def build(answers: Answers) -> gr.Blocks:
         def show(image: np.ndarray) -> list[Any]:
             return [_shown(image), answers.predicted(image), _ground(image)]
 
-        options = {"fn": show, "inputs": hand, "outputs": [*shown, canvas]}
-        _on([blocks.load, hand.change], **options, show_progress="hidden")
+        _on(
+            [blocks.load, hand.change],
+            show,
+            show_progress="hidden",
+            inputs=hand,
+            outputs=[*shown, canvas],
+        )
     blocks.queue(max_size=_MOST_WAITING)
     return blocks
 
@@ -247,7 +252,7 @@ def _explain_tab(answers: Answers, hand: gr.State) -> None:
 
 
 def _edit_tab(answers: Answers, hand: gr.State) -> gr.ImageMask:
-    choices = [
+    choices: list[tuple[str, str | int | float]] = [
         ("any class", kinds.ANY),
         ("its predicted class", kinds.GUESS),
         *_classes(answers),
