@@ -124,6 +124,18 @@ def logits_and_gradients(network, many, images, labels):
     return [np.stack(parts) for parts in zip(*map(compute, many), strict=True)]
 
 
+def test_relu_has_the_usual_derivatives_and_keeps_its_result_alone():
+    x = jnp.array([-2.0, -0.0, 0.0, 0.25, 3.0])
+    y, pull = jax.vjp(layers.relu, x)
+    np.testing.assert_array_equal(y, [0, 0, 0, 0.25, 3])
+    np.testing.assert_array_equal(pull(jnp.ones(5))[0], [0, 0, 0, 1, 1])
+    curved = jax.grad(lambda x: (jax.grad(lambda x: layers.relu(x) ** 3)(x) ** 2) / 2)
+    # (3 y^2)' (3 y^2) = 18 y^3
+    assert curved(2.0) == 144 and curved(-2.0) == 0
+    # Of what is kept for the way back, nothing is negative as x is.
+    assert all((np.asarray(kept) >= 0).all() for kept in jax.tree.leaves(pull))
+
+
 def test_bfloat16_with_norms_in_kernels_is_as_exact_as_layer_by_layer(
     golden, weights, monkeypatch
 ):

@@ -66,6 +66,21 @@ def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Arr
     return cpu.either(ours, theirs, images)
 
 
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), whose derivative reads the result alone: x need not be kept.
+
+    It asks for y != 0, as XLA turns y > 0 back into x > 0.
+    """
+    return jnp.maximum(x, jnp.zeros((), x.dtype))
+
+
+@relu.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+    y = relu(*primals)
+    return y, jnp.where(y != 0, *tangents, jnp.zeros((), y.dtype))
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x Phi(x) (Hendrycks and Gimpel, 2016).
 
@@ -82,7 +97,7 @@ def swish(x: jax.Array) -> jax.Array:
 
 #: What `config.model.activation` may be; PyTorch calls swish SiLU.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
+    "relu": relu,
     "swish": swish,
     "gelu": gelu,
 }
@@ -231,7 +246,7 @@ class SqueezeExcitation(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = partial(Conv, kernel_size=1, use_bias=True, dtype=self.dtype)
         gates = at_least_float32(x).mean(axis=(1, 2), keepdims=True)
-        gates = nn.relu(dense(self.features, name="fc1")(gates))
+        gates = relu(dense(self.features, name="fc1")(gates))
         gates = dense(x.shape[-1], name="fc2")(gates)
         return x * nn.sigmoid(at_least_float32(gates)).astype(x.dtype)
 

@@ -23,6 +23,7 @@ from atebm_jax.models.layers import (
     at_least_float32,
     batch_norm,
     normed,
+    relu,
 )
 
 # Of the 3x3 convolutions.
@@ -84,7 +85,7 @@ class RaResNet(family.Network):
         stem, *widths = self.widths
         x = self.normalised(images)
         first = Conv(stem, 7, 2, 3, dtype=self.dtype, name="conv1")
-        x = nn.relu(normed(first, batch_norm("bn1", train), x).astype(self.dtype))
+        x = relu(normed(first, batch_norm("bn1", train), x).astype(self.dtype))
         for stage, number in enumerate(self.blocks):
             for index in range(number):
                 x = block(
