@@ -144,10 +144,12 @@ def print_table(kept: dict[str, Any]) -> None:
         f"| row | target | setting | GiB a device of | images/s at T = 0 | at T_max | "
         f"peak at T_max | hours to the end | |\n|{'---|' * 3}{'---:|' * 5}---|"
     )
-    for name, figures in kept.items():
-        if name.count(" ") > 1:
+    there = (f"{row} {target}" for row in rows("") for target in TARGETS.split(","))
+    for name in dict.fromkeys([*there, *kept]):
+        if name not in kept or name.count(" ") > 1:
             continue
         row, target = name.split(" ")
+        figures = kept[name]
         best = [figures, *figures["remedies"]]
         best = [made for made in best if made["fits"]] or [figures]
         made = best[0]
