@@ -184,6 +184,7 @@ def test_checkpoint_is_restored_on_any_mesh(saved):
     reference.assert_same_bits(weights["params"], jax.device_get(state.average_params))
 
 
+@pytest.mark.jobs
 def test_job_goes_on_with_another_mesh_and_ends_alike(tmp_path):
     """Four steps on one mesh, two on another, then evaluation and samples.
 

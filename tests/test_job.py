@@ -453,6 +453,7 @@ def test_signal_in_an_evaluation_saves_and_the_evaluation_is_done_later(
     assert without_times(tmp_path) == without_times(finished[0])
 
 
+@pytest.mark.jobs
 def test_two_processes_train_like_one(tmp_path):
     """Each process reads its own part of every batch; figures and files are one."""
     settings = tiny.config(stages="stage1", seed=3, **{"stage1.num_steps": 3})

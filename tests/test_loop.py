@@ -210,6 +210,7 @@ def start(workdir, *flags):
     return tuple(map(int, made.stdout.split("counted")[1].split()))
 
 
+@pytest.mark.jobs
 def test_second_start_compiles_nothing(tmp_path):
     """A job that goes on finds every program of the first start in its workdir."""
     misses, _ = start(tmp_path / "run", "--config.stage1.num_steps=2")

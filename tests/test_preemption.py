@@ -88,6 +88,7 @@ def assert_alike(workdir, alone):
     assert reference.max_difference(*weights) < 3e-6
 
 
+@pytest.mark.jobs
 def test_sigterm_to_one_process_saves_and_one_process_goes_on_alike(tmp_path, alone):
     assert 0 < stop_one_of_two(tmp_path / "run", 1) < 20
     finish(tmp_path / "run")
@@ -103,6 +104,7 @@ def test_sigterm_again_to_the_other_process_of_a_job_that_went_on(tmp_path, alon
     assert_alike(tmp_path / "run", alone)
 
 
+@pytest.mark.jobs
 def test_second_job_ends_with_the_message_in_all_its_processes(tmp_path):
     (tmp_path / "run").mkdir()
     lock = Lock(epath.Path(tmp_path / "run"))

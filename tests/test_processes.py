@@ -47,6 +47,7 @@ def alone():
     return process_worker.train()
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow, id="4")])
 def test_processes_train_like_one(alone, tmp_path, count):
     """Losses and parameters on both meshes: only the order of sums may differ.

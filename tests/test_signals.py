@@ -74,5 +74,6 @@ def test_killed_data_worker_ends_the_job_with_one_clear_line(training):
     assert alive(children) == []
 
 
+@pytest.mark.jobs
 def test_killed_runs_end_bit_identically(tmp_path):
     assert kill.compare(tmp_path, kills=2, seed=1, config=jobs.SMALL).found == []

@@ -33,6 +33,7 @@ def units_in(out):
     return len(list(out.rglob("units/*/*.npz")))
 
 
+@pytest.mark.jobs
 def test_killed_command_ends_with_the_same_report(trained, tmp_path):
     metrics, options = ("accuracy", "pgd"), Options(epsilons=(0.25,))
     flags = ("--metrics=accuracy,pgd", "--epsilons=0.25")

@@ -51,6 +51,7 @@ def assert_same(one, two):
             assert value == pytest.approx(expected["value"], rel=1e-3, abs=1e-4), figure
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     "metrics",
     ["accuracy,autoattack", pytest.param(METRICS, marks=pytest.mark.slow)],
