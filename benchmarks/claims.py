@@ -32,7 +32,7 @@ from rich.console import Console
 import atebm_jax
 from atebm_jax import UserError, command_line, compilation, data, job, pictures, storage
 from atebm_jax import config as configuration
-from atebm_jax.evaluate import pixel_scores, report, suite
+from atebm_jax.evaluate import html, pixel_scores, report, suite
 from atebm_jax.evaluate.options import Options
 from atebm_jax.metric_writer import read_metrics
 from atebm_jax.preemption import Interrupted
@@ -390,6 +390,7 @@ _NOTES = """
 Distance: Frechet on principal components of the pixels. Frechet, precision and recall:
 in the features of an `at` of another seed. Each method's own sampler draws the samples.
 AURC: area under the risk-coverage curve, less is better, by max-softmax unless said.
+The command also writes all figures and plots of one seed, side by side: `{comparison}`.
 
 ## Pictures
 
@@ -412,6 +413,7 @@ def write_page(flags: argparse.Namespace, runs: Sequence[Run]) -> None:
     images.mkdir(parents=True, exist_ok=True)
     _draw_samples(images / "claims_samples.png", runs, flags.workdir)
     _draw_curves(images, runs, flags.workdir)
+    _compare(runs, flags.workdir)
     versions = report.made_with("jax", "flax", "numpy")["versions"]
     head = _HEAD.format(
         command=options.command(),
@@ -420,8 +422,22 @@ def write_page(flags: argparse.Namespace, runs: Sequence[Run]) -> None:
         config=flags.config,
     )
     lines = [head, *_stability(runs, flags.workdir), *_claims(runs, flags.workdir)]
-    text = "\n".join([*lines, *_tables(runs, flags.workdir), _NOTES])
+    notes = _NOTES.format(comparison=f"{flags.workdir}/{html.FILE}")
+    text = "\n".join([*lines, *_tables(runs, flags.workdir), notes])
     storage.replace_bytes(epath.Path(flags.out), f"{text}\n".encode())
+
+
+def _compare(runs: Sequence[Run], workdir: str) -> None:
+    """Writes the evaluations of the first seed side by side."""
+    first = min(run.seed for run in runs)
+    folders = {
+        run.row: run.folder(workdir) / "evaluation"
+        for run in runs
+        if _is_scored(run) and run.seed == first
+    }
+    there = [f"{r}={f}" for r, f in folders.items() if (f / "report.json").exists()]
+    if len(there) > 1:
+        html.compare(there, (), epath.Path(workdir))
 
 
 def _stability(runs: Sequence[Run], workdir: str) -> Iterator[str]:

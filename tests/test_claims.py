@@ -165,6 +165,8 @@ def test_runs_are_trained_evaluated_and_not_again(tmp_path, monkeypatch, capsys)
     text = page.read_text()
     assert "| jem | 1 x | 1 | 0 |" in text
     assert (tmp_path / "images" / "claims_samples.png").exists()
+    together = (tmp_path / "runs" / "report.html").read_text()
+    assert all(row in together for row in ("at", "dat", "jem"))
     # Every cell of the three rows is filled.
     assert " - |" not in text.partition("## Classification")[2]
     claims.main(arguments)
