@@ -353,6 +353,8 @@ def panels(
                 axis.plot(line.x[-1], line.y[-1], "x", color=line.colour, markersize=9)
         if title in logarithmic:
             axis.set_yscale("symlog")
+            # Its own labels are formulas, which `_file` does not read.
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=named[0], ylabel=named[1])
         axis.set_title(title, fontsize=9)
         handles, labels = axis.get_legend_handles_labels()

@@ -54,6 +54,17 @@ def test_names_in_plots_are_no_formulas(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_of_a_logarithmic_axis_are_no_formulas(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    lines = {"norm": [pictures.Line("jem", [1, 2, 3], [0.5, 20.0, 3e3], "C0")]}
+    pictures.panels(epath.Path(tmp_path) / "a.png", lines, ("step", ""), ("norm",))
+    (figure,) = drawn
+    figure.canvas.draw()
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert {"0", "1", "10", "100", "1000"} <= set(shown)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_is_drawn_for_grey_and_colour_and_for_broken_images(tmp_path, channels):
     images = np.random.default_rng(0).random((6, 8, 8, channels))
