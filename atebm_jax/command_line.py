@@ -161,8 +161,8 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     # An error in a saving thread of Orbax is raised again where the job waits for it.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    # What a failed save leaves behind ends in a closed event loop, with a traceback for
-    # each array: the sentence that the command ends with says it all.
+    # A failed save or read leaves coroutines behind, with a traceback for each array:
+    # the sentence that the command ends with says it all.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _unraisable
@@ -172,7 +172,9 @@ def quiet_libraries() -> None:
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+    code = getattr(unraisable.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in code.co_filename
+    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

@@ -5,7 +5,8 @@
 Every row of the config file is trained with every seed, each a job of its own below
 --workdir, and all are evaluated alike. Rows with two stages share the stage 1 of their
 seed, the row `at`. JEM and `dat` are trained with a tenth and ten times their learning
-rate too. docs/claims.md and its pictures are then written from what lies there.
+rate too. docs/claims.md and its pictures are then written from what lies there, and
+report.html below --workdir, the rows of one seed side by side.
 
 The command goes on where it was stopped. `--rows` and `--seeds` select; the page is of
 those that are selected. `--config.FIELD=VALUE` is for all runs.
@@ -413,7 +414,6 @@ def write_page(flags: argparse.Namespace, runs: Sequence[Run]) -> None:
     images.mkdir(parents=True, exist_ok=True)
     _draw_samples(images / "claims_samples.png", runs, flags.workdir)
     _draw_curves(images, runs, flags.workdir)
-    _compare(runs, flags.workdir)
     versions = report.made_with("jax", "flax", "numpy")["versions"]
     head = _HEAD.format(
         command=options.command(),
@@ -425,11 +425,12 @@ def write_page(flags: argparse.Namespace, runs: Sequence[Run]) -> None:
     notes = _NOTES.format(comparison=f"{flags.workdir}/{html.FILE}")
     text = "\n".join([*lines, *_tables(runs, flags.workdir), notes])
     storage.replace_bytes(epath.Path(flags.out), f"{text}\n".encode())
+    _compare(runs, flags.workdir)
 
 
 def _compare(runs: Sequence[Run], workdir: str) -> None:
     """Writes the evaluations of the first seed side by side."""
-    first = min(run.seed for run in runs)
+    first = min((run.seed for run in runs), default=0)
     folders = {
         run.row: run.folder(workdir) / "evaluation"
         for run in runs

@@ -83,6 +83,7 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
     for count in counts:
         config = load_config(str(ROOT / "configs" / "digits.py"))
         config.stage2.batch_size = per_device * count
+        config.stage2.warmup_steps = 0
         model = models.build(config.model)
         sizes = sharding.parse_mesh(spec, count)
         devices = np.array(jax.devices()[:count]).reshape(tuple(sizes.values()))

@@ -57,7 +57,7 @@ def dat() -> ConfigDict:
     config.stage2.num_steps = 400
     config.stage2.learning_rate = 0.01
     config.stage2.schedule = "constant"
-    # Without it, two seeds of three lose the classifier within seven steps.
+    # Without it two seeds of three die at step 7 (docs/trouble.md).
     config.stage2.warmup_steps = 50
     config.stage2.adversary = adversary(epsilon=0.5, step_size=0.15, num_steps=5)
     config.stage2.contrastive_step_size = 0.3

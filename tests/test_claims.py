@@ -148,7 +148,11 @@ def test_runs_are_trained_evaluated_and_not_again(tmp_path, monkeypatch, capsys)
     run = autoattack.run
     monkeypatch.setattr(autoattack, "run", lambda *a, **k: run(*a, settings=few, **k))
     page = tmp_path / "claims.md"
-    blocks = {"stage1": {}, "stage2": {}, "jem": {"warmup_steps": 0, "buffer_size": 32}}
+    blocks = {
+        "stage1": {},
+        "stage2": {"warmup_steps": 0},
+        "jem": {"warmup_steps": 0, "buffer_size": 32},
+    }
     overrides = {"model": {"name": "small"}, "evaluate": tiny.config().evaluate}
     for name, more in blocks.items():
         overrides[name] = {"batch_size": 16, "num_steps": 4, "eval_every_steps": 2}

@@ -82,6 +82,7 @@ def config(**overrides: Any) -> ConfigDict:
         "stage1.checkpoint_every_steps": 2,
         "stage2.batch_size": 16,
         "stage2.num_steps": 6,
+        "stage2.warmup_steps": 0,
         "stage2.eval_every_steps": 3,
         "stage2.checkpoint_every_steps": 2,
         "stage2.auc_window_images": 32,

@@ -28,6 +28,7 @@ SETTINGS = (
     "--config.stage1.checkpoint_every_steps=2",
     "--config.stage2.batch_size=64",
     "--config.stage2.num_steps=24",
+    "--config.stage2.warmup_steps=0",
     "--config.stage2.eval_every_steps=12",
     "--config.stage2.checkpoint_every_steps=2",
     "--config.stage2.auc_window_images=128",
