@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent / "faults"))
 import jobs
 import kill
 
+pytestmark = pytest.mark.jobs
+
 
 @pytest.fixture
 def training(tmp_path):
@@ -74,6 +76,5 @@ def test_killed_data_worker_ends_the_job_with_one_clear_line(training):
     assert alive(children) == []
 
 
-@pytest.mark.jobs
 def test_killed_runs_end_bit_identically(tmp_path):
     assert kill.compare(tmp_path, kills=2, seed=1, config=jobs.SMALL).found == []

@@ -113,6 +113,7 @@ def assert_same_files(folder, expected):
             assert path.read_bytes() == known[name].read_bytes(), name
 
 
+@pytest.mark.jobs
 @EVERY
 def test_samples_explanations_and_edits_are_those_of_any_folder(
     odd, odd_folder, expected, tmp_path
