@@ -127,14 +127,18 @@ def test_parameters_and_averages_match_on_the_stored_images(course, taught):
         assert int(after.num_averages) == step
 
 
-def assert_close_but_for_tiny_gradients(made, wanted, rate):
-    """Adam turns the sign of a gradient near zero into a whole step, either way."""
-    away = np.concatenate(
+def differences(made, wanted):
+    return np.concatenate(
         [
             np.abs(np.asarray(a) - np.asarray(b)).ravel()
             for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True)
         ]
     )
+
+
+def assert_close_but_for_tiny_gradients(made, wanted, rate):
+    """Adam turns the sign of a gradient near zero into a whole step, either way."""
+    away = differences(made, wanted)
     assert away.max() <= 2 * rate + 2e-6
     assert (away > 2e-6).mean() < 1e-3
 
@@ -146,7 +150,7 @@ def test_frozen_statistics_are_never_moved(course, taught, weights):
 
 
 def test_free_run_stays_near_the_reference(course):
-    _, stored, run = course
+    name, stored, run = course
     for step, _, after, metrics in run(teach=False):
         for ours, (theirs, _) in FIGURES.items():
             expected = stored[f"step{step}/{theirs}"]
@@ -158,7 +162,11 @@ def test_free_run_stays_near_the_reference(course):
         )
         assert int(metrics["T"]) == step + 1
         expected = params_of(at_step(stored, step), "param")
-        assert reference.max_difference(after.params, expected) < 5e-3
+        away = differences(after.params, expected)
+        # Each of AdamW's steps may have a tiny gradient's other sign, as above.
+        whole = 2.01 * float(stored["hyper/lr"]) * step
+        assert away.max() < (whole if name == "adamw" else 5e-3)
+        assert (away > 1e-3).mean() < 5e-3
 
 
 def gradients_of_steps(golden, network, cast=lambda arrays: arrays):
