@@ -117,8 +117,12 @@ _FID = "FID on CIFAR-10: 9.12, and"
 _NORM = "Normalisation layers are trained in stage 1, and their statistics are frozen"
 CLAIMS = (
     Claim(
-        "As robust as adversarial training", f"{_ATTACKED} 75.73.", "at", "AutoAttack"
-    )._replace(slack=0.02),
+        "As robust as adversarial training",
+        f"{_ATTACKED} 75.73.",
+        "at",
+        "AutoAttack",
+        slack=0.02,
+    ),
     Claim("Samples unlike adversarial training's", f"{_FID} 28.41.", "at", "distance"),
     Claim("More robust than JEM", f"{_ATTACKED} 40.5.", "jem", "AutoAttack"),
     Claim("Better samples than JEM's", f"{_FID} 38.4.", "jem", "distance"),
@@ -129,9 +133,14 @@ CLAIMS = (
         "ratio",
         f"L2 {RADII[1]:g}",
     ),
-    Claim("Two stages, not one", f"{_NORM}.", "dat_one_stage", "distance")._replace(
+    Claim(
+        "Two stages, not one",
+        f"{_NORM}.",
+        "dat_one_stage",
+        "distance",
         why="On digits the joint loss trains from scratch, with statistics of its own "
-        "batches. The Frechet distance in features, below, does not tell the two apart."
+        "batches. The Frechet distance in features, below, does not tell the two "
+        "apart.",
     ),
     Claim("Frozen statistics", f"{_NORM}.", "dat_batchnorm", "distance"),
     Claim(

@@ -201,6 +201,13 @@ def test_what_a_failed_save_leaves_behind_shows_no_traceback(monkeypatch, capfd)
     gc.collect()
     assert capfd.readouterr().err == ""
 
+    class Broken:
+        def __del__(self):
+            raise ValueError("shown")
+
+    Broken()
+    assert "ValueError: shown" in capfd.readouterr().err
+
 
 def test_what_a_failed_read_leaves_behind_shows_no_traceback(monkeypatch):
     """Orbax's coroutines are passed over, others not."""
