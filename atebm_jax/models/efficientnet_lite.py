@@ -3,10 +3,12 @@
 Trained on ImageNet by its authors; 75.1 % top-1 by their figures. Evaluation mode only.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from atebm_jax.models.bilinear import resized
 from atebm_jax.models.layers import Conv
@@ -44,12 +46,14 @@ class _ConvNorm(nn.Module):
     side: int = 1
     stride: int = 1
     groups: int = 1
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         padding = ((self.side - self.stride) // 2, (self.side - 1) // 2)
         size = (self.features, self.side, self.stride, padding, self.groups)
-        return nn.BatchNorm(True, epsilon=1e-3, name="bn")(Conv(*size, name="conv")(x))
+        y = Conv(*size, dtype=self.dtype, name="conv")(x)
+        return nn.BatchNorm(True, epsilon=1e-3, name="bn")(y)
 
 
 class _Block(nn.Module):
@@ -59,38 +63,43 @@ class _Block(nn.Module):
     stride: int
     expansion: int
     features: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        conv_norm = partial(_ConvNorm, dtype=self.dtype)
         inside, y = x.shape[-1] * self.expansion, x
         if self.expansion > 1:
-            y = nn.relu6(_ConvNorm(inside, name="expand")(y))
+            y = nn.relu6(conv_norm(inside, name="expand")(y))
         depthwise = (inside, self.side, self.stride, inside)
-        y = nn.relu6(_ConvNorm(*depthwise, name="depthwise")(y))
-        y = _ConvNorm(self.features, name="project")(y)
+        y = nn.relu6(conv_norm(*depthwise, name="depthwise")(y))
+        y = conv_norm(self.features, name="project")(y)
         return x + y if x.shape == y.shape else y
 
 
 class Outputs(NamedTuple):
-    """Pooled features [B, 1280] and logits [B, 1000], float32."""
+    """Pooled features [B, 1280] and logits [B, 1000]."""
 
     features: jax.Array
     logits: jax.Array
 
 
 class EfficientNetLite0(nn.Module):
-    """Images [B, 224, 224, 3] as of `inputs` to `Outputs`."""
+    """Images [B, 224, 224, 3] as of `inputs` to `Outputs`; convolves in `dtype`."""
+
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Outputs:
-        x = nn.relu6(_ConvNorm(_STEM, 3, 2, name="stem")(x))
+        conv_norm = partial(_ConvNorm, dtype=self.dtype)
+        x = nn.relu6(conv_norm(_STEM, 3, 2, name="stem")(x))
         number = 0
         for stage in STAGES:
             for index in range(stage.blocks):
                 size = (stage.side, 1 if index else stage.stride, *stage[3:])
-                x = _Block(*size, name=f"block{number}")(x)
+                x = _Block(*size, self.dtype, name=f"block{number}")(x)
                 number += 1
-        x = nn.relu6(_ConvNorm(_HEAD, name="head")(x))
+        x = nn.relu6(conv_norm(_HEAD, name="head")(x))
         features = x.mean(axis=(1, 2))
         return Outputs(features, nn.Dense(NUM_CLASSES, name="fc")(features))
 
