@@ -292,6 +292,9 @@ class Program(hlo.Program):
         super().__init__(text)
         # Inputs whose memory an output takes over.
         self.num_aliases = text.partition("\n")[0].count("-alias)")
+        # Communication during which a GPU computes nothing.
+        lines = [line for line in text.splitlines() if '"is_sync":true' in line]
+        self.waits = hlo.collectives(lines)
 
     def loop_bodies(self) -> list[list[str]]:
         """The instructions of every loop body with all that it calls."""

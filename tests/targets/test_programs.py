@@ -149,6 +149,12 @@ def sums_of_gradients(program):
     return [c for c in found if c.kind in kinds and c.elements >= SMALLEST_KERNEL]
 
 
+def waits_for_kernels(program):
+    """All-reduces of kernels during which a GPU computes nothing."""
+    sums = (c for c in program.waits if c.kind == "all-reduce")
+    return [c for c in sums if c.elements >= SMALLEST_KERNEL]
+
+
 def work_on_weights(program):
     """What the loops compute of arrays that stay, none of them as long as the batch."""
     return [
@@ -217,6 +223,12 @@ def test_gradients_are_summed_once(made):
     assert 1 <= len(sums_of_gradients(made.program)) <= 2 * axes
 
 
+def test_gpu_computes_while_gradients_are_summed(target, made):
+    if not target.is_gpu:
+        pytest.skip("a TPU's compiler makes no all-reduce asynchronous by itself")
+    assert waits_for_kernels(made.program) == []
+
+
 def test_state_takes_no_memory_of_its_own(made):
     if not hasattr(made, "state"):
         return
@@ -271,3 +283,4 @@ def test_everything_that_does_not_belong_there_would_be_seen(target):
     assert seen == set(CHECKS)
     assert fixed_loops(program) == network_loops(program) != []
     assert len(sums_of_gradients(program)) > 2 and program.num_aliases == 0
+    assert bool(waits_for_kernels(program)) == target.is_gpu
