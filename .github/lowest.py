@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-for line in project["project"]["dependencies"]:
+extras = project["project"]["optional-dependencies"].values()
+for line in sum(extras, project["project"]["dependencies"]):
     if match := re.match(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)$", line):
         print(f"{match[1]}=={match[2]}")

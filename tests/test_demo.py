@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import small  # noqa: F401  (the network of the trained workdir)
+import tiny
 from PIL import Image
 from rich.console import Console
 
@@ -252,7 +254,7 @@ def test_networks_for_other_images_are_not_compared(answers):
         kinds._check_alike(answers.model, other)
 
 
-@pytest.mark.parametrize("here", [None, "5.49.1"])
+@pytest.mark.parametrize("here", [None, "5.49.1", "6.9.0"])
 def test_missing_or_old_package_is_named(monkeypatch, here):
     def version(name):
         if here is None:
@@ -260,9 +262,8 @@ def test_missing_or_old_package_is_named(monkeypatch, here):
         return here
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    says = (
-        f"version 6 or newer, {f'and {here} is here' if here else 'which is missing'}"
-    )
+    found = f"and {here} is here" if here else "which is missing"
+    says = rf"version {re.escape(_GRADIO)} or newer, {found}"
     with pytest.raises(UserError, match=rf"{says}: pip install 'atebm_jax\[demo\]'"):
         main(["--workdir=nowhere"])
 
@@ -386,7 +387,7 @@ def test_samples_are_drawn_downloaded_and_taken_in_hand(visit, answers, steps):
     seven = visitor.get_by_role("tabpanel").get_by_label("Thumbnail 8 of 16")
     assert np.array_equal(fetched(seven.locator("img")), last.images["07_7"][..., 0])
     seven.click()
-    wait_until(
+    tiny.wait_until(
         lambda: (picture(visitor, "Image in hand") == last.images["07_7"][..., 0]).all()
     )
     eight = visitor.get_by_role("tabpanel").get_by_label("Thumbnail 9 of 16")
@@ -412,13 +413,6 @@ def test_equal_images_have_files_of_their_own(page, image):
         assert np.array_equal(pixels(files[0]), pixels(files[1]))
 
 
-def wait_until(true, seconds=60):
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
 def test_explain_attack_and_energy_show_what_they_answer(visit, answers, image, steps):
     visitor = visit()
     use(visitor, ["Explain"], "Explain")
@@ -431,7 +425,7 @@ def test_explain_attack_and_energy_show_what_they_answer(visit, answers, image, 
     slider.press("Enter")
     near = answers.edit("explain", image, 0, steps, 0.25).images["result"].squeeze()
     assert not np.array_equal(near, made.images["result"].squeeze())
-    wait_until(lambda: np.array_equal(picture(visitor, "Result"), near))
+    tiny.wait_until(lambda: np.array_equal(picture(visitor, "Result"), near))
     use(visitor, ["Attack"], "Attack")
     made = answers.attack(image, answers.most_attack / 4)
     for name in ("attacked", "difference", "attacked (plain)"):
@@ -482,7 +476,7 @@ def test_uploads_are_taken_in_hand_or_refused_in_a_sentence(visit, answers, tmp_
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
     upload.set_input_files(tmp_path / "photo.jpg")
     expected = answers.read(str(tmp_path / "photo.jpg"))[..., 0]
-    wait_until(lambda: np.array_equal(picture(visitor, "Image in hand"), expected))
+    tiny.wait_until(lambda: np.array_equal(picture(visitor, "Image in hand"), expected))
     (tmp_path / "large.png").write_bytes(bytes(9 * 2**20))
     upload.set_input_files(tmp_path / "large.png")
     visitor.get_by_text("maximum allowed size").first.wait_for()
@@ -492,7 +486,7 @@ def test_two_visitors_have_their_own_images(visit, answers, steps):
     one, other = visit(), visit(viewport={"width": 390, "height": 844})
     one.get_by_label("Thumbnail 3 of 24").first.click()
     third = answers.examples[2][..., 0]
-    wait_until(lambda: np.array_equal(picture(one, "Image in hand"), third))
+    tiny.wait_until(lambda: np.array_equal(picture(one, "Image in hand"), third))
     use(one, ["Sample"], "Draw samples")
     use(other, ["Sample"], "Draw samples")
     for visitor in (one, other):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("local", "tpu_pod", "gpu_slurm", "xpk_gke")
@@ -174,9 +175,9 @@ def test_host_of_a_pod_runs_one_job(tools, tmp_path):
     assert first.returncode == second.returncode == 0
     assert "started process" in first.stdout
     assert f"already running {WORKDIR}" in second.stdout
-    time.sleep(0.2)
-    log = (tmp_path / "atebm_jax.log").read_text()
-    assert log.split() == " ".join(MAIN).split()
+    log = tmp_path / "atebm_jax.log"
+    tiny.wait_until(log.read_text)
+    assert log.read_text().split() == " ".join(MAIN).split()
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,11 @@ def environment(devices: int = 1) -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return os.environ | settings | {"PYTHONPATH": paths}
+
+
+def wait_until(true, seconds=60):
+    """Returns as soon as a function is true; fails if it is not in time."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.2)

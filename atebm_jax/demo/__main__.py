@@ -6,6 +6,7 @@ Exit codes: 0 finished; 2 a mistake in flags, checkpoint or data, said in one se
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -14,8 +15,8 @@ from atebm_jax.command_line import Parser, check_platform, quiet_libraries, run
 from atebm_jax.errors import UserError
 from atebm_jax.progress import say
 
-# The oldest major version of Gradio that the page can be made with.
-_GRADIO = 6
+# The oldest version of Gradio with which the page works, also without the internet.
+_GRADIO = "6.20"
 
 
 def _parser() -> Parser:
@@ -36,13 +37,17 @@ def _parser() -> Parser:
     return parser
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
 def _check_gradio() -> None:
     try:
         version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         here = "which is missing"
     else:
-        if int(version.partition(".")[0]) >= _GRADIO:
+        if _numbers(version) >= _numbers(_GRADIO):
             return
         here = f"and {version} is here"
     raise UserError(
