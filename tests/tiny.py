@@ -188,9 +188,9 @@ def environment(devices: int = 1) -> dict[str, str]:
     return os.environ | settings | {"PYTHONPATH": paths}
 
 
-def wait_until(true, seconds=60):
-    """Returns as soon as a function is true; fails if it is not in time."""
+def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
+    """Returns as soon as a function's result is true; fails if it is not in time."""
     until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
+    while not is_so():
+        assert time.monotonic() < until, f"not so after {seconds} s"
         time.sleep(0.2)

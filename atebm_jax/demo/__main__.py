@@ -38,7 +38,7 @@ def _parser() -> Parser:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def _check_gradio() -> None:

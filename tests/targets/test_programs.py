@@ -223,7 +223,8 @@ def test_gradients_are_summed_once(made):
     assert 1 <= len(sums_of_gradients(made.program)) <= 2 * axes
 
 
-def test_gpu_computes_while_gradients_are_summed(target, made):
+def test_gpu_computes_during_all_reduces_of_kernels(target, made):
+    """Under fsdp a sum over all devices has two parts: the second awaits the first."""
     if not target.is_gpu:
         pytest.skip("a TPU's compiler makes no all-reduce asynchronous by itself")
     assert waits_for_kernels(made.program) == []
