@@ -467,7 +467,7 @@ def _show(
             f"{seconds:.3g} s, {rate:,.0f} images/s",
         )
     table.add_row(
-        "memory, a device; compilers needed a third to a half (--target)",
+        "memory, a device; compilers needed a fifth to a half (--target)",
         f"{figures['device_bytes'] / GIB:.1f} GiB",
     )
     console.print(table)

@@ -60,6 +60,10 @@ _MOST_DOUBLINGS = 4
 PROGRAMS = ("train", "sample")
 
 
+class CompilerFailure(UserError):
+    """The target's compiler gives up on a program, not for want of memory."""
+
+
 class Compiled(NamedTuple):
     """What a compiler made of a step."""
 
@@ -102,21 +106,45 @@ def lower_step(
 def compile_step(
     config: ml_collections.ConfigDict, name: str, target: Target
 ) -> Compiled:
-    """Compiles the update that training runs; arguments and errors of `lower_step`."""
+    """Compiles the update that training runs; arguments and errors of `lower_step`.
+
+    Raises:
+      CompilerFailure: the compiler gives up, not for want of memory.
+    """
     begin = time.monotonic()
     lowered, state, batch = lower_step(config, name, target)
     # The loop puts the next batch on the devices while a step runs.
-    return _compiled(lowered, _a_device(state), _a_device(batch), begin)
+    return _compiled(lowered, target, _a_device(state), _a_device(batch), begin)
 
 
-def _compiled(lowered: Any, state: int, batch: int, begin: float) -> Compiled:
+def _executable(lowered: Any, target: Target) -> Any:
+    """Compiles; for a GPU without Triton's products where their tiles cannot be found.
+
+    The compiler would try them on the device, and take cuBLAS where none works.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not target.is_gpu or _needed(str(error)) is not None:
+            raise
+        options = {"xla_gpu_enable_triton_gemm": False}
+        return lowered.compile(compiler_options=options)
+
+
+def _compiled(
+    lowered: Any, target: Target, state: int, batch: int, begin: float
+) -> Compiled:
     """Compiles; of what does not fit, what the compiler says that it would need."""
     try:
-        compiled = lowered.compile()
+        compiled = _executable(lowered, target)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
-            raise
+            reason = " ".join(str(error).partition("\n")[0].split())[:300]
+            raise CompilerFailure(
+                f"the compiler of {target.name} fails on this program ({reason}): try "
+                "another version of jax and of the compiler, or another target."
+            ) from error
         memory = _memory(state + batch, needed, batch)
         return Compiled(None, memory, time.monotonic() - begin)
     found = compiled.memory_analysis()
@@ -457,7 +485,7 @@ def _sample(
     with waiting(console, f"compiling samples for {target.name}"):
         lowered = _lowered_sampler(config, model, devices[0])
         weights = dry_run.num_bytes(models.variable_shapes(model, shape))
-        compiled = _compiled(lowered, weights, 0, begin)
+        compiled = _compiled(lowered, target, weights, 0, begin)
     made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
         number = recipe.num_steps

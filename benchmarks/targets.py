@@ -46,6 +46,7 @@ from atebm_jax import (
 from atebm_jax.command_line import load_config
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.progress import say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = ("imagenet256", "cifar10", "cifar100")
@@ -120,7 +121,11 @@ def steps(flags: argparse.Namespace) -> None:
                 if name in kept or flags.markdown:
                     continue
                 console.rule(name)
-                kept[name] = compiled(row, target, images, console)
+                try:
+                    kept[name] = compiled(row, target, images, console)
+                except target_run.CompilerFailure as error:
+                    say(console, str(error))  # another one may do it
+                    continue
                 storage.write_json(path, kept)
     (print_chips if flags.images_a_chip else print_table)(kept)
 
@@ -172,7 +177,7 @@ def _number(at: dict[str, float], name: str) -> str:
     value = at.get(name)
     if value is None:
         return ""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def print_chips(kept: dict[str, Any]) -> None:

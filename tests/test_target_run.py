@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -253,6 +254,23 @@ def test_communication_is_told_by_place():
 )
 def test_what_a_refused_program_needs_is_read_off_the_refusal(message, gib):
     assert target_run._needed(message) == (gib and gib * GIB)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "h100:8"])
+def test_failure_of_the_compiler_is_one_sentence(name):
+    """A GPU's has tried to do without Triton."""
+    tried = []
+
+    def compile(compiler_options=None):
+        tried.append(compiler_options)
+        raise jax.errors.JaxRuntimeError("INTERNAL: no tiles for\n  %dot.1 = ...")
+
+    lowered, target = SimpleNamespace(compile=compile), targets.parse(name)
+    said = rf"of {name} fails on this program \(INTERNAL: no tiles for\): try another"
+    with pytest.raises(target_run.CompilerFailure, match=said):
+        target_run._compiled(lowered, target, 0, 0, 0.0)
+    without = {"xla_gpu_enable_triton_gemm": False}
+    assert tried == [None, *([without] if target.is_gpu else [])]
 
 
 def test_step_that_fits_is_told_with_all_figures(pretend, tmp_path):
