@@ -249,7 +249,7 @@ def _do(run: Run, flags: argparse.Namespace, overrides: list[tuple[str, str]]) -
         if _is_scored(run):
             # Of a run that diverged before its first checkpoint there is nothing.
             found = _scores(folder, config, flags) if trained["stages"] else {}
-            found["job"] = list(trained["stages"].values())[-1] if found else {}
+            found["job"] = _of_last_stage(trained) if found else {}
             storage.write_json(folder / "figures.json", found)
     except UserError as error:
         print(f"{run.row}, seed {run.seed}: {error}", flush=True)
@@ -369,6 +369,11 @@ def divergence(folder: epath.Path) -> str | None:
     return None
 
 
+def _of_last_stage(trained: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a job's report."""
+    return list(trained["stages"].values())[-1]
+
+
 def _figures(run: Run, workdir: str) -> dict[str, dict[str, float]]:
     path = run.folder(workdir) / "figures.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -473,20 +478,22 @@ def _stability(runs: Sequence[Run], workdir: str) -> Iterator[str]:
     """Share of runs that diverge, by method and learning rate; how the others end."""
     tried: dict[str, dict[float, list[Run]]] = {row: {} for row in STABILITY}
     for run in runs:
-        if run.row in tried and (run.folder(workdir) / "report.json").exists():
+        if run.row in tried and report.read_stages(run.folder(workdir)):
             tried[run.row].setdefault(run.factor, []).append(run)
     yield _STABILITY
     seen: dict[str, list[str]] = {row: [] for row in STABILITY}
     for row, factors in tried.items():
         for factor, alike in sorted(factors.items()):
-            ends = [divergence(run.folder(workdir)) for run in alike]
+            folders = [run.folder(workdir) for run in alike]
+            ends = [divergence(folder) for folder in folders]
             seen[row] += [
                 f"* {row}, {factor:g} x, seed {run.seed}: {end}"
                 for run, end in zip(alike, ends, strict=True)
                 if end
             ]
-            number = sum(end is not None for end in ends)
-            figures = list(filter(None, (_at_the_end(run, workdir) for run in alike)))
+            lasted = [f for f, end in zip(folders, ends, strict=True) if end is None]
+            figures = [_of_last_stage(report.read_stages(folder)) for folder in lasted]
+            number = len(ends) - len(lasted)
             cells = [
                 interval([at[name] for at in figures]).text(digits) if figures else ""
                 for name, digits in _OF_A_JOB.items()
@@ -505,12 +512,6 @@ def _stability(runs: Sequence[Run], workdir: str) -> Iterator[str]:
     yield from ["", *shown] if shown else []
     if said == "Does not hold":
         yield _STABILITY_WHY
-
-
-def _at_the_end(run: Run, workdir: str) -> dict[str, float]:
-    """The figures of a job's last stage, of a run that reached its end."""
-    report = json.loads((run.folder(workdir) / "report.json").read_text())
-    return next(reversed(report.get("stages", {}).values()), {})
 
 
 def _claims(runs: Sequence[Run], workdir: str) -> Iterator[str]:
