@@ -80,14 +80,24 @@ class Program:
             if body:
                 scope = re.search(r'op_name="([^"]*)"', line)
                 turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                found.append(
-                    Loop(
-                        scope[1] if scope else "",
-                        int(turns[1]) if turns else None,
-                        body[1],
-                    )
-                )
+                count = int(turns[1]) if turns else self._counted(line)
+                found.append(Loop(scope[1] if scope else "", count, body[1]))
         return found
+
+    def _counted(self, line: str) -> int | None:
+        """Turns of a loop that counts from 0 to a constant of its condition, if any.
+
+        A TPU's compiler does not write the turns beside the loop.
+        """
+        condition = re.search(r"condition=%([\w.\-]+)", line)
+        lines = self._lines.get(condition[1], []) if condition else []
+        text = "\n".join(lines)
+        limit = re.search(
+            r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", text
+        )
+        name = re.escape(limit[1]) if limit else "(?!)"
+        constant = re.search(rf"%{name} = s32\[\]\S* constant\((\d+)\)", text)
+        return int(constant[1]) if constant else None
 
     def all_loops(self, name: str = "") -> list[Loop]:
         """The loops of a computation and those inside of them, outer ones first."""

@@ -69,7 +69,9 @@ _TARGET = flags.DEFINE_string(
     "h100:8, which need not be here.",
 )
 _PROGRAM = flags.DEFINE_string(
-    "program", "train", "With --target: what to compile, train or sample."
+    "program",
+    "train",
+    "With --target: what to compile, train, sample or autoattack.",
 )
 _DRY_RUN_JSON = flags.DEFINE_string(
     "dry_run_json", None, "With --dry_run: also write the figures to this file."

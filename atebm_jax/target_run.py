@@ -7,6 +7,7 @@ FLOPs and bytes take at the peaks of the card, without launches and communicatio
 """
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from atebm_jax import (
     storage,
     targets,
 )
+from atebm_jax.autoattack import programs, versions
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.progress import say, waiting
@@ -57,7 +59,7 @@ _PARTS = "parts"
 _MOST_DOUBLINGS = 4
 
 #: What `run` can compile.
-PROGRAMS = ("train", "sample")
+PROGRAMS = ("train", "sample", "autoattack")
 
 
 class CompilerFailure(UserError):
@@ -408,11 +410,12 @@ def run(
     Args:
       config, console, json_file: as of `dry_run.run`.
       target_name: as "v5e:2x4" or "h100:8".
-      program: "train", or "sample" for the program that draws the config's samples.
+      program: "train", "sample" for the program that draws the config's samples, or
+        "autoattack" for the attacks of the standard version at the evaluation's radius.
 
     Returns:
       The figures by stage, "remedies" among them, each with its flags; or those of
-      "sample".
+      "sample"; or those of each attack.
 
     Raises:
       UserError: config or target is refused, the compiler is not installed, or the
@@ -427,6 +430,8 @@ def run(
     found = {}
     if program == "sample":
         found["sample"] = _sample(config, target, console)
+    elif program == "autoattack":
+        found = _autoattack(config, target, console)
     else:
         for name in configuration.stages_to_run(config):
             found[name] = _stage(config, name, target, console)
@@ -508,6 +513,81 @@ def _sample(
         say(console, f"{rate:,.3g} samples a second on {len(devices)} devices.")
     _tell_verdict(console, "sampling", made | {"remedies": []})
     return made
+
+
+def lower_attack(
+    config: ml_collections.ConfigDict, plan: versions.Plan, name: str, target: Target
+) -> Any:
+    """One round of an attack on a batch of the evaluation, ready to be compiled."""
+    mesh = sharding.make_mesh(config.mesh, targets.devices(target))
+    shape, model = tuple(config.data.image_shape), models.build(config.model)
+    size = _attacked(config, target)
+
+    def placed(tree: Any, place: jax.sharding.Sharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+        )
+
+    network = jax.eval_shape(
+        lambda variables: models.freeze(model, variables, shape),
+        models.variable_shapes(model, shape),
+    )
+    images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    whole = sharding.replicated(mesh)
+    batch = programs.Batch(
+        *placed((images, numbers, numbers), sharding.batched(mesh)),
+        *placed((*scalars, key), whole),
+    )
+    lowered: Any = programs.attack
+    return lowered.lower(programs.planned(plan, name), placed(network, whole), batch)
+
+
+def _attacked(config: ml_collections.ConfigDict, target: Target) -> int:
+    """Images of a batch, a multiple of the devices."""
+    devices = target.num_devices
+    return math.ceil(config.evaluate.batch_size / devices) * devices
+
+
+def _autoattack(
+    config: ml_collections.ConfigDict, target: Target, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Compiles and tells the attacks of AutoAttack, each on a batch."""
+    threat = (config.evaluate.attack.norm, config.evaluate.attack.epsilon)
+    plan = versions.plan("standard", threat, config.model.num_classes)
+    size, dtype = _attacked(config, target), config.model.dtype
+    found = {}
+    for name in plan.attacks:
+        begin = time.monotonic()
+        with waiting(console, f"compiling {name} for {target.name}"):
+            lowered = lower_attack(config, plan, name, target)
+            compiled = _compiled(lowered, target, 0, 0, begin)
+        made = _basics(config, target, compiled)
+        if compiled.program is not None:
+            rounds = [round_.attack for round_ in plan.rounds].count(name)
+            seconds = compiled.program.total(estimate(compiled.program, target, dtype))
+            made |= {
+                "time_is": _basis(target, dtype),
+                "rounds": rounds,
+                "seconds": {f"round of {size} images": seconds},
+                "images_per_second": size / (rounds * seconds),
+                "collectives": communication(compiled.program),
+            }
+        title = f"{name}, {plan.norm} {plan.epsilon:.4g}, batch {size}"
+        _show(console, config, title, made)
+        _tell_verdict(console, name, made | {"remedies": []})
+        found[name] = made
+    if found and all("images_per_second" in made for made in found.values()):
+        rate = 1 / sum(1 / made["images_per_second"] for made in found.values())
+        say(
+            console,
+            f"{plan.title}: {rate:,.3g} images a second on {target.num_devices} "
+            "devices if every image withstands all attacks; those that fall are "
+            "spared the rest.",
+        )
+    return found
 
 
 def _tried(

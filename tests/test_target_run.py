@@ -405,6 +405,35 @@ NESTED = SAMPLER.replace(_LOOP, _OUTER).replace(
 ENTRY""",
 )
 
+# As a TPU's compiler writes the turns of loops, and a GPU's.
+ATTACK = """HloModule jit_attack
+
+%until (c.2: (s32[], s32[])) -> pred[] {
+  %n.2 = s32[]{:T(128)} constant(100)
+  %c.2 = (s32[], s32[]) parameter(0)
+  %g.2 = s32[]{:T(128)} get-tuple-element(%c.2), index=0
+  %m.2 = s32[]{:T(128)} get-tuple-element(%c.2), index=1
+  ROOT %lt.2 = pred[]{:T(512)} compare(%g.2, %n.2), direction=LT
+}
+
+%newton (c.1: (s32[])) -> (s32[]) {
+  %c.1 = (s32[]) parameter(0)
+  %f.1 = f32[4] fusion(%c.1), calls=%g, backend_config={"estimated_cycles":"1"}
+}
+
+%step (c.3: (s32[], s32[])) -> (s32[], s32[]) {
+  %c.3 = (s32[], s32[]) parameter(0)
+  %f.2 = f32[4] fusion(%c.3), calls=%g, backend_config={"estimated_cycles":"1000"}
+  %w.1 = (s32[]) while(%c.3), body=%newton, backend_config={"known_trip_count":{"n":"12"}}
+}
+
+ENTRY %main (a: f32[3]) -> f32[3] {
+  %a = f32[3] parameter(0)
+  %f.3 = f32[4] fusion(%a), calls=%g, backend_config={"estimated_cycles":"500"}
+  %w.2 = (s32[], s32[]) while(%a), condition=%until, body=%step, metadata={op_name="jit(attack)/while"}
+}
+"""  # noqa: E501
+
 
 @pytest.mark.parametrize("text", [SAMPLER, NESTED], ids=["one loop", "both loops"])
 def test_samples_are_told_a_second_on_all_devices(text, pretend, monkeypatch):
@@ -425,6 +454,44 @@ def test_samples_are_told_a_second_on_all_devices(text, pretend, monkeypatch):
     assert "samples a second on 8 devices" in console.file.getvalue()
 
 
+def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
+    pretend, monkeypatch
+):
+    pretend(lambda config, target: compiled(1))
+    lowered, made_of = [], Compiled(hlo.Program(ATTACK), {"needed": GIB}, 1.0)
+
+    def lower_attack(config, plan, name, target):
+        lowered.append((name, plan.norm, plan.epsilon))
+
+    monkeypatch.setattr(target_run, "lower_attack", lower_attack)
+    monkeypatch.setattr(target_run, "_compiled", lambda *_: made_of)
+    threat = {"evaluate.attack.norm": "l2", "evaluate.attack.epsilon": 0.25}
+    config = settings(**threat, **{"evaluate.batch_size": 33, "model.num_classes": 4})
+    console = Console(file=io.StringIO(), width=160)
+    made = target_run.run(config, "v5e:2x4", program="autoattack", console=console)
+    names = ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert lowered == [(name, "l2", 0.25) for name in names] and tuple(made) == names
+    seconds = (500 + 100 * (1000 + 12)) * 131_072 / 197e12
+    # One target class for each of the three other classes; batches of whole devices.
+    for name, rounds in zip(names, (1, 3, 3, 1), strict=True):
+        assert made[name]["rounds"] == rounds and made[name]["fits"]
+        assert made[name]["seconds"] == {
+            "round of 40 images": pytest.approx(seconds, rel=1e-6)
+        }
+        rate = made[name]["images_per_second"]
+        assert rate == pytest.approx(40 / rounds / seconds)
+    told_rate = f"{40 / 8 / seconds:,.3g} images a second on 8 devices"
+    assert told_rate in console.file.getvalue()
+
+
+def test_turns_are_read_beside_a_loop_or_from_the_constant_of_its_condition():
+    (outer,) = hlo.Program(ATTACK).loops()
+    (inner,) = hlo.Program(ATTACK).loops(outer.body)
+    assert (outer.turns, inner.turns) == (100, 12)
+    other = hlo.Program(ATTACK.replace("%g.2, %n.2", "%g.2, %m.2"))
+    assert other.loops()[0].turns is None
+
+
 def test_change_to_a_topology_that_is_none_is_not_tried(pretend, monkeypatch):
     made = pretend(lambda config, target: compiled(99, temporaries=1))
 
@@ -440,5 +507,5 @@ def test_change_to_a_topology_that_is_none_is_not_tried(pretend, monkeypatch):
 
 
 def test_unknown_program_is_refused():
-    with pytest.raises(UserError, match="--program 'draw'.*train, sample"):
+    with pytest.raises(UserError, match="--program 'draw'.*sample, autoattack"):
         target_run.run(settings(), "v5e:2x4", program="draw")

@@ -182,10 +182,7 @@ class _Task(NamedTuple):
 def _compute(
     task: _Task, round_: Round, indices: np.ndarray, size: int, stochastic: bool
 ) -> Unit:
-    program, name, plan_ = Program(stochastic), round_.attack, task.plan
-    if name != CLEAN:
-        settings = plan_.settings.heeded_by(name)
-        program = Program(stochastic, name, plan_.norm, settings)
+    program = programs.planned(task.plan, round_.attack, stochastic)
     found = programs.attack(program, task.network, _batch(task, round_, indices, size))
     images, fooled = (_on_host(x)[: len(indices)] for x in found)
     return Unit(*round_, indices, fooled, images[fooled])

@@ -17,7 +17,7 @@ from atebm_jax import losses
 from atebm_jax.autoattack import apgd, balls, fab, objectives, square
 from atebm_jax.autoattack.apgd import ModelFn
 from atebm_jax.autoattack.balls import per_image
-from atebm_jax.autoattack.versions import ATTACKS, Settings
+from atebm_jax.autoattack.versions import ATTACKS, Plan, Settings
 
 # The pass before the attacks.
 CLEAN = "clean"
@@ -32,6 +32,14 @@ class Program(NamedTuple):
     attack: str = CLEAN  #: a key of `ATTACKS`, or "clean" for none
     norm: str = ""  #: of an attack, a key of `balls.LENGTHS`
     settings: Settings = Settings()
+
+
+def planned(plan: Plan, attack: str, stochastic: bool = False) -> Program:
+    """The program of an attack of a plan, or of "clean"."""
+    if attack == CLEAN:
+        return Program(stochastic)
+    settings = plan.settings.heeded_by(attack)
+    return Program(stochastic, attack, plan.norm, settings)
 
 
 class Batch(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the compilers of a TPU and of a GPU make of a step and of a sampler.
+"""What the compilers of a TPU and of a GPU make of steps, a sampler and an attack.
 
 Small networks, compiled for machines that are not here. Each check is a function from a
 program to what is wrong with it; one program in which everything is wrong shows that
@@ -24,13 +24,15 @@ from atebm_jax import (
     target_run,
     targets,
 )
+from atebm_jax.autoattack import versions
 
 # Images a device, of a step and of a chunk of samples: no weight has as many rows.
 PER_DEVICE, NUM_CLASSES = 6, 10
 IMAGES = (PER_DEVICE, drawing.CHUNK)
 SMALLEST_KERNEL = 3 * 3 * 1 * 64
 SHAPE = (16, 16, 1)
-PROGRAMS = ("stage1", "stage2", "stage2 under fsdp", "sampler")
+PROGRAMS = ("stage1", "stage2", "stage2 under fsdp", "sampler", "attack")
+ATTACK_STEPS = 3
 RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 # Where numbers are written, not what they are.
 PLACING = {"get-tuple-element", "bitcast", "copy", "copy-start", "copy-done"}
@@ -51,16 +53,18 @@ def made(request, target):
         return program_of(request.param, target)
 
 
-def settings(mesh="data:-1"):
+def settings(mesh="data:-1", **overrides):
     fields = {"model.dtype": "bfloat16", "model.widen_factor": 8, "mesh": mesh}
     fields |= {"data.image_shape": SHAPE}
     sizes = {f"{s}.batch_size": 8 * PER_DEVICE for s in ("stage1", "stage2")}
-    return tiny.config(**fields, **sizes)
+    return tiny.config(**fields, **sizes, **overrides)
 
 
 def program_of(name, target):
     if name == "sampler":
         return SimpleNamespace(program=sampler(target))
+    if name == "attack":
+        return SimpleNamespace(program=attack(target))
     config = settings("data:-1,fsdp:4" if "fsdp" in name else "data:-1")
     lowered, state, _ = target_run.lower_step(config, name.split()[0], target)
     compiled = reference.compiled(lowered)
@@ -76,6 +80,14 @@ def sampler(target):
     model = models.build(config.model)
     device = targets.devices(target)[0]
     lowered = target_run._lowered_sampler(config, model, device)
+    return reference.Program(reference.compiled(lowered).as_text())
+
+
+def attack(target):
+    config = settings(**{"evaluate.batch_size": 8 * PER_DEVICE})
+    steps = {"num_steps": ATTACK_STEPS}
+    plan = versions.plan("standard", ("l2", 0.5), NUM_CLASSES, settings=steps)
+    lowered = target_run.lower_attack(config, plan, "apgd-t", target)
     return reference.Program(reference.compiled(lowered).as_text())
 
 
@@ -207,10 +219,16 @@ def test_nothing_is_in_the_program_that_does_not_belong_there(made, check):
 
 
 def test_all_numbers_of_contrastive_steps_are_one_program(made):
-    """The classifier's adversary, whose steps are settled, would be seen."""
+    """The steps of the classifier's adversary and of AutoAttack are settled."""
     fixed = {loop.body for loop in fixed_loops(made.program)}
     for loop in network_loops(made.program):
-        assert (loop.body in fixed) == ("adversary" in loop.scope), loop
+        settled = "adversary" in loop.scope or "jit(attack)" in loop.scope
+        assert (loop.body in fixed) == settled, loop
+
+
+def test_turns_of_a_settled_loop_are_read(target):
+    (loop,) = network_loops(attack(target))
+    assert loop.turns == ATTACK_STEPS
 
 
 def test_gradients_are_summed_once(made):
