@@ -65,10 +65,9 @@ def read(
     arrays = names.settled(layouts.read_arrays(source, weights))
     shapes = {name: array.shape for name, array in arrays.items()}
     family, fields = _architecture(source.path, arch, shapes)
-    fields, guesses = _unsaid(source, family, fields, arch)
+    fields, assumed = _unsaid(source, family, fields, arch, activation)
     config = _config(source.path, fields, shapes, image_size)
     model, shape = config.model, config.data.image_shape
-    model.activation, assumed = _activation(activation, source, family)
     name = archs.name_of(model) or family
     called = name if arch == "auto" else f"--arch={arch}"
     arrays, unused = names.without_unused(family, arrays)
@@ -84,7 +83,6 @@ def read(
     model.standardize = chosen.by_image
     if chosen.assumed:
         assumed.insert(0, normalization.assumption(chosen))
-    assumed += guesses
     logits = probe_logits(models.build(model), found.variables, shape)
     if not np.isfinite(logits).all():
         raise UserError(
@@ -140,51 +138,45 @@ def _compare(
 _ACTIVATIONS = {"silu": "swish"} | {name: name for name in ACTIVATIONS}
 
 
-def _activation(
-    asked: str | None, source: Source, family: str
-) -> tuple[str, list[str]]:
-    """`config.model.activation`, and a sentence where it is assumed.
-
-    Raises:
-      UserError: an unknown one, or another than a family's only one.
-    """
-    default = names.known(family).activation
-    if asked is not None:
-        check_choice("--activation", asked, _ACTIVATIONS)
-    only = models.FAMILIES[family].activation
-    if only is not None:
-        if asked is not None and _ACTIVATIONS[asked] != only:
-            raise UserError(
-                f"--activation={asked}: a {family} has {only}, whatever its weights: "
-                "leave the flag out."
-            )
-        return default, []
-    written = source.metadata.get("atebm_jax.activation")
-    if asked is not None or written is not None:
-        return _ACTIVATIONS[asked] if asked else str(written), []
-    sentence = f"activation: {default} (no file says it): --activation gives another"
-    return default, [sentence]
-
-
 def _unsaid(
-    source: Source, family: str, fields: dict[str, Any], arch: str
+    source: Source,
+    family: str,
+    fields: dict[str, Any],
+    arch: str,
+    activation: str | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The fields with those that no array shows, and a sentence for each guess.
 
-    They are what an export of this project wrote, unless the user names a network.
+    They are what an export of this project wrote; a network that the user names says
+    all but the activation.
 
     Raises:
-      UserError: what was written is of another type.
+      UserError: an activation that is unknown, or another than a family's only one;
+        what was written is of another type.
     """
-    found, sentences = dict(fields), []
-    unsaid = names.known(family).unsaid(fields) if arch == "auto" else {}
+    torch, only = names.known(family), models.FAMILIES[family].activation
+    found, sentences = fields | {"activation": torch.activation}, []
+    unsaid: dict[str, str] = {}
+    if activation is not None:
+        check_choice("--activation", activation, _ACTIVATIONS)
+        if only is None:
+            found["activation"] = _ACTIVATIONS[activation]
+        elif _ACTIVATIONS[activation] != only:
+            raise UserError(
+                f"--activation={activation}: a {family} has {only}, whatever its "
+                "weights: leave the flag out."
+            )
+    elif only is None:
+        unsaid["activation"] = "--activation gives another"
+    if arch == "auto":
+        unsaid |= torch.unsaid(fields)
     for field, remedy in unsaid.items():
         written = source.metadata.get(f"atebm_jax.{field}")
         if written is None:
-            sentences.append(f"{field}: {fields[field]} (no file says it): {remedy}")
+            sentences.append(f"{field}: {found[field]} (no file says it): {remedy}")
             continue
         try:
-            found[field] = type(fields[field])(written)
+            found[field] = type(found[field])(written)
         except ValueError as error:
             raise refusal(
                 f"{source.path}: its metadata has the {field} {written!r}: expected a "

@@ -347,9 +347,10 @@ def test_activation_that_is_given_is_not_assumed(asked, activation, small, tmp_p
 def test_activation_of_a_family_with_one_is_refused_if_another(family):
     source = files.Source("w.pt", "", {}, np.asarray, {})
     with pytest.raises(UserError, match=f"--activation=relu: a {family} has gelu"):
-        importing._activation("relu", source, family)
+        importing._unsaid(source, family, {}, "resnet50", "relu")
     for asked in (None, "gelu"):
-        assert importing._activation(asked, source, family) == ("relu", [])
+        found = importing._unsaid(source, family, {}, "resnet50", asked)
+        assert found == ({"activation": "relu"}, [])
 
 
 def test_second_first_group_of_trades_is_dropped_with_a_printed_step(small):
