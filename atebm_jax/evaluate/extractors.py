@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from atebm_jax import sharding, trained
-from atebm_jax.convert import efficientnet_lite as lite_file
-from atebm_jax.convert import inception as weights_file
+from atebm_jax.convert import scorers
 from atebm_jax.data import relabel
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.context import Context, Extractor
@@ -46,7 +45,7 @@ def _chosen(context: Context) -> Extractor:
         if not path:
             raise UserError(
                 "--feature_extractor=inception needs --inception_weights=PATH "
-                f"({weights_file.PUBLISHED}, see docs/inception.md)."
+                f"({scorers.INCEPTION}, see docs/inception.md)."
             )
         return from_inception(path)
     if chosen == EFFICIENTNET_LITE0:
@@ -109,9 +108,9 @@ def from_inception(path: str) -> Extractor:
     """Inception-v3 with weights from a file; grey images become grey RGB ones.
 
     Raises:
-      UserError: as of `convert.inception.read`.
+      UserError: as of `convert.scorers.read_inception`.
     """
-    variables, sha256 = weights_file.read(path)
+    variables, sha256 = scorers.read_inception(path)
     network = inception.InceptionV3()
 
     def run(variables: Any, inputs: jax.Array) -> inception.Outputs:
@@ -131,7 +130,7 @@ def from_inception(path: str) -> Extractor:
         apply_inputs=lambda variables, inputs: run(variables, inputs).unbiased_logits,
         description={
             "network": "Inception-v3 (2015-12-05)",
-            **_file(sha256, weights_file.PUBLISHED_SHA256),
+            **_file(sha256, scorers.INCEPTION_SHA256),
         },
     )
 
@@ -143,9 +142,9 @@ def from_efficientnet_lite0(names: Sequence[str] | None = None) -> Extractor:
       names: of the evaluated model's classes.
 
     Raises:
-      UserError: as of `convert.efficientnet_lite.read`.
+      UserError: as of `convert.scorers.read_efficientnet_lite0`.
     """
-    variables, sha256 = lite_file.read()
+    variables, sha256 = scorers.read_efficientnet_lite0()
     network = efficientnet_lite.EfficientNetLite0()
 
     def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,7 +163,7 @@ def from_efficientnet_lite0(names: Sequence[str] | None = None) -> Extractor:
         apply_inputs=None,
         description={
             "network": "EfficientNet-Lite0, trained on ImageNet (scores are no FID)",
-            **_file(sha256, lite_file.PUBLISHED_SHA256),
+            **_file(sha256, scorers.LITE0_SHA256),
         },
         outputs=imagenet_outputs(names),
     )
