@@ -8,7 +8,7 @@ config and names of the classes. Both are data: reading them runs nothing.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any
 
@@ -159,7 +159,9 @@ def _arrays(folder: epath.Path, content: bytes) -> dict[str, Any]:
         arrays = safetensors.load(content)
     except (SafetensorError, KeyError) as error:  # the latter for an unknown dtype
         raise _damaged(folder, f"{WEIGHTS}: {error}") from error
-    above = {"/".join(parts[:-1]) for parts in _parts(arrays)}
+    above = {
+        name[:end] for name in arrays for end, sign in enumerate(name) if sign == "/"
+    }
     for name, array in arrays.items():
         if name in above:
             raise _damaged(folder, f"{WEIGHTS} has {name!r} and arrays below it")
@@ -170,13 +172,6 @@ def _arrays(folder: epath.Path, content: bytes) -> dict[str, Any]:
                 f"precision under {', '.join(_COLLECTIONS)}",
             )
     return nested({name: x.astype(np.float32) for name, x in arrays.items()})
-
-
-def _parts(names: Iterable[str]) -> Iterator[list[str]]:
-    """Every name and the names above it, in parts."""
-    for name in names:
-        parts = name.split("/")
-        yield from (parts[:end] for end in range(2, len(parts) + 1))
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:
