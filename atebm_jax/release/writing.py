@@ -109,25 +109,7 @@ def write(
             f"training started from {origin}: the licence of those weights may bind "
             "these too"
         )
-    for file, fields in _published(loaded, made_of or {}).items():
-        if paths := _local_paths(fields):
-            said.append(f"places of this machine are in {file}: {'; '.join(paths)}")
-    return said
-
-
-def _published(
-    loaded: trained.Trained, report_: Mapping[str, Any]
-) -> dict[str, Mapping[str, Any]]:
-    """Fields that may name places, by the files that they are in."""
-    places = {
-        name: value
-        for name, value in configuration.flatten(report_)
-        if name.rpartition(".")[2] in ("path", "source")
-    }
-    return {
-        release_format.CONFIG: loaded.config,
-        f"README.md and {EVALUATION}/": places,
-    }
+    return said + _local_paths(loaded, made_of or {})
 
 
 def _meta(loaded: trained.Trained) -> dict[str, Any]:
@@ -171,10 +153,24 @@ def _copy(evaluation: Evaluation, to: epath.Path) -> None:
         ) from error
 
 
-def _local_paths(fields: Mapping[str, Any]) -> list[str]:
-    """Fields that hold a path, for a look before the release is public."""
-    return [
-        f"{name} {value}"
-        for name, value in configuration.flatten(fields)
-        if isinstance(value, str) and os.sep in value and not is_name(value)
-    ]
+def _local_paths(loaded: trained.Trained, report_: Mapping[str, Any]) -> list[str]:
+    """A sentence for each file with paths, for a look before the release is public."""
+    figures = {
+        name: value
+        for name, value in configuration.flatten(report_)
+        if name.rpartition(".")[2] in ("path", "source")
+    }
+    files: dict[str, Mapping[str, Any]] = {
+        release_format.CONFIG: loaded.config,
+        f"README.md and {EVALUATION}/": figures,
+    }
+    said = []
+    for file, fields in files.items():
+        paths = [
+            f"{name} {value}"
+            for name, value in configuration.flatten(fields)
+            if isinstance(value, str) and os.sep in value and not is_name(value)
+        ]
+        if paths:
+            said.append(f"places of this machine are in {file}: {'; '.join(paths)}")
+    return said
