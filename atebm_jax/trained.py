@@ -42,18 +42,16 @@ class Trained(NamedTuple):
         return fingerprint(self.variables)
 
 
-def load(
-    path: str | epath.Path, *, best_by: str | None = None, together: bool = False
-) -> Trained:
+def load(path: str | epath.Path, *, best_by: str | None = None) -> Trained:
     """Loads a trained model.
 
     Args:
-      path, best_by, together: as of `checkpoint.load_weights`.
+      path, best_by: as of `checkpoint.load_weights`.
 
     Raises:
       UserError: nothing is there, or it cannot be read.
     """
-    weights, meta = checkpoint.load_weights(path, best_by=best_by, together=together)
+    weights, meta = checkpoint.load_weights(path, best_by=best_by)
     config = ml_collections.ConfigDict(configuration.complete(meta["config"]))
     shape = tuple(config.data.image_shape)
     return Trained(
