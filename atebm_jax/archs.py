@@ -19,10 +19,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 
 def arch(name: str) -> dict[str, Any]:
-    """The fields that an architecture sets in `config.model`, and their values.
-
-    Args:
-      name: a key of `ARCHS`.
+    """The fields that an architecture of `ARCHS` sets in `config.model`.
 
     Raises:
       UserError: any other name.
