@@ -183,10 +183,5 @@ def _table(titles: Sequence[str], rows: Iterable[Iterable], **options: Any) -> T
     return table
 
 
-def cli() -> None:
-    """Entry point of the command line."""
-    run(main, stopped="nothing was written")
-
-
 if __name__ == "__main__":
-    cli()
+    run(main, stopped="nothing was written")

@@ -91,10 +91,5 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         say(console or Console(), line)
 
 
-def cli() -> None:
-    """Entry point of the command line."""
-    run(main, stopped="nothing was written")
-
-
 if __name__ == "__main__":
-    cli()
+    run(main, stopped="nothing was written")

@@ -20,7 +20,7 @@ from rich.console import Console
 import atebm_jax
 from atebm_jax import UserError, checkpoint, job, models, storage
 from atebm_jax.convert import exporting, files, importing, names
-from atebm_jax.convert.__main__ import cli, main
+from atebm_jax.convert.__main__ import main
 from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN, STD = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
@@ -527,7 +527,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp
     for flags in ([], ["--to=x"], ["--from=x"], nothing, ["--x"]):
         monkeypatch.setattr("sys.argv", ["convert", *flags])
         with pytest.raises(SystemExit) as caught:
-            cli()
+            runpy.run_path(main.__code__.co_filename, run_name="__main__")
         assert caught.value.code == 2
         printed = capsys.readouterr()
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
