@@ -277,12 +277,7 @@ class Context:
     def sample_grid(
         self, path: epath.Path, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]]
     ) -> None:
-        """Draws samples, a column a class: title -> (images in [0, 1], labels).
-
-        In the first process alone, which alone writes.
-        """
-        if jax.process_index() != 0:
-            return
+        """Draws samples, a column a class: title -> (images in [0, 1], labels)."""
         pictures.sample_grid(
             path,
             blocks,

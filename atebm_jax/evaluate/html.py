@@ -23,20 +23,11 @@ FILE = "report.html"
 
 
 class Evaluation(NamedTuple):
-    """name: "" for a single one; report: of `report.json`; pictures: PNG by name."""
+    """name: "" for a single one; report: of `report.json`; folder: of its plots."""
 
     name: str
     report: Mapping[str, Any]
-    pictures: Mapping[str, bytes]
-
-
-def of_folder(name: str, report: Mapping[str, Any], folder: epath.Path) -> Evaluation:
-    """An evaluation with the plots that lie in its folder."""
-    plots = reports.plots_of(report)
-    found = {plot: folder / plot for plot in plots if (folder / plot).exists()}
-    return Evaluation(
-        name, report, {plot: path.read_bytes() for plot, path in found.items()}
-    )
+    folder: epath.Path
 
 
 def compare(places: Sequence[str], metrics: Sequence[str], out: epath.Path) -> None:
@@ -64,9 +55,10 @@ def compare(places: Sequence[str], metrics: Sequence[str], out: epath.Path) -> N
     _check_none_alone(evaluations)
     for one, other in itertools.combinations(evaluations, 2):
         _check_comparable(one, other)
+    text = page(evaluations)
     with storage.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        storage.replace_text(out / FILE, page(evaluations))
+        storage.replace_text(out / FILE, text)
 
 
 def _parted(place: str) -> tuple[str, str]:
@@ -94,7 +86,7 @@ def _read(name: str, place: str, metrics: Sequence[str]) -> Evaluation:
             f"{', '.join(report['metrics'])}."
         )
     wanted = {k: x for k, x in report["metrics"].items() if not metrics or k in metrics}
-    return of_folder(name, report | {"metrics": wanted}, folder)
+    return Evaluation(name, report | {"metrics": wanted}, folder)
 
 
 # What may differ: where the same images lie, and remarks.
@@ -245,9 +237,9 @@ def _cell(shown: str, value: float | None, more: str = "") -> str:
 def _pictures(evaluation: Evaluation, result: Mapping[str, Any]) -> str:
     shown = []
     for plot in result.get("plots", ()):
-        if plot in evaluation.pictures:
+        if (path := evaluation.folder / plot).exists():
             name = plot.removesuffix(".png").replace("_", " ")
-            data = base64.b64encode(evaluation.pictures[plot]).decode()
+            data = base64.b64encode(path.read_bytes()).decode()
             words = _text(", ".join(filter(None, [name, evaluation.name])))
             shown.append(
                 f'<figure><img alt="{words}" src="data:image/png;base64,{data}">'

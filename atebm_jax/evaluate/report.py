@@ -82,7 +82,7 @@ def write_figures(folder: epath.Path, report: Mapping[str, Any]) -> None:
     with storage.writing(folder):
         storage.write_json(folder / "report.json", finite, allow_nan=False)
         storage.replace_text(folder / "report.md", markdown(report))
-        whole = html.page([html.of_folder("", finite, folder)])
+        whole = html.page([html.Evaluation("", finite, folder)])
         storage.replace_text(folder / html.FILE, whole)
 
 

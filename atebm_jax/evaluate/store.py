@@ -17,7 +17,6 @@ import numpy as np
 from etils import epath
 
 from atebm_jax import sharding, storage
-from atebm_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -82,15 +81,10 @@ class Store:
 
         Every process must call it.
         """
-        refusal = ""
-        if jax.process_index() == 0 and self._folder is not None:
-            try:
+        with sharding.refused_by_all():
+            if jax.process_index() == 0 and self._folder is not None:
                 with self._writing():
                     storage.probe(self._folder / "unit.npz", shared=True)
-            except UserError as error:
-                refusal = str(error)
-        if refusal := sharding.first_said(refusal):
-            raise UserError(refusal)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
