@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -35,30 +35,28 @@ from atebm_jax.workdir_lock import held
 
 _log = logging.getLogger(__name__)
 
-# What `--metrics` may name, in the order of the report.
-METRICS: dict[str, Callable[[Context, epath.Path], dict[str, Any]]] = {
-    "accuracy": classification.accuracy,
-    "pgd": classification.pgd,
-    "autoattack": robustness.run,
-    "generation": generation.run,
-    "calibration": calibration.run,
-    "abstention": abstention.run,
-    "ood": ood.run,
-    "counterfactual": counterfactual.run,
+
+class Metric(NamedTuple):
+    """A protocol, and what it needs."""
+
+    run: Callable[[Context, epath.Path], dict[str, Any]]
+    #: before any metric begins, so that a mistake is told before hours of work
+    check: Callable[[Context], object] = lambda context: None
+    sources: tuple[str, ...] = ()  #: beside the test images
+
+
+#: What `--metrics` may name, in the order of the report.
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(classification.accuracy),
+    "pgd": Metric(classification.pgd, classification.check_pgd),
+    "autoattack": Metric(robustness.run, robustness.plan),
+    "generation": Metric(generation.run, generation.check, ("train", "seeds")),
+    "calibration": Metric(calibration.run, sources=("eval",)),
+    "abstention": Metric(abstention.run, abstention.check),
+    "ood": Metric(ood.run, ood.check),
+    "counterfactual": Metric(counterfactual.run, counterfactual.check),
 }
 
-# Run before any metric begins, so that a mistake is told before hours of work.
-CHECKS: dict[str, Callable[[Context], object]] = {
-    "pgd": classification.check_pgd,
-    "autoattack": robustness.plan,
-    "generation": generation.check,
-    "abstention": abstention.check,
-    "ood": ood.check,
-    "counterfactual": counterfactual.check,
-}
-
-# Sources that a metric needs beside the test images.
-_NEEDS = {"generation": ("train", "seeds"), "calibration": ("eval",)}
 # Of the noise among the out-of-distribution sets, unless there are more test images.
 _NOISE_IMAGES = 10_000
 # Whose versions the report names.
@@ -111,19 +109,19 @@ def evaluate(
     settings = _settings(loaded, config, data_dir)
     folder = storage.reached(out)
     _check_out(folder, located(path), checkpoint.find(path, best_by=best_by))
-    # By place, as for a network that does not name its classes.
-    names = None if classes_by_place else loaded.class_names
     context = _context(
-        loaded, settings, folder, options, show, wanted, names, classes_by_place
+        loaded, settings, folder, options, show, wanted, classes_by_place
     )
     if judge is not None:
-        context = _with_judge(context, judge, names)
+        context = _with_judge(context, judge)
+    if jax.process_index() == 0:
+        for text in context.notes:
+            _log.warning(text)
     for name in wanted:
-        if name in CHECKS:
-            CHECKS[name](context)
+        METRICS[name].check(context)
     with held(folder, "--out", alone=False):
         if "generation" in wanted:
-            context = _with_gaussian(context, loaded, names, folder)
+            context = _with_gaussian(context, loaded, folder)
         result = _measure(context, loaded, folder, wanted, path)
         if jax.process_index() == 0:
             report.write_figures(folder, result)
@@ -149,7 +147,7 @@ def _measure(
     """Runs the metrics that are wanted and makes the report of them."""
     results = {}
     for position, name in enumerate(wanted):
-        results[name] = METRICS[name](context, folder)
+        results[name] = METRICS[name].run(context, folder)
         context.show("metrics", position + 1, len(wanted))
     return {
         "checkpoint": {
@@ -230,9 +228,10 @@ def _context(
     options: Options,
     show: ShowFn,
     wanted: Sequence[str],
-    names: tuple[str, ...] | None,
     by_place: bool,
 ) -> Context:
+    # By place, as for a network that does not name its classes.
+    names = None if by_place else loaded.class_names
     mesh = sharding.make_mesh()
     sharding.check_batch_size(
         settings.evaluate.batch_size, mesh.size, "config.evaluate.batch_size"
@@ -246,9 +245,6 @@ def _context(
             "The checkpoint does not name its classes: class k of the data is taken "
             "for its class k."
         )
-    if jax.process_index() == 0:
-        for text in notes:
-            _log.warning(text)
     context = Context(
         config=settings,
         model=loaded.model,
@@ -307,7 +303,7 @@ def _sources(
     """The test images and what the metrics need beside, labelled as the network is."""
     sources: dict[str, data.Source] = {}
     data_dir = settings.data.data_dir
-    for role in ("test", *(role for name in wanted for role in _NEEDS.get(name, ()))):
+    for role in ("test", *(role for name in wanted for role in METRICS[name].sources)):
         spec = settings.data[role]
         if role == "seeds" and spec in seeds.DRAWN:
             continue
@@ -334,9 +330,7 @@ def _sources(
     return sources
 
 
-def _with_gaussian(
-    context: Context, loaded: Trained, names: tuple[str, ...] | None, out: epath.Path
-) -> Context:
+def _with_gaussian(context: Context, loaded: Trained, out: epath.Path) -> Context:
     """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
     settings = context.config.data
     if settings.seeds not in seeds.FITTED:
@@ -346,7 +340,7 @@ def _with_gaussian(
         # The Gaussian of a class must be that of the network's class.
         what = f"config.data.train={settings.train}"
         train = data.relabel.follow(
-            context.sources["train"], names, what, note=_log.warning
+            context.sources["train"], context.class_names, what, note=_log.warning
         )
         # A fit of an earlier evaluation is not reused: the store keeps both apart.
         gaussian = seeds.of_source(
@@ -356,26 +350,22 @@ def _with_gaussian(
     return replace(context, gaussian=gaussian, store=store)
 
 
-def _with_judge(context: Context, path: str, names: tuple[str, ...] | None) -> Context:
+def _with_judge(context: Context, path: str) -> Context:
     """With an independent classifier, its classes in the model's order."""
     imagenet = path == extractors.EFFICIENTNET_LITE0
-    judge = (_imagenet_judge if imagenet else _trained_judge)(context, path, names)
+    judge = (_imagenet_judge if imagenet else _trained_judge)(context, path)
     placed = sharding.put_replicated(judge.variables, context.mesh)
     outputs = None if judge.outputs is None else judge.outputs.tolist()
     store = context.store.within(judge=judge.fingerprint, outputs=outputs)
     notes = context.notes
-    if names and "classes" in judge.description:
+    if context.class_names and "classes" in judge.description:
         said = f"--judge={path} does not name its classes: they were compared by place."
         notes = (*notes, said)
-        if jax.process_index() == 0:
-            _log.warning(said)
     judge = judge._replace(variables=placed)
     return replace(context, judge=judge, store=store, notes=notes)
 
 
-def _trained_judge(
-    context: Context, path: str, names: tuple[str, ...] | None
-) -> Extractor:
+def _trained_judge(context: Context, path: str) -> Extractor:
     loaded, number = trained.load(path), context.config.model.num_classes
     if (loaded.image_shape, loaded.num_classes) != (context.image_shape, number):
         raise UserError(
@@ -389,15 +379,14 @@ def _trained_judge(
             f"--judge={path} has the weights of the model itself: give a classifier "
             "that was trained independently."
         )
-    return extractors.by_name(judge, loaded.class_names, names, f"--judge={path}")
+    what = f"--judge={path}"
+    return extractors.by_name(judge, loaded.class_names, context.class_names, what)
 
 
-def _imagenet_judge(
-    context: Context, path: str, names: tuple[str, ...] | None
-) -> Extractor:
+def _imagenet_judge(context: Context, path: str) -> Extractor:
     """EfficientNet-Lite0, for models of ImageNet's classes alone."""
     # A network that names no classes has those of its data, by place.
-    names = names or context.sources["test"].class_names
+    names = context.class_names or context.sources["test"].class_names
     if extractors.imagenet_outputs(names) is None:
         raise UserError(
             f"--judge={path} knows ImageNet's 1,000 classes, by their names in WordNet "

@@ -166,6 +166,7 @@ def test_gaussians_of_classes_follow_the_names_of_the_network(
     context = Context(
         *(config, None, None, None, {"train": train}, {}, Store(tmp_path, {})),
         options=OPTIONS,
+        class_names=None if by_place else ("cat", "dog"),
     )
     fitted = []
 
@@ -175,9 +176,8 @@ def test_gaussians_of_classes_follow_the_names_of_the_network(
 
     monkeypatch.setattr(suite.seeds, "of_source", fit)
     before = SimpleNamespace(data=SimpleNamespace(seeds="noise"))
-    loaded = SimpleNamespace(gaussian=None, config=before, class_names=("cat", "dog"))
-    names = None if by_place else loaded.class_names
-    suite._with_gaussian(context, loaded, names, tmp_path)
+    loaded = SimpleNamespace(gaussian=None, config=before)
+    suite._with_gaussian(context, loaded, tmp_path)
     assert fitted == [[0, 1] if by_place else [1, 0]]
 
 
@@ -241,9 +241,10 @@ def test_network_for_imagenet_judges_imagenet_alone(workdir, tmp_path, monkeypat
         lambda names: network._replace(outputs=extractors.imagenet_outputs(names)),
     )
     backwards = tuple(f"n{k:08d}" for k in range(1000))[::-1]
-    context = SimpleNamespace(sources={"test": SimpleNamespace(class_names=backwards)})
+    sources = {"test": SimpleNamespace(class_names=backwards)}
     for names in (None, backwards):
-        judge = suite._imagenet_judge(context, "efficientnet_lite0", names)
+        context = SimpleNamespace(sources=sources, class_names=names)
+        judge = suite._imagenet_judge(context, "efficientnet_lite0")
         np.testing.assert_array_equal(judge.logits({}, None), outputs[:, ::-1])
 
 
@@ -282,9 +283,9 @@ def test_classes_of_another_network_are_compared_by_name(
 
     if outputs is None:
         with pytest.raises(UserError, match="--judge=path"):
-            suite._with_judge(context, "path", names)
+            suite._with_judge(context, "path")
         return
-    made = suite._with_judge(context, "path", names)
+    made = suite._with_judge(context, "path")
     assert any("compared by place" in x for x in made.notes) == (own is None)
     logits = np.array([[10.0, 20.0, 30.0]])
     np.testing.assert_array_equal(made.judge.logits({}, logits), logits[:, outputs])
