@@ -4,23 +4,19 @@ Risk-coverage curves (Geifman and El-Yaniv, 2017), on test images as they are an
 the config's PGD on the cross-entropy, which knows nothing of the abstention.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from atebm_jax import attacks, energy, metrics, pictures
+from atebm_jax import attacks, metrics, pictures
+from atebm_jax.evaluate import ood
 from atebm_jax.evaluate.classification import logits
-from atebm_jax.evaluate.context import Context, figure, share
+from atebm_jax.evaluate.context import Context, figure, share_of
 
-#: Logits [N, K] -> how sure the model is [N], by name.
-CONFIDENCES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "max_softmax": lambda logits: energy.class_probabilities(logits).max(axis=-1),
-    "log_density": energy.score,
-}
+# How sure the model is: those of `ood.DETECTORS` that see the logits alone.
+_CONFIDENCES = ("max_softmax", "log_density")
 
 
 def check(context: Context) -> None:
@@ -35,10 +31,11 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
     for moment in ("clean", "attacked"):
         scores, labels = logits(context, "test", attacked=moment == "attacked")
         hits = scores.argmax(axis=1) == labels
-        values[f"{moment}/error"] = share(int((~hits).sum()), len(hits))
+        values[f"{moment}/error"] = share_of(~hits)
         curves[moment] = {}
-        for name, confidence_of in CONFIDENCES.items():
-            confidence = np.asarray(confidence_of(jnp.asarray(scores)))
+        for name in _CONFIDENCES:
+            score = ood.DETECTORS[name].score
+            confidence = np.asarray(score(lambda z: z, jnp.asarray(scores)))
             curve = metrics.risk_coverage(confidence, hits)
             curves[moment][name] = curve
             interval = metrics.bootstrap_interval(

@@ -11,7 +11,7 @@ from etils import epath
 
 from atebm_jax import attacks, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, share
+from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, share_of
 from atebm_jax.models import LogitsFn
 
 
@@ -38,10 +38,10 @@ def accuracy(context: Context, out: epath.Path) -> dict[str, Any]:
     """Top-1 (and from 10 classes on top-5) accuracy with Wilson intervals."""
     del out
     scores, labels = logits(context, "test")
-    values = {"clean_accuracy": _share(scores.argmax(axis=1) == labels)}
+    values = {"clean_accuracy": share_of(scores.argmax(axis=1) == labels)}
     if scores.shape[1] >= 10:
         best = np.argpartition(-scores, 4, axis=1)[:, :5]
-        values["top5_accuracy"] = _share((best == labels[:, None]).any(axis=1))
+        values["top5_accuracy"] = share_of((best == labels[:, None]).any(axis=1))
     return {"protocol": {"data": "test", "interval": "Wilson"}, "figures": values}
 
 
@@ -73,12 +73,12 @@ def pgd(context: Context, out: epath.Path) -> dict[str, Any]:
             momentum=attack.momentum,
             keep_best=attack.keep_best,
         )
-        curve[epsilon] = _share(rows["robust"])
+        curve[epsilon] = share_of(rows["robust"])
         values[f"robust_accuracy_{settings.norm}_{epsilon:g}"] = curve[epsilon]
     plots = []
     if all(map(math.isfinite, curve)):
         scores, labels = logits(context, "test")
-        curve[0.0] = _share(scores.argmax(axis=1) == labels)
+        curve[0.0] = share_of(scores.argmax(axis=1) == labels)
         plots = ["robust_accuracy.png"]
         pictures.curve(
             out / plots[0],
@@ -137,7 +137,3 @@ def under_attack(attack: Mapping[str, Any]) -> RowsFn:
         return {"clean": clean, "robust": clean & attacked}
 
     return rows
-
-
-def _share(hits: np.ndarray) -> dict[str, Any]:
-    return share(int(hits.sum()), len(hits))

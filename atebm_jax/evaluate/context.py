@@ -320,3 +320,8 @@ def figure(
 def share(hits: int, number: int) -> dict[str, Any]:
     """A share of images as a figure, with Wilson's interval."""
     return figure(hits / number, metrics.wilson_interval(hits, number), number)
+
+
+def share_of(hits: np.ndarray) -> dict[str, Any]:
+    """As `share`, of [N] bool."""
+    return share(int(hits.sum()), len(hits))

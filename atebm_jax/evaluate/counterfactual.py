@@ -12,7 +12,7 @@ from atebm_jax import ascent, attacks, editing, energy, metrics, pictures
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
-from atebm_jax.evaluate.context import Context, RowsFn, check_finite, figure, share
+from atebm_jax.evaluate.context import Context, RowsFn, check_finite, figure, share_of
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.store import Arrays
 from atebm_jax.models import LogitsFn
@@ -200,7 +200,7 @@ def _figures(context: Context, rows: Arrays) -> dict[str, Any]:
             figures[name] = figure(values.mean(), interval, len(values))
     for name, key in _SHARES.items():
         if key in rows:
-            figures[name] = share(int(rows[key][asked].sum()), int(asked.sum()))
+            figures[name] = share_of(rows[key][asked])
     return figures
 
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from atebm_jax import autoattack, models, sharding, storage
 from atebm_jax.autoattack import versions
-from atebm_jax.evaluate.context import Context, share
+from atebm_jax.evaluate.context import Context, share_of
 
 
 def plan(context: Context) -> versions.Plan:
@@ -82,8 +82,7 @@ def run(context: Context, out: epath.Path) -> dict[str, Any]:
             "notes": list(result.notes),
         },
         "figures": {
-            f"accuracy_after_{name}": share(int(mask.sum()), len(mask))
-            for name, mask in masks.items()
+            f"accuracy_after_{name}": share_of(mask) for name, mask in masks.items()
         },
     }
 
