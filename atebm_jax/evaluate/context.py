@@ -33,9 +33,9 @@ class Extractor(NamedTuple):
     #: (variables, images [B, H, W, C] float32 in [0, 1]) -> features [B, D], logits
     #: [B, K]
     apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
-    #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
-    apply_inputs: Callable[[Any, jax.Array], jax.Array] | None
     description: dict[str, Any]  #: for the report
+    #: (variables, inputs as of `score_inputs`) -> logits [B, 1008], of Inception alone
+    apply_inputs: Callable[[Any, jax.Array], jax.Array] | None = None
     #: [K] int: the output for each class of the evaluated model; None if it has none
     outputs: np.ndarray | None = None
 

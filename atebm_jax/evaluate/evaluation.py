@@ -48,10 +48,8 @@ class Evaluation:
 
     def periodic(self, stage: str, step: int, variables: Any) -> dict[str, float]:
         """Figures on `data.eval` and a grid of samples, with averaged weights."""
-        limit, num = (
-            self._config.evaluate.num_examples,
-            self._config.evaluate.samples.num,
-        )
+        settings = self._config.evaluate
+        limit, num = settings.num_examples, settings.samples.num
         tell = self._told(lambda part, done, total: None, stage)
         figures, drawn = self._evaluate("eval", variables, limit, num, tell)
         path = self._workdir / "samples" / f"{stage}_{step:08d}.png"

@@ -101,7 +101,7 @@ def from_model(name: str, model: Any, variables: Any, num_classes: int) -> Extra
     sha256 = trained.fingerprint(variables)
     described = {"network": name, "weights_sha256": sha256}
     outputs = np.arange(num_classes)
-    return Extractor(name, sha256, variables, apply, None, described, outputs)
+    return Extractor(name, sha256, variables, apply, described, outputs=outputs)
 
 
 def from_inception(path: str) -> Extractor:
@@ -160,7 +160,6 @@ def from_efficientnet_lite0(names: Sequence[str] | None = None) -> Extractor:
         fingerprint=trained.fingerprint(variables),
         variables=variables,
         apply=apply,
-        apply_inputs=None,
         description={
             "network": "EfficientNet-Lite0, trained on ImageNet (scores are no FID)",
             **_file(sha256, scorers.LITE0_SHA256),

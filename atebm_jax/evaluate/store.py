@@ -6,6 +6,8 @@ settings), so that no other protocol reads them.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -21,31 +23,24 @@ from atebm_jax import sharding, storage
 Arrays = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
 class Store:
-    """Units of one protocol in one folder.
+    """Units of one protocol in one folder."""
 
-    Args:
-      folder: made when the first unit is saved; None keeps nothing.
-      settings: plain JSON that decides what the units hold.
-      flag: the flag that gives another folder, for messages.
-    """
+    #: of all protocols, made when the first unit is saved; None keeps nothing
+    base: epath.Path | None
+    settings: dict[str, Any]  #: plain JSON that decides what the units hold
+    flag: str = "--out"  #: gives another folder, for messages
 
-    def __init__(
-        self,
-        folder: epath.Path | None,
-        settings: Mapping[str, Any],
-        flag: str = "--out",
-    ):
-        self._settings = dict(settings)
-        self._base = folder
-        self._flag = flag
-        text = json.dumps(self._settings, sort_keys=True)
+    @functools.cached_property
+    def _folder(self) -> epath.Path | None:
+        text = json.dumps(self.settings, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self._folder = folder and folder / name
+        return self.base and self.base / name
 
     def within(self, **settings: Any) -> "Store":
         """The store of a part, with settings of its own beside these."""
-        return Store(self._base, self._settings | settings, self._flag)
+        return dataclasses.replace(self, settings=self.settings | settings)
 
     def load(self, name: str | int) -> Arrays | None:
         """A unit by name or number; None if it is absent or damaged: make it anew.
@@ -90,7 +85,7 @@ class Store:
     def _writing(self) -> Iterator[None]:
         """Makes the folder; a file that cannot be written is one clear sentence."""
         assert self._folder is not None
-        remedy = f"Make room or give another {self._flag}; what is finished is kept."
+        remedy = f"Make room or give another {self.flag}; what is finished is kept."
         with storage.writing(str(self._folder), remedy):
             self._folder.mkdir(parents=True, exist_ok=True)
             yield

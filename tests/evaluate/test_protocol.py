@@ -232,9 +232,7 @@ def test_network_for_imagenet_judges_imagenet_alone(workdir, tmp_path, monkeypat
     ):
         suite.evaluate(workdir, tmp_path, **asked)
     outputs = np.arange(1000, dtype=np.float32)[None]
-    network = extractors.Extractor(
-        "", "sha", {}, lambda weights, x: (x, outputs), None, {}
-    )
+    network = extractors.Extractor("", "sha", {}, lambda weights, x: (x, outputs), {})
     monkeypatch.setattr(
         extractors,
         "from_efficientnet_lite0",
