@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -10,19 +10,13 @@ from atebm_jax import checkpoint, release_format, storage, trained
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import html, report
+from atebm_jax.evaluate.html import Evaluation
 from atebm_jax.local_path import beside, is_name
 from atebm_jax.release import card, programs
 from atebm_jax.release.licences import Licence
 
 # Where the figures and their plots lie, in a workdir and in a release.
 EVALUATION = "evaluation"
-
-
-class Evaluation(NamedTuple):
-    """folder: of an evaluation; report: what its report.json says."""
-
-    folder: epath.Path
-    report: dict[str, Any]
 
 
 def evaluation_of(workdir: str, given: str | None) -> Evaluation | None:
@@ -40,7 +34,7 @@ def evaluation_of(workdir: str, given: str | None) -> Evaluation | None:
     folder = storage.reached(given or os.path.join(beside(workdir), EVALUATION))
     if given is None and not (folder / "report.json").exists():
         return None
-    return Evaluation(folder, report.read_figures(folder))
+    return Evaluation("", report.read_figures(folder), folder)
 
 
 def write(
