@@ -103,18 +103,8 @@ def train_example(
     return {**example, f"y_{name}": np.int32(made[1])} if labels else example
 
 
-def eval_example(
-    local_index: int,
-    *,
-    images: Images,
-    num_images: int,
-    local_size: int,
-    process_index: int,
-    process_count: int,
-) -> dict[str, Any]:
-    """One example of this process's part: blank beyond the end, or if undecodable."""
-    batch, row = divmod(local_index, local_size)
-    position = (batch * process_count + process_index) * local_size + row
+def eval_example(position: int, *, images: Images, num_images: int) -> dict[str, Any]:
+    """One of `num_images` examples: blank beyond the end, or if undecodable."""
     index = position * len(images.source) // num_images
     # A random operation does the same to an image in every evaluation.
     in_range, rng = position < num_images, np.random.default_rng(index)

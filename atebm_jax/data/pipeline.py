@@ -250,16 +250,10 @@ def eval_batches(
     _check_not_empty(source)
     num_images = len(source) if limit is None else min(limit, len(source))
     num_batches = -(-num_images // batch_size)
-    example = functools.partial(
-        eval_example,
-        images=Images(source, parse(preprocess), image_shape),
-        num_images=num_images,
-        local_size=local_size,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    examples = grain.MapDataset.range(num_batches * local_size).map(example)
-    batches = examples.batch(local_size)[start:]
+    images = Images(source, parse(preprocess), image_shape)
+    example = functools.partial(eval_example, images=images, num_images=num_images)
+    examples = grain.MapDataset.range(num_batches * batch_size).map(example)
+    batches = examples.batch(local_size)[process_index::process_count][start:]
     iterator = _iterate(batches, num_threads, prefetch)
     return Batches(iterator, {"images": source}, max_bad_images)
 
