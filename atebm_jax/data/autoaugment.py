@@ -1,51 +1,41 @@
 """AutoAugment's CIFAR-10 policy (Cubuk et al., 2019, arXiv:1805.09501, appendix)."""
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from atebm_jax.data.decoding import from_pillow, to_pillow
 
-
-class Step(NamedTuple):
-    """One operation of a sub-policy; magnitude_index: 0..9."""
-
-    name: str
-    probability: float
-    magnitude_index: int
-
-
-CIFAR10_POLICY: tuple[tuple[Step, Step], ...] = tuple(
-    (Step(*first), Step(*second))
-    for first, second in (
-        (("invert", 0.1, 7), ("contrast", 0.2, 6)),
-        (("rotate", 0.7, 2), ("translateX", 0.3, 9)),
-        (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-        (("shearY", 0.5, 8), ("translateY", 0.7, 9)),
-        (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
-        (("shearY", 0.2, 7), ("posterize", 0.3, 7)),
-        (("color", 0.4, 3), ("brightness", 0.6, 7)),
-        (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-        (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
-        (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-        (("color", 0.7, 7), ("translateX", 0.5, 8)),
-        (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
-        (("translateY", 0.4, 3), ("sharpness", 0.2, 6)),
-        (("brightness", 0.9, 6), ("color", 0.2, 8)),
-        (("solarize", 0.5, 2), ("invert", 0.0, 3)),
-        (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
-        (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
-        (("color", 0.9, 9), ("equalize", 0.6, 6)),
-        (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
-        (("brightness", 0.1, 3), ("color", 0.7, 0)),
-        (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
-        (("translateY", 0.9, 9), ("translateY", 0.7, 9)),
-        (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
-        (("equalize", 0.8, 8), ("invert", 0.1, 3)),
-        (("translateY", 0.7, 9), ("autocontrast", 0.9, 1)),
-    )
+# Sub-policies: (operation, probability, magnitude index) twice.
+CIFAR10_POLICY = (
+    (("invert", 0.1, 7), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("translateX", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shearY", 0.5, 8), ("translateY", 0.7, 9)),
+    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
+    (("shearY", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("translateX", 0.5, 8)),
+    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
+    (("translateY", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("invert", 0.0, 3)),
+    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
+    (("color", 0.9, 9), ("equalize", 0.6, 6)),
+    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
+    (("translateY", 0.9, 9), ("translateY", 0.7, 9)),
+    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, 8), ("invert", 0.1, 3)),
+    (("translateY", 0.7, 9), ("autocontrast", 0.9, 1)),
 )
 
 _UNUSED = np.zeros(10)
@@ -70,43 +60,26 @@ MAGNITUDES: dict[str, np.ndarray] = {
 }
 
 
-# (Pillow image, strength, grey level of pixels from outside) -> image.
-Operation = Callable[[Image.Image, float, int], Image.Image]
+# (Pillow image, strength) -> image.
+Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def _affine(
     matrix: Callable[[Image.Image, float], tuple[float, ...]], filter_: Image.Resampling
 ) -> Operation:
     """An operation by the matrix that takes output pixels to input pixels."""
-
-    def apply(image: Image.Image, amount: float, fill: int) -> Image.Image:
-        return image.transform(
-            image.size,
-            Image.Transform.AFFINE,
-            matrix(image, amount),
-            filter_,
-            fillcolor=_grey(image, fill),
-        )
-
-    return apply
-
-
-def _grey(image: Image.Image, level: int) -> int | tuple[int, ...]:
-    return level if image.mode == "L" else (level,) * 3
+    return lambda image, amount: image.transform(
+        image.size, Image.Transform.AFFINE, matrix(image, amount), filter_
+    )
 
 
 def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
-    return lambda image, amount, fill: kind(image).enhance(1 + amount)
+    return lambda image, amount: kind(image).enhance(1 + amount)
 
 
-def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
+def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     # Grey corners and one direction only: the published classifier was trained so.
-    return image.rotate(degrees, fillcolor=_grey(image, 128))
-
-
-def _solarize(image: Image.Image, level: float, fill: int) -> Image.Image:
-    # A grey level, not a count: Pillow's stubs ask for a whole number.
-    return ImageOps.solarize(image, level)  # type: ignore[arg-type]
+    return image.rotate(degrees, fillcolor=(128,) * len(image.getbands()))
 
 
 _SHEAR, _SHIFT = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
@@ -121,11 +94,12 @@ AUTOAUGMENT_OPS: dict[str, Operation] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "sharpness": _enhance(ImageEnhance.Sharpness),
     "brightness": _enhance(ImageEnhance.Brightness),
-    "posterize": lambda image, bits, fill: ImageOps.posterize(image, int(bits)),
-    "solarize": _solarize,
-    "autocontrast": lambda image, amount, fill: ImageOps.autocontrast(image),
-    "equalize": lambda image, amount, fill: ImageOps.equalize(image),
-    "invert": lambda image, amount, fill: ImageOps.invert(image),
+    "posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
+    # A grey level is at least `level` if it is at least the next whole number.
+    "solarize": lambda image, level: ImageOps.solarize(image, math.ceil(level)),
+    "autocontrast": lambda image, amount: ImageOps.autocontrast(image),
+    "equalize": lambda image, amount: ImageOps.equalize(image),
+    "invert": lambda image, amount: ImageOps.invert(image),
 }
 
 # The others have no direction: rotation by the authors' slip, the rest by nature.
@@ -136,33 +110,32 @@ SIGNED_OPS = frozenset(
 
 
 def apply_step(
-    image: Image.Image, name: str, magnitude_index: int, sign: int, fill: int = 0
+    image: Image.Image, name: str, magnitude_index: int, sign: int
 ) -> Image.Image:
-    """One operation of AutoAugment.
+    """One operation of AutoAugment; pixels from outside are black (rotation: grey).
 
     Args:
       image: a Pillow image, grey or RGB.
       name: a key of `AUTOAUGMENT_OPS`.
       magnitude_index: 0..9, into `MAGNITUDES[name]`.
       sign: +1 or -1, the direction; used by `SIGNED_OPS` only.
-      fill: grey level of pixels from outside the image (rotation: always 128).
     """
     amount = float(MAGNITUDES[name][magnitude_index])
     if name in SIGNED_OPS:
         amount *= sign
-    return AUTOAUGMENT_OPS[name](image, amount, fill)
+    return AUTOAUGMENT_OPS[name](image, amount)
 
 
 def autoaugment_cifar10(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One of the 25 sub-policies at random, each of its two steps by its probability.
 
-    Black fill. Grey-scale images go through the same operations, of which `color`
-    changes nothing.
+    Grey-scale images go through the same operations, of which `color` changes nothing.
     """
     pillow = to_pillow(image)
-    for step in CIFAR10_POLICY[rng.integers(len(CIFAR10_POLICY))]:
-        applied = rng.random() < step.probability
+    policy = CIFAR10_POLICY[rng.integers(len(CIFAR10_POLICY))]
+    for name, probability, magnitude_index in policy:
+        applied = rng.random() < probability
         sign = 1 if rng.random() < 0.5 else -1
         if applied:
-            pillow = apply_step(pillow, step.name, step.magnitude_index, sign)
+            pillow = apply_step(pillow, name, magnitude_index, sign)
     return from_pillow(pillow)
