@@ -84,7 +84,7 @@ class Gaussian:
         flat = z @ factors.reshape(len(factors), -1)
         pixels = self.means[group] + flat.reshape(factors.shape[1:])
         levels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-        return _resized(levels, self.image_shape, "BICUBIC")
+        return _resized(levels, self.image_shape, "bicubic")
 
     def batch(self, seed: int, numbers: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Numbers [B] and labels [B] -> float32 [B, H, W, C] in [0, 1]."""
@@ -118,7 +118,7 @@ def fit(
     members = np.zeros(len(images), int) if labels is None else labels
     chosen = [members == k for k in range(groups)]
     _check_members([int(own.sum()) for own in chosen], labels is not None)
-    small = np.stack([_resized(image, small_shape, "BOX") for image in images])
+    small = np.stack([_resized(image, small_shape, "box") for image in images])
     fitted = [_principal(small[own], rank) for own in chosen]
     # With fewer images than directions, the remaining directions have no variance.
     rank = max(len(factors) for _, factors in fitted)
@@ -183,18 +183,13 @@ def _principal(images: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarray:
-    """uint8 [H, W, C] at another size, by one of Pillow's methods."""
+    """As `decoding.scaled`, which is slow to import: with the whole room of data."""
     height, width = shape[:2]
     if image.shape[:2] == (height, width):
         return image
-    from PIL import Image
+    from atebm_jax.data import decoding
 
-    from atebm_jax.data import decoding  # with the whole room of data, slow to import
-
-    picture = decoding.to_pillow(image)
-    return decoding.from_pillow(
-        picture.resize((width, height), Image.Resampling[method])
-    )
+    return decoding.scaled(image, height, width, method)
 
 
 def of_source(
@@ -300,7 +295,7 @@ def _fitted(
     ) as batches:
         for batch in batches:
             good = batch["images"][batch["mask"]]
-            images += [_resized(image, small_shape, "BOX") for image in good]
+            images += [_resized(image, small_shape, "box") for image in good]
             labels += batch["labels"][batch["mask"]].tolist()
     per_class = np.asarray(labels) if kind == GAUSSIAN_PER_CLASS else None
     return fit(np.asarray(images), per_class, num_classes, shape)

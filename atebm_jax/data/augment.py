@@ -12,19 +12,15 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from atebm_jax import calls
 from atebm_jax.data.autoaugment import autoaugment_cifar10
-from atebm_jax.data.decoding import BadImage, from_pillow, to_pillow
+from atebm_jax.data.decoding import BadImage, scaled
 from atebm_jax.errors import UserError, check_choice
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+_FILTERS = ("bilinear", "bicubic")
 
 
 # --- Crops, flips, sizes --------------------------------------------------------------
@@ -80,7 +76,7 @@ def resize(
     if (height, width) == before or height * width <= _room(size):
         whole = image
         if (height, width) != before:
-            whole = _scale(image, height, width, interpolation)
+            whole = scaled(image, height, width, interpolation)
         return whole if crop is None else center_crop(whole, rng, crop)
     if crop is None:
         raise BadImage(
@@ -91,7 +87,7 @@ def resize(
     rows, columns = min(crop, height), min(crop, width)
     down, across = before[0] / height, before[1] / width
     box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
-    return _scale(image, rows, columns, interpolation, box)
+    return scaled(image, rows, columns, interpolation, box)
 
 
 def _room(size: int) -> int:
@@ -122,7 +118,7 @@ def random_resized_crop(
     """
     top, left, height, width = _random_box(image.shape[0], image.shape[1], rng)
     crop = image[top : top + height, left : left + width]
-    return _scale(crop, size, size, "bilinear")
+    return scaled(crop, size, size, "bilinear")
 
 
 def _random_box(
@@ -143,18 +139,6 @@ def _random_box(
     crop_height = min(height, max(round(width / aspect), 1))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return top, left, crop_height, crop_width
-
-
-def _scale(
-    image: np.ndarray,
-    height: int,
-    width: int,
-    interpolation: str,
-    box: tuple[float, float, float, float] | None = None,
-) -> np.ndarray:
-    """Scales an image, or what lies in a box of it: left, top, right, bottom."""
-    scaled = to_pillow(image).resize((width, height), _FILTERS[interpolation], box)
-    return from_pillow(scaled)
 
 
 # --- The string -----------------------------------------------------------------------

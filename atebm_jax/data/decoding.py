@@ -148,3 +148,18 @@ def from_pillow(image: Image.Image) -> np.ndarray:
     """Undoes `to_pillow`: uint8 [H, W, C]."""
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def scaled(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    method: str,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """uint8 [H, W, C] at another size, by a method of Pillow, "bicubic" say.
+
+    With a box (left, top, right, bottom; pixels) only what lies in it is scaled.
+    """
+    filter_ = Image.Resampling[method.upper()]
+    return from_pillow(to_pillow(image).resize((width, height), filter_, box))
