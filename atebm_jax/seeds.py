@@ -192,21 +192,6 @@ def _resized(image: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarr
     return decoding.scaled(image, height, width, method)
 
 
-def of_source(
-    kind: str,
-    source: data.Source,
-    config: ml_collections.ConfigDict,
-    path: epath.Path,
-    *,
-    anew: bool = False,
-) -> Gaussian:
-    """The Gaussians of a training set: fitted once, then read from a file.
-
-    Arguments and errors as of `fit_if_absent`.
-    """
-    return fit_if_absent(kind, source, config, path, anew=anew)()
-
-
 def fit_if_absent(
     kind: str,
     source: data.Source,

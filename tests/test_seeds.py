@@ -154,22 +154,26 @@ def source_of(number, shape=(8, 8, 1), **options):
     return data.ArraySource(images, labels, num_classes=2, **options)
 
 
+def fit_and_keep(kind, source, config, path, **options):
+    return seeds.fit_if_absent(kind, source, config, path, **options)()
+
+
 def test_a_workdir_keeps_its_seeds_apart_from_those_of_others(tmp_path):
     path, config = epath.Path(tmp_path) / seeds.FILE, tiny.config().data
     first = source_of(60)
-    fitted = seeds.of_source("gaussian", first, config, path)
-    same = seeds.of_source("gaussian", first, config, path)
+    fitted = fit_and_keep("gaussian", first, config, path)
+    same = fit_and_keep("gaussian", first, config, path)
     assert same.fingerprint() == fitted.fingerprint()
     others = {"gaussian": source_of(60), "gaussian_per_class": first}
     for kind, source in others.items():
         with pytest.raises(UserError, match="holds the seeds of another"):
-            seeds.of_source(kind, source, config, path)
+            fit_and_keep(kind, source, config, path)
     config.preprocess, config.image_shape = "resize(4)", (4, 4, 1)
     with pytest.raises(UserError, match="holds the seeds of another"):
-        seeds.of_source("gaussian", first, config, path)
-    small = seeds.of_source("gaussian", first, config, path, anew=True)
+        fit_and_keep("gaussian", first, config, path)
+    small = fit_and_keep("gaussian", first, config, path, anew=True)
     assert small.draw(0, 0).shape == (4, 4, 1)
-    assert seeds.of_source("gaussian", first, config, path).means.shape == (1, 4, 4, 1)
+    assert fit_and_keep("gaussian", first, config, path).means.shape == (1, 4, 4, 1)
 
 
 def test_gaussians_of_another_number_of_classes_are_others(tmp_path):
@@ -177,13 +181,13 @@ def test_gaussians_of_another_number_of_classes_are_others(tmp_path):
     images = blobs(60, (8, 8, 1))[0]
     labels = np.arange(60) % 3
     per_class = "gaussian_per_class"
-    seeds.of_source(per_class, data.ArraySource(images, labels), config, path)
+    fit_and_keep(per_class, data.ArraySource(images, labels), config, path)
     more = data.ArraySource(images, labels, num_classes=4)
     with pytest.raises(UserError, match="holds the seeds of another"):
-        seeds.of_source(per_class, more, config, path)
+        fit_and_keep(per_class, more, config, path)
     with pytest.raises(UserError, match="class 3 has 0 images among the 60"):
-        seeds.of_source(per_class, more, config, path, anew=True)
-    assert seeds.of_source(
+        fit_and_keep(per_class, more, config, path, anew=True)
+    assert fit_and_keep(
         per_class, data.ArraySource(images, labels), config, path
     ).means.shape == (3, 8, 8, 1)
 
@@ -195,7 +199,7 @@ def test_large_images_are_reduced_as_they_are_read(tmp_path):
     source = data.ArraySource(images, labels, num_classes=2)
     for kind, per_class in (("gaussian", None), ("gaussian_per_class", labels)):
         path = epath.Path(tmp_path) / f"{kind}.npz"
-        read = seeds.of_source(kind, source, config, path)
+        read = fit_and_keep(kind, source, config, path)
         whole = seeds.fit(images, per_class, 2)
         np.testing.assert_array_equal(read.means, whole.means)
         np.testing.assert_array_equal(read.factors, whole.factors)
@@ -212,7 +216,7 @@ def test_a_damaged_file_is_told(tmp_path, content):
     path = epath.Path(tmp_path) / seeds.FILE
     path.write_bytes(content)
     with pytest.raises(UserError, match="seeds.npz cannot be read .*: delete it"):
-        seeds.of_source("gaussian", source_of(9), tiny.config().data, path)
+        fit_and_keep("gaussian", source_of(9), tiny.config().data, path)
 
 
 @pytest.mark.parametrize("fault", ["one image", "no folder"])
@@ -225,7 +229,7 @@ def test_what_the_first_process_refuses_all_refuse(tmp_path, monkeypatch, fault)
     folder = epath.Path(tmp_path) / ("absent" if fault == "no folder" else "")
     source = source_of(1 if fault == "one image" else 9)
     with pytest.raises(UserError) as told:
-        seeds.of_source("gaussian", source, tiny.config().data, folder / seeds.FILE)
+        fit_and_keep("gaussian", source, tiny.config().data, folder / seeds.FILE)
     assert said[-1] == str(told.value)
     assert not (folder / seeds.FILE).exists()
     # Another process, which would not know.

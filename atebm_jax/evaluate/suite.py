@@ -343,9 +343,10 @@ def _with_gaussian(context: Context, loaded: Trained, out: epath.Path) -> Contex
             context.sources["train"], context.class_names, what, note=_log.warning
         )
         # A fit of an earlier evaluation is not reused: the store keeps both apart.
-        gaussian = seeds.of_source(
+        keep = seeds.fit_if_absent(
             settings.seeds, train, settings, out / seeds.FILE, anew=True
         )
+        gaussian = keep()
     store = context.store.within(gaussian=gaussian.fingerprint())
     return replace(context, gaussian=gaussian, store=store)
 

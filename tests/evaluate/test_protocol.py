@@ -172,9 +172,9 @@ def test_gaussians_of_classes_follow_the_names_of_the_network(
 
     def fit(kind, source, *rest, **more):
         fitted.append([source[k]["label"] for k in range(2)])
-        return SimpleNamespace(fingerprint=lambda: "x")
+        return lambda: SimpleNamespace(fingerprint=lambda: "x")
 
-    monkeypatch.setattr(suite.seeds, "of_source", fit)
+    monkeypatch.setattr(suite.seeds, "fit_if_absent", fit)
     before = SimpleNamespace(data=SimpleNamespace(seeds="noise"))
     loaded = SimpleNamespace(gaussian=None, config=before)
     suite._with_gaussian(context, loaded, tmp_path)
