@@ -223,9 +223,8 @@ def _follow_names(
         )
     for role in ("train", "eval", "test"):
         what = f"config.data.{role}={sources[role].spec}"
-        sources[role] = data.relabel.follow(
-            sources[role], names, what, by_place=by_place, note=note
-        )
+        known = None if by_place else names
+        sources[role] = data.relabel.follow(sources[role], known, what, note=note)
         if role == "train":
             names = sources[role].class_names or names
     return names

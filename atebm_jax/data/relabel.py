@@ -37,26 +37,25 @@ def follow(
     names: Sequence[str] | None,
     what: str,
     *,
-    by_place: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Source:
     """A source whose labels mean what a network's outputs mean.
 
     Args:
       source: labelled images.
-      names: of the network's classes, by number; None where it names none.
+      names: of the network's classes, by number; None where it names none, or where
+        class k of the source is its class k, whatever their names.
       what: which images they are, for messages: "config.data.test=folder:PATH".
-      by_place: class k of the source is class k of the network, whatever their names.
       note: takes a line for the user, where labels follow the names.
 
     Returns:
       The source itself, or the same images with labels that follow the names.
 
     Raises:
-      UserError: it names other classes, and `by_place` was not given.
+      UserError: it names other classes.
     """
     own = source.class_names
-    if by_place or names is None or own is None or not same_order(own, names, what):
+    if names is None or own is None or not same_order(own, names, what):
         return source
     moved = next(k for k, name in enumerate(own) if name != names[k])
     note(

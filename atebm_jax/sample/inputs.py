@@ -55,13 +55,8 @@ def pictures(given: argparse.Namespace, loaded: Trained) -> list[Picture]:
         if text.startswith(data.KINDS):
             source = data.open_source(text, given.data_dir or config.data.data_dir)
             if source.num_classes == loaded.num_classes:
-                source = data.relabel.follow(
-                    source,
-                    loaded.class_names,
-                    text,
-                    by_place=given.classes_by_place,
-                    note=_log.warning,
-                )
+                known = None if given.classes_by_place else loaded.class_names
+                source = data.relabel.follow(source, known, text, note=_log.warning)
             found += _of_source(source, given.index, config)
             continue
         if os.path.isdir(path):
