@@ -3,6 +3,7 @@
 The text is what `compiled.as_text()` returns for a CPU, GPU or TPU.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,6 +48,16 @@ class Loop(NamedTuple):
     body: str
 
 
+class _Instruction(NamedTuple):
+    """An instruction taken apart."""
+
+    line: str
+    name: str
+    made: str  #: the type of its result
+    kind: str
+    operands: list[str]  #: their names
+
+
 class Program:
     """The computations of a compiled program by name."""
 
@@ -67,10 +78,6 @@ class Program:
     def everything(self) -> list[str]:
         """The instructions of the whole program."""
         return [_code(line) for lines in self._lines.values() for line in lines]
-
-    def lines(self, name: str) -> list[str]:
-        """The instructions of one computation, without those that it calls."""
-        return [_code(line) for line in self._lines[name]]
 
     def loops(self, name: str = "") -> list[Loop]:
         """The loops that a computation (by default the main one) runs, in order."""
@@ -136,29 +143,26 @@ class Program:
             and (found := re.search(r'"estimated_cycles":"(\d+)"', line))
         )
 
-    def kernels(self, name: str = "") -> list[str]:
+    def kernels(self, name: str) -> list[str]:
         """The instructions of a computation that a GPU launches kernels for."""
-        lines = self._lines[name or self._entry]
-        found = ((line, _RESULT.match(line)) for line in lines)
-        return [line for line, match in found if match and match[3] in _KERNELS]
+        found = _instructions(self._lines[name])
+        return [one.line for one in found if one.kind in _KERNELS]
 
     def kernel_costs(self, name: str = "") -> Iterator[tuple[int, int]]:
         """(FLOPs, bytes) of each kernel: of its products, and read and written once."""
-        shapes = _shapes(self._lines[name or self._entry])
-        for line in self.kernels(name):
-            match = _RESULT.match(line)
-            assert match is not None
-            operands = dict.fromkeys(_operands(line, match))
-            moved = _bytes(match[2]) + sum(_bytes(shapes.get(o, "")) for o in operands)
-            yield self._flops(line, shapes), moved
+        found = _instructions(self._lines[name or self._entry])
+        types = {one.name: one.made for one in found}
+        for one in found:
+            if one.kind in _KERNELS:
+                read = sum(_bytes(types.get(o, "")) for o in set(one.operands))
+                yield self._flops(one, types), _bytes(one.made) + read
 
-    def _flops(self, line: str, around: Mapping[str, str]) -> int:
+    def _flops(self, kernel: _Instruction, types: Mapping[str, str]) -> int:
         """Of convolutions and products, those inside a fusion included."""
-        shapes, inner = dict(around), [line]
-        for called in _called(line):
-            inner += self._lines.get(called, [])
-        shapes |= _shapes(inner[1:])
-        return sum(_product_flops(other, shapes) for other in inner)
+        called = [self._lines.get(name, []) for name in _called(kernel.line)]
+        inner = _instructions(itertools.chain(*called))
+        types = {**types, **{one.name: one.made for one in inner}}
+        return sum(_product_flops(one, types) for one in [kernel, *inner])
 
     def reachable(self, start: str) -> list[str]:
         """The instructions of a computation and of all that it calls."""
@@ -193,20 +197,14 @@ def _called(line: str) -> list[str]:
     return _NAME.findall(" ".join(_REFERENCE.findall(line)))
 
 
-def _shapes(lines: Iterable[str]) -> dict[str, str]:
-    """Name of an instruction -> the type of its result."""
-    found = map(_RESULT.match, lines)
-    return {match[1]: match[2] for match in found if match}
-
-
-def _operands(line: str, match: re.Match) -> list[str]:
-    """Names before the parenthesis that closes the operands of a matched line."""
-    rest, depth = line[match.end() :], 1
-    for index, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return _NAME.findall(rest[:index])
-    return _NAME.findall(rest)
+def _instructions(lines: Iterable[str]) -> list[_Instruction]:
+    found = []
+    for line in lines:
+        if match := _RESULT.match(line):
+            # Behind the operands stand attributes, which name computations.
+            operands = _NAME.findall(line[match.end() :].partition("), ")[0])
+            found.append(_Instruction(line, match[1], match[2], match[3], operands))
+    return found
 
 
 def _sizes(text: str) -> list[tuple[int, ...]]:
@@ -226,35 +224,27 @@ def _bytes(text: str) -> int:
     return total
 
 
-def _product_flops(line: str, shapes: dict[str, str]) -> int:
+def _product_flops(one: _Instruction, types: Mapping[str, str]) -> int:
     """FLOPs of one convolution or product; 0 for any other instruction."""
-    match = _RESULT.match(line)
-    if match is None:
+    if one.kind != "dot" and "dim_labels=" not in one.line:
         return 0
-    operands = _operands(line, match)
-    if not operands or operands[-1] not in shapes and len(operands) < 2:
-        return 0
-    if "dim_labels=" in line:
-        # As of the forward pass, whose image, kernel and result a backward pass has in
-        # other places; beside the result, the first, stands what cuDNN works in.
-        made = _sizes(match[2])[:1]
-        left, right = (_sizes(shapes.get(o, ""))[:1] for o in operands[:2])
-        kernel, wide = right, made
-        if "BackwardInput" in line:
-            wide = left
-        elif "BackwardFilter" in line:
-            kernel, wide = made, right
-        labels = re.search(r"dim_labels=\w+_(\w+)->", line)
-        if not kernel or not wide or labels is None:
-            return 0
-        outputs = kernel[0][labels[1].index("o")]
-        return 2 * math.prod(wide[0]) * math.prod(kernel[0]) // max(outputs, 1)
-    result = max(_sizes(match[2]), key=math.prod, default=())
-    if match[3] == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", line)
-        left = _sizes(shapes.get(operands[0], ""))
+    made = _sizes(one.made)[:1]
+    left, right = (_sizes(types.get(o, ""))[:1] for o in one.operands[:2])
+    if one.kind == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", one.line)
         if contracted is None or not left:
             return 0
         dims = (left[0][int(n)] for n in contracted[1].split(","))
-        return 2 * math.prod(result) * math.prod(dims)
-    return 0
+        return 2 * math.prod(made[0]) * math.prod(dims)
+    # As of the forward pass, whose image, kernel and result a backward pass has in
+    # other places; beside the result, the first, stands what cuDNN works in.
+    kernel, wide = right, made
+    if "BackwardInput" in one.line:
+        wide = left
+    elif "BackwardFilter" in one.line:
+        kernel, wide = made, right
+    labels = re.search(r"dim_labels=\w+_(\w+)->", one.line)
+    if not kernel or not wide or labels is None:
+        return 0
+    outputs = kernel[0][labels[1].index("o")]
+    return 2 * math.prod(wide[0]) * math.prod(kernel[0]) // max(outputs, 1)

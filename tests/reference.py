@@ -296,6 +296,10 @@ class Program(hlo.Program):
         lines = [line for line in text.splitlines() if '"is_sync":true' in line]
         self.waits = hlo.collectives(lines)
 
+    def lines(self, name: str) -> list[str]:
+        """The instructions of one computation, without those that it calls."""
+        return [hlo._code(line) for line in self._lines[name]]
+
     def loop_bodies(self) -> list[list[str]]:
         """The instructions of every loop body with all that it calls."""
         loops = (loop for name in self._lines for loop in self.loops(name))
