@@ -11,8 +11,8 @@ Where the data can be opened, some images are looked at too: whether the seeds o
 """
 
 import dataclasses
+import errno
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -98,9 +98,9 @@ class Cost:
         self, batch_size: int, contrastive_steps: int | None = None
     ) -> float:
         """FLOPs of a whole step, at T_max or at another T."""
-        turns = dict(self.turns)
-        if contrastive_steps is not None and "contrastive step" in turns:
-            turns["contrastive step"] = contrastive_steps
+        turns = self.turns
+        if contrastive_steps is not None:
+            turns = turns | {"contrastive step": contrastive_steps}
         return batch_size * sum(self.flops[part] * turns[part] for part in self.flops)
 
     def device_bytes(self, batch_size: int, devices: int, parts: int) -> int:
@@ -355,21 +355,16 @@ def place_of(json_file: str) -> epath.Path:
     A device or a pipe (`/dev/stdout`) is written through.
     """
     path = real(local("--dry_run_json", json_file))
-    wrong = ""
-    if os.path.isdir(path):
-        wrong = "is a folder"
-    elif not os.path.isdir(path.parent):
-        wrong = f"{path.parent} is not there"
-    elif not is_device(path):
-        try:
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not is_device(path):
             storage.probe(path)
-        except OSError as error:
-            wrong = error.strerror or str(error)
-    if wrong:
+    except OSError as error:
         raise UserError(
-            f"--dry_run_json={json_file} cannot be written ({wrong}): give a file in a "
-            "folder that exists."
-        )
+            f"--dry_run_json={json_file} cannot be written ({error.strerror}): give a "
+            "file in a folder that exists."
+        ) from error
     return path
 
 
@@ -399,12 +394,11 @@ def _reachability(
         }
         found = reachability.of_config(config, sources)
     except UserError as error:
-        told, result = [f"reachability was not measured: {error}"], None
-    else:
-        told, result = reachability.lines(found), found._asdict()
-    for line in told:
-        console.print(Text(line), soft_wrap=True)
-    return result
+        say(console, f"reachability was not measured: {error}")
+        return None
+    for line in reachability.lines(found):
+        say(console, line)
+    return found._asdict()
 
 
 def _figures(

@@ -178,11 +178,9 @@ def _memory(arguments: int, peak: int, batch: int, program: int = 0) -> dict[str
 
 def _a_device(tree: Any) -> int:
     """Bytes of placed shapes that one device holds."""
-    return dry_run.num_bytes(
-        [
-            jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-            for x in jax.tree.leaves(tree)
-        ]
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
     )
 
 
@@ -446,7 +444,8 @@ def _stage(
 ) -> dict[str, Any]:
     cost = dry_run.measure(config, name)
     made = _tried(config, name, target, cost, console, "")
-    _show(console, config, _titled(name, made), made)
+    what = f"{name}, batch {made['batch_size']}"
+    _show(console, config, what, made)
     made["remedies"] = []
     if not made["fits"]:
         for flags, changed, on in _changes(config, name, target, cost, made):
@@ -455,7 +454,7 @@ def _stage(
             verdict = "fits" if again["fits"] else "does not fit"
             say(console, f"  {flags}: {_memory_line(again)}, {verdict}")
             if again["fits"]:
-                _show(console, changed, _titled(name, again), again)
+                _show(console, changed, what, again)
                 break
     _tell_verdict(console, name, made)
     return made
@@ -662,10 +661,6 @@ def _size(number: int) -> str:
     return (
         f"{number / GIB:.2f} GiB" if number > GIB / 10 else f"{number / 2**20:.2f} MiB"
     )
-
-
-def _titled(name: str, made: dict[str, Any]) -> str:
-    return f"{name}, batch {made['batch_size']}"
 
 
 def _duration(seconds: float) -> str:

@@ -134,14 +134,13 @@ class Target(NamedTuple):
 
 def parse(name: str) -> Target:
     """Reads a target's name; a `UserError` of no such chip, or no size."""
-    match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*))?", name)
-    kind, sizes = (match[1], match[2]) if match else (name, None)
-    if kind in _GPUS and sizes is None:
+    kind, colon, sizes = name.partition(":")
+    if kind in _GPUS and not colon:
         sizes = "1"
-    fits = sizes is not None and kind in CHIPS
-    if not fits or (kind in _GPUS and "x" in str(sizes)):
+    wanted = r"\d+" if kind in _GPUS else r"\d+(x\d+)*"
+    if kind not in CHIPS or not re.fullmatch(wanted, sizes):
         raise UserError(f"--target is {name!r}: give {_KNOWN}.")
-    numbers = tuple(int(size) for size in str(sizes).split("x"))
+    numbers = tuple(map(int, sizes.split("x")))
     if 0 in numbers:
         raise UserError(f"--target is {name!r}: it has no devices; give {_KNOWN}.")
     return Target(name, kind, numbers)
