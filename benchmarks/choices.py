@@ -125,9 +125,7 @@ class Convolutions:
 
 
 def main(argv: list[str]) -> None:
-    flags, config, _ = options.parse(
-        options.of_a_step(__doc__.partition("\n")[0]), argv
-    )
+    flags, config = options.parse(options.of_a_step(__doc__.partition("\n")[0]), argv)
     configure(config, flags)
     record = {
         "command": options.command(),

@@ -202,7 +202,7 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     add = parser.add_argument
     add("--workdir", required=True, help="all runs are kept below")
     add("--config", default="configs/digits.py", help="config file with all rows")
-    add("--rows", type=lambda text: text.split(","), default=list(ROWS))
+    add("--rows", type=options.listed(str), default=list(ROWS))
     add("--seeds", type=_numbers(int), default=[0, 1, 2, 3, 4])
     add("--factors", type=_numbers(float), default=[0.1, 10.0], help="of the rates")
     add("--num_examples", type=options.positive, default=1000, help="of each set")

@@ -35,7 +35,7 @@ def parser() -> options.Parser:
 
 
 def main(argv: list[str]) -> None:
-    flags, config, _ = options.parse(parser(), argv)
+    flags, config = options.parse(parser(), argv)
     counts = flags.workers.split(",")
     if not all(count.isdecimal() for count in counts):
         raise UserError(

@@ -43,6 +43,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Values of a kind, joined by commas, for argparse."""
+
+    def comma_separated(text: str) -> list[Any]:
+        return [kind(word) for word in text.split(",")]
+
+    return comma_separated
+
+
 def of_a_step(description: str) -> Parser:
     """Flags for what a stage-2 step is made of, and how it is timed."""
     flags = Parser(description=description)
@@ -68,13 +77,8 @@ def of_a_step(description: str) -> Parser:
     return flags
 
 
-def parse(
-    parser: Parser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, ConfigDict, bool]:
+def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """The parser's own flags, and the config with its `--config.FIELD=VALUE`.
-
-    Returns:
-      (flags, config, whether any field was overridden).
 
     Raises:
       UserError: an unknown flag, config file, row or field, or a value that does not
@@ -87,7 +91,7 @@ def parse(
     config = load_config(flags.config)
     for field, value in overrides(rest):
         override(config, field, value)
-    return flags, config, bool(rest)
+    return flags, config
 
 
 def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -111,14 +115,12 @@ def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def override(config: ConfigDict, field: str, text: str) -> None:
     """Sets a field of the config, given as text, in the field's own type."""
     check_override(config, field, text)
-    group, _, name = field.rpartition(".")
     kind = type(lookup(config, field))
     convert: dict[type, Callable[[str], Any]] = {
         bool: lambda value: value.lower() in ("true", "1"),
         tuple: lambda value: tuple(ast.literal_eval(value)),
     }
-    target = lookup(config, group) if group else config
-    target[name] = convert.get(kind, kind)(text)
+    config.update_from_flattened_dict({field: convert.get(kind, kind)(text)})
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

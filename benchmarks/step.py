@@ -62,7 +62,7 @@ def parser() -> options.Parser:
 
 
 def main(argv: list[str]) -> None:
-    flags, config, _ = options.parse(parser(), argv)
+    flags, config = options.parse(parser(), argv)
     configure(config, flags)
     if flags.cpu_devices > 1 and flags.device != "cpu":
         raise UserError(f"--cpu_devices={flags.cpu_devices} needs --device=cpu.")

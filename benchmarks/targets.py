@@ -18,8 +18,8 @@ Nothing here is measured on a device. It needs a compiler: the extras `target-tp
 """
 
 import argparse
-import importlib.util
 import json
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -75,16 +75,12 @@ def parser() -> options.Parser:
     flags.add_argument("--markdown", action="store_true", help="print only the table")
     flags.add_argument(
         "--images_a_chip",
-        type=_numbers,
+        type=options.listed(options.positive),
         default=(),
         help="compile for one chip of each kind, with so many images of each stream",
     )
     flags.add_argument("--loops", default="", help="of these networks, one turn each")
     return flags
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(","))
 
 
 def rows(wanted: str) -> list[str]:
@@ -95,11 +91,8 @@ def rows(wanted: str) -> list[str]:
     """
     known = []
     for file in FILES:
-        spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        names = [name for name in module.ROWS if name not in NOT_FOR_TARGETS]
+        table = runpy.run_path(str(CONFIGS / f"{file}.py"))["ROWS"]
+        names = [name for name in table if name not in NOT_FOR_TARGETS]
         known += [f"{file}:{name}" for name in names]
     chosen = wanted.split(",") if wanted else known
     for row in chosen:

@@ -38,18 +38,16 @@ COLUMNS += ("largest gradient", "clean", "robust", "distance")
 
 def main(argv: Sequence[str]) -> None:
     """Runs the trials one after the other, and prints a row of the table after each."""
-    flags, config, _ = options.parse(_parser(), argv)
+    flags, config = options.parse(_parser(), argv)
     compilation.use_cache("workdir", flags.workdir)
     _print(COLUMNS)
     _print(["---"] * len(COLUMNS))
-    for trial in itertools.product(
+    for seeds, rate, warmup in itertools.product(
         flags.seeds, flags.learning_rates, flags.warmup_steps
     ):
-        described = [
-            f"{value:g}" if value == trial[1] else str(value) for value in trial
-        ]
+        described = [seeds, f"{rate:g}", str(warmup)]
         folder = Path(flags.workdir) / "_".join(described).replace(":", "_")
-        settings = _settings(flags, config, *trial)
+        settings = _settings(flags, config, seeds, rate, warmup)
         try:
             report = job.run(settings, folder, console=Console(file=sys.stderr))
         except UserError as error:
@@ -69,18 +67,10 @@ def _parser() -> options.Parser:
     add("--init_from", required=True, help="checkpoint of stage 1")
     add("--workdir", required=True, help="the trials are kept below")
     add("--num_steps", type=options.positive, default=40)
-    add("--seeds", type=lambda text: text.split(","), default=["gaussian"])
-    add("--learning_rates", type=_numbers, default=[1e-3])
-    add("--warmup_steps", type=_whole_numbers, default=[0])
+    add("--seeds", type=options.listed(str), default=["gaussian"])
+    add("--learning_rates", type=options.listed(float), default=[1e-3])
+    add("--warmup_steps", type=options.listed(int), default=[0])
     return parser
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
-
-
-def _whole_numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def _settings(
