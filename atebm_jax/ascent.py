@@ -242,19 +242,16 @@ RULES: dict[str, Callable[..., Rule]] = {
 }
 
 
-def rule(text: str, **settings: float) -> Rule:
-    """A rule from its text: its name, with settings in parentheses where needed.
-
-        rule("pgd"), rule("sgld(noise=0.005)"), rule("sgld", noise=0.005)
+def rule(text: str) -> Rule:
+    """A rule from its text, "pgd" or "sgld(noise=0.005)".
 
     Args:
       text: a key of `RULES`, and settings by name that are not to be the defaults.
-      settings: more of them.
 
     Raises:
       UserError: no such rule or setting, one that is no number or out of its range.
     """
-    name, given = calls.choice("sampler", RULES, text, settings)
+    name, given = calls.choice("sampler", RULES, text)
     return RULES[name](**given)
 
 

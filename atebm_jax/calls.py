@@ -3,7 +3,6 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 from atebm_jax.errors import UserError, check_choice
@@ -24,10 +23,7 @@ def read(text: str) -> tuple[str, list[str]] | None:
 
 
 def choice(
-    kind: str,
-    table: Mapping[str, Callable[..., Any]],
-    text: str,
-    more: Mapping[str, float] | None = None,
+    kind: str, table: Mapping[str, Callable[..., Any]], text: str
 ) -> tuple[str, dict[str, float]]:
     """A function of a table, written with settings: "sgld(noise=0.005)".
 
@@ -35,7 +31,6 @@ def choice(
       kind: what the table holds, for messages.
       table: functions whose arguments, numbers with defaults, are the settings.
       text: the choice as the user writes it.
-      more: settings that are not in the text.
 
     Returns:
       (name, the given settings); their ranges are not checked.
@@ -48,22 +43,21 @@ def choice(
         known = [_written(key, _defaults(table[key])) for key in table]
         check_choice(kind, text, known)
     defaults = _defaults(table[name])
-    pairs: list[tuple[str, Any]] = [_setting(word) for word in words]
     given: dict[str, float] = {}
-    for key, value in [*pairs, *(more or {}).items()]:
-        problem = None
+    for key, value in map(_setting, words):
         if key not in defaults:
             problem = f"{name} has no setting {key!r}"
         elif key in given:
             problem = f"{key} is given twice"
-        elif isinstance(value, bool) or not isinstance(value, Real):
+        elif isinstance(value, str):
             problem = f"{key} is {value!r}, which is no number"
-        if problem:
-            own = ", with numbers of your own" if defaults else ""
-            raise UserError(
-                f"{kind} {text!r}: {problem}; write {_written(name, defaults)}{own}."
-            )
-        given[key] = value
+        else:
+            given[key] = value
+            continue
+        own = ", with numbers of your own" if defaults else ""
+        raise UserError(
+            f"{kind} {text!r}: {problem}; write {_written(name, defaults)}{own}."
+        )
     return name, given
 
 
