@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -228,13 +228,12 @@ class Model:
           As of `counterfactual`.
         """
         number = editing.check_constraint(constraint, self.image_shape)
-        if isinstance(labels, str) and labels != "guess":
-            raise UserError(f"labels are {labels!r}: expected ints, 'guess' or None.")
-        classes: np.ndarray | None = None
-        if isinstance(labels, str):
+        if not isinstance(labels, str):
+            classes = None if labels is None else self._labels(labels, number)
+        elif labels == "guess":
             classes = np.full(number, editing.GUESS, np.int32)
-        elif labels is not None:
-            classes = self._labels(labels, number)
+        else:
+            raise UserError(f"labels are {labels!r}: expected ints, 'guess' or None.")
         rows, recipe = editing.prepare(
             constraint,
             classes,
@@ -299,18 +298,15 @@ class Model:
             )
         chosen = dict(settings) | given
         _check_attack(chosen)
-        sizes = [np.float32(chosen.pop(k)) for k in ("epsilon", "step_size")]
-        steps = np.int32(chosen.pop("num_steps"))
-        return self._run(
-            _attacker(self._model, **chosen),
-            x,
-            self._labels(labels, len(x)),
-            fixed=(*sizes, steps),
-        )
+        traced = {
+            "epsilon": np.float32(chosen.pop("epsilon")),
+            "step_size": np.float32(chosen.pop("step_size")),
+            "num_steps": np.int32(chosen.pop("num_steps")),
+        }
+        attacker = partial(_attacker(self._model, **chosen), traced)
+        return self._run(attacker, x, self._labels(labels, len(x)))
 
-    def _run(
-        self, function: Callable, *arrays: np.ndarray, fixed: tuple = ()
-    ) -> np.ndarray:
+    def _run(self, function: Callable, *arrays: np.ndarray) -> np.ndarray:
         """Applies a compiled function in padded batches of one size."""
         outputs = []
         for start in range(0, len(arrays[0]), self._batch_size):
@@ -319,7 +315,7 @@ class Model:
             padded = [
                 np.pad(p, [(0, missing)] + [(0, 0)] * (p.ndim - 1)) for p in parts
             ]
-            output = function(self._variables, *padded, *fixed)
+            output = function(self._variables, *padded)
             outputs.append(np.asarray(output)[: len(parts[0])])
         return np.concatenate(outputs)
 
@@ -402,20 +398,8 @@ def _attacker(model: nn.Module, **settings: Any) -> Callable:
     adversary = attacks.adversary(**settings, epsilon=1.0, step_size=1.0, num_steps=0)
 
     def attack(
-        variables: Any,
-        x: jax.Array,
-        y: jax.Array,
-        epsilon: jax.Array,
-        step_size: jax.Array,
-        num_steps: jax.Array,
+        traced: dict[str, jax.Array], variables: Any, x: jax.Array, y: jax.Array
     ) -> jax.Array:
-        return adversary(
-            models.freeze(model, variables, x.shape[1:]),
-            x,
-            y,
-            epsilon=epsilon,
-            step_size=step_size,
-            num_steps=num_steps,
-        )
+        return adversary(models.freeze(model, variables, x.shape[1:]), x, y, **traced)
 
     return jax.jit(attack)

@@ -109,11 +109,8 @@ def descend(
     def objective(x: jax.Array) -> tuple[jax.Array, Path]:
         logits = logits_fn(x)
         score = energy.score(logits, None if labels is None else targets)
-        lowered = (
-            energy.marginal(logits) if labels is None else energy.joint(logits, targets)
-        )
         readings = Path(
-            lowered,
+            -score,
             confidence(logits, targets),
             confidence(logits, originals),
             jnp.argmax(logits, axis=-1).astype(jnp.int32),

@@ -230,8 +230,8 @@ def reader(name, model, variables):
     if name == "attack":
         traced = ("epsilon", "step_size", "num_steps")
         fixed = {k: v for k, v in settings.items() if k not in traced}
-        numbers = (one, one, steps)
-        return api._attacker(model, **fixed), (variables, images, labels, *numbers)
+        numbers = dict(zip(traced, (one, one, steps)))
+        return api._attacker(model, **fixed), (numbers, variables, images, labels)
     if name == "autoattack":
         network = jax.eval_shape(lambda v: models.freeze(model, v, SHAPE), variables)
         key = jax.eval_shape(lambda: jax.random.key(0))

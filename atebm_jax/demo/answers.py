@@ -104,7 +104,8 @@ class Answers:
         """
         loaded = trained.load(workdir)
         self.workdir, self.model = workdir, Model(loaded, _BATCH_SIZE)
-        self.names, self.config = _names(self.model), self.model.config
+        self.config = loaded.config
+        self.names = data.classes.names_of(loaded.class_names, loaded.num_classes)
         self.plain = None if plain is None else Model(trained.load(plain), _BATCH_SIZE)
         _check_alike(self.model, self.plain or self.model)
         self._about = records.described(loaded, workdir)
@@ -409,11 +410,6 @@ def _position(name: str, value: Any, places: np.ndarray) -> int:
     """The nearest position of a slider."""
     _checked(name, value, places[0], places[-1], float)
     return int(np.abs(places - value).argmin())
-
-
-def _names(model: Model) -> list[str]:
-    """Of its classes; their numbers where nobody gave names."""
-    return list(model.class_names or map(str, range(model.num_classes)))
 
 
 def _check_alike(model: Model, plain: Model) -> None:
