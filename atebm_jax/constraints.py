@@ -49,31 +49,23 @@ class Ball:
     both sets. It is the nearest such point if nothing is clipped.
     """
 
-    origin: Any  #: [B, H, W, C] float32 in [0, 1]
+    start: Any  #: [B, H, W, C] float32 in [0, 1], the originals
     radius: Any  #: [B, 1, 1, 1] float32 > 0, pixels of the norm
     norm: str = struct.field(pytree_node=False, default="l2")  #: or "linf"
 
-    @property
-    def start(self) -> Any:
-        return self.origin
-
     def project(self, images: jax.Array) -> jax.Array:
-        return _PROJECTIONS[self.norm](images, self.origin, self.radius)
+        return _PROJECTIONS[self.norm](images, self.start, self.radius)
 
 
 @struct.dataclass
 class Known:
     """Images with given pixels outside of a hole; the projection is the nearest one."""
 
-    image: Any  #: [B, H, W, C] float32 in [0, 1]; its hole is where an edit begins
+    start: Any  #: [B, H, W, C] float32 in [0, 1], as given outside of the hole
     hole: Any  #: [B, H, W, 1] bool, True where pixels may change
 
-    @property
-    def start(self) -> Any:
-        return self.image
-
     def project(self, images: jax.Array) -> jax.Array:
-        return jnp.where(self.hole, jnp.clip(images, 0.0, 1.0), self.image)
+        return jnp.where(self.hole, ascent.clip(images), self.start)
 
 
 @struct.dataclass
