@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import data, drawing, recipes, seeds, storage, trained
+from atebm_jax import data, drawing, pictures, recipes, seeds, storage, trained
 from atebm_jax.data.folder import check_outside
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.local_path import local
@@ -118,14 +118,14 @@ def _draw(
                 f"samples {number * size} and on are not finite numbers: the network "
                 "has diverged; give another checkpoint as --workdir."
             )
-        # Before the samples: a command that is stopped between the two loses nothing.
-        if content.get(_STAND_INS, []) != sorted(stand_ins):
-            content[_STAND_INS] = sorted(stand_ins)
-            with files.told(out):
-                storage.write_json(out / "samples.json", content, allow_nan=False)
         levels = np.asarray(recipes.QUANTISE[content["quantise"]](images))
-        for path, image in zip(paths[number * size :], levels):
-            files.write_image(path, image)
+        with files.told(out):
+            # First: a command that is stopped between the two loses nothing.
+            if content.get(_STAND_INS, []) != sorted(stand_ins):
+                content[_STAND_INS] = sorted(stand_ins)
+                storage.write_json(out / "samples.json", content, allow_nan=False)
+            for path, image in zip(paths[number * size :], levels):
+                storage.replace_bytes(path, pictures.png(image))
     files.finish(out, paths, labels, loaded.image_shape)
     said = "1 sample is" if count == 1 else f"{count} samples are"
     began = sum(index < count for index in stand_ins)

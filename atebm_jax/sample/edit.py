@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import drawing, editing, pictures, recipes, trained
+from atebm_jax import drawing, editing, pictures, recipes, storage, trained
 from atebm_jax.data.folder import check_outside
 from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError
@@ -172,8 +172,8 @@ def _write(
     for number, (part, one) in enumerate(zip(problem.files, edited, strict=True)):
         shown, more = problem.compare(number, one, image, truth)
         file = f"{picture.name}_{part}.png"
-        levels = recipes.QUANTISE["nearest"](one.images)
-        files.write_image(out / file, np.asarray(levels))
+        levels = np.asarray(recipes.QUANTISE["nearest"](one.images))
+        storage.replace_bytes(out / file, pictures.png(levels))
         later = number // pictures.ROWS
         strip = f"{picture.name}_strip{f'_{later + 1}' if later else ''}.png"
         record = described | records.of_edit(one, names) | more

@@ -90,18 +90,8 @@ def told(out: Path) -> contextlib.AbstractContextManager[None]:
     return storage.writing(out, remedy)
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Writes [H, W, C] uint8 as PNG, whole or not at all.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    with told(path):
-        storage.replace_bytes(path, pictures.png(image))
-
-
 def read_image(path: Path, image_shape: Sequence[int]) -> np.ndarray:
-    """[H, W, C] uint8 of a PNG that `write_image` wrote.
+    """[H, W, C] uint8 of a PNG of that shape.
 
     Raises:
       UserError: it is damaged.
