@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -220,6 +221,24 @@ def _platforms() -> list[str]:
     finally:
         backend.clear_backends()
         jax.config.update("jax_platforms", asked)
+
+
+def positive_numbers(flag: str, words: Sequence[str]) -> list[float]:
+    """The numbers of a flag.
+
+    Raises:
+      UserError: a word is no number above zero, or infinite.
+    """
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError(
+            f"{flag}={','.join(words)}: expected positive numbers with commas, such as "
+            "1,2,4."
+        )
+    return numbers
 
 
 def fail(error: Exception) -> NoReturn:

@@ -5,7 +5,6 @@ sentence; 130 or 143 stopped by a signal. The same command then goes on.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -141,23 +140,11 @@ def _options() -> Options:
         if field.type is int and value < 0:
             raise UserError(f"--{name} is {value}: it must not be negative.")
         if field.type == Sequence[float]:
-            value = _numbers(name, value)
+            value = command_line.positive_numbers(f"--{name}", value)
         values[field.name] = tuple(value) if isinstance(value, list) else value
     if values["seed"] >= 2**32:
         raise UserError(f"--seed is {values['seed']}: expected 0 to 2**32 - 1.")
     return Options(**values)
-
-
-def _numbers(name: str, texts: Sequence[str]) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(text) for text in texts)
-    except ValueError:
-        numbers = (math.nan,)
-    if not all(0 < number < math.inf for number in numbers):
-        raise UserError(
-            f"--{name}={','.join(texts)}: expected positive numbers, with commas."
-        )
-    return numbers
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What flags ask for: classes by number or name, and radii."""
+"""What flags ask for: classes by number or name."""
 
 import argparse
 import contextlib
@@ -48,21 +48,3 @@ def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
     alone = of_class(text) in names
     words = [text] if alone else [part.strip() for part in text.split(",")]
     return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
-
-
-def parse_radii(text: str) -> list[float]:
-    """Positive numbers with commas.
-
-    Raises:
-      UserError: anything else.
-    """
-    try:
-        radii = [float(word) for word in text.split(",")]
-    except ValueError:
-        radii = []
-    if not radii or not all(0 < radius < np.inf for radius in radii):
-        raise UserError(
-            f"--radius={text}: expected positive numbers with commas, such as 1,2,4."
-        )
-    # Files are named by the radius: two radii of one name are one.
-    return list({f"{radius:g}": radius for radius in radii}.values())

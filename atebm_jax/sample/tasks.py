@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atebm_jax import constraints, editing, metrics, recipes
+from atebm_jax.command_line import positive_numbers
 from atebm_jax.data import classes
 from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError, check_choice
@@ -77,7 +78,9 @@ def explanation(
 ) -> Problem:
     """Translation into every target, in a ball of every radius."""
     targets = asked.parse_classes("--target", given.target, names).tolist()
-    radii = asked.parse_radii(given.radius)
+    radii = positive_numbers("--radius", given.radius.split(","))
+    # Files are named by the radius: two radii of one name are one.
+    radii = list({f"{radius:g}": radius for radius in radii}.values())
     pairs = [(target, radius) for target in dict.fromkeys(targets) for radius in radii]
     length = np.asarray([radius for _, radius in pairs])
 
