@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, check_choice
 
 #: Training step [] int32 to learning rate [] float32.
 Schedule = Callable[[jax.Array], jax.Array]
@@ -34,21 +34,18 @@ def sgd(*, weight_decay: float, momentum: float = 0.9) -> optax.GradientTransfor
     )
 
 
-def adamw(
-    *, weight_decay: float, b1: float = 0.9, b2: float = 0.95
-) -> optax.GradientTransformation:
+def adamw(*, weight_decay: float, b2: float = 0.95) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), eps 1e-8.
 
     Args:
       weight_decay: >= 0, times the learning rate, on every parameter.
-      b1: decay of the first moment.
-      b2: decay of the second moment; the paper has 0.95.
+      b2: decay of the second moment, that of the first is 0.9; the paper has 0.95.
 
     Returns:
       The transformation from gradients to ascent directions; `apply` scales them.
     """
     return optax.chain(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+        optax.scale_by_adam(b1=0.9, b2=b2, eps=1e-8),
         optax.add_decayed_weights(weight_decay),
     )
 
@@ -68,10 +65,7 @@ def optimizer(name: str, *, weight_decay: float) -> optax.GradientTransformation
     Raises:
       UserError: unknown name or negative weight decay.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(
-            f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}."
-        )
+    check_choice("optimizer", name, OPTIMIZERS)
     if not 0 <= weight_decay < math.inf:
         raise UserError(
             f"weight_decay is {weight_decay}: it must be finite and not negative."
@@ -128,10 +122,7 @@ def schedule(
     Raises:
       UserError: unknown name, or a value outside its range.
     """
-    if name not in SCHEDULES:
-        raise UserError(
-            f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}."
-        )
+    check_choice("schedule", name, SCHEDULES)
     if not 0 <= warmup_steps <= num_steps:
         raise UserError(
             f"warmup_steps is {warmup_steps}: it must lie between 0 and the stage's "
