@@ -10,7 +10,6 @@ parameters once, before its loops: they need them T times, and gathering them la
 layer inside would send T times as much.
 """
 
-import collections
 import contextlib
 import io
 import math
@@ -378,21 +377,17 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def prefetch(
-    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices, each put there while the one before is worked on.
+    """`put_batch` of each batch, while the one before is worked on.
 
-    Args:
-      batches: as of `put_batch`.
-      mesh: the device mesh.
-      depth: batches on the devices at once, the one that was asked for included.
-
-    Yields:
-      As `put_batch`, in order.
+    So two are on the devices at once.
     """
-    waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
+    waiting = None
     for batch in batches:
-        waiting.append(put_batch(batch, mesh))
-        if len(waiting) == depth:
-            yield waiting.popleft()
-    yield from waiting
+        placed = put_batch(batch, mesh)
+        if waiting is not None:
+            yield waiting
+        waiting = placed
+    if waiting is not None:
+        yield waiting

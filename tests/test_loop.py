@@ -124,9 +124,9 @@ def test_loop_transfers_nothing_but_its_batches(loop):
 def test_prefetched_batches_are_those_of_the_iterator():
     mesh = sharding.make_mesh()
     batches = [{"y": np.full(8, n, np.int32)} for n in range(5)]
-    for depth in (1, 2, 9):
-        placed = list(sharding.prefetch(iter(batches), mesh, depth))
-        assert [int(batch["y"][0]) for batch in placed] == [0, 1, 2, 3, 4]
+    placed = list(sharding.prefetch(iter(batches), mesh))
+    assert [int(batch["y"][0]) for batch in placed] == [0, 1, 2, 3, 4]
+    assert list(sharding.prefetch(iter([]), mesh)) == []
 
 
 @contextlib.contextmanager
