@@ -269,7 +269,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     """
     check_complete(config)
     stages_to_run(config)
-    for field, value in flatten(config):
+    fields = dict(flatten(config))
+    for field, value in fields.items():
         _check_number(field, value)
     shape = tuple(config.data.image_shape)
     if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
@@ -291,10 +292,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             "these; give --config.model.mean='()' --config.model.std='()' for its own."
         )
     for field, smallest in _SMALLEST.items():
-        value = lookup(config, field)
-        if value < smallest:
+        if fields[field] < smallest:
             raise UserError(
-                f"config.{field} is {value}: it must be at least {smallest}."
+                f"config.{field} is {fields[field]}: it must be at least {smallest}."
             )
     _check_dying(config)
     for field in ("train", "eval", "test", "seeds"):
@@ -423,14 +423,6 @@ def num_steps(stage: ml_collections.ConfigDict, num_train: int) -> int:
     if stage.num_steps > 0:
         return stage.num_steps
     return max(round(stage.num_epochs * num_train / stage.batch_size), 1)
-
-
-def lookup(config: ml_collections.ConfigDict, field: str) -> Any:
-    """The value of a dotted field name."""
-    value: Any = config
-    for part in field.split("."):
-        value = value[part]
-    return value
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import operator
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from atebm_jax import storage
 from atebm_jax.command_line import load_config
-from atebm_jax.config import check_override, lookup
+from atebm_jax.config import check_override
 from atebm_jax.errors import UserError
 from atebm_jax.models import DTYPES
 
@@ -115,7 +116,7 @@ def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def override(config: ConfigDict, field: str, text: str) -> None:
     """Sets a field of the config, given as text, in the field's own type."""
     check_override(config, field, text)
-    kind = type(lookup(config, field))
+    kind = type(operator.attrgetter(field)(config))
     convert: dict[type, Callable[[str], Any]] = {
         bool: lambda value: value.lower() in ("true", "1"),
         tuple: lambda value: tuple(ast.literal_eval(value)),

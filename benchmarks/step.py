@@ -22,7 +22,7 @@ from sides import MEASURED, Settings
 from workers import Worker, available_cpus
 
 from atebm_jax import archs, dry_run, models, sharding
-from atebm_jax.config import lookup
+from atebm_jax.config import flatten
 from atebm_jax.errors import UserError
 
 CLOCKS = ("wall_s", "cpu_s")
@@ -165,8 +165,9 @@ def _has_twin(config: ConfigDict, flags: Any) -> bool:
         )
     from torch_side import SUPPORTED, TWINS
 
+    fields = dict(flatten(config.stage2))
     for field, value in SUPPORTED.items():
-        if lookup(config.stage2, field) != value:
+        if fields[field] != value:
             raise UserError(
                 f"the PyTorch side knows only config.stage2.{field}={value!r}: choose "
                 "that, or --compare=none."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 import jax
@@ -177,7 +178,7 @@ def configured(chosen: dict[str, Any]) -> Any:
     settings = tiny.config()
     for field, value in chosen.items():
         group, _, leaf = field.rpartition(".")
-        block = config.lookup(settings, group) if group else settings
+        block = operator.attrgetter(group)(settings) if group else settings
         with block.ignore_type():
             block[leaf] = value
     return settings
