@@ -13,7 +13,7 @@ enough to call it better.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,13 +100,8 @@ def begin(setting: Setting) -> Watch:
     return Watch(better_entropy=known, better_accuracy=known)
 
 
-def as_json(watch: Watch) -> dict[str, Any]:
-    """Plain values, for `restore`."""
-    return asdict(watch)
-
-
 def restore(stored: Any, setting: Setting) -> Watch:
-    """The watch that `as_json` was given; a new one where none was stored."""
+    """The watch that was stored (`asdict`); a new one where none was."""
     names = {f.name for f in fields(Watch)}
     if isinstance(stored, Mapping) and stored.keys() == names:
         return Watch(**stored)

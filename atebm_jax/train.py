@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -454,7 +454,7 @@ def _save(
         metrics=metrics,
         contrastive_steps=int(run.plan.stage.shown(state.extra).get("T", 0)),
         gaussian=job.gaussian,
-        watch=health.as_json(log.watch),
+        watch=asdict(log.watch),
         class_names=job.class_names,
     )
 

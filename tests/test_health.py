@@ -1,5 +1,6 @@
 """Signs of a dying network, on traces made by hand and on logs of real runs."""
 
+import dataclasses
 import json
 import math
 
@@ -307,7 +308,7 @@ def test_watch_goes_on_from_any_moment_as_if_undisturbed():
         watch = health.begin(STAGE2)
         for step, metrics in enumerate(steps[:stop], start=1):
             watch, _ = health.look(watch, metrics, STAGE2, step)
-        stored = json.loads(json.dumps(health.as_json(watch)))
+        stored = json.loads(json.dumps(dataclasses.asdict(watch)))
         again = health.restore(stored, STAGE2)
         for step, metrics in enumerate(steps[stop:], start=stop + 1):
             watch, signs = health.look(watch, metrics, STAGE2, step)
