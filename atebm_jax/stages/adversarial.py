@@ -31,11 +31,9 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     def loss(
         params: Any, batch_stats: Any, batch: Batch, made: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            made["x_adv"],
-            train=True,
-            mutable=["batch_stats"],
+        variables = {"params": params, "batch_stats": batch_stats}
+        (logits,), batch_stats = models.one_pass(
+            model, variables, [made["x_adv"]], frozen=False
         )
         loss_ce = losses.cross_entropy(logits, batch["y_cls"]).mean()
         outputs = {
@@ -43,7 +41,7 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
             "accuracy_adv": metrics.accuracy(logits, batch["y_cls"]).mean(),
             "logits_adv": logits,
         }
-        return loss_ce, (updated.get("batch_stats", {}), outputs)
+        return loss_ce, (batch_stats, outputs)
 
     return Stage(STREAMS, adversaries, loss, with_spread)
 
