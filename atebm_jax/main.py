@@ -87,9 +87,10 @@ def main(argv: Sequence[str]) -> None:
     from atebm_jax.sharding import initialize_processes
 
     quiet_libraries()
-    if _DRY_RUN.value:
-        return _dry_run()
     try:
+        if _DRY_RUN.value:
+            _dry_run()
+            return
         initialize_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
@@ -115,23 +116,20 @@ def main(argv: Sequence[str]) -> None:
 def _dry_run() -> None:
     from atebm_jax import dry_run, target_run, targets
 
-    try:
-        if _TARGET.value:
-            targets.only_compile()
-            target_run.run(
-                _CONFIG.value,
-                _TARGET.value,
-                program=_PROGRAM.value,
-                json_file=_DRY_RUN_JSON.value,
-            )
-            return
-        check_platform()
-        machine = dry_run.Machine(
-            _DEVICES.value, _MEMORY.value, _PEAK.value, _UTILISATION.value
+    if _TARGET.value:
+        targets.only_compile()
+        target_run.run(
+            _CONFIG.value,
+            _TARGET.value,
+            program=_PROGRAM.value,
+            json_file=_DRY_RUN_JSON.value,
         )
-        dry_run.run(_CONFIG.value, machine, json_file=_DRY_RUN_JSON.value)
-    except UserError as error:
-        fail(error)
+        return
+    check_platform()
+    machine = dry_run.Machine(
+        _DEVICES.value, _MEMORY.value, _PEAK.value, _UTILISATION.value
+    )
+    dry_run.run(_CONFIG.value, machine, json_file=_DRY_RUN_JSON.value)
 
 
 def cli() -> None:
