@@ -67,18 +67,15 @@ def check(recipe: Recipe) -> None:
     check_choice("schedule", recipe.schedule, ascent.SCHEDULES)
     number, whole = (int, float, np.number), (int, np.integer)
     size, steps = recipe.step_size, recipe.num_steps
-    if not isinstance(size, number) or not isinstance(steps, whole):
+    if not isinstance(steps, whole) or not 0 <= steps < 2**31:
         raise UserError(
-            f"num_steps is {steps!r} and step_size {size!r}: expected a whole "
-            "number and a number."
+            f"num_steps is {steps!r}: expected a whole number below 2**31, which must "
+            "not be negative."
         )
-    if steps < 0 or not 0 < size <= _LARGEST:
+    if not isinstance(size, number) or not 0 < size <= _LARGEST:
         raise UserError(
-            f"num_steps is {steps} and step_size {size}: the steps must not "
-            "be negative, their size is positive and finite in float32."
+            f"step_size is {size!r}: expected a positive number, finite in float32."
         )
-    if steps >= 2**31:
-        raise UserError(f"num_steps is {steps}: it must be below 2**31.")
     check_seed(recipe.seed)
     smooth, target = recipe.smooth, recipe.target_energy
     if not isinstance(smooth, number) or not 0 <= smooth <= _WIDEST_BLUR:
