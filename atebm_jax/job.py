@@ -126,13 +126,12 @@ def _run(
     try:
         gaussian = None if keep_seeds is None else keep_seeds()
         evaluation = Evaluation(config, workdir, mesh, model, sources, stop, gaussian)
-        training = {k: v for k, v in sources.items() if k in ("train", "seeds")}
         job = Job(
             config=config,
             workdir=workdir,
             mesh=mesh,
             model=model,
-            sources=training,
+            sources=sources,
             gaussian=gaussian,
             evaluate=evaluation.periodic,
             writer=writer,

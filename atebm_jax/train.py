@@ -50,7 +50,7 @@ class Job(NamedTuple):
     workdir: epath.Path
     mesh: Mesh
     model: nn.Module
-    sources: Mapping[str, data.Source]  # "train" and, unless drawn, "seeds"
+    sources: Mapping[str, data.Source]  # by role; "seeds" unless they are drawn
     gaussian: Gaussian | None  # what seeds are drawn from, unless read or noise
     evaluate: EvaluateFn
     writer: MetricWriter
