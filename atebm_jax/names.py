@@ -50,10 +50,7 @@ def check_utf8(what: str, path: str | os.PathLike) -> None:
     """Refuses a path that is not UTF-8.
 
     The libraries for checkpoints, records and compiled programs could not open it.
-
-    Args:
-      what: the kind of path, for the message: "workdir".
-      path: as the user gave it.
+    `what` is the kind of path, for the message: "workdir".
 
     Raises:
       UserError: a part of it is not UTF-8.

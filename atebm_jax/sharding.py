@@ -41,17 +41,13 @@ def initialize_processes(
 ) -> None:
     """Joins the processes of one job; must run before the first use of a device.
 
-    With a coordinator the three arguments say how; without one, JAX finds out by
-    itself on Cloud TPU pods (TPU VMs and GKE, one slice or several) and under Slurm,
-    and one process needs nothing.
-
-    Args:
-      coordinator: HOST:PORT of process 0, or None.
-      num_processes: how many processes there are, or None.
-      process_id: number of this one, or None.
+    With a coordinator, HOST:PORT of process 0, the three arguments say how; without
+    one, JAX finds out by itself on Cloud TPU pods (TPU VMs and GKE, one slice or
+    several) and under Slurm, and one process needs nothing.
 
     Raises:
-      UserError: only some of the three are given.
+      UserError: only some of the three are given, or `process_id` is none of
+        `num_processes`.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -145,11 +141,7 @@ def refused_by_all() -> Iterator[None]:
 def from_first_process(
     arrays: Mapping[str, np.ndarray] | None,
 ) -> dict[str, np.ndarray] | None:
-    """What the first process has, in every process; called by all together.
-
-    Args:
-      arrays: by name, or None; heeded in the first process alone.
-    """
+    """What the first process has, in every process; called by all together."""
     if jax.process_count() == 1:
         return None if arrays is None else dict(arrays)
     file = io.BytesIO()
@@ -218,15 +210,7 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
 def make_mesh(
     spec: str = DATA_PARALLEL, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh that `parse_mesh` describes.
-
-    Args:
-      spec: as of `parse_mesh`.
-      devices: all of them; default those of all processes.
-
-    Raises:
-      UserError: as of `parse_mesh`.
-    """
+    """The mesh of all devices that `parse_mesh` describes, with its errors."""
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(spec, len(devices))
     return jax.make_mesh(
@@ -265,13 +249,7 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """Where each array of a state lives between two steps.
 
     A rule of shapes alone, so that a parameter, its average and its moments lie alike.
-
-    Args:
-      tree: pytree of arrays or shapes.
-      mesh: the device mesh; without an "fsdp" axis every array is replicated.
-
-    Returns:
-      Pytree of `NamedSharding`.
+    Without an "fsdp" axis every array is replicated.
     """
     count = mesh.shape.get(STATE_AXIS, 1)
 
@@ -362,12 +340,7 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays of this process's part of a batch.
 
-    Args:
-      batch: arrays [B / processes, ...].
-      mesh: the device mesh.
-
-    Returns:
-      Global arrays [B, ...], split along the first axis.
+    [B / processes, ...] -> [B, ...], split along the first axis.
     """
     target = batched(mesh)
     return {

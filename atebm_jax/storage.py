@@ -145,11 +145,7 @@ def write_npz(
 def read_npz(
     path: epath.Path, names: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """The arrays of a file as of `write_npz`.
-
-    Args:
-      path: of the file.
-      names: of the arrays to read; None for all.
+    """The arrays of a file as of `write_npz`, all or those of some names.
 
     Raises:
       OSError: it is not there, damaged, or holds no such arrays.
