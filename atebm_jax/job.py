@@ -1,5 +1,6 @@
 """One job from config to report: stage 1, stage 2, evaluation, sampling."""
 
+import contextlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -77,53 +78,35 @@ def run(
     configuration.check(config)
     workdir = storage.reached(workdir)
     check_utf8("workdir", workdir)
+    console = console or Console()
     lock = Lock(workdir)
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(lock.release)
         # Before anything is read: nobody may be writing it.
         lock.acquire()
-        with storage.told_plainly(workdir):
-            return _run(
-                config,
-                workdir,
-                sources or {},
-                allow_config_change,
-                classes_by_place,
-                console or Console(),
-                lock,
-            )
-    finally:
-        lock.release()
-
-
-def _run(
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    given: Mapping[str, data.Source],
-    allow_config_change: bool,
-    classes_by_place: bool,
-    console: Console,
-    lock: Lock,
-) -> dict[str, Any]:
-    _check_start(config, workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    model = models.build(config.model)
-    sources = _open_sources(config, given)
-    note = partial(say, console)
-    names = _follow_names(config, workdir, sources, classes_by_place, note)
-    # Everything that can be refused is refused before anything is written.
-    plans = _plan(config, mesh, model, len(sources["train"]))
-    _check_images(config, sources)
-    origins = _origins(config, workdir, model, len(sources["train"]))
-    if not allow_config_change:
-        _check_config(workdir, config)
-    described = _describe(sources)
-    if not allow_config_change:
-        _check_data(workdir, sources, described, classes_by_place)
-    keep_seeds = _fit_seeds(config, workdir, sources, note, anew=allow_config_change)
-    _claim(workdir, config, described, lock)
-    stop = StopSignal()
-    writer = MetricWriter(workdir)
-    try:
+        at_end.enter_context(storage.told_plainly(workdir))
+        _check_start(config, workdir)
+        mesh = sharding.make_mesh(config.mesh)
+        model = models.build(config.model)
+        sources = _open_sources(config, sources or {})
+        note = partial(say, console)
+        names = _follow_names(config, workdir, sources, classes_by_place, note)
+        # Everything that can be refused is refused before anything is written.
+        num_train = len(sources["train"])
+        plans = _plan(config, mesh, model, num_train)
+        _check_images(config, sources)
+        origins = _origins(config, workdir, model, num_train)
+        if not allow_config_change:
+            _check_config(workdir, config)
+        described = _describe(sources)
+        if not allow_config_change:
+            _check_data(workdir, sources, described, classes_by_place)
+        keep_seeds = _fit_seeds(config, workdir, sources, note, allow_config_change)
+        _claim(workdir, config, described, lock)
+        stop = StopSignal()
+        at_end.callback(stop.restore)
+        writer = MetricWriter(workdir)
+        at_end.callback(writer.close)
         gaussian = None if keep_seeds is None else keep_seeds()
         evaluation = Evaluation(config, workdir, mesh, model, sources, stop, gaussian)
         job = Job(
@@ -140,16 +123,13 @@ def _run(
             lock=lock,
             class_names=names,
         )
-        _greet(console, job)
+        _greet(job)
         _tell_ahead(job, plans, evaluation)
         diverged = None
         for plan in plans:
             # A stage that starts from a diverged one would say nothing.
             diverged = diverged or train.train_stage(job, plan, origins[plan.name])
         return evaluation.final(console, diverged)
-    finally:
-        writer.close()
-        stop.restore()
 
 
 def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -417,13 +397,13 @@ def _fit_seeds(
     )
 
 
-def _greet(console: Console, job: Job) -> None:
+def _greet(job: Job) -> None:
     variables = models.variable_shapes(job.model, job.config.data.image_shape)
     number = parameter_overview.count_parameters(variables["params"])
     config = job.config.model
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(
-        console,
+        job.console,
         f"atebm_jax {importlib.metadata.version('atebm_jax')}: "
         f"{archs.describe(config)}, {number:,} parameters, {config.dtype}, "
         f"on {devices}; workdir {job.workdir}",
