@@ -512,7 +512,9 @@ def test_images_that_deepminds_padding_does_not_fit_are_refused(kind, unit):
     network = models.build(described(kind))
     models.variable_shapes(network, (unit, 3 * unit, 3))
     for side in (1, unit - 1, unit + 2):
-        with pytest.raises(UserError, match=f"image_shape .*multiples of {unit} for"):
+        with pytest.raises(
+            UserError, match=f"image_shape .*multiples of {unit} pixels"
+        ):
             models.variable_shapes(network, (side, unit, 3))
 
 

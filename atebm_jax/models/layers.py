@@ -215,19 +215,19 @@ def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
     return (0, 1) if same and stride == 2 else 1
 
 
-def check_sides(images: jax.Array, halvings: int) -> None:
-    """Refuses images that padding as of `padding_3x3(2, same=True)` does not fit.
+def check_sides(images: jax.Array, unit: int, what: str) -> None:
+    """Refuses images [B, H, W, C] whose sides are no multiples of so many pixels.
 
-    At odd sides a 3x3 convolution makes one pixel less than the 1x1 beside it.
+    `what` says which networks need them, for the message: "a ViT".
 
     Raises:
-      UserError: sides that cannot be halved so often.
+      UserError: other sides.
     """
     sides = images.shape[1:3]
-    if any(side % 2**halvings for side in sides):
+    if any(side % unit for side in sides):
         raise UserError(
-            f"image_shape begins with {sides}: both sides must be multiples of "
-            f"{2**halvings} for a network that pads as DeepMind's do."
+            f"image_shape begins with {sides}: both sides must be multiples of {unit} "
+            f"pixels for {what}."
         )
 
 

@@ -91,7 +91,7 @@ class PreActResNet(family.Network):
         activation = ACTIVATIONS[self.activation]
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         if self.deepmind:
-            check_sides(images, len(STAGES[self.depth]) - 1)
+            check_sides(images, 8, "a network that pads as DeepMind's do")
         x = self.normalised(images)
         x = Conv(64, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
         for stage, num_blocks in enumerate(STAGES[self.depth]):

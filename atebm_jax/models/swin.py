@@ -26,6 +26,7 @@ from atebm_jax.models.layers import (
     Dense,
     LayerNorm,
     at_least_float32,
+    check_sides,
     gelu,
     layer_norm,
     mlp,
@@ -213,13 +214,9 @@ class Swin(family.Network):
         """
         del train
         sides = window_sides(self.window, self.position_grid)
+        windows_of = f"windows of {', '.join(map(str, sides))} patches"
         unit = side_unit(self.window, self.position_grid)
-        if images.shape[1] % unit or images.shape[2] % unit:
-            raise UserError(
-                f"image_shape begins with {images.shape[1:3]}: both sides must be "
-                f"multiples of {unit} pixels for a Swin transformer with windows of "
-                f"{', '.join(map(str, sides))} patches."
-            )
+        check_sides(images, unit, f"a Swin transformer with {windows_of}")
         block = nn.remat(Block) if self.remat else Block
         blocks, channels, heads = SIZES[self.size]
         common: dict[str, Any] = {"epsilon": self.norm_epsilon, "dtype": self.dtype}

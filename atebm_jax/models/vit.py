@@ -22,6 +22,7 @@ from atebm_jax.models.layers import (
     Dense,
     LayerNorm,
     at_least_float32,
+    check_sides,
     layer_norm,
     mlp,
     prepared,
@@ -75,11 +76,7 @@ class ViT(family.Network):
           UserError: a side that is no multiple of 16.
         """
         del train
-        if images.shape[1] % PATCH or images.shape[2] % PATCH:
-            raise UserError(
-                f"image_shape begins with {images.shape[1:3]}: both sides must be "
-                f"multiples of {PATCH} pixels for a ViT."
-            )
+        check_sides(images, PATCH, "a ViT")
         block = nn.remat(Block) if self.remat else Block
         channels, heads = SIZES[self.size]
         x = self.normalised(images)

@@ -117,7 +117,9 @@ class PreActivated(family.Network, kw_only=True):
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         stem, *widths = self.channels()
         if self.same_padding:
-            check_sides(images, len(widths) - 1)
+            # Of odd sides a 3x3 convolution makes one pixel less than the 1x1 beside.
+            unit = 2 ** (len(widths) - 1)
+            check_sides(images, unit, "a network that pads as DeepMind's do")
         x = self.normalised(images)
         x = Conv(stem, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
         for group, number in enumerate(self.num_blocks()):

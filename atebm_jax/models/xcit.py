@@ -30,6 +30,7 @@ from atebm_jax.models.layers import (
     LayerNorm,
     at_least_float32,
     batch_norm,
+    check_sides,
     gelu,
     layer_norm,
     mlp,
@@ -223,12 +224,7 @@ class XCiT(family.Network):
         Raises:
           UserError: a side that is no multiple of the patches'.
         """
-        if images.shape[1] % self.patch or images.shape[2] % self.patch:
-            raise UserError(
-                f"image_shape begins with {images.shape[1:3]}: both sides must be "
-                f"multiples of {self.patch} pixels for an XCiT with patches of "
-                f"{self.patch}."
-            )
+        check_sides(images, self.patch, f"an XCiT with patches of {self.patch}")
         block: Any = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         class_block = nn.remat(ClassBlock) if self.remat else ClassBlock
         channels, heads = SIZES[self.size]
