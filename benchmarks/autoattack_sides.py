@@ -59,13 +59,13 @@ class Ours:
 
         jax.config.update("jax_num_cpu_devices", task.devices)
         from atebm_jax import convert
-        from atebm_jax.models.wide_resnet import WideResNet
+        from atebm_jax.models import wide_resnet
 
         variables = jax.tree.map(
             jax.numpy.asarray, convert.from_torch("wide_resnet", task.weights)
         )
         arguments = {k: v for k, v in task.network.items() if k != "channels"}
-        network = WideResNet(**arguments)
+        network = wide_resnet.network(**arguments)
         self.logits_fn = jax.tree_util.Partial(network.apply, variables)
         self.task = task
 

@@ -21,8 +21,8 @@ from atebm_jax.models import (
     resnet,
     swin,
     vit,
+    wide_resnet,
 )
-from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)
 STD = (0.24703225141799082, 0.24348516474564, 0.26158783926049628)
@@ -41,10 +41,10 @@ _POSITIONS = {
 }
 
 
-def network(**options: Any) -> WideResNet:
+def network(**options: Any) -> wide_resnet.PreActivated:
     """WRN-10-1 with CIFAR's normalisation inside."""
     defaults = {"depth": 10, "widen_factor": 1, "num_classes": 10}
-    return WideResNet(**defaults | {"mean": MEAN, "std": STD} | options)
+    return wide_resnet.network(**defaults | {"mean": MEAN, "std": STD} | options)
 
 
 def conv_xla(
@@ -55,7 +55,7 @@ def conv_xla(
         return layers.conv(images, kernel, strides, padding, groups)
 
 
-def double_network() -> WideResNet:
+def double_network() -> wide_resnet.PreActivated:
     """`network` in float64, where the reference rounded mean and std to float32.
 
     Normalisation follows its input: float32 at least.

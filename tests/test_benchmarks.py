@@ -14,7 +14,7 @@ import reference
 from reference import MEAN, STD
 
 from atebm_jax import convert
-from atebm_jax.models.wide_resnet import WideResNet
+from atebm_jax.models import wide_resnet
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -184,7 +184,8 @@ def test_forms_of_operations_agree(tmp_path):
 def test_both_sides_of_autoattack_go_equally_often_through_the_network(tmp_path):
     if importlib.util.find_spec("torchattacks") is None:
         pytest.skip("torchattacks, the other side of the comparison, is not installed")
-    network = WideResNet(depth=10, widen_factor=1, num_classes=4, mean=MEAN, std=STD)
+    options = {"num_classes": 4, "mean": MEAN, "std": STD}
+    network = wide_resnet.network(depth=10, widen_factor=1, **options)
     variables = reference.random_variables(network, (8, 8, 3))
     images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     labels = network.apply(variables, images).argmax(axis=-1)

@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from atebm_jax import UserError, convert
-from atebm_jax.models.wide_resnet import WideResNet
+from atebm_jax.models import wide_resnet
 
 
 def test_names_and_layouts_are_translated():
@@ -181,7 +181,7 @@ def test_random_network_computes_what_it_did_in_torch(
     logits[:, 1].sum().backward()
     arrays = {name: value.numpy() for name, value in theirs.state_dict().items()}
     weights = convert.from_torch("wide_resnet", arrays)
-    ours = WideResNet(depth, width, num_classes=classes, activation=activation)
+    ours = wide_resnet.network(depth, width, num_classes=classes, activation=activation)
 
     @jax.jit
     def logits_and_gradient(x):

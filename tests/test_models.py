@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from atebm_jax import UserError, config, convert, energy, models
 from atebm_jax.models import cpu, layers, wide_resnet
-from atebm_jax.models.wide_resnet import WideResNet
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +193,7 @@ def test_full_size_network_matches_the_reference(golden):
     ("depth", "width", "blocks"), [(10, 1, 1), (16, 2, 2), (28, 10, 4), (34, 10, 5)]
 )
 def test_depth_counts_convolutions_and_width_multiplies_channels(depth, width, blocks):
-    network = WideResNet(depth, width, num_classes=7)
+    network = wide_resnet.network(depth, width, num_classes=7)
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     params = shapes["params"]
     groups = [name for name in params if name.startswith("block")]
@@ -209,7 +208,7 @@ def test_depth_counts_convolutions_and_width_multiplies_channels(depth, width, b
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (12, 20, 3), (7, 9, 3)])
 def test_any_image_size_and_channel_count_fits(shape):
-    network = WideResNet(10, 1, num_classes=5, activation="swish")
+    network = wide_resnet.network(10, 1, num_classes=5, activation="swish")
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     weights = jax.eval_shape(network.init, jax.random.key(0), images)
     logits = jax.eval_shape(network.apply, weights, images)

@@ -511,10 +511,9 @@ def test_network_that_cannot_be_built_is_refused(kind, field, value, message):
 def test_images_that_deepminds_padding_does_not_fit_are_refused(kind, unit):
     network = models.build(described(kind))
     models.variable_shapes(network, (unit, 3 * unit, 3))
+    message = f"image_shape .*multiples of {unit} pixels for"
     for side in (1, unit - 1, unit + 2):
-        with pytest.raises(
-            UserError, match=f"image_shape .*multiples of {unit} pixels"
-        ):
+        with pytest.raises(UserError, match=message):
             models.variable_shapes(network, (side, unit, 3))
 
 

@@ -35,7 +35,7 @@ def _unit(x: jax.Array, axis: int) -> jax.Array:
     return x * lax.rsqrt(jnp.maximum(squares, 1e-24))
 
 
-class CosineWideResNet(wide_resnet.WideResNet):
+class CosineWideResNet(wide_resnet.PreActivated):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] in [-1, 1]."""
 
     def classified(self, features: jax.Array) -> jax.Array:

@@ -5,19 +5,7 @@ Its shortcuts are 3x3 convolutions of a block's input, and it pads as Haiku does
 
 from typing import Any
 
-import ml_collections
-
 from atebm_jax.models import dm_wide_resnet, family, preact_resnet
-
-
-def build(config: ml_collections.ConfigDict) -> preact_resnet.PreActResNet:
-    """Builds a DeepMind PreActResNet from `config.model`.
-
-    Raises:
-      UserError: as of `preact_resnet.build`.
-    """
-    network = preact_resnet.build(config)
-    return network.clone(final_norm=True, shortcut="raw", deepmind=True)
 
 
 def _block_rules() -> family.Rules:
@@ -32,16 +20,14 @@ def _block_rules() -> family.Rules:
 
 
 def _arch(depth: int) -> dict[str, Any]:
-    return {
-        "depth": depth,
-        "activation": "swish",
-        "num_classes": 10,
-        **family.DEEPMIND[10],
-    }
+    sizes = {"depth": depth, "activation": "swish"}
+    return {**sizes, "num_classes": 10, **family.DEEPMIND[10]}
 
 
 FAMILY = family.Family(
-    build=build,
+    build=lambda model: preact_resnet.build(model).clone(
+        final_norm=True, shortcut="raw", shortcut_side=3, same_padding=True
+    ),
     sized_by=("depth",),
     archs={
         "dm_preact_resnet18": _arch(18),

@@ -8,18 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import ml_collections
-
 from atebm_jax.models import family, wide_resnet
-
-
-def build(config: ml_collections.ConfigDict) -> wide_resnet.WideResNet:
-    """Builds a DeepMind WideResNet from `config.model`.
-
-    Raises:
-      UserError: as of `wide_resnet.build`.
-    """
-    return wide_resnet.build(config).clone(same_padding=True)
 
 
 def block_rules() -> family.Rules:
@@ -55,7 +44,7 @@ def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
 
 
 FAMILY = family.Family(
-    build=build,
+    build=lambda model: wide_resnet.build(model).clone(same_padding=True),
     sized_by=("depth", "widen_factor"),
     archs={
         "dm_wrn28_10": _arch(28, 10),

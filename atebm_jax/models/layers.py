@@ -204,17 +204,6 @@ class Conv(nn.Module):
         return x.astype(bias.dtype) + per_channel(bias, x)
 
 
-def padding_3x3(stride: int, same: bool) -> int | tuple[int, int]:
-    """Zeros around what a 3x3 convolution sees.
-
-    Args:
-      stride: 1 or 2.
-      same: at stride 2, pad below and on the right alone. Networks that were first
-        written for TensorFlow or Haiku do so ("SAME", for even sides).
-    """
-    return (0, 1) if same and stride == 2 else 1
-
-
 def check_sides(images: jax.Array, unit: int, what: str) -> None:
     """Refuses images [B, H, W, C] whose sides are no multiples of so many pixels.
 

@@ -4,115 +4,23 @@ PreActResNet-18 is the network of Rice et al. (2020), Wong et al. (2020) and man
 them. They differ in two things that are options here.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import flax.linen as nn
-import jax
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.models import family
-from atebm_jax.models.layers import (
-    ACTIVATIONS,
-    Conv,
-    Dense,
-    at_least_float32,
-    batch_norm,
-    check_sides,
-    normed,
-    padding_3x3,
-)
+from atebm_jax.models.layers import ACTIVATIONS
+from atebm_jax.models.wide_resnet import SHORTCUTS, PreActivated
 
 # Blocks of each of the four stages.
 STAGES: dict[int, tuple[int, ...]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
-#: What a shortcut with a convolution sees: a block's input, or that after its first
-#: norm and activation.
-SHORTCUTS = ("active", "raw")
+# Channels of the first convolution, then of each stage.
+_WIDTHS = (64, 64, 128, 256, 512)
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions after norm and activation, with a shortcut.
-
-    Attributes:
-      features: output channels.
-      stride: of the first convolution and of the shortcut.
-      shortcut: one of `SHORTCUTS`.
-      deepmind: as of `PreActResNet`.
-    """
-
-    features: int
-    stride: int
-    activation: Callable[[jax.Array], jax.Array]
-    dtype: Any
-    shortcut: str
-    deepmind: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = partial(Conv, self.features, dtype=self.dtype)
-        around = padding_3x3(self.stride, self.deepmind)
-        active = self.activation(batch_norm("bn1", train)(x).astype(self.dtype))
-        first = conv(3, self.stride, around, name="conv1")
-        y = normed(first, batch_norm("bn2", train), active).astype(self.dtype)
-        y = conv(3, 1, 1, name="conv2")(self.activation(y))
-        if self.stride == 1 and x.shape[-1] == self.features:
-            return x + y
-        seen = x if self.shortcut == "raw" else active
-        if self.deepmind:
-            return y + conv(3, self.stride, around, name="shortcut")(seen)
-        return y + conv(1, self.stride, name="shortcut")(seen)
-
-
-class PreActResNet(family.Network):
-    """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
-
-    Attributes:
-      depth: 18 or 34.
-      activation: "relu", "swish" or "gelu".
-      final_norm: norm and activation before the pooling.
-      shortcut: one of `SHORTCUTS`.
-      deepmind: padding as of `layers.padding_3x3`, and 3x3 windows of the shortcuts.
-    """
-
-    depth: int
-    activation: str = "relu"
-    final_norm: bool = True
-    shortcut: str = "active"
-    deepmind: bool = False
-
-    @nn.compact
-    def __call__(
-        self, images: jax.Array, *, train: bool = False, features: bool = False
-    ) -> jax.Array:
-        """Logits, or the pooled features [B, 512] before them."""
-        activation = ACTIVATIONS[self.activation]
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        if self.deepmind:
-            check_sides(images, 8, "a network that pads as DeepMind's do")
-        x = self.normalised(images)
-        x = Conv(64, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
-        for stage, num_blocks in enumerate(STAGES[self.depth]):
-            for index in range(num_blocks):
-                x = block(
-                    features=64 * 2**stage,
-                    stride=2 if stage > 0 and index == 0 else 1,
-                    activation=activation,
-                    dtype=self.dtype,
-                    shortcut=self.shortcut,
-                    deepmind=self.deepmind,
-                    name=f"layer{stage + 1}_{index}",
-                )(x, train)
-        x = at_least_float32(x)
-        if self.final_norm:
-            x = activation(batch_norm("bn", train)(x))
-        x = x.mean(axis=(1, 2))
-        return x if features else Dense(self.num_classes, name="fc")(x)
-
-
-def build(config: ml_collections.ConfigDict) -> PreActResNet:
+def build(config: ml_collections.ConfigDict) -> PreActivated:
     """Builds a PreActResNet from `config.model`.
 
     Raises:
@@ -125,8 +33,9 @@ def build(config: ml_collections.ConfigDict) -> PreActResNet:
         )
     check_choice("model.shortcut", config.shortcut, SHORTCUTS)
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    own = ("depth", "activation", "final_norm", "shortcut")
-    return PreActResNet(**family.network_fields(config, *own))
+    fields = family.network_fields(config, "activation", "final_norm", "shortcut")
+    fields |= {"group_name": "layer", "norm_name": "bn"}
+    return PreActivated(STAGES[config.depth], _WIDTHS, **fields)
 
 
 def depth_of(shapes: family.Shapes, template: str) -> dict[str, int]:

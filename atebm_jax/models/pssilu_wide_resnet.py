@@ -34,22 +34,23 @@ class PSSiLU(nn.Module):
         return (wide * (nn.sigmoid(slope * wide) - sunk) / (1 - sunk)).astype(x.dtype)
 
 
-class PSSiLUWideResNet(wide_resnet.WideResNet):
+class PSSiLUWideResNet(wide_resnet.PreActivated):
     """Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32."""
 
     def active(self) -> Callable[[jax.Array], jax.Array]:
         return PSSiLU(name="activation")
 
 
-def build(config: ml_collections.ConfigDict) -> PSSiLUWideResNet:
+def build(config: ml_collections.ConfigDict) -> wide_resnet.PreActivated:
     """Builds a WideResNet with PSSiLU from `config.model`.
 
     Raises:
       UserError: depth not 6n + 4, or no width.
     """
     wide_resnet.check_size(config.depth, config.widen_factor)
-    fields = family.network_fields(config, "depth", "widen_factor")
-    return PSSiLUWideResNet(**fields)
+    size = (config.depth, config.widen_factor)
+    fields = family.network_fields(config)
+    return wide_resnet.network(*size, kind=PSSiLUWideResNet, **fields)
 
 
 _COPY = re.compile(r"block\d+\.layer\.\d+\.(activation\.(?:alpha|beta))")

@@ -19,39 +19,15 @@ from atebm_jax.models.wide_resnet import PreActivated
 _MOST_BLOCKS = 500
 
 
-class RaWideResNet(PreActivated):
-    """Three groups of any depths and widths.
-
-    Attributes:
-      blocks: number of blocks of each group.
-      widths: channels of the first convolution, then of each group.
-      ratio: channels inside squeeze and excitation for one of the block; 0 for none.
-    """
-
-    blocks: Sequence[int]
-    widths: Sequence[int]
-    ratio: float = 0.25
-
-    def num_blocks(self) -> Sequence[int]:
-        return self.blocks
-
-    def channels(self) -> Sequence[int]:
-        return self.widths
-
-    def squeezed(self, width: int) -> int:
-        return max(round(self.ratio * width), 1) if self.ratio else 0
-
-
-def build(config: ml_collections.ConfigDict) -> RaWideResNet:
-    """Builds a RaWideResNet from `config.model`.
+def build_groups(config: ml_collections.ConfigDict) -> PreActivated:
+    """Builds three groups of any depths and widths from `config.model`.
 
     Raises:
       UserError: no depths or widths, too many blocks, unknown activation.
     """
     blocks, widths = sizes(config.blocks, config.widths, 3)
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    others = family.network_fields(config, "activation")
-    return RaWideResNet(blocks, widths, **others, same_padding=True)
+    return PreActivated(blocks, widths, **family.network_fields(config, "activation"))
 
 
 def sizes(
@@ -109,7 +85,9 @@ RULES: family.Rules = (
 
 
 FAMILY = family.Family(
-    build=build,
+    build=lambda model: build_groups(model).clone(
+        same_padding=True, squeeze_ratio=0.25
+    ),
     sized_by=("blocks", "widths"),
     archs={
         "ra_wrn70_16": {

@@ -3,18 +3,7 @@
 WRN-34-R has fewer channels in its last group, which makes it more robust.
 """
 
-import ml_collections
-
 from atebm_jax.models import family, ra_wide_resnet
-
-
-def build(config: ml_collections.ConfigDict) -> ra_wide_resnet.RaWideResNet:
-    """Builds a RobustWideResNet from `config.model`.
-
-    Raises:
-      UserError: as of `ra_wide_resnet.build`.
-    """
-    return ra_wide_resnet.build(config).clone(ratio=0.0, same_padding=False)
 
 
 def rules(shortcut: str, last_norm: str) -> family.Rules:
@@ -31,7 +20,7 @@ def rules(shortcut: str, last_norm: str) -> family.Rules:
 BLOCKS = [f"blocks.{group}.layer.{{}}.conv1.weight" for group in range(3)]
 
 FAMILY = family.Family(
-    build=build,
+    build=ra_wide_resnet.build_groups,
     sized_by=("blocks", "widths"),
     archs={
         "wrn34_r": {

@@ -5,18 +5,7 @@ RATIO's, those of the robustness library for CIFAR and RobustBench's are such ne
 
 from typing import Any
 
-import ml_collections
-
 from atebm_jax.models import family, resnet
-
-
-def build(config: ml_collections.ConfigDict) -> resnet.ResNet:
-    """Builds a ResNet for small images from `config.model`.
-
-    Raises:
-      UserError: as of `resnet.build`.
-    """
-    return resnet.build(config).clone(small=True)
 
 
 def _arch(depth: int) -> dict[str, Any]:
@@ -25,7 +14,7 @@ def _arch(depth: int) -> dict[str, Any]:
 
 
 FAMILY = family.Family(
-    build=build,
+    build=lambda model: resnet.build(model).clone(small=True),
     sized_by=("depth", "base_width"),
     archs={
         "small_resnet18": _arch(18),

@@ -1,7 +1,8 @@
 """Pre-activation WideResNet for small images (Zagoruyko and Komodakis, 2016).
 
 WRN-34-10 is the paper's CIFAR network. Depth is 6n + 4, the width any. The network
-normalises its input, and its global average pooling fits any image size.
+normalises its input, and its global average pooling fits any image size. Its options
+are those of all families with norm and activation before each convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,83 +19,96 @@ from atebm_jax.models.layers import (
     ACTIVATIONS,
     Conv,
     Dense,
-    MeanSparse,
     SqueezeExcitation,
+    at_least_float32,
     batch_norm,
     check_sides,
     normed,
-    padding_3x3,
+    sparsified,
 )
 
 # Tracing a deeper network would seem to hang; nobody trains one.
 _DEEPEST = 1000
 
+#: What a shortcut with a convolution sees: a block's input, or that after its first
+#: norm and activation.
+SHORTCUTS = ("active", "raw")
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions after norm and activation, with a shortcut.
 
-    Where width or resolution changes, the shortcut is a 1x1 convolution of the
-    activated input.
+    Where width or resolution changes, the shortcut is a convolution.
 
     Attributes:
       features: output channels.
       stride: of the first convolution and of the shortcut.
-      same_padding: as of `layers.padding_3x3`.
-      squeeze: channels of squeeze and excitation after the convolutions; 0 for none.
-      sparse: whether `MeanSparse` follows each norm and the block.
+      others: as of `PreActivated`.
     """
 
     features: int
     stride: int
     activation: Callable[[jax.Array], jax.Array]
     dtype: Any
-    same_padding: bool = False
-    squeeze: int = 0
-    sparse: bool = False
+    same_padding: bool
+    squeeze_ratio: float
+    sparse: bool
+    shortcut: str
+    shortcut_side: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, self.features, dtype=self.dtype)
-        active = self.sparsified(1, batch_norm("bn1", train)(x)).astype(self.dtype)
-        active = self.activation(active)
-        around = padding_3x3(self.stride, self.same_padding)
+        around = (0, 1) if self.same_padding and self.stride == 2 else 1
+        active = sparsified(batch_norm("bn1", train)(x), "sparse1", self)
+        active = self.activation(active.astype(self.dtype))
         first = conv(3, self.stride, around, name="conv1")
-        y = self.sparsified(2, normed(first, batch_norm("bn2", train), active))
-        y = self.activation(y.astype(self.dtype))
-        y = conv(3, 1, 1, name="conv2")(y)
-        if self.squeeze:
-            y = SqueezeExcitation(self.squeeze, self.dtype, name="se")(y)
+        y = normed(first, batch_norm("bn2", train), active)
+        y = sparsified(y, "sparse2", self).astype(self.dtype)
+        y = conv(3, 1, 1, name="conv2")(self.activation(y))
+        if self.squeeze_ratio:
+            inside = max(round(self.squeeze_ratio * self.features), 1)
+            y = SqueezeExcitation(inside, self.dtype, name="se")(y)
         if self.stride == 1 and x.shape[-1] == self.features:
-            return self.sparsified(3, x + y)
-        return self.sparsified(3, y + conv(1, self.stride, name="shortcut")(active))
+            return sparsified(x + y, "sparse3", self)
+        seen = x if self.shortcut == "raw" else active
+        padding = around if self.shortcut_side == 3 else 0
+        shortcut = conv(self.shortcut_side, self.stride, padding, name="shortcut")
+        return sparsified(y + shortcut(seen), "sparse3", self)
 
-    def sparsified(self, place: int, x: jax.Array) -> jax.Array:
-        """The activations of a place, sparse where the network is."""
-        return MeanSparse(name=f"sparse{place}")(x) if self.sparse else x
 
-
-class PreActivated(family.Network, kw_only=True):
+class PreActivated(family.Network):
     """Groups of blocks, each group after the first at half the resolution.
 
     Images [B, H, W, C] float in [0, 1] to logits [B, num_classes] float32.
 
     Attributes:
+      blocks: number of blocks of each group.
+      widths: channels of the first convolution, then of each group.
       activation: "relu", "swish" or "gelu".
-      same_padding: as of `layers.padding_3x3`.
+      same_padding: at stride 2, 3x3 convolutions pad below and on the right alone.
+        Networks that were first written for TensorFlow or Haiku do so ("SAME", for even
+        sides).
+      squeeze_ratio: channels inside squeeze and excitation after a block's convolutions
+        for one of the block; 0 for none.
       sparse: whether `MeanSparse` follows each norm and each block.
+      shortcut: one of `SHORTCUTS`.
+      shortcut_side: of the window of a shortcut with a convolution, 1 or 3.
+      final_norm: norm and activation before the pooling.
+      group_name, norm_name: what the parameters of groups and of that norm are called.
     """
 
+    blocks: Sequence[int]
+    widths: Sequence[int]
     activation: str = "relu"
     same_padding: bool = False
+    squeeze_ratio: float = 0.0
     sparse: bool = False
-
-    def num_blocks(self) -> Sequence[int]:
-        """Number of blocks of each group."""
-        raise NotImplementedError
-
-    def channels(self) -> Sequence[int]:
-        """Channels of the first convolution, then of each group."""
-        raise NotImplementedError
+    shortcut: str = "active"
+    shortcut_side: int = 1
+    final_norm: bool = True
+    group_name: str = "block"
+    norm_name: str = "bn1"
 
     def active(self) -> Callable[[jax.Array], jax.Array]:
         """The activation after each norm."""
@@ -104,10 +118,6 @@ class PreActivated(family.Network, kw_only=True):
         """Logits [B, num_classes] of pooled features [B, last width]."""
         return Dense(self.num_classes, name="fc")(features)
 
-    def squeezed(self, width: int) -> int:
-        """Channels of squeeze and excitation in blocks of a width; 0 for none."""
-        return 0
-
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, features: bool = False
@@ -115,52 +125,57 @@ class PreActivated(family.Network, kw_only=True):
         """Logits, or the pooled features [B, last width] before them."""
         activation = self.active()
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        stem, *widths = self.channels()
+        stem, *widths = self.widths
         if self.same_padding:
             # Of odd sides a 3x3 convolution makes one pixel less than the 1x1 beside.
             unit = 2 ** (len(widths) - 1)
             check_sides(images, unit, "a network that pads as DeepMind's do")
         x = self.normalised(images)
         x = Conv(stem, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
-        for group, number in enumerate(self.num_blocks()):
+        for group, (number, width) in enumerate(zip(self.blocks, widths, strict=True)):
             for index in range(number):
                 x = block(
-                    features=widths[group],
+                    features=width,
                     stride=2 if group > 0 and index == 0 else 1,
                     activation=activation,
                     dtype=self.dtype,
                     same_padding=self.same_padding,
-                    squeeze=self.squeezed(widths[group]),
+                    squeeze_ratio=self.squeeze_ratio,
                     sparse=self.sparse,
-                    name=f"block{group + 1}_{index}",
+                    shortcut=self.shortcut,
+                    shortcut_side=self.shortcut_side,
+                    name=f"{self.group_name}{group + 1}_{index}",
                 )(x, train)
-        x = batch_norm("bn1", train)(x)
-        x = MeanSparse(name="sparse")(x) if self.sparse else x
-        x = activation(x).mean(axis=(1, 2))
+        x = at_least_float32(x)
+        if self.final_norm:
+            x = sparsified(batch_norm(self.norm_name, train)(x), "sparse", self)
+            x = activation(x)
+        x = x.mean(axis=(1, 2))
         return x if features else self.classified(x)
 
 
-class WideResNet(PreActivated):
-    """Three groups of as many blocks, each twice as wide as the one before.
+def network(
+    depth: int,
+    widen_factor: int,
+    kind: type[PreActivated] = PreActivated,
+    **fields: Any,
+) -> PreActivated:
+    """A WideResNet: three groups of as many blocks, each twice as wide as the last.
 
-    Attributes:
+    Args:
       depth: 6n + 4, number of convolutions.
       widen_factor: width k; the groups have 16k, 32k and 64k channels.
+      kind: what it is built as.
+      fields: further attributes of `PreActivated`.
     """
-
-    depth: int
-    widen_factor: int
-
-    def num_blocks(self) -> Sequence[int]:
-        return ((self.depth - 4) // 6,) * 3
-
-    def channels(self) -> Sequence[int]:
-        return (16, *(self.widen_factor * width for width in (16, 32, 64)))
+    blocks = ((depth - 4) // 6,) * 3
+    widths = (16, *(widen_factor * width for width in (16, 32, 64)))
+    return kind(blocks, widths, **fields)
 
 
 def build(
-    config: ml_collections.ConfigDict, kind: type[WideResNet] = WideResNet
-) -> WideResNet:
+    config: ml_collections.ConfigDict, kind: type[PreActivated] = PreActivated
+) -> PreActivated:
     """Builds a WideResNet from `config.model`, or one of a kind of them.
 
     Raises:
@@ -168,7 +183,8 @@ def build(
     """
     check_size(config.depth, config.widen_factor)
     check_choice("model.activation", config.activation, ACTIVATIONS)
-    return kind(**family.network_fields(config, "depth", "widen_factor", "activation"))
+    fields = family.network_fields(config, "activation")
+    return network(config.depth, config.widen_factor, kind, **fields)
 
 
 def check_size(depth: int, widen_factor: int) -> None:

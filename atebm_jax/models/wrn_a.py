@@ -6,7 +6,7 @@ WideResNets with SiLU and groups of chosen depths and widths, and names of their
 from atebm_jax.models import family, ra_wide_resnet, robust_wide_resnet
 
 FAMILY = family.Family(
-    build=robust_wide_resnet.build,
+    build=ra_wide_resnet.build_groups,
     sized_by=("blocks", "widths"),
     archs={
         "wrn_a4": {

@@ -21,7 +21,6 @@ import atebm_jax
 from atebm_jax import UserError, checkpoint, job, models, storage
 from atebm_jax.convert import exporting, files, importing, names
 from atebm_jax.convert.__main__ import main
-from atebm_jax.models.wide_resnet import WideResNet
 
 MEAN, STD = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
 
@@ -282,7 +281,7 @@ def test_architecture_against_the_file_is_refused(network, arch, message, tmp_pa
 @functools.cache
 def random_variables(channels=3, num_classes=3):
     return reference.random_variables(
-        WideResNet(10, 1, num_classes=num_classes), (8, 8, channels)
+        models.wide_resnet.network(10, 1, num_classes=num_classes), (8, 8, channels)
     )
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from atebm_jax import UserError
 from atebm_jax.convert import files, importing, layouts, names, normalization
-from atebm_jax.models.wide_resnet import WideResNet
+from atebm_jax.models import wide_resnet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 
@@ -250,7 +250,7 @@ def test_any_header_of_safetensors_is_read_or_refused(tmp_path_factory, head, ro
 
 
 PIXELS = normalization.parse("none", None, None)
-NETWORK = WideResNet(depth=10, widen_factor=1, num_classes=3)
+NETWORK = wide_resnet.network(depth=10, widen_factor=1, num_classes=3)
 
 
 @functools.cache
