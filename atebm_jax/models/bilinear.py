@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Scores are compared in the third digit, which rounding to bfloat16 or TF32 changes.
-_PRECISION = jax.lax.Precision.HIGHEST
+#: Scores are compared in the third digit, which rounding to bfloat16 or TF32 changes.
+PRECISION = jax.lax.Precision.HIGHEST
 
 
 def resized(images: jax.Array, side: int) -> jax.Array:
@@ -14,8 +14,8 @@ def resized(images: jax.Array, side: int) -> jax.Array:
     Bilinear with half-pixel centres and without antialiasing.
     """
     rows, columns = (jnp.asarray(_interpolation(n, side)) for n in images.shape[1:3])
-    x = jnp.einsum("ih,bhwc->biwc", rows, images, precision=_PRECISION)
-    return jnp.einsum("jw,biwc->bijc", columns, x, precision=_PRECISION)
+    x = jnp.einsum("ih,bhwc->biwc", rows, images, precision=PRECISION)
+    return jnp.einsum("jw,biwc->bijc", columns, x, precision=PRECISION)
 
 
 def _interpolation(size: int, side: int) -> np.ndarray:

@@ -42,21 +42,12 @@ class CosineWideResNet(wide_resnet.PreActivated):
         return Cosines(self.num_classes, name="fc")(features)
 
 
-assert wide_resnet.FAMILY.torch is not None
-
 FAMILY = family.Family(
     build=partial(wide_resnet.build, kind=CosineWideResNet),
     sized_by=("depth", "widen_factor"),
-    archs={
-        "cosine_wrn34_20": {
-            "depth": 34,
-            "widen_factor": 20,
-            "num_classes": 10,
-            **family.DEEPMIND[10],
-        }
-    },
+    archs={"cosine_wrn34_20": wide_resnet.arch(34, 20, family.DEEPMIND[10])},
     torch=dataclasses.replace(
-        wide_resnet.FAMILY.torch,
+        wide_resnet.NAMES,
         look_alikes={},
         unsaid=lambda fields: {"name": "a file that lost fc.bias looks the same"},
         published="Pang2020 (Boosting adversarial training)",

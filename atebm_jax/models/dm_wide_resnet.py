@@ -11,7 +11,7 @@ from typing import Any
 from atebm_jax.models import family, wide_resnet
 
 
-def block_rules() -> family.Rules:
+def _block_rules() -> family.Rules:
     """PyTorch's names number groups and a block's layers from 0, ours from 1."""
     theirs = {"batchnorm_0": "bn1", "conv_0": "conv1", "batchnorm_1": "bn2"}
     theirs |= {"conv_1": "conv2", "shortcut": "shortcut"}
@@ -24,7 +24,7 @@ def block_rules() -> family.Rules:
 
 RULES: family.Rules = (
     ("init_conv", "conv1"),
-    *block_rules(),
+    *_block_rules(),
     ("batchnorm", "bn1"),
     ("logits", "fc"),
 )
@@ -39,8 +39,8 @@ WHO = "the --mean and --std of the data it was trained on (10 and 100 classes: C
 
 
 def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
-    sizes = {"depth": depth, "widen_factor": widen_factor}
-    return {**sizes, "activation": "swish", "num_classes": 10, **family.DEEPMIND[10]}
+    sizes = wide_resnet.arch(depth, widen_factor, family.DEEPMIND[10])
+    return {**sizes, "activation": "swish"}
 
 
 FAMILY = family.Family(

@@ -18,7 +18,6 @@ from atebm_jax.models import (
     swin,
     vit,
     wide_resnet,
-    wrn_a,
     xcit,
 )
 from atebm_jax.models.family import Family
@@ -35,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     "mean_sparse_wide_resnet": mean_sparse_wide_resnet.FAMILY,
     "dm_wide_resnet": dm_wide_resnet.FAMILY,
     "dm_preact_resnet": dm_preact_resnet.FAMILY,
-    "wrn_a": wrn_a.FAMILY,
+    "wrn_a": robust_wide_resnet.WRN_A_FAMILY,
     "robust_wide_resnet": robust_wide_resnet.FAMILY,
     "jem_wide_resnet": jem_wide_resnet.FAMILY,
     "small_resnet": small_resnet.FAMILY,

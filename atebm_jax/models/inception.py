@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from atebm_jax.models import bilinear
+from atebm_jax.models.bilinear import PRECISION
 
 SIZE = 299
 NUM_LOGITS = 1008
-
-# Scores are compared in the third digit, which rounding to bfloat16 or TF32 changes.
-_PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Conv(NamedTuple):
@@ -159,7 +157,7 @@ class InceptionV3(nn.Module):
         for name, branches in _BLOCKS.items():
             x = _Mixed(branches, name=name)(x)
         features = x.mean(axis=(1, 2))
-        last = nn.Dense(NUM_LOGITS, use_bias=False, precision=_PRECISION, name="fc")
+        last = nn.Dense(NUM_LOGITS, use_bias=False, precision=PRECISION, name="fc")
         unbiased = last(features)
         bias = self.param("fc_bias", nn.initializers.zeros, (NUM_LOGITS,))
         return Outputs(features, unbiased + bias[None, :], unbiased)
@@ -185,7 +183,7 @@ class _ConvNorm(nn.Module):
             (stride, stride),
             padding,
             use_bias=False,
-            precision=_PRECISION,
+            precision=PRECISION,
             name="conv",
         )(x)
         return nn.relu(nn.BatchNorm(True, epsilon=1e-3, name="bn")(x))

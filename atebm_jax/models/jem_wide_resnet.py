@@ -85,14 +85,7 @@ FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
     activation="leaky_relu",
-    archs={
-        "jem_wrn28_10": {
-            "depth": 28,
-            "widen_factor": 10,
-            "num_classes": 10,
-            **_NORMALIZATION,
-        },
-    },
+    archs={"jem_wrn28_10": wide_resnet.arch(28, 10, _NORMALIZATION)},
     # The names of `Wide_ResNet` in the authors' code; the classifier around it has
     # them under "f", and its last layer beside.
     torch=family.TorchNames(

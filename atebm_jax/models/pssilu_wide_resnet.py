@@ -79,23 +79,14 @@ def _beside(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return copies | family.batch_counters(arrays)
 
 
-assert wide_resnet.FAMILY.torch is not None
-
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
-    archs={
-        "pssilu_wrn28_10": {
-            "depth": 28,
-            "widen_factor": 10,
-            "num_classes": 10,
-            **family.AS_THEY_ARE,
-        }
-    },
+    archs={"pssilu_wrn28_10": wide_resnet.arch(28, 10, family.AS_THEY_ARE)},
     activation="pssilu",
     torch=dataclasses.replace(
-        wide_resnet.FAMILY.torch,
-        rules=(("activation", "activation"), *wide_resnet.FAMILY.torch.rules),
+        wide_resnet.NAMES,
+        rules=(("activation", "activation"), *wide_resnet.NAMES.rules),
         mark="activation.alpha",
         usual=lambda model: family.AS_THEY_ARE,
         who="",

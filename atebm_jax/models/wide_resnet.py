@@ -230,41 +230,46 @@ def _without_bias(shapes: family.Shapes) -> bool:
     return "fc.weight" in shapes and "fc.bias" not in shapes
 
 
-def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
+def arch(
+    depth: int, widen_factor: int, normalisation: family.ModelFields = family.CIFAR10
+) -> dict[str, Any]:
+    """What a usual WideResNet for 10 classes sets in `config.model`."""
     sizes = {"depth": depth, "widen_factor": widen_factor}
-    return {**sizes, "num_classes": 10, **family.CIFAR10}
+    return {**sizes, "num_classes": 10, **normalisation}
 
+
+#: The names of the usual implementation for small images.
+NAMES = family.TorchNames(
+    rules=(
+        ("conv1", "conv1"),
+        ("block{g}.layer.{b}.conv{k}", "block{g}_{b}/conv{k}"),
+        ("block{g}.layer.{b}.bn{k}", "block{g}_{b}/bn{k}"),
+        ("block{g}.layer.{b}.convShortcut", "block{g}_{b}/shortcut"),
+        ("bn1", "bn1"),
+        ("fc", "fc"),
+    ),
+    mark="block1.layer.0.conv1.weight",
+    first=("conv1.weight",),
+    fields=partial(fields, block="block1.layer.{}.conv1.weight"),
+    side=lambda model: 32,
+    usual=lambda model: None,
+    who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
+    "RobustBench), --normalization=cifar10 (DAT, RATIO), --mean=0.5 --std=0.5 "
+    "(Hendrycks2019) or --normalization=per_image (Ding2020)",
+    look_alikes={"a WideResNet without a bias of its last layer": _without_bias},
+    published="TRADES, MART, AWP, Carmon2019, Hendrycks2019 and others of "
+    "RobustBench; DAT for CIFAR",
+    unused=_unused,
+)
 
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
     archs={
-        "wrn16_4": _arch(16, 4),
-        "wrn28_10": _arch(28, 10),
-        "wrn34_10": _arch(34, 10),
-        "wrn70_16": _arch(70, 16),
+        "wrn16_4": arch(16, 4),
+        "wrn28_10": arch(28, 10),
+        "wrn34_10": arch(34, 10),
+        "wrn70_16": arch(70, 16),
     },
-    # The names of the usual implementation for small images.
-    torch=family.TorchNames(
-        rules=(
-            ("conv1", "conv1"),
-            ("block{g}.layer.{b}.conv{k}", "block{g}_{b}/conv{k}"),
-            ("block{g}.layer.{b}.bn{k}", "block{g}_{b}/bn{k}"),
-            ("block{g}.layer.{b}.convShortcut", "block{g}_{b}/shortcut"),
-            ("bn1", "bn1"),
-            ("fc", "fc"),
-        ),
-        mark="block1.layer.0.conv1.weight",
-        first=("conv1.weight",),
-        fields=partial(fields, block="block1.layer.{}.conv1.weight"),
-        side=lambda model: 32,
-        usual=lambda model: None,
-        who="--normalization=none (TRADES, Carmon2019 and most WideResNets of "
-        "RobustBench), --normalization=cifar10 (DAT, RATIO), --mean=0.5 --std=0.5 "
-        "(Hendrycks2019) or --normalization=per_image (Ding2020)",
-        look_alikes={"a WideResNet without a bias of its last layer": _without_bias},
-        published="TRADES, MART, AWP, Carmon2019, Hendrycks2019 and others of "
-        "RobustBench; DAT for CIFAR",
-        unused=_unused,
-    ),
+    torch=NAMES,
 )
