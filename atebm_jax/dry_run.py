@@ -362,8 +362,8 @@ def place_of(json_file: str) -> epath.Path:
             storage.probe(path)
     except OSError as error:
         raise UserError(
-            f"--dry_run_json={json_file} cannot be written ({error.strerror or error}): "
-            "give a file in a folder that exists."
+            f"--dry_run_json={json_file} cannot be written "
+            f"({error.strerror or error}): give a file in a folder that exists."
         ) from error
     return path
 
