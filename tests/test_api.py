@@ -259,7 +259,7 @@ def test_edit_keeps_what_is_known_and_lowers_the_energy(model, images):
         (lambda m, x: m.sample(1, smooth="a"), "smooth is 'a'"),
         (lambda m, x: m.sample(1, target_energy="low"), "target_energy is 'low'"),
         (lambda m, x: m.sample(1, num_steps=2.5), "num_steps is 2.5"),
-        (lambda m, x: m.sample(1, step_size="a"), "step_size 'a'"),
+        (lambda m, x: m.sample(1, step_size="a"), "step_size is 'a'"),
         (lambda m, x: m.sample(1, sampler="sgld(nois=1)"), "no setting 'nois'"),
         (lambda m, x: m.sample(1, sampler=3), "unknown sampler 3"),
         (lambda m, x: m.attack(x, 1, norm="linf"), "give epsilon and step_size too"),
