@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,8 +13,11 @@ import tiny
 from rich.console import Console
 
 from atebm_jax import UserError, dry_run, models
+from atebm_jax.command_line import load_config
 from atebm_jax.dry_run import GIB, RESERVE, Cost, Machine
 from atebm_jax.models import resnet
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def settings(**overrides):
@@ -276,3 +280,32 @@ def test_figures_are_printed_and_written(tmp_path):
 def test_impossible_machine_is_refused(machine, message):
     with pytest.raises(UserError, match=message):
         dry_run.run(settings(), machine, console=quiet())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "imagenet256:resnet50_t30 v5e:2x4",
+        "imagenet256:convnext_tiny h100:8",
+        "cifar10:wrn34_10_t50 h100:8",
+    ],
+)
+def test_estimated_memory_is_a_little_more_than_compilers_need(name, monkeypatch):
+    monkeypatch.setattr(dry_run, "_flops", lambda *_: {})
+    row, _ = name.split(" ")
+    file, _, row = row.partition(":")
+    config = load_config(str(REPOSITORY / "configs" / f"{file}.py:{row}"))
+    compiled = json.loads((REPOSITORY / "docs" / "targets.json").read_text())[name]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        cost = dry_run.measure(config, "stage2")
+    batch_size, devices = config.stage2.batch_size, compiled["devices"]
+    estimated = cost.device_bytes(batch_size, devices, 1)
+    needed = compiled["memory_bytes"]["needed"]
+    assert needed <= estimated <= 1.4 * needed
+
+
+def test_rematerialised_step_keeps_all_that_gradients_keep():
+    model = settings(**{"model.remat": True}).model
+    assert dry_run._compiled_share(model) == 1.0
+    model.remat = False
+    assert dry_run._compiled_share(model) < 1.0
