@@ -111,7 +111,6 @@ def cpu() -> ConfigDict:
         stage.num_steps = 1000
         stage.eval_every_steps = 250
         stage.checkpoint_every_steps = 200
-    config.jem.learning_rate = 1e-3
     config.jem.warmup_steps = 100
     return config
 
