@@ -306,9 +306,13 @@ def test_table_of_targets_is_printed_from_what_is_kept(tmp_path):
     assert chips.stdout.splitlines()[2:] == [line]
 
 
-def test_table_in_the_docs_is_of_what_is_kept():
-    done = run("targets.py", "--json=docs/targets.json", "--markdown")
-    assert done.returncode == 0 and done.stdout in (ROOT / "docs/cost.md").read_text()
+@pytest.mark.parametrize(
+    ("flags", "page"),
+    [([], "cost.md"), (["--images_a_chip=2,8,16,64,128"], "launch.md")],
+)
+def test_tables_in_the_docs_are_of_what_is_kept(flags, page):
+    done = run("targets.py", "--json=docs/targets.json", "--markdown", *flags)
+    assert done.returncode == 0 and done.stdout in (ROOT / "docs" / page).read_text()
 
 
 def test_targets_needs_a_file_and_rows_that_are_there(tmp_path):
