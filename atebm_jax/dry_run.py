@@ -50,7 +50,7 @@ GIB = 2**30
 RESERVE = 0.1
 _MOST_DEVICES = 1024
 # Share of what differentiation keeps that compilers keep, by family: the most among the
-# rows of docs/cost.md. Of families without a row the most of all.
+# rows of docs/cost.md that need a GiB or more. Of families without one the most of all.
 _KEPT = {"convnext": 0.36, "dm_wide_resnet": 0.5, "resnet": 0.63, "swin": 0.58}
 _MOST_KEPT = 0.76
 

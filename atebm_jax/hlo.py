@@ -22,6 +22,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _BITS = re.compile(r"\d+")
+_UNTIL = r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT"
 # What runs on a GPU as kernels of its own; all else is bookkeeping.
 _KERNELS = frozenset(
     {
@@ -92,17 +93,17 @@ class Program:
         return found
 
     def _counted(self, line: str) -> int | None:
-        """Turns of a loop that counts from 0 to a constant of its condition, if any.
+        """Turns of a loop that stops at a constant of its condition, if it does.
 
-        A TPU's compiler does not write the turns beside the loop.
+        A TPU's compiler does not write the turns beside the loop. It is taken to count
+        from 0 by 1, as `jax.lax.fori_loop` does.
         """
         condition = re.search(r"condition=%([\w.\-]+)", line)
-        lines = self._lines.get(condition[1], []) if condition else []
-        text = "\n".join(lines)
-        limit = re.search(
-            r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", text
-        )
-        name = re.escape(limit[1]) if limit else "(?!)"
+        text = "\n".join(self._lines.get(condition[1], [])) if condition else ""
+        limit = re.search(_UNTIL, text)
+        if limit is None:
+            return None
+        name = re.escape(limit[1])
         constant = re.search(rf"%{name} = s32\[\]\S* constant\((\d+)\)", text)
         return int(constant[1]) if constant else None
 

@@ -510,17 +510,22 @@ def _sample(
     if "samples_per_second" in made:
         rate = made["samples_per_second"]
         say(console, f"{rate:,.3g} samples a second on {len(devices)} devices.")
-    _tell_verdict(console, "sampling", made | {"remedies": []})
+    _tell_verdict(console, "sampling", made, "give one with more memory")
     return made
 
 
 def lower_attack(
     config: ml_collections.ConfigDict, plan: versions.Plan, name: str, target: Target
 ) -> Any:
-    """One round of an attack on a batch of the evaluation, ready to be compiled."""
-    mesh = sharding.make_mesh(config.mesh, targets.devices(target))
+    """One round of an attack on a batch of the evaluation, ready to be compiled.
+
+    Raises:
+      UserError: the batch does not split over the devices, as of `evaluate`.
+    """
+    mesh = sharding.make_mesh(devices=targets.devices(target))
+    size = config.evaluate.batch_size
+    sharding.check_batch_size(size, mesh.size, "config.evaluate.batch_size")
     shape, model = tuple(config.data.image_shape), models.build(config.model)
-    size = _attacked(config, target)
 
     def placed(tree: Any, place: jax.sharding.Sharding) -> Any:
         return jax.tree.map(
@@ -544,25 +549,25 @@ def lower_attack(
     return lowered.lower(programs.planned(plan, name), placed(network, whole), batch)
 
 
-def _attacked(config: ml_collections.ConfigDict, target: Target) -> int:
-    """Images of a batch, a multiple of the devices."""
-    devices = target.num_devices
-    return math.ceil(config.evaluate.batch_size / devices) * devices
-
-
 def _autoattack(
     config: ml_collections.ConfigDict, target: Target, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Compiles and tells the attacks of AutoAttack, each on a batch."""
     threat = (config.evaluate.attack.norm, config.evaluate.attack.epsilon)
     plan = versions.plan("standard", threat, config.model.num_classes)
-    size, dtype = _attacked(config, target), config.model.dtype
+    for note in plan.notes:
+        say(console, note)
+    size, dtype = config.evaluate.batch_size, config.model.dtype
+    network = models.variable_shapes(
+        models.build(config.model), config.data.image_shape
+    )
+    weights = dry_run.num_bytes(network)
     found = {}
     for name in plan.attacks:
         begin = time.monotonic()
         with waiting(console, f"compiling {name} for {target.name}"):
             lowered = lower_attack(config, plan, name, target)
-            compiled = _compiled(lowered, target, 0, 0, begin)
+            compiled = _compiled(lowered, target, weights, 0, begin)
         made = _basics(config, target, compiled)
         if compiled.program is not None:
             rounds = [round_.attack for round_ in plan.rounds].count(name)
@@ -576,7 +581,8 @@ def _autoattack(
             }
         title = f"{name}, {plan.norm} {plan.epsilon:.4g}, batch {size}"
         _show(console, config, title, made)
-        _tell_verdict(console, name, made | {"remedies": []})
+        way = "give a smaller config.evaluate.batch_size or a larger target"
+        _tell_verdict(console, name, made, way)
         found[name] = made
     if found and all("images_per_second" in made for made in found.values()):
         rate = 1 / sum(1 / made["images_per_second"] for made in found.values())
@@ -700,10 +706,14 @@ def _show(
         say(console, f"compiled, not measured; time is {made['time_is']}.")
 
 
-def _tell_verdict(console: Console, name: str, made: dict[str, Any]) -> None:
+def _tell_verdict(
+    console: Console, name: str, made: dict[str, Any], way: str = "nothing tried helps"
+) -> None:
+    """Whether it fits; if not, what would make it, or else what to do."""
     told = f"{name} {'fits' if made['fits'] else 'does not fit'} on {made['target']}: "
     told += _memory_line(made)
     if not made["fits"]:
-        fitting = [remedy["flags"] for remedy in made["remedies"] if remedy["fits"]]
-        told += f"; it does with {fitting[0]}" if fitting else "; nothing tried helps"
+        tried = made.get("remedies", ())
+        fitting = [remedy["flags"] for remedy in tried if remedy["fits"]]
+        told += f"; it does with {fitting[0]}" if fitting else f"; {way}"
     say(console, f"{told}.")

@@ -26,6 +26,7 @@ from atebm_jax import (
     target_run,
     targets,
 )
+from atebm_jax.autoattack import versions
 from atebm_jax.dry_run import GIB
 from atebm_jax.stages import STAGES
 from atebm_jax.target_run import Compiled
@@ -466,13 +467,13 @@ def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
     monkeypatch.setattr(target_run, "lower_attack", lower_attack)
     monkeypatch.setattr(target_run, "_compiled", lambda *_: made_of)
     threat = {"evaluate.attack.norm": "l2", "evaluate.attack.epsilon": 0.25}
-    config = settings(**threat, **{"evaluate.batch_size": 33, "model.num_classes": 4})
+    config = settings(**threat, **{"evaluate.batch_size": 40, "model.num_classes": 4})
     console = Console(file=io.StringIO(), width=160)
     made = target_run.run(config, "v5e:2x4", program="autoattack", console=console)
     names = ("apgd-ce", "apgd-t", "fab-t", "square")
     assert lowered == [(name, "l2", 0.25) for name in names] and tuple(made) == names
     seconds = (500 + 100 * (1000 + 12)) * 131_072 / 197e12
-    # One target class for each of the three other classes; batches of whole devices.
+    # One target class for each of the three other classes.
     for name, rounds in zip(names, (1, 3, 3, 1), strict=True):
         assert made[name]["rounds"] == rounds and made[name]["fits"]
         assert made[name]["seconds"] == {
@@ -480,8 +481,40 @@ def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
         }
         rate = made[name]["images_per_second"]
         assert rate == pytest.approx(40 / rounds / seconds)
-    told_rate = f"{40 / 8 / seconds:,.3g} images a second on 8 devices"
-    assert told_rate in console.file.getvalue()
+    shown = console.file.getvalue()
+    assert f"{40 / 8 / seconds:,.3g} images a second on 8 devices" in shown
+    assert "apgd-t has 3 instead of 9 target classes" in shown
+
+
+def test_attack_that_does_not_fit_is_told_with_a_way_out(pretend, monkeypatch):
+    pretend(lambda config, target: compiled(1))
+    large = Compiled(None, {"needed": 99 * GIB}, 1.0)
+    monkeypatch.setattr(target_run, "lower_attack", lambda *_: None)
+    monkeypatch.setattr(target_run, "_compiled", lambda *_: large)
+    console = Console(file=io.StringIO(), width=160)
+    made = target_run.run(settings(), "v5e:2x4", program="autoattack", console=console)
+    assert not any(figures["fits"] for figures in made.values())
+    assert "give a smaller config.evaluate.batch_size" in console.file.getvalue()
+
+
+def test_ball_without_extent_is_told_to_need_no_attack(pretend):
+    pretend(lambda config, target: compiled(1))
+    console = Console(file=io.StringIO(), width=160)
+    config = settings(**{"evaluate.attack.epsilon": 0.0})
+    assert (
+        target_run.run(config, "v5e:2x4", program="autoattack", console=console) == {}
+    )
+    assert "the radius is 0" in console.file.getvalue()
+
+
+def test_batch_of_attacks_must_split_over_the_target():
+    config = settings(**{"evaluate.batch_size": 33})
+    plan = versions.plan("standard", ("l2", 0.5), 10)
+    target = SimpleNamespace(kind="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "devices", lambda target: jax.devices())
+        with pytest.raises(UserError, match="evaluate.batch_size is 33"):
+            target_run.lower_attack(config, plan, "apgd-ce", target)
 
 
 def test_turns_are_read_beside_a_loop_or_from_the_constant_of_its_condition():
