@@ -22,7 +22,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _BITS = re.compile(r"\d+")
-_UNTIL = r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT"
+_UNTIL = re.compile(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT")
 # What runs on a GPU as kernels of its own; all else is bookkeeping.
 _KERNELS = frozenset(
     {
@@ -100,7 +100,7 @@ class Program:
         """
         condition = re.search(r"condition=%([\w.\-]+)", line)
         text = "\n".join(self._lines.get(condition[1], [])) if condition else ""
-        limit = re.search(_UNTIL, text)
+        limit = _UNTIL.search(text)
         if limit is None:
             return None
         name = re.escape(limit[1])

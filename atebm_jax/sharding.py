@@ -271,6 +271,13 @@ def placed_shapes(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def shapes_at(tree: Any, place: jax.sharding.Sharding) -> Any:
+    """The shapes of arrays or of shapes, all with one sharding, to lower a program."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+
+
 def gather(tree: Any, mesh: Mesh) -> Any:
     """Every array whole on every device, inside or outside a compiled function.
 

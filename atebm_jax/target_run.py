@@ -470,10 +470,7 @@ def _lowered_sampler(
     numbers = jax.ShapeDtypeStruct((drawing.CHUNK,), jnp.int32)
     weights = (models.variable_shapes(model, shape), None)
     place = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (weights, traced, numbers, numbers, images),
-    )
+    arguments = sharding.shapes_at((weights, traced, numbers, numbers, images), place)
     program: Any = drawing.chunk_program(model, static, None)
     return program.lower(*arguments)
 
@@ -514,10 +511,25 @@ def _sample(
     return made
 
 
+def prepared_shapes(config: ml_collections.ConfigDict) -> Any:
+    """The shapes of a network that is made ready once."""
+    shape, model = tuple(config.data.image_shape), models.build(config.model)
+    return jax.eval_shape(
+        lambda variables: models.freeze(model, variables, shape),
+        models.variable_shapes(model, shape),
+    )
+
+
 def lower_attack(
-    config: ml_collections.ConfigDict, plan: versions.Plan, name: str, target: Target
+    config: ml_collections.ConfigDict,
+    plan: versions.Plan,
+    name: str,
+    network: Any,
+    target: Target,
 ) -> Any:
     """One round of an attack on a batch of the evaluation, ready to be compiled.
+
+    `network` is that of `prepared_shapes`.
 
     Raises:
       UserError: the batch does not split over the devices, as of `evaluate`.
@@ -525,28 +537,18 @@ def lower_attack(
     mesh = sharding.make_mesh(devices=targets.devices(target))
     size = config.evaluate.batch_size
     sharding.check_batch_size(size, mesh.size, "config.evaluate.batch_size")
-    shape, model = tuple(config.data.image_shape), models.build(config.model)
-
-    def placed(tree: Any, place: jax.sharding.Sharding) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-        )
-
-    network = jax.eval_shape(
-        lambda variables: models.freeze(model, variables, shape),
-        models.variable_shapes(model, shape),
-    )
-    images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((size, *config.data.image_shape), jnp.float32)
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     whole = sharding.replicated(mesh)
     batch = programs.Batch(
-        *placed((images, numbers, numbers), sharding.batched(mesh)),
-        *placed((*scalars, key), whole),
+        *sharding.shapes_at((images, numbers, numbers), sharding.batched(mesh)),
+        *sharding.shapes_at((*scalars, key), whole),
     )
-    lowered: Any = programs.attack
-    return lowered.lower(programs.planned(plan, name), placed(network, whole), batch)
+    attack: Any = programs.attack
+    placed = sharding.shapes_at(network, whole)
+    return attack.lower(programs.planned(plan, name), placed, batch)
 
 
 def _autoattack(
@@ -558,15 +560,13 @@ def _autoattack(
     for note in plan.notes:
         say(console, note)
     size, dtype = config.evaluate.batch_size, config.model.dtype
-    network = models.variable_shapes(
-        models.build(config.model), config.data.image_shape
-    )
+    network = prepared_shapes(config)
     weights = dry_run.num_bytes(network)
     found = {}
     for name in plan.attacks:
         begin = time.monotonic()
         with waiting(console, f"compiling {name} for {target.name}"):
-            lowered = lower_attack(config, plan, name, target)
+            lowered = lower_attack(config, plan, name, network, target)
             compiled = _compiled(lowered, target, weights, 0, begin)
         made = _basics(config, target, compiled)
         if compiled.program is not None:

@@ -39,6 +39,7 @@ from atebm_jax import (
     hlo,
     models,
     presets,
+    sharding,
     storage,
     target_run,
     targets,
@@ -213,9 +214,7 @@ def compiled_loop(network: str, on: Any) -> hlo.Program:
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
-    )
+    placed = sharding.shapes_at(arguments, place)
     return hlo.Program(jax.jit(loop).lower(*placed).compile().as_text())
 
 

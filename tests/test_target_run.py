@@ -461,7 +461,7 @@ def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
     pretend(lambda config, target: compiled(1))
     lowered, made_of = [], Compiled(hlo.Program(ATTACK), {"needed": GIB}, 1.0)
 
-    def lower_attack(config, plan, name, target):
+    def lower_attack(config, plan, name, network, target):
         lowered.append((name, plan.norm, plan.epsilon))
 
     monkeypatch.setattr(target_run, "lower_attack", lower_attack)
@@ -514,7 +514,7 @@ def test_batch_of_attacks_must_split_over_the_target():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets, "devices", lambda target: jax.devices())
         with pytest.raises(UserError, match="evaluate.batch_size is 33"):
-            target_run.lower_attack(config, plan, "apgd-ce", target)
+            target_run.lower_attack(config, plan, "apgd-ce", None, target)
 
 
 def test_turns_are_read_beside_a_loop_or_from_the_constant_of_its_condition():

@@ -87,7 +87,8 @@ def attack(target):
     config = settings(**{"evaluate.batch_size": 8 * PER_DEVICE})
     steps = {"num_steps": ATTACK_STEPS}
     plan = versions.plan("standard", ("l2", 0.5), NUM_CLASSES, settings=steps)
-    lowered = target_run.lower_attack(config, plan, "apgd-t", target)
+    network = target_run.prepared_shapes(config)
+    lowered = target_run.lower_attack(config, plan, "apgd-t", network, target)
     return reference.Program(reference.compiled(lowered).as_text())
 
 
@@ -267,10 +268,7 @@ def everything_wrong(target):
     # Of images smaller than a window, compilers transpose the kernel in every turn.
     shape = (2, 2, 1)
     everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
-    weights = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        models.variable_shapes(network, shape),
-    )
+    weights = sharding.shapes_at(models.variable_shapes(network, shape), everywhere)
     images = jax.ShapeDtypeStruct((8 * PER_DEVICE, *shape), jnp.float32, sharding=split)
 
     def wrong(weights, images):
