@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -242,45 +242,39 @@ def _loops(program: hlo.Program, name: str = "") -> Iterator[tuple[str, hlo.Loop
 
 
 def times(
-    program: hlo.Program,
-    target: Target,
-    turns: Mapping[str, int],
-    *,
-    moments: Sequence[int],
-    parts: int,
-    dtype: str = "bfloat16",
+    program: hlo.Program, target: Target, *, parts: int, dtype: str = "bfloat16"
 ) -> dict[str, float]:
-    """Seconds of a step's parts and of whole steps.
+    """Seconds of a step's parts.
 
     Args:
       program, target: a compiled step, and what it was compiled for.
-      turns: part -> how often a step climbs, as a method's `turns`.
-      moments: contrastive steps T of whole steps.
       parts, dtype: micro-batches, and the network's dtype.
 
     Returns:
-      Each of `_CLIMBS` that has a loop (one step, of the whole batch), "rest", and
-      "step at T = `moment`" for each moment.
+      Each of `_CLIMBS` that has a loop (one step, of the whole batch), and "rest".
     """
     own_seconds, loops = estimate(program, target, dtype), list(_loops(program))
 
-    def taking(counts: Mapping[str, int]) -> float:
+    def taking(climbed: str) -> float:
         bodies = {
-            loop.body: parts if part == _PARTS else counts.get(part, 0)
+            loop.body: parts if part == _PARTS else int(part == climbed)
             for part, loop in loops
         }
         return program.total(own_seconds, bodies)
 
-    rest = taking({})
+    rest = taking("")
     there = {part for part, _ in loops}
-    result = {
-        part: taking({part: 1}) - rest for part in reversed(_CLIMBS) if part in there
-    }
-    result["rest"] = rest
-    for steps in moments:
-        at = {**turns, "contrastive step": steps}
-        result[f"step at T = {steps}"] = taking(at)
-    return result
+    result = {part: taking(part) - rest for part in reversed(_CLIMBS) if part in there}
+    return result | {"rest": rest}
+
+
+def whole(seconds: Mapping[str, float], turns: Mapping[str, int]) -> float:
+    """Seconds of a whole step, of those of its `times` and of how often each part runs.
+
+    What runs without a loop of its own is in the rest.
+    """
+    climbs = (turns.get(part, 0) * seconds.get(part, 0.0) for part in _CLIMBS)
+    return seconds["rest"] + sum(climbs)
 
 
 def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
@@ -324,38 +318,46 @@ def figures(
     }
     if compiled.program is None:
         return result
+    dtype, parts = config.model.dtype, block.num_micro_batches
+    seconds = times(compiled.program, target, parts=parts, dtype=dtype)
+    most = target.num_devices * peak(target, dtype)
+    return result | {
+        "time_is": _basis(target, dtype),
+        "seconds": seconds,
+        "step": steps(config, name, seconds, step_flops, most),
+        "collectives": communication(compiled.program),
+    }
+
+
+def steps(
+    config: ml_collections.ConfigDict,
+    name: str,
+    seconds: Mapping[str, float],
+    step_flops: Callable[[int], float],
+    most: float,
+) -> dict[str, dict[str, float]]:
+    """Whole steps at the least T and the most, as numbers to print and to write.
+
+    `seconds` are the `times` of the parts; `step_flops` as of `figures`; `most` is the
+    peak of all devices, in FLOP/s.
+    """
+    block, images = config[name], num_images(config)
     turns = STAGES[name].turns(block)
-    moments = dry_run.moments(name, turns)
-    found = times(
-        compiled.program,
-        target,
-        turns,
-        moments=moments,
-        parts=block.num_micro_batches,
-        dtype=config.model.dtype,
-    )
-    images = num_images(config)
     at: dict[str, dict[str, float]] = {}
-    most = target.num_devices * peak(target, config.model.dtype)
-    for steps in moments:
-        step = found[f"step at T = {steps}"]
-        at[f"T={steps}"] = {
+    for moment in dry_run.moments(name, turns):
+        step = whole(seconds, {**turns, "contrastive step": moment})
+        at[f"T={moment}"] = {
             "seconds": step,
-            "share_of_peak": step_flops(steps) / (step * most),
+            "share_of_peak": step_flops(moment) / (step * most),
             "images_per_second": block.batch_size / step,
         }
         if images:
             hours = configuration.num_steps(block, images) * step / 3600
-            at[f"T={steps}"] |= {
+            at[f"T={moment}"] |= {
                 "hours_of_an_epoch": images / block.batch_size * step / 3600,
                 "hours_of_the_budget": hours,
             }
-    return result | {
-        "time_is": _basis(target, config.model.dtype),
-        "seconds": {k: v for k, v in found.items() if not k.startswith("step at")},
-        "step": at,
-        "collectives": communication(compiled.program),
-    }
+    return at
 
 
 def _basics(
@@ -490,16 +492,14 @@ def _sample(
     made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
         number = recipe.num_steps
-        taken = times(
-            compiled.program, target, {}, moments=[number], parts=1, dtype=dtype
-        )
+        taken = times(compiled.program, target, parts=1, dtype=dtype)
         one = f"step of {drawing.CHUNK} images"
-        whole = taken[f"step at T = {number}"]
+        climb = {"contrastive step": number}
         made |= {
             "time_is": _basis(target, dtype),
             "num_steps": number,
             "seconds": {one: taken.get("contrastive step", 0.0), "rest": taken["rest"]},
-            "samples_per_second": len(devices) * drawing.CHUNK / whole,
+            "samples_per_second": len(devices) * drawing.CHUNK / whole(taken, climb),
             "collectives": communication(compiled.program),
         }
     title = f"samples of {recipe.num_steps} steps, {drawing.CHUNK} at once"

@@ -6,7 +6,8 @@
 
 The first compiles stage 2 of every row of the configs for every target and prints the
 table of docs/cost.md: memory, speed, and hours to the end of the row's budget; where a
-step does not fit, with the least costly change that makes it. The second compiles the
+step does not fit, with the least costly change that makes it. Rows that differ in the
+numbers of their curriculum alone are compiled once. The second compiles the
 rows for one chip, with so many images of each stream on it. What the file has is not
 compiled again: a stopped command goes on. Steps of large networks take minutes each.
 
@@ -18,6 +19,7 @@ Nothing here is measured on a device. It needs a compiler: the extras `target-tp
 """
 
 import argparse
+import functools
 import json
 import runpy
 import sys
@@ -27,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import options
 from etils import epath
 from rich.console import Console
@@ -35,6 +38,7 @@ from rich.table import Table
 from atebm_jax import (
     archs,
     ascent,
+    dry_run,
     energy,
     hlo,
     models,
@@ -45,7 +49,6 @@ from atebm_jax import (
     targets,
 )
 from atebm_jax.command_line import load_config
-from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.progress import say
 
@@ -115,8 +118,17 @@ def steps(flags: argparse.Namespace) -> None:
                 if name in kept or flags.markdown:
                     continue
                 console.rule(name)
+                alike = (
+                    f"{other} {name.partition(' ')[2]}"
+                    for other in rows("")
+                    if program_of(other) == program_of(row)
+                )
+                found = next((other for other in alike if other in kept), None)
                 try:
-                    kept[name] = compiled(row, target, images, console)
+                    if found:
+                        kept[name] = with_curriculum(row, images, kept[found])
+                    else:
+                        kept[name] = compiled(row, target, images, console)
                 except target_run.CompilerFailure as error:
                     say(console, str(error))  # another one may do it
                     continue
@@ -124,14 +136,47 @@ def steps(flags: argparse.Namespace) -> None:
     (print_chips if flags.images_a_chip else print_table)(kept)
 
 
-def compiled(row: str, target: str, images: int, console: Console) -> dict[str, Any]:
-    """The figures of stage 2 of a row; of so many images on one chip, if any."""
+@functools.cache
+def config_of(row: str, images: int = 0) -> ml_collections.FrozenConfigDict:
+    """A row that runs stage 2; of so many images on one chip, if any."""
     file, _, name = row.partition(":")
     config = load_config(f"{CONFIGS / file}.py:{name}")
     config.stages, config.init_from = "stage2", config.init_from or "weights"
     if images:
         config.stage2.batch_size = images
         config.mesh = "data:-1"
+    return ml_collections.FrozenConfigDict(config)
+
+
+def program_of(row: str) -> ml_collections.ConfigDict:
+    """What the compiled step of a row depends on, but for its curriculum's numbers."""
+    config = ml_collections.ConfigDict(config_of(row))
+    config.stage2.update(t_max=0, auc_threshold=0.0)
+    del config.evaluate, config.stage1
+    return config
+
+
+def with_curriculum(row: str, images: int, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a row, of those of another one with the same program."""
+    config = config_of(row, images)
+    cost = dry_run.measure(config, "stage2")
+    flops = functools.partial(cost.step_flops, config.stage2.batch_size)
+
+    def told(made: dict[str, Any]) -> dict[str, Any]:
+        if "step" not in made:
+            return made
+        target = targets.parse(made["target"])
+        most = made["devices"] * target_run.peak(target, config.model.dtype)
+        at = target_run.steps(config, "stage2", made["seconds"], flops, most)
+        return made | {"step": at}
+
+    return told(figures) | {"remedies": [told(made) for made in figures["remedies"]]}
+
+
+def compiled(row: str, target: str, images: int, console: Console) -> dict[str, Any]:
+    """The figures of stage 2 of a row; of so many images on one chip, if any."""
+    config = ml_collections.ConfigDict(config_of(row, images))
+    if images:
         kind = targets.parse(target).kind
         target = f"{kind}:1" if kind in ("a100", "h100", "h200") else f"{kind}:1x1"
     return target_run.run(config, target, console=console)["stage2"]
@@ -154,7 +199,8 @@ def print_table(kept: dict[str, Any]) -> None:
         made = best[0]
         memory = made["memory_bytes"]
         cells = [f"`{row}`", target, _setting(made)]
-        cells.append(f"{memory['needed'] / GIB:.1f} of {memory['available'] / GIB:.1f}")
+        sizes = (memory[kind] / dry_run.GIB for kind in ("needed", "available"))
+        cells.append("{:.1f} of {:.1f}".format(*sizes))
         first, *_, last = [*made.get("step", {"": {}}).values()] * 2
         cells += [_number(at, "images_per_second") for at in (first, last)]
         cells.append(f"{last['share_of_peak']:.0%}" if last else "")

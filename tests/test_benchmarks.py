@@ -315,6 +315,22 @@ def test_tables_in_the_docs_are_of_what_is_kept(flags, page):
     assert done.returncode == 0 and done.stdout in (ROOT / "docs" / page).read_text()
 
 
+def test_rows_that_differ_in_their_curriculum_alone_are_compiled_once(tmp_path):
+    kept = json.loads((ROOT / "docs" / "targets.json").read_text())
+    one, other = (f"cifar10:wrn34_10_{t} h100:8" for t in ("t50", "t40"))
+    path = tmp_path / "targets.json"
+    path.write_text(json.dumps({one: kept[one]}))
+    row, target = other.split()
+    done = run("targets.py", f"--json={path}", f"--rows={row}", f"--targets={target}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())[other]
+    # The page's figures of both rows are of a compilation each.
+    assert kept[one]["step"] != kept[other]["step"]
+    for moment, figures in kept[other]["step"].items():
+        assert found["step"][moment] == pytest.approx(figures, rel=1e-9)
+    assert found["memory_bytes"] == kept[other]["memory_bytes"]
+
+
 def test_targets_needs_a_file_and_rows_that_are_there(tmp_path):
     done = run("targets.py")
     assert done.returncode == 2 and "--json is missing" in done.stderr

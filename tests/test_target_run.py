@@ -139,13 +139,7 @@ def test_without_the_compiler_the_extra_is_named(name, extra, monkeypatch):
 
 
 def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
-    found = target_run.times(
-        hlo.Program(STEP),
-        targets.parse("v5e:2x4"),
-        {"contrastive step": 7, "seed scores": 1, "adversary step": 3},
-        moments=[0, 7],
-        parts=2,
-    )
+    found = target_run.times(hlo.Program(STEP), targets.parse("v5e:2x4"), parts=2)
     second = 197e12 / 131_072  # cycles
     cycles = {name: round(seconds * second) for name, seconds in found.items()}
     rest = 2 * 10_000 + 1 + 5
@@ -153,20 +147,14 @@ def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
         "contrastive step": 2 * 1000,
         "adversary step": 2 * 100,
         "rest": rest,
-        "step at T = 0": rest + 2 * 3 * 100,
-        "step at T = 7": rest + 2 * (3 * 100 + 7 * 1000),
     }
+    turns = {"contrastive step": 7, "seed scores": 1, "adversary step": 3}
+    assert target_run.whole(cycles, turns) == rest + 2 * (3 * 100 + 7 * 1000)
 
 
 def test_attacks_inside_and_outside_take_the_turns_of_their_own():
     text = STEP.replace("body/climb/while", "body/outside/adversary/climb/while")
-    found = target_run.times(
-        hlo.Program(text),
-        targets.parse("v5e:2x4"),
-        {"adversary step": 3, "outside step": 20},
-        moments=[0],
-        parts=1,
-    )
+    found = target_run.times(hlo.Program(text), targets.parse("v5e:2x4"), parts=1)
     second = 197e12 / 131_072  # cycles
     cycles = {name: round(seconds * second) for name, seconds in found.items()}
     rest = 10_000 + 1 + 5
@@ -174,8 +162,9 @@ def test_attacks_inside_and_outside_take_the_turns_of_their_own():
         "adversary step": 100,
         "outside step": 1000,
         "rest": rest,
-        "step at T = 0": rest + 3 * 100 + 20 * 1000,
     }
+    turns = {"adversary step": 3, "outside step": 20}
+    assert target_run.whole(cycles, turns) == rest + 3 * 100 + 20 * 1000
 
 
 def test_attacks_inside_and_outside_are_traced_in_scopes_of_their_own():
@@ -205,9 +194,7 @@ def test_chains_of_jem_take_their_turns_and_no_adversary(monkeypatch):
 
 
 def test_time_on_a_gpu_is_what_bytes_and_flops_of_its_kernels_take():
-    found = target_run.times(
-        hlo.Program(STEP), targets.parse("h100:8"), {}, moments=[], parts=1
-    )
+    found = target_run.times(hlo.Program(STEP), targets.parse("h100:8"), parts=1)
     assert found["contrastive step"] == pytest.approx((4 + 1) * 4 / 3.35e12, rel=0.3)
 
 

@@ -227,6 +227,21 @@ def test_all_numbers_of_contrastive_steps_are_one_program(made):
         assert (loop.body in fixed) == settled, loop
 
 
+def test_curricula_are_numbers_in_one_program(target):
+    texts = {
+        re.sub(r"dense<[-+.\de]+> : tensor<[if]32>", "number", lowered.as_text())
+        for t_max, threshold in ((3, 0.7), (50, 0.8))
+        for lowered, *_ in [
+            target_run.lower_step(
+                settings(**{"stage2.t_max": t_max, "stage2.auc_threshold": threshold}),
+                "stage2",
+                target,
+            )
+        ]
+    }
+    assert len(texts) == 1
+
+
 def test_turns_of_a_settled_loop_are_read(target):
     (loop,) = network_loops(attack(target))
     assert loop.turns == ATTACK_STEPS
