@@ -26,7 +26,7 @@ from atebm_jax import (
 from atebm_jax.command_line import check_platform
 from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError
-from atebm_jax.seeds import NOISE
+from atebm_jax.seeds import NOISE, seeds_fn
 
 
 def load(
@@ -148,9 +148,7 @@ class Model:
 
         if seeds is None:
             spec = NOISE if self._gaussian is None else self.config.data.seeds
-            seeds_of = drawing.seeds_fn(
-                spec, seed, self.config.data, gaussian=self._gaussian
-            )
+            seeds_of = seeds_fn(spec, seed, self.config.data, gaussian=self._gaussian)
         else:
             start = self._images(seeds)
             seeds_of = lambda indices, labels: start[np.minimum(indices, last)]

@@ -317,9 +317,7 @@ def climb(
     keys: jax.Array | None = None,
     step_size: jax.Array | float,
     num_steps: jax.Array | int,
-    schedule: ScheduleFn = SCHEDULES["constant"],
     project: ProjectFn = clip,
-    target: jax.Array | float | None = None,
     keep_best: bool = False,
 ) -> jax.Array:
     """Raises a per-image score.
@@ -331,10 +329,7 @@ def climb(
       keys: [B], one an image, for rules with noise; step t folds t in.
       step_size: as of the rule; one for all or [B, 1, 1, 1].
       num_steps: >= 0; a traced int32 never recompiles.
-      schedule: factor of the step size in each step.
       project: constraint on the images, which also keeps them in [0, 1].
-      target: score (minus an energy) from which on an image stays as it is; None for
-        all steps. The others go on, and the loop runs all of its steps.
       keep_best: return, per image, the iterate (the start included) with the highest
         score instead of the last one; costs one more evaluation.
 
@@ -343,7 +338,7 @@ def climb(
     """
     number = jnp.asarray(num_steps, jnp.int32)
     scored = lambda x: (objective(x), None)
-    advance = _step(scored, rule, keys, step_size, number, schedule, project, target)
+    advance = step_fn(scored, rule, keys, step_size, number, project=project)
 
     def step(t: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
         state, best = carry
@@ -375,12 +370,15 @@ def climb_through(
     Args:
       ends: [S] int32, ascending numbers of steps; traced ones never recompile. The
         schedule ends with the last of them.
+      schedule: factor of the step size in each step.
+      target: score (minus an energy) from which on an image stays as it is; None for
+        all steps. The others go on, and the loop runs all of its steps.
 
     Returns:
       [S, B, H, W, C], each what `climb` makes in so many steps.
     """
     scored = lambda x: (objective(x), None)
-    advance = _step(scored, rule, keys, step_size, ends[-1], schedule, target=target)
+    advance = step_fn(scored, rule, keys, step_size, ends[-1], schedule, target=target)
 
     def part(
         carry: tuple[jax.Array, State], last: jax.Array
@@ -393,47 +391,7 @@ def climb_through(
     return jax.lax.scan(part, start, ends)[1]
 
 
-def trace(
-    objective: Callable[[jax.Array], tuple[jax.Array, Any]],
-    images: jax.Array,
-    rule: Rule,
-    *,
-    capacity: int,
-    keys: jax.Array | None = None,
-    step_size: jax.Array | float,
-    num_steps: jax.Array | int,
-    schedule: ScheduleFn = SCHEDULES["constant"],
-    project: ProjectFn = clip,
-) -> tuple[jax.Array, Any]:
-    """`climb` that keeps readings of the images along the way, but no images.
-
-    Costs one evaluation of the objective more than `climb`.
-
-    Args:
-      objective: images [B, H, W, C] -> (scores [B], readings: a tree of [B] arrays).
-      capacity: greatest number of steps, which sizes the record: `num_steps` may be
-        traced. Readings beyond it are lost.
-
-    Returns:
-      images [B, H, W, C] and the readings, [capacity + 1, B]: row t before step t, row
-      `num_steps` of the result, zeros after it.
-    """
-    number = jnp.asarray(num_steps, jnp.int32)
-    advance = _step(objective, rule, keys, step_size, number, schedule, project)
-
-    def step(t: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
-        state, record = carry
-        state, _, readings = advance(t, state)
-        return state, _write(record, t, readings)
-
-    shapes = jax.eval_shape(objective, images)[1]
-    empty = jax.tree.map(lambda s: jnp.zeros((capacity + 1, *s.shape), s.dtype), shapes)
-    first = (State(images, rule.init(images)), empty)
-    state, record = jax.lax.fori_loop(0, number, step, first)
-    return state.images, _write(record, number, objective(state.images)[1])
-
-
-def _step(
+def step_fn(
     objective: Callable[[jax.Array], tuple[jax.Array, Any]],
     rule: Rule,
     keys: jax.Array | None,
@@ -443,7 +401,16 @@ def _step(
     project: ProjectFn = clip,
     target: jax.Array | float | None = None,
 ) -> Callable[[jax.Array, State], tuple[State, jax.Array, Any]]:
-    """(t, state) -> the state after step t; scores and readings before it."""
+    """One step of a climb.
+
+    Args:
+      objective: images [B, H, W, C] -> (scores [B], readings: any tree of arrays).
+      rule, keys, step_size, num_steps, project: as of `climb`.
+      schedule, target: as of `climb_through`.
+
+    Returns:
+      (t, state) -> the state after step t; scores and readings before it.
+    """
 
     def advance(t: jax.Array, state: State) -> tuple[State, jax.Array, Any]:
         scores, pullback, readings = jax.vjp(objective, state.images, has_aux=True)
@@ -467,7 +434,3 @@ def _better(best: Any, images: jax.Array, scores: jax.Array) -> Any:
     better = scores > best[1]
     mask = better[:, None, None, None]
     return jnp.where(mask, images, best[0]), jnp.where(better, scores, best[1])
-
-
-def _write(record: Any, row: jax.Array, readings: Any) -> Any:
-    return jax.tree.map(lambda kept, new: kept.at[row].set(new), record, readings)

@@ -35,7 +35,7 @@ from atebm_jax.names import check_utf8, of_class
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES
 from atebm_jax.storage import in_bucket
-from atebm_jax.train_state import TrainState
+from atebm_jax.train_step import TrainState
 
 _log = logging.getLogger(__name__)
 

@@ -6,27 +6,20 @@ program draws exactly `CHUNK` images on one device, however many are asked for. 
 devices draw different chunks side by side.
 """
 
-from __future__ import annotations
-
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
 from atebm_jax import ascent, energy, models, recipes
 from atebm_jax.recipes import Recipe
-from atebm_jax.seeds import NOISE, Gaussian
-
-if TYPE_CHECKING:
-    from atebm_jax import data
+from atebm_jax.seeds import SeedsFn
 
 CHUNK = 32
 # Beyond every image's index, so that the noise of steps is not that of the seeds.
@@ -34,8 +27,6 @@ _STEPS = 2**31
 
 #: Indices [CHUNK] int32 -> classes [CHUNK] int32.
 LabelsFn = Callable[[np.ndarray], np.ndarray]
-#: (indices [CHUNK], classes [CHUNK]) -> seeds [CHUNK, H, W, C] float32 in [0, 1].
-SeedsFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 #: (weights, images [S, CHUNK, H, W, C]) -> a tree of arrays; compiled with the loop.
 ReadFn = Callable[[Any, jax.Array], Any]
 #: (indices [CHUNK], a tree of numpy arrays, weights on the device that made them) ->
@@ -43,105 +34,15 @@ ReadFn = Callable[[Any, jax.Array], Any]
 FinishFn = Callable[[np.ndarray, Any, Any], Any]
 
 
-# Labels and seeds by the index of an image.
-
-
 def cyclic_labels(num_classes: int) -> LabelsFn:
     """Classes 0..K-1 over and over, class balanced (paper, section 5)."""
     return lambda indices: (indices % num_classes).astype(np.int32)
-
-
-def noise_seeds(
-    key: jax.Array, indices: jax.Array, image_shape: tuple[int, int, int]
-) -> jax.Array:
-    """Uniform noise in [0, 1], each image by its own index: [B, H, W, C] float32.
-
-    Args:
-      key: a typed PRNG key.
-      indices: [B] int32; image i is the same in every batch that contains index i.
-      image_shape: (H, W, C).
-    """
-    return jax.vmap(
-        lambda index: jax.random.uniform(jax.random.fold_in(key, index), image_shape)
-    )(indices)
-
-
-_noise = jax.jit(noise_seeds, static_argnums=2)
 
 
 def step_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
     """Keys [B] of the noise of the steps: of a recipe's seed, and indices [B]."""
     key = jax.random.fold_in(jax.random.key(seed), _STEPS)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-
-
-class ReadSeeds:
-    """Seed i is image i of a data set, over and over: a `SeedsFn`.
-
-    The next image that can be decoded stands in for one that cannot: never a black one.
-
-    `stand_ins` are the indices, so far, whose seed stands in for another.
-    """
-
-    def __init__(self, source: data.Source, settings: ml_collections.ConfigDict):
-        from atebm_jax import data  # its pipeline is slow to import
-
-        self.stand_ins: set[int] = set()
-        self._settings = settings
-        self._images = data.Images(
-            source, data.parse(settings.preprocess_seeds), tuple(settings.image_shape)
-        )
-
-    def __call__(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Seeds [B, H, W, C] float32 in [0, 1].
-
-        Raises:
-          UserError: too many images in a row cannot be decoded.
-        """
-        del labels
-        with ThreadPoolExecutor(max(self._settings.num_threads, 1)) as pool:
-            levels = np.stack(list(pool.map(self._read, indices.tolist())))
-        return levels.astype(np.float32) / np.float32(255)
-
-    def _read(self, index: int) -> np.ndarray:
-        place = index % len(self._images.source)
-        (image, _), bad = self._images.first_good(
-            place, np.random.default_rng, self._settings.max_bad_images
-        )
-        if bad == place:
-            self.stand_ins.add(index)
-        return image
-
-
-def stand_ins(seeds_of: SeedsFn) -> set[int]:
-    """Indices of images that began at the seed of another one, so far."""
-    return seeds_of.stand_ins if isinstance(seeds_of, ReadSeeds) else set()
-
-
-def seeds_fn(
-    spec: str,
-    seed: int,
-    settings: ml_collections.ConfigDict,
-    *,
-    gaussian: Gaussian | None = None,
-    source: data.Source | None = None,
-) -> SeedsFn:
-    """Seeds as `config.data.seeds` has it.
-
-    Args:
-      spec: noise, a kind of Gaussians, or a data set.
-      seed: of what is drawn; not of images that are read.
-      settings: `config.data`.
-      gaussian: what seeds are drawn from if `spec` is a kind of them.
-      source: the images if `spec` is a data set, or those that take its place.
-    """
-    if source is not None:
-        return ReadSeeds(source, settings)
-    if spec == NOISE:
-        key, shape = jax.random.key(seed), tuple(settings.image_shape)
-        return lambda indices, labels: np.asarray(_noise(key, indices, shape))
-    assert gaussian is not None
-    return partial(gaussian.batch, seed)
 
 
 def images(

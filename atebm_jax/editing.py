@@ -117,7 +117,7 @@ def descend(
         )
         return score, readings
 
-    images, path = ascent.trace(
+    images, path = trace(
         objective,
         start,
         rule,
@@ -129,6 +129,52 @@ def descend(
         project=constraint.project,
     )
     return Edited(images, start, targets, originals, path)
+
+
+def trace(
+    objective: Callable[[jax.Array], tuple[jax.Array, Any]],
+    images: jax.Array,
+    rule: ascent.Rule,
+    *,
+    capacity: int,
+    keys: jax.Array,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    schedule: ascent.ScheduleFn,
+    project: ascent.ProjectFn,
+) -> tuple[jax.Array, Any]:
+    """`ascent.climb` that keeps readings of the images along the way, but no images.
+
+    Costs one evaluation of the objective more than `ascent.climb`.
+
+    Args:
+      objective: images [B, H, W, C] -> (scores [B], readings: a tree of [B] arrays).
+      capacity: greatest number of steps, which sizes the record: `num_steps` may be
+        traced. Readings beyond it are lost.
+
+    Returns:
+      images [B, H, W, C] and the readings, [capacity + 1, B]: row t before step t, row
+      `num_steps` of the result, zeros after it.
+    """
+    number = jnp.asarray(num_steps, jnp.int32)
+    advance = ascent.step_fn(
+        objective, rule, keys, step_size, number, schedule, project
+    )
+
+    def step(t: jax.Array, carry: tuple[ascent.State, Any]) -> tuple[ascent.State, Any]:
+        state, record = carry
+        state, _, readings = advance(t, state)
+        return state, _write(record, t, readings)
+
+    shapes = jax.eval_shape(objective, images)[1]
+    empty = jax.tree.map(lambda s: jnp.zeros((capacity + 1, *s.shape), s.dtype), shapes)
+    first = (ascent.State(images, rule.init(images)), empty)
+    state, record = jax.lax.fori_loop(0, number, step, first)
+    return state.images, _write(record, number, objective(state.images)[1])
+
+
+def _write(record: Any, row: jax.Array, readings: Any) -> Any:
+    return jax.tree.map(lambda kept, new: kept.at[row].set(new), record, readings)
 
 
 def check_constraint(constraint: Any, image_shape: tuple[int, ...]) -> int:

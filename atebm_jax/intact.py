@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from atebm_jax import checkpoint
 from atebm_jax.errors import UserError
-from atebm_jax.train_state import TrainState
+from atebm_jax.train_step import TrainState
 
 
 def newest(folder: epath.Path) -> tuple[int, dict[int, str]]:

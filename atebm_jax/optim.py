@@ -15,22 +15,21 @@ from atebm_jax.errors import UserError, check_choice
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def sgd(*, weight_decay: float, momentum: float = 0.9) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum and coupled weight decay.
+def sgd(*, weight_decay: float) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum 0.9 and coupled weight decay.
 
-    g <- g + weight_decay * theta, v <- momentum * v + g, u = g + momentum * v. The
-    decay covers every parameter, norm layers and biases included.
+    g <- g + weight_decay * theta, v <- 0.9 * v + g, u = g + 0.9 * v. The decay covers
+    every parameter, norm layers and biases included.
 
     Args:
       weight_decay: >= 0, added to the gradient before the momentum.
-      momentum: in [0, 1).
 
     Returns:
       The transformation from gradients to ascent directions; `apply` scales them.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.trace(decay=momentum, nesterov=True),
+        optax.trace(decay=0.9, nesterov=True),
     )
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from atebm_jax import ascent, data, drawing, metrics, seeds
+from atebm_jax import ascent, data, metrics, seeds
 
 # Images compared of each set: fewer large ones, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
@@ -104,9 +104,7 @@ def of_config(
             seeds.check(settings.seeds, config.model.num_classes, shape)
             # One for all classes: distances need not be exact here.
             gaussian = seeds.fit(images)
-        draw = drawing.seeds_fn(
-            settings.seeds, config.seed, settings, gaussian=gaussian
-        )
+        draw = seeds.seeds_fn(settings.seeds, config.seed, settings, gaussian=gaussian)
         numbers = np.arange(num, dtype=np.int32)
         drawn = draw(numbers, numbers % config.model.num_classes)
     samples = config.evaluate.samples

@@ -1,4 +1,4 @@
-"""Seeds that are drawn instead of read: uniform noise, and Gaussians of the images.
+"""Seeds, where images begin: images of a data set, uniform noise, or fitted Gaussians.
 
 Contrastive images and samples start from seeds. Steps that lead from one photograph to
 another are too short to lead there from noise. Gaussians fitted to the training images
@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -35,6 +37,9 @@ DRAWN = (NOISE, *FITTED)
 
 #: The file of a workdir that holds the fitted Gaussians.
 FILE = "seeds.npz"
+
+#: (indices [B], classes [B]) -> seeds [B, H, W, C] float32 in [0, 1].
+SeedsFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 #: Training images that Gaussians are fitted to.
 NUM_FITTED = 10_000
@@ -323,3 +328,93 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
             f"{path} cannot be read ({error}): delete it, and the same command fits it "
             "anew."
         ) from error
+
+
+# Seeds by the index of an image, from wherever they come.
+
+
+def noise_seeds(
+    key: jax.Array, indices: jax.Array, image_shape: tuple[int, int, int]
+) -> jax.Array:
+    """Uniform noise in [0, 1], each image by its own index: [B, H, W, C] float32.
+
+    Args:
+      key: a typed PRNG key.
+      indices: [B] int32; image i is the same in every batch that contains index i.
+      image_shape: (H, W, C).
+    """
+    return jax.vmap(
+        lambda index: jax.random.uniform(jax.random.fold_in(key, index), image_shape)
+    )(indices)
+
+
+_noise = jax.jit(noise_seeds, static_argnums=2)
+
+
+class ReadSeeds:
+    """Seed i is image i of a data set, over and over: a `SeedsFn`.
+
+    The next image that can be decoded stands in for one that cannot: never a black one.
+
+    `stand_ins` are the indices, so far, whose seed stands in for another.
+    """
+
+    def __init__(self, source: data.Source, settings: ml_collections.ConfigDict):
+        from atebm_jax import data  # its pipeline is slow to import
+
+        self.stand_ins: set[int] = set()
+        self._settings = settings
+        self._images = data.Images(
+            source, data.parse(settings.preprocess_seeds), tuple(settings.image_shape)
+        )
+
+    def __call__(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Seeds [B, H, W, C] float32 in [0, 1].
+
+        Raises:
+          UserError: too many images in a row cannot be decoded.
+        """
+        del labels
+        with ThreadPoolExecutor(max(self._settings.num_threads, 1)) as pool:
+            levels = np.stack(list(pool.map(self._read, indices.tolist())))
+        return levels.astype(np.float32) / np.float32(255)
+
+    def _read(self, index: int) -> np.ndarray:
+        place = index % len(self._images.source)
+        (image, _), bad = self._images.first_good(
+            place, np.random.default_rng, self._settings.max_bad_images
+        )
+        if bad == place:
+            self.stand_ins.add(index)
+        return image
+
+
+def stand_ins(seeds_of: SeedsFn) -> set[int]:
+    """Indices of images that began at the seed of another one, so far."""
+    return seeds_of.stand_ins if isinstance(seeds_of, ReadSeeds) else set()
+
+
+def seeds_fn(
+    spec: str,
+    seed: int,
+    settings: ml_collections.ConfigDict,
+    *,
+    gaussian: Gaussian | None = None,
+    source: data.Source | None = None,
+) -> SeedsFn:
+    """Seeds as `config.data.seeds` has it.
+
+    Args:
+      spec: noise, a kind of Gaussians, or a data set.
+      seed: of what is drawn; not of images that are read.
+      settings: `config.data`.
+      gaussian: what seeds are drawn from if `spec` is a kind of them.
+      source: the images if `spec` is a data set, or those that take its place.
+    """
+    if source is not None:
+        return ReadSeeds(source, settings)
+    if spec == NOISE:
+        key, shape = jax.random.key(seed), tuple(settings.image_shape)
+        return lambda indices, labels: np.asarray(_noise(key, indices, shape))
+    assert gaussian is not None
+    return partial(gaussian.batch, seed)

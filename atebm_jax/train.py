@@ -25,7 +25,6 @@ from atebm_jax import (
     models,
     optim,
     sharding,
-    train_state,
     train_step,
 )
 from atebm_jax.config import RANDOM
@@ -35,7 +34,7 @@ from atebm_jax.preemption import Interrupted, StopSignal
 from atebm_jax.progress import ProgressLine, say
 from atebm_jax.seeds import Gaussian
 from atebm_jax.stages import STAGES, Method, Stage
-from atebm_jax.train_state import TrainState
+from atebm_jax.train_step import TrainState
 from atebm_jax.workdir_lock import Lock
 
 # (stage, step, averaged variables) -> held-out metrics, the keys of checkpoint.BEST_BY
@@ -237,7 +236,7 @@ def plan_stage(
     def new_state(variables: Any) -> TrainState:
         key, shape = jax.random.key(config.seed), tuple(config.data.image_shape)
         extra = stage.init(key, shape)
-        return train_state.create(variables, optimizer, extra=extra)
+        return train_step.create_state(variables, optimizer, extra=extra)
 
     step = train_step.make(
         stage,
@@ -461,7 +460,7 @@ def _save(
 
 def _evaluate(job: Job, name: str, state: TrainState) -> dict[str, float]:
     # Whole for the time of the evaluation, whose loops run on them many times.
-    variables = sharding.gather(train_state.average_variables(state), job.mesh)
+    variables = sharding.gather(train_step.average_variables(state), job.mesh)
     metrics = job.evaluate(name, int(state.step), variables)
     worst = {
         key: -math.inf if more else math.inf for key, more in checkpoint.BEST_BY.items()

@@ -27,6 +27,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.evaluate import pixel_scores
 from atebm_jax.evaluate.extractors import from_model
 from atebm_jax.sample import records
+from atebm_jax.seeds import seeds_fn
 from atebm_jax.trained import Trained
 
 # Multiples of the config's step size; SGLD's multiplies the gradient itself.
@@ -226,7 +227,7 @@ def _draw(loaded: Trained, recipe: recipes.Recipe, num: int) -> np.ndarray:
         recipe,
         num,
         drawing.cyclic_labels(loaded.num_classes),
-        drawing.seeds_fn("noise", recipe.seed, settings),
+        seeds_fn("noise", recipe.seed, settings),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import UserError, ascent, attacks, hlo, sharding
+from atebm_jax import UserError, ascent, attacks, editing, hlo, sharding
 
 SHAPE = (4, 5, 3)
 BEST = 0.25
@@ -92,9 +92,19 @@ def test_noise_is_new_in_every_step_and_for_every_image():
 
 @pytest.mark.parametrize("name", ascent.RULES)
 def test_images_stop_one_by_one_at_the_target(name):
-    seeds, _ = seeds_and_keys()
+    seeds, keys = seeds_and_keys()
     target = float(jnp.median(score(seeds)))
-    stopped = draw(name, target=target)
+    stopped = jax.jit(
+        lambda seeds, keys: ascent.climb_through(
+            score,
+            seeds,
+            ascent.rule(name),
+            keys=keys,
+            step_size=0.05,
+            ends=jnp.array([60], jnp.int32),
+            target=target,
+        )
+    )(seeds, keys)[0]
     there = score(seeds) >= target
     np.testing.assert_array_equal(stopped[there], seeds[there])
     assert (score(stopped[~there]) >= target).all()
@@ -104,7 +114,7 @@ def test_images_stop_one_by_one_at_the_target(name):
 def test_trace_reads_the_images_of_the_climb():
     name = "sgld"
     seeds, keys = seeds_and_keys()
-    images, scores = ascent.trace(
+    images, scores = editing.trace(
         lambda x: (score(x), score(x)),
         seeds,
         ascent.rule(name),
@@ -112,6 +122,8 @@ def test_trace_reads_the_images_of_the_climb():
         keys=keys,
         step_size=0.05,
         num_steps=4,
+        schedule=ascent.SCHEDULES["constant"],
+        project=ascent.clip,
     )
     assert scores.shape == (6, 6) and not scores[5].any()
     np.testing.assert_array_equal(images, draw(name, num_steps=4))
@@ -162,13 +174,13 @@ def test_devices_have_nothing_to_say_to_each_other(name):
     seeds, keys = (jax.device_put(x, split) for x in seeds_and_keys(16))
 
     def sample(seeds, keys, number):
-        return ascent.climb(
+        return ascent.climb_through(
             score,
             seeds,
             ascent.rule(name),
             keys=keys,
             step_size=0.05,
-            num_steps=number,
+            ends=number[None],
             target=-0.1,
         )
 

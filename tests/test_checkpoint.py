@@ -27,7 +27,7 @@ from atebm_jax import (
     optim,
     sharding,
     storage,
-    train_state,
+    train_step,
 )
 from atebm_jax.convert import importing
 from atebm_jax.evaluate import references
@@ -41,7 +41,7 @@ def state():
     model = models.build(CONFIG.model)
     variables = reference.random_variables(model, (8, 8, 1))
     optimizer = optim.optimizer("sgd", weight_decay=0.0)
-    fresh = train_state.create(variables, optimizer, extra=curriculum.init(3))
+    fresh = train_step.create_state(variables, optimizer, extra=curriculum.init(3))
     return sharding.put_replicated(fresh, sharding.make_mesh())
 
 

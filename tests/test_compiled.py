@@ -19,7 +19,6 @@ from atebm_jax import (
     sharding,
     stages,
     train,
-    train_state,
     train_step,
 )
 from atebm_jax.models import cpu
@@ -60,7 +59,7 @@ def update_of(
         **({} if gather is None else {"gather": gather, "scatter": scatter}),
     )
     weights = reference.random_variables(network, SHAPE)
-    return step, train_state.create(
+    return step, train_step.create_state(
         weights, optimizer, extra=built.init(jax.random.key(0), SHAPE)
     )
 

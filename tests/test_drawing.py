@@ -21,6 +21,7 @@ from atebm_jax import (
     energy,
     models,
     recipes,
+    seeds,
 )
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -29,7 +30,7 @@ SHAPE = (4, 4, 3)
 LABELS = jnp.arange(6) % 3
 
 # Operation by operation it would compile for longer.
-noise_seeds = jax.jit(drawing.noise_seeds, static_argnums=2)
+noise_seeds = jax.jit(seeds.noise_seeds, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_seed_that_cannot_be_decoded_gives_way_to_the_next(tmp_path):
         image = Image.fromarray(np.full((8, 8), 10 * level, np.uint8))
         image.save(tmp_path / f"{level:02d}.png")
     (tmp_path / "05.png").write_text("no image")
-    seeds_of = drawing.ReadSeeds(
+    seeds_of = seeds.ReadSeeds(
         data.open_source(f"folder:{tmp_path}"), tiny.config().data
     )
     indices = np.arange(4, 28, dtype=np.int32)
@@ -246,7 +247,7 @@ def test_image_i_does_not_depend_on_what_is_drawn_beside_it(sampler):
     settings = tiny.config().data
     settings.image_shape = SHAPE
     labels_of = drawing.cyclic_labels(3)
-    seeds_of = drawing.seeds_fn("noise", recipe.seed, settings)
+    seeds_of = seeds.seeds_fn("noise", recipe.seed, settings)
     arguments = (Linear(), {}, recipe)
     many = drawing.images(*arguments, 100, labels_of, seeds_of)
     few = drawing.images(*arguments, 5, labels_of, seeds_of)

@@ -19,7 +19,6 @@ from atebm_jax import (
     sharding,
     stages,
     train,
-    train_state,
     train_step,
 )
 
@@ -44,7 +43,7 @@ def update_on(mesh, optimizer="adamw", rate=1e-3, activation="relu"):
         gather=partial(sharding.gather, mesh=mesh),
         scatter=partial(sharding.scatter, mesh=mesh),
     )
-    state = train_state.create(
+    state = train_step.create_state(
         reference.random_variables(network, SHAPE),
         optimizer,
         extra=stage.init(jax.random.key(0), SHAPE),

@@ -23,7 +23,6 @@ ORDER = (
     "optim",
     "health",
     "stages",
-    "train_state",
     "train_step",
     "constraints",
     "autoattack",
@@ -84,15 +83,15 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"}
     | {"curriculum"},
     "config": {"stages"},
-    "train_step": {"stages", "train_state", "optim"},
+    "train_step": {"stages", "optim"},
     "constraints": {"ascent"},
-    "autoattack": {"energy", "losses", "attacks"},
+    "autoattack": {"losses", "attacks"},
     "metric_writer": {"storage"},
     "workdir_lock": {"sharding", "storage"},
-    "intact": {"checkpoint", "train_state"},
-    "compilation": {"checkpoint", "names", "storage"},
+    "intact": {"checkpoint", "train_step"},
+    "compilation": {"names", "storage"},
     "pictures": {"names", "metrics", "data", "storage"},
-    "reachability": {"ascent", "data", "drawing", "metrics", "seeds"},
+    "reachability": {"ascent", "data", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
     | {"names", "local_path", "storage", "progress"},
 }

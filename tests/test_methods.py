@@ -24,7 +24,6 @@ from atebm_jax import (
     sharding,
     stages,
     train,
-    train_state,
     train_step,
 )
 from atebm_jax.metric_writer import MetricWriter, read_metrics
@@ -211,7 +210,7 @@ def test_one_step_is_that_of_pytorch(name, settings):
     value, expected = torch.step(getattr(torch, f"{name}_loss"))
     step, optimizer = reference.jitted_step(stage(name, **settings), "sgd", 0.1, 5e-4)
     extra = jnp.asarray(BUFFER) if name == "jem" else ()
-    state = train_state.create(WEIGHTS, optimizer, extra=extra)
+    state = train_step.create_state(WEIGHTS, optimizer, extra=extra)
     after, figures = step(state, BATCH)
     np.testing.assert_allclose(figures["loss"], value, rtol=1e-5)
     params = flax.traverse_util.flatten_dict(after.params, sep=".")
@@ -403,7 +402,7 @@ def test_jem_in_parts_keeps_every_chain_in_its_place():
             optim.schedule("constant", peak=0.1, num_steps=2),
             num_micro_batches=parts,
         )
-        state = train_state.create(
+        state = train_step.create_state(
             WEIGHTS,
             optim.optimizer("sgd", weight_decay=0.0),
             extra=jnp.asarray(BUFFER),

@@ -22,7 +22,7 @@ def steps(optimizer, params, gradients, rate=RATE):
 
 
 def test_sgd_steps_are_worked_by_hand():
-    optimizer = optim.sgd(weight_decay=0.5, momentum=0.9)
+    optimizer = optim.sgd(weight_decay=0.5)
     # Decayed gradient 1 + 0.5 * 2 = 2, v = 2, u = 2 + 0.9 * 2 = 3.8.
     # Then 1 + 0.5 * 1.62 = 1.81, v = 1.8 + 1.81 = 3.61, u = 1.81 + 3.249 = 5.059.
     made = steps(optimizer, jnp.float32(2.0), [jnp.float32(1.0)] * 2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import stages, train_state
+from atebm_jax import stages, train_step
 
 # What the paper's published code does, and plain PGD.
 ADVERSARIES = {
@@ -61,7 +61,7 @@ def variant(request, golden):
 
 def test_steps_match_on_the_stored_images(variant, golden, weights):
     name, stored, _, step_fn, optimizer = variant
-    state = train_state.create(weights, optimizer)
+    state = train_step.create_state(weights, optimizer)
     for step in (1, 2):
         arrays = at_step(stored, name, step)
         if "adv_imgs" not in arrays:
@@ -127,7 +127,7 @@ def test_adversary_makes_the_images_of_the_reference(variant, golden, weights):
 
 def test_free_run_stays_near_the_reference(variant, golden, weights):
     name, stored, _, step_fn, optimizer = variant
-    state = train_state.create(weights, optimizer)
+    state = train_step.create_state(weights, optimizer)
     for step in (1, 2):
         state, metrics = step_fn(state, batch(golden, step, None))
         expected = at_step(stored, name, step)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import losses, models, stages, train_state
+from atebm_jax import losses, models, stages, train_step
 
 STEPS = (1, 2, 3)
 # Our names and the reference's, with the tolerance on fixed adversarial images.
@@ -74,7 +74,7 @@ def course(request, golden, weights):
     )
 
     def run(teach):
-        state = train_state.create(weights, optimizer, extra=stage.init(None, ()))
+        state = train_step.create_state(weights, optimizer, extra=stage.init(None, ()))
         for step in STEPS:
             made = at_step(stored, step)
             if "clf_adv_imgs" not in made:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import curriculum, optim, train_state, train_step
+from atebm_jax import curriculum, optim, train_step
 from atebm_jax.stages import Stage
 
 
@@ -52,7 +52,7 @@ def batch(target=3.0, root=0.0, auc=0.0):
 
 @pytest.fixture
 def state():
-    return train_state.create(VARIABLES, OPTIMIZER, extra=TOY.init(None, ()))
+    return train_step.create_state(VARIABLES, OPTIMIZER, extra=TOY.init(None, ()))
 
 
 def test_fresh_state_has_its_own_averages_and_zero_counters(state):
@@ -137,7 +137,7 @@ def test_stage_needs_no_state_of_its_own():
         OPTIMIZER,
         optim.schedule("constant", peak=1.0, num_steps=1),
     )
-    before = train_state.create(VARIABLES, OPTIMIZER)
+    before = train_step.create_state(VARIABLES, OPTIMIZER)
     after, figures = jax.jit(step)(before, batch())
     assert "T" not in figures
     assert after.extra == before.extra == ()
@@ -154,20 +154,20 @@ def test_stage_that_needs_a_key_has_a_new_one_in_every_step_and_part(parts):
     stage = Stage((), adversaries, loss, needs_key=True)
     schedule = optim.schedule("constant", peak=0.0, num_steps=1)
     step = jax.jit(train_step.make(stage, OPTIMIZER, schedule, num_micro_batches=parts))
-    state = train_state.create(VARIABLES, OPTIMIZER)
+    state = train_step.create_state(VARIABLES, OPTIMIZER)
     drawn = []
     for _ in range(2):
         state, figures = step(state, {"x": jnp.zeros(4)})
         drawn.append(np.asarray(figures["each"]))
     assert len(np.unique(drawn)) == 8
-    again = step(train_state.create(VARIABLES, OPTIMIZER), {"x": jnp.zeros(4)})[1]
+    again = step(train_step.create_state(VARIABLES, OPTIMIZER), {"x": jnp.zeros(4)})[1]
     np.testing.assert_array_equal(again["each"], drawn[0])
 
 
 def test_average_variables_are_what_evaluation_takes(state):
     state, _ = STEP(state, batch())
     state, _ = STEP(state, batch())
-    variables = train_state.average_variables(state)
+    variables = train_step.average_variables(state)
     assert variables["params"] is state.average_params
     assert variables["batch_stats"] is state.average_batch_stats
 
@@ -185,7 +185,7 @@ def seen_images(batch, *, seed=0, step=0, offset=0):
     schedule = optim.schedule("constant", peak=0.0, num_steps=1)
     look = jax.jit(train_step.make(stage, OPTIMIZER, schedule, seed=seed))
     state = replace(
-        train_state.create(VARIABLES, OPTIMIZER),
+        train_step.create_state(VARIABLES, OPTIMIZER),
         step=jnp.int32(step),
         data_offset=jnp.int32(offset),
     )

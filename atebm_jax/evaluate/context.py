@@ -15,12 +15,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from atebm_jax import data, drawing, metrics, models, pictures, sharding
+from atebm_jax import data, metrics, models, pictures, seeds, sharding
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Arrays, Store
 from atebm_jax.progress import ShowFn
-from atebm_jax.seeds import Gaussian
 
 
 class Extractor(NamedTuple):
@@ -82,7 +81,8 @@ class Context:
     options: Options = dataclasses.field(default_factory=Options)
     show: ShowFn = lambda name, done, total: None
     judge: Extractor | None = None  #: an independent classifier
-    gaussian: Gaussian | None = None  #: of the seeds; None where they are noise or read
+    #: of the seeds; None where they are noise or read
+    gaussian: seeds.Gaussian | None = None
     notes: tuple[str, ...] = ()  #: what the report says about the data
     #: of the network; None where its classes are compared by place
     class_names: tuple[str, ...] | None = None
@@ -264,9 +264,9 @@ class Context:
 
     # Samples.
 
-    def seeds_fn(self, seed: int) -> drawing.SeedsFn:
+    def seeds_fn(self, seed: int) -> seeds.SeedsFn:
         """Where samples begin, as `config.data.seeds` has it."""
-        return drawing.seeds_fn(
+        return seeds.seeds_fn(
             self.config.data.seeds,
             seed,
             self.config.data,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atebm_jax import drawing, recipes
+from atebm_jax import drawing, recipes, seeds
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.extractors import Extractor, score_inputs
 from atebm_jax.evaluate.store import Arrays
@@ -94,7 +94,7 @@ def _drawn(
             made["logits"] = np.asarray(classify(weights[1], inputs))
         if not shown:
             made["bytes"] = made["bytes"][:0]
-        stand_ins = list(drawing.stand_ins(seeds_of))
+        stand_ins = list(seeds.stand_ins(seeds_of))
         return made | {"stand_in": np.isin(indices, stand_ins)}
 
     # Processes exchange arrays of one shape: leave out bytes that are not shown.

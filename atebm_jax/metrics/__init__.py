@@ -11,6 +11,7 @@ from atebm_jax.metrics.calibration import (
     risk_coverage,
     temperature_error,
 )
+from atebm_jax.metrics.curves import average_precision, fpr_at_tpr, roc_curve
 from atebm_jax.metrics.generation import (
     SCORE_PROTOCOLS,
     Moments,
@@ -30,13 +31,7 @@ from atebm_jax.metrics.intervals import (
     jackknife_interval,
     wilson_interval,
 )
-from atebm_jax.metrics.ranking import (
-    accuracy,
-    auroc,
-    average_precision,
-    fpr_at_tpr,
-    roc_curve,
-)
+from atebm_jax.metrics.ranking import accuracy, auroc
 
 __all__ = [
     "SCORE_PROTOCOLS",

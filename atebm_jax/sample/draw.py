@@ -90,7 +90,7 @@ def _draw(
     loaded: Trained,
     recipe: recipes.Recipe,
     classes: np.ndarray,
-    seeds_of: drawing.SeedsFn,
+    seeds_of: seeds.SeedsFn,
     content: dict[str, Any],
     out: Path,
     console: Console,
@@ -107,7 +107,7 @@ def _draw(
     ]
     paths = [out / f"{name}.png" for name in names]
     missing = sorted({i // size for i, path in enumerate(paths) if not path.exists()})
-    stand_ins = drawing.stand_ins(seeds_of)
+    stand_ins = seeds.stand_ins(seeds_of)
     stand_ins.update(content.get(_STAND_INS, ()))
     drawn = drawing.draw(
         loaded.model, loaded.variables, recipe, missing, labels_of, seeds_of
@@ -145,7 +145,7 @@ def _classes(flags: argparse.Namespace, loaded: Trained) -> np.ndarray:
 
 def _seeds(
     flags: argparse.Namespace, loaded: Trained
-) -> tuple[str, drawing.SeedsFn, dict[str, Any] | None]:
+) -> tuple[str, seeds.SeedsFn, dict[str, Any] | None]:
     """What samples begin at: its name, the seeds, the description of a source."""
     config = loaded.config
     own = config.data.seeds
@@ -160,10 +160,10 @@ def _seeds(
         )
     if spec in seeds.DRAWN:
         gaussian = loaded.gaussian if spec in seeds.FITTED else None
-        made = drawing.seeds_fn(spec, flags.seed, config.data, gaussian=gaussian)
+        made = seeds.seeds_fn(spec, flags.seed, config.data, gaussian=gaussian)
         return spec, made, None
     source = data.open_source(spec, flags.data_dir or config.data.data_dir)
-    made = drawing.seeds_fn(spec, flags.seed, config.data, source=source)
+    made = seeds.seeds_fn(spec, flags.seed, config.data, source=source)
     # Refuses seeds that do not fit, before a folder is made.
     made(np.zeros(1, np.int32), np.zeros(1, np.int32))
     return spec, made, data.content.describe(source)
