@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from atebm_jax import constraints, data, drawing, pictures, recipes, trained
+from atebm_jax import ascent, constraints, data, drawing, pictures, recipes, trained
 from atebm_jax.api import Model
 from atebm_jax.editing import Edited
 from atebm_jax.errors import UserError, check_choice
@@ -32,7 +32,9 @@ MOST_IMAGES, MOST_STEPS, MOST_EDIT_STEPS = drawing.CHUNK, 200, 64
 #: Positions of the sliders of Explain (L2 pixels) and of denoising (shares).
 RADII = np.arange(1, drawing.CHUNK + 1) / 4
 STRENGTHS = np.arange(1, drawing.CHUNK + 1) / 20
-SAMPLERS = ("pgd", "momentum", "adam", "sgld(noise=0.005)", "sign")
+# JEM's noise on images in [0, 1], and the step size that belongs to it.
+_SGLD, _SGLD_STEP = "sgld(noise=0.005)", 0.25
+SAMPLERS = tuple({"sgld": _SGLD}.get(name, name) for name in ascent.RULES)
 # Rules whose next step depends on the image alone: they go on from where they are.
 _WITHOUT_MEMORY = ("pgd", "sign")
 #: Labels of edits: the class that the network predicts; no class, by E(x).
@@ -176,7 +178,7 @@ class Answers:
         """The config's step size in the unit of a sampler; of SGLD that of JEM."""
         own = float(self.config.evaluate.samples.step_size)
         a_pixel = own / self.examples[0].size ** 0.5
-        units = {"sign": round(a_pixel, 6), "sgld(noise=0.005)": 0.25}
+        units = {"sign": round(a_pixel, 6), _SGLD: _SGLD_STEP}
         return units.get(sampler, own)
 
     # What the tabs ask.

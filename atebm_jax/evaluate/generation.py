@@ -1,21 +1,26 @@
 """Scores of samples: Frechet distance, Inception Score, KID, precision and recall."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import ascent, metrics, pictures, recipes, storage
+from atebm_jax import ascent, data, metrics, pictures, recipes, seeds, storage
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import extractors, feature_units, references
-from atebm_jax.evaluate.context import Context, check_finite, figure, share
+from atebm_jax.evaluate.context import Context, Options, check_finite, figure, share
 from atebm_jax.evaluate.extractors import Extractor
 from atebm_jax.evaluate.references import Reference
 from atebm_jax.metrics import Moments, SplitSums
+from atebm_jax.trained import Trained
+
+_log = logging.getLogger(__name__)
 
 _SPLITS = 10
 _GROUPS = 10
@@ -109,6 +114,33 @@ def check(context: Context) -> None:
     check_choice("--quantise", options.quantise, recipes.QUANTISE)
     check_choice("--score_protocol", options.score_protocol, metrics.SCORE_PROTOCOLS)
     references.check(context, extractors.of(context))
+
+
+def sources(settings: ml_collections.ConfigDict, options: Options) -> dict[str, str]:
+    """The training images, and the seeds where they are read."""
+    roles = ["train"] if settings.seeds in seeds.DRAWN else ["train", "seeds"]
+    return {role: settings[role] for role in roles}
+
+
+def prepare(context: Context, loaded: Trained, out: epath.Path) -> Context:
+    """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
+    settings = context.config.data
+    if settings.seeds not in seeds.FITTED:
+        return context
+    gaussian = loaded.gaussian
+    if gaussian is None or loaded.config.data.seeds != settings.seeds:
+        # The Gaussian of a class must be that of the network's class.
+        what = f"config.data.train={settings.train}"
+        train = data.relabel.follow(
+            context.sources["train"], context.class_names, what, note=_log.warning
+        )
+        # A fit of an earlier evaluation is not reused: the store keeps both apart.
+        keep = seeds.fit_if_absent(
+            settings.seeds, train, settings, out / seeds.FILE, anew=True
+        )
+        gaussian = keep()
+    store = context.store.within(gaussian=gaussian.fingerprint())
+    return dataclasses.replace(context, gaussian=gaussian, store=store)
 
 
 def _name(score: str, extractor: Extractor) -> str:

@@ -9,12 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 
 from atebm_jax import attacks, energy, losses, metrics, pictures
 from atebm_jax.errors import UserError
-from atebm_jax.evaluate.context import Context, Rows, RowsFn, check_finite, figure
+from atebm_jax.evaluate.context import (
+    Context,
+    Options,
+    Rows,
+    RowsFn,
+    check_finite,
+    figure,
+)
 from atebm_jax.models import LogitsFn
 from atebm_jax.names import for_files, printable
 
@@ -98,6 +106,11 @@ def check(context: Context) -> None:
         raise UserError(
             "--ood is empty: give noise or a source, or leave out the metric ood."
         )
+
+
+def sources(settings: ml_collections.ConfigDict, options: Options) -> dict[str, str]:
+    """The sets that are asked for, by their own names."""
+    return {spec: spec for spec in options.ood}
 
 
 def run(context: Context, out: epath.Path) -> dict[str, Any]:

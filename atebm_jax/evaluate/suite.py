@@ -42,7 +42,14 @@ class Metric(NamedTuple):
     run: Callable[[Context, epath.Path], dict[str, Any]]
     #: before any metric begins, so that a mistake is told before hours of work
     check: Callable[[Context], object] = lambda context: None
-    sources: tuple[str, ...] = ()  #: beside the test images
+    #: (config.data, options) -> data sets beside the test images: role -> its source
+    sources: Callable[[ml_collections.ConfigDict, Options], dict[str, str]] = (
+        lambda settings, options: {}
+    )
+    #: (context, what is evaluated, folder) -> the context of all metrics
+    prepare: Callable[[Context, Trained, epath.Path], Context] = (
+        lambda context, loaded, folder: context
+    )
 
 
 #: What `--metrics` may name, in the order of the report.
@@ -50,10 +57,14 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(classification.accuracy),
     "pgd": Metric(classification.pgd, classification.check_pgd),
     "autoattack": Metric(robustness.run, robustness.plan),
-    "generation": Metric(generation.run, generation.check, ("train", "seeds")),
-    "calibration": Metric(calibration.run, sources=("eval",)),
+    "generation": Metric(
+        generation.run, generation.check, generation.sources, generation.prepare
+    ),
+    "calibration": Metric(
+        calibration.run, sources=lambda settings, options: {"eval": settings.eval}
+    ),
     "abstention": Metric(abstention.run, abstention.check),
-    "ood": Metric(ood.run, ood.check),
+    "ood": Metric(ood.run, ood.check, ood.sources),
     "counterfactual": Metric(counterfactual.run, counterfactual.check),
 }
 
@@ -120,8 +131,8 @@ def evaluate(
     for name in wanted:
         METRICS[name].check(context)
     with held(folder, "--out", alone=False):
-        if "generation" in wanted:
-            context = _with_gaussian(context, loaded, folder)
+        for name in wanted:
+            context = METRICS[name].prepare(context, loaded, folder)
         result = _measure(context, loaded, folder, wanted, path)
         if jax.process_index() == 0:
             report.write_figures(folder, result)
@@ -302,12 +313,15 @@ def _sources(
 ) -> dict[str, data.Source]:
     """The test images and what the metrics need beside, labelled as the network is."""
     sources: dict[str, data.Source] = {}
-    data_dir = settings.data.data_dir
-    for role in ("test", *(role for name in wanted for role in METRICS[name].sources)):
-        spec = settings.data[role]
-        if role == "seeds" and spec in seeds.DRAWN:
+    specs = {"test": settings.data.test}
+    for name in wanted:
+        specs |= METRICS[name].sources(settings.data, options)
+    for role, spec in specs.items():
+        if role == seeds.NOISE:
+            sources[role] = _noise(settings, options, len(sources["test"]))
             continue
-        source, what = data.open_source(spec, data_dir), f"config.data.{role}={spec}"
+        source = data.open_source(spec, settings.data.data_dir)
+        what = f"config.data.{role}={spec}"
         if role in ("test", "eval"):
             if source.num_classes != settings.model.num_classes:
                 raise UserError(
@@ -316,39 +330,19 @@ def _sources(
                 )
             source = data.relabel.follow(source, names, what, note=note)
         sources[role] = source
-    for spec in options.ood if "ood" in wanted else ():
-        if spec != "noise":
-            sources[spec] = data.open_source(spec, data_dir)
-            continue
-        # The network's sizes, so that no resizing smooths the noise.
-        shape = tuple(settings.data.image_shape)
-        most = max(len(sources["test"]), _NOISE_IMAGES)
-        number = min(options.num_examples or _NOISE_IMAGES, most)
-        rng = np.random.default_rng(options.seed)
-        images = rng.integers(0, 256, (number, *shape), np.uint8)
-        sources[spec] = data.ArraySource(images, spec=f"noise(seed={options.seed})")
     return sources
 
 
-def _with_gaussian(context: Context, loaded: Trained, out: epath.Path) -> Context:
-    """With the Gaussians that seeds are drawn from: the checkpoint's own, or fitted."""
-    settings = context.config.data
-    if settings.seeds not in seeds.FITTED:
-        return context
-    gaussian = loaded.gaussian
-    if gaussian is None or loaded.config.data.seeds != settings.seeds:
-        # The Gaussian of a class must be that of the network's class.
-        what = f"config.data.train={settings.train}"
-        train = data.relabel.follow(
-            context.sources["train"], context.class_names, what, note=_log.warning
-        )
-        # A fit of an earlier evaluation is not reused: the store keeps both apart.
-        keep = seeds.fit_if_absent(
-            settings.seeds, train, settings, out / seeds.FILE, anew=True
-        )
-        gaussian = keep()
-    store = context.store.within(gaussian=gaussian.fingerprint())
-    return replace(context, gaussian=gaussian, store=store)
+def _noise(
+    settings: ml_collections.ConfigDict, options: Options, num_test: int
+) -> data.Source:
+    """Uniform noise, of the network's sizes so that no resizing smooths it."""
+    most = max(num_test, _NOISE_IMAGES)
+    number = min(options.num_examples or _NOISE_IMAGES, most)
+    rng = np.random.default_rng(options.seed)
+    shape = (number, *settings.data.image_shape)
+    images = rng.integers(0, 256, shape, np.uint8)
+    return data.ArraySource(images, spec=f"noise(seed={options.seed})")
 
 
 def _with_judge(context: Context, path: str) -> Context:

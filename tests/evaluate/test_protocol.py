@@ -13,7 +13,14 @@ from PIL import Image
 
 import atebm_jax
 from atebm_jax import UserError, checkpoint, data, sharding
-from atebm_jax.evaluate import classification, extractors, ood, report, suite
+from atebm_jax.evaluate import (
+    classification,
+    extractors,
+    generation,
+    ood,
+    report,
+    suite,
+)
 from atebm_jax.evaluate.context import Context
 from atebm_jax.evaluate.options import Options
 from atebm_jax.evaluate.store import Store
@@ -174,10 +181,10 @@ def test_gaussians_of_classes_follow_the_names_of_the_network(
         fitted.append([source[k]["label"] for k in range(2)])
         return lambda: SimpleNamespace(fingerprint=lambda: "x")
 
-    monkeypatch.setattr(suite.seeds, "fit_if_absent", fit)
+    monkeypatch.setattr(generation.seeds, "fit_if_absent", fit)
     before = SimpleNamespace(data=SimpleNamespace(seeds="noise"))
     loaded = SimpleNamespace(gaussian=None, config=before)
-    suite._with_gaussian(context, loaded, tmp_path)
+    generation.prepare(context, loaded, tmp_path)
     assert fitted == [[0, 1] if by_place else [1, 0]]
 
 
