@@ -40,7 +40,7 @@ from atebm_jax import (
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
 from atebm_jax.local_path import is_device, local, real
-from atebm_jax.models import cpu
+from atebm_jax.models import forms
 from atebm_jax.progress import say
 from atebm_jax.train import plan_stage
 
@@ -134,7 +134,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
       UserError: the config describes no network or no step.
     """
     # XLA's forms are those of GPUs and TPUs, whose memory and FLOPs are wanted.
-    with cpu.forms("xla"):
+    with forms.only("xla"):
         return _measured(config, name, fsdp)
 
 

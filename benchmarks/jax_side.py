@@ -13,7 +13,7 @@ from sides import CHECKED_STEPS, Settings, batch, timed
 from atebm_jax import ascent, energy, models, sharding, train
 from atebm_jax import config as configuration
 from atebm_jax.errors import UserError
-from atebm_jax.models import cpu
+from atebm_jax.models import forms
 
 # Of the compute dtype, in seeds and weights: what many layers add up to.
 ROUNDINGS = 10.0
@@ -35,7 +35,7 @@ class JaxSide:
         self.settings, self.config = settings, settings.config
         if settings.form is not None:
             # To the end of the process, which runs this side alone.
-            cpu.forms(settings.form).__enter__()
+            forms.only(settings.form).__enter__()
         self.model = models.build(self.config.model)
 
     def weights(self) -> Any:

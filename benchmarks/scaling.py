@@ -78,7 +78,7 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
 
     from atebm_jax import models, sharding, train
     from atebm_jax.command_line import load_config
-    from atebm_jax.models import cpu
+    from atebm_jax.models import forms
 
     for count in counts:
         config = load_config(str(ROOT / "configs" / "digits.py"))
@@ -98,7 +98,7 @@ def measure(spec: str, per_device: int, counts: tuple[int, ...]) -> Iterator[dic
         batch = _batch(per_device * count, shape, sharding.batched(mesh))
         placement = jax.tree.map(lambda x: x.sharding, state)
         # The form of GPUs and TPUs: CPU's has loops, whose bodies would count once.
-        with cpu.forms("xla"):
+        with forms.only("xla"):
             lowered = train.jit_step(plan.step, placement, mesh).lower(state, batch)
         compiled = lowered.compile()
         memory = compiled.memory_analysis()

@@ -23,8 +23,8 @@ class Settings:
     config: ConfigDict
     device: str = "cpu"
     threads: int = 1
-    # Ours only: form of operations (`models.cpu`; None: the device's), and devices that
-    # a batch is split over.
+    # Ours only: form of operations (`models.forms`; None: the device's), and devices
+    # that a batch is split over.
     form: str | None = None
     cpu_devices: int = 1
     # PyTorch only.

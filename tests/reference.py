@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from atebm_jax import config, convert, hlo, optim, stages, train_step
 from atebm_jax.models import (
     convnext,
-    cpu,
+    forms,
     layers,
     preact_resnet,
     resnet,
@@ -51,7 +51,7 @@ def conv_xla(
     images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, groups: int = 1
 ) -> jax.Array:
     """`models.layers.conv` in XLA's form."""
-    with cpu.forms("xla"):
+    with forms.only("xla"):
         return layers.conv(images, kernel, strides, padding, groups)
 
 

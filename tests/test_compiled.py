@@ -21,7 +21,7 @@ from atebm_jax import (
     train,
     train_step,
 )
-from atebm_jax.models import cpu
+from atebm_jax.models import forms
 
 # Two images a device: no convolution of the loop looks like a kernel's.
 SHAPE, BATCH_SIZE = (8, 8, 3), 16
@@ -80,7 +80,7 @@ def program():
     mesh = mesh_of(8)
     step, state = update_of(reference.network())
     # The form of accelerators, where each convolution is one operation.
-    with cpu.forms("xla"):
+    with forms.only("xla"):
         lowered = jitted(step, mesh).lower(*placed(state, mesh))
     return reference.Program(reference.compiled(lowered).as_text())
 
@@ -122,7 +122,7 @@ def test_loop_with_parameter_gradients_would_be_seen():
         return jax.lax.fori_loop(0, num_steps, ascend, (images, jnp.float32(0)))
 
     batch = reference.random_batch(2, SHAPE, 4)
-    with cpu.forms("xla"):
+    with forms.only("xla"):
         lowered = jax.jit(wrong).lower(
             weights["params"], batch["x_ood"], batch["y_gen"], jnp.int32(3)
         )
@@ -152,7 +152,7 @@ def test_stage1_communicates_statistics_and_gradients_outside_its_loop():
     """Batch statistics of two layers, forward and backward, and the gradients."""
     mesh = mesh_of(8)
     step, state = update_of(reference.TwoLayers(), "stage1")
-    with cpu.forms("xla"):
+    with forms.only("xla"):
         lowered = jitted(step, mesh).lower(*placed(state, mesh))
     program = reference.Program(reference.compiled(lowered).as_text())
     (body,) = pgd_bodies(program)
@@ -171,7 +171,7 @@ def test_bfloat16_split_state_and_parts_leave_the_loops_quiet(monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 200)
     mesh = sharding.make_mesh("data:-1,fsdp:4")
     # Flax itself mixes float32 with bfloat16.
-    with jax.numpy_dtype_promotion("standard"), cpu.forms("xla"):
+    with jax.numpy_dtype_promotion("standard"), forms.only("xla"):
         step, state = update_of(
             reference.TwoLayers(dtype=jnp.bfloat16),
             parts=2,

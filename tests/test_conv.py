@@ -8,7 +8,7 @@ import pytest
 from reference import conv_xla
 
 from atebm_jax import UserError, losses
-from atebm_jax.models import cpu, layers
+from atebm_jax.models import cpu, forms, layers
 
 # Image size, window, strides, padding, groups.
 GEOMETRIES = {
@@ -169,16 +169,16 @@ def test_context_chooses_the_form_also_of_a_function_traced_before(groups):
 
         return jax.grad(score)(x)
 
-    def forms():
+    def xlas():
         text = gradient.lower(images).as_text()
         return "reduce_window" in text or "select_and_scatter" in text
 
-    assert not forms()  # the tests run on a CPU
-    with cpu.forms("xla"):
-        assert forms()
-        with cpu.forms("cpu"):
-            assert not forms()
-    assert not forms()
+    assert not xlas()  # the tests run on a CPU
+    with forms.only("xla"):
+        assert xlas()
+        with forms.only("cpu"):
+            assert not xlas()
+    assert not xlas()
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
@@ -209,7 +209,7 @@ def test_both_forms_have_the_same_derivatives_without_a_choice_and_with_vmap():
 
     gradients = []
     for form in ("cpu", "xla"):
-        with cpu.forms(form):
+        with forms.only(form):
             gradients.append(jax.vmap(jax.grad(score))(images))
     free = jax.vmap(jax.grad(score))(images)
     np.testing.assert_allclose(free, gradients[0], atol=1e-5)
@@ -218,4 +218,4 @@ def test_both_forms_have_the_same_derivatives_without_a_choice_and_with_vmap():
 
 def test_unknown_form_is_refused():
     with pytest.raises(UserError, match="'fast'.*cpu, xla"):
-        cpu.forms("fast")
+        forms.only("fast")

@@ -200,6 +200,16 @@ def test_texts_are_never_parsed_as_markup(path):
             assert any(ast.unparse(k) == "markup=False" for k in call.keywords)
 
 
+def test_networks_know_nothing_of_the_forms_for_cpus():
+    users = {
+        name_of(path)
+        for path in FILES
+        if any(f"{name}.".startswith("atebm_jax.models.cpu.") for name in imports(path))
+    }
+    inside = {name for name in users if name.startswith("models/cpu/")}
+    assert users - inside == {"models/layers.py"}
+
+
 def test_guard_sees_lazy_imports_and_names_of_packages(tmp_path):
     """What the tests above rest on."""
     path = tmp_path / "x.py"

@@ -11,7 +11,7 @@ import reference
 from ml_collections import ConfigDict
 
 from atebm_jax import UserError, config, convert, energy, models
-from atebm_jax.models import cpu, layers, wide_resnet
+from atebm_jax.models import forms, layers, wide_resnet
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def readings(network, weights, images, labels):
 @pytest.mark.parametrize("form", ["cpu", "xla"])
 def test_evaluation_mode_matches_the_reference(golden, weights, form):
     wrn, network = golden("wrn"), reference.network()
-    with cpu.forms(form):
+    with forms.only(form):
         made = readings(network, weights, wrn["images"], wrn["labels"].astype(np.int32))
     for name, value in made.items():
         tolerance = 2e-6 if name.startswith("grad") else 1e-5

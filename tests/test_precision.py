@@ -25,7 +25,7 @@ from atebm_jax import (
 from atebm_jax.autoattack import programs
 from atebm_jax.evaluate import classification
 from atebm_jax.evaluate.context import Context
-from atebm_jax.models import cpu
+from atebm_jax.models import forms
 
 BATCH_SIZE = 8
 
@@ -122,7 +122,7 @@ def trace_of(name, **changes):
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
-        cpu.forms("xla"),
+        forms.only("xla"),
     ):
         program, (after, metrics) = trace(state, batch)
     return state, after, metrics, program.jaxpr
@@ -251,7 +251,7 @@ def test_whoever_reads_a_network_in_a_loop_makes_it_ready_before(name):
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
-        cpu.forms("xla"),
+        forms.only("xla"),
     ):
         variables = models.variable_shapes(model, SHAPE)
         program, arguments = reader(name, model, variables)

@@ -33,7 +33,7 @@ from atebm_jax import (
 from atebm_jax.convert import exporting, importing, normalization
 from atebm_jax.evaluate import suite
 from atebm_jax.evaluate.options import Options
-from atebm_jax.models import cpu
+from atebm_jax.models import forms
 from atebm_jax.release import __main__ as command
 from atebm_jax.release import card, licences, writing
 
@@ -637,5 +637,5 @@ def test_networks_take_batches_whose_size_is_not_known(name, fields, monkeypatch
         return jax.grad(score)(images)
 
     images = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.float32)
-    with cpu.forms("cpu"):
+    with forms.only("cpu"):
         assert jax.eval_shape(gradient, weights, images).shape == images.shape

@@ -22,13 +22,13 @@ Form = Callable[..., jax.Array]
 _chosen = jax.make_user_context(None)
 
 
-def forms(name: str) -> AbstractContextManager[None]:
+def only(name: str) -> AbstractContextManager[None]:
     """Traces programs in one form, whatever platform they are for.
 
-    Use `with cpu.forms("xla"):` to count XLA's operations, or to compare forms.
+    Use `with forms.only("xla"):` to count XLA's operations, or to compare forms.
 
     Args:
-      name: "cpu" for the forms of this package, "xla" for XLA's own.
+      name: "cpu" for the forms of `models.cpu`, "xla" for XLA's own.
 
     Raises:
       UserError: any other name.

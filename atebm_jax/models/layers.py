@@ -16,15 +16,14 @@ import numpy as np
 from jax import lax
 
 from atebm_jax.errors import UserError
-from atebm_jax.models import cpu
-from atebm_jax.models.cpu.windows import Padding
+from atebm_jax.models import cpu, forms
 
 
 def conv(
     images: jax.Array,
     kernel: jax.Array,
     strides: tuple[int, int],
-    padding: Padding,
+    padding: cpu.Padding,
     groups: int = 1,
 ) -> jax.Array:
     """2-D convolution.
@@ -49,7 +48,7 @@ def conv(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-    return cpu.either(ours, theirs, images, kernel)
+    return forms.either(ours, theirs, images, kernel)
 
 
 def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Array:
@@ -63,7 +62,7 @@ def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Arr
     around = ((padding, padding), (padding, padding))
     ours = lambda x: cpu.max_pool(x, window, strides, around)
     theirs = lambda x: nn.max_pool(x, window, strides, around)
-    return cpu.either(ours, theirs, images)
+    return forms.either(ours, theirs, images)
 
 
 @jax.custom_jvp

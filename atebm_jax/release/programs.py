@@ -23,7 +23,7 @@ from atebm_jax import (
     storage,
 )
 from atebm_jax.errors import UserError
-from atebm_jax.models import cpu
+from atebm_jax.models import forms
 from atebm_jax.trained import Trained
 
 #: The folder of a release that holds them: FOLDER/KIND/NAME.jaxexport.
@@ -52,7 +52,7 @@ def write(loaded: Trained, folder: epath.Path) -> None:
     for kind, (form, platforms) in _KINDS.items():
         (folder / kind).mkdir(parents=True)
         for name, (function, shapes) in _functions(loaded).items():
-            with cpu.forms(form):
+            with forms.only(form):
                 made = jax.export.export(jax.jit(function), platforms=platforms)
                 content = made(*shapes).serialize()
             storage.replace_bytes(folder / kind / f"{name}.jaxexport", bytes(content))
