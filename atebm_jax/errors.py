@@ -24,3 +24,9 @@ def check_choice(
         meant = "".join(f" Did you mean {name!r}?" for name in near)
         known = ", ".join(choices)
         raise UserError(f"unknown {field} {value!r}{of}: choose one of {known}.{meant}")
+
+
+def shortened(value: object) -> str:
+    """A value for a sentence: of a thousand classes the first ones."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]} ..."

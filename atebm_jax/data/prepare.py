@@ -33,7 +33,7 @@ from atebm_jax.data import content, decoding, openimages, prepared
 from atebm_jax.data.examples import too_many_bad
 from atebm_jax.data.folder import check_outside
 from atebm_jax.data.pipeline import end_with_main_process
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, shortened
 from atebm_jax.local_path import local
 from atebm_jax.names import check_utf8
 from atebm_jax.progress import track
@@ -185,7 +185,8 @@ def _check_same(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None
         content.check(spec, before.get("data"), now["data"], since=since, remedy=remedy)
     shown = {"selection": "which of the images (a digest)"}
     changed = [
-        f"{shown.get(name, name)}: {_short(before.get(name))} then, {_short(value)} now"
+        f"{shown.get(name, name)}: {shortened(before.get(name))} then, "
+        f"{shortened(value)} now"
         for name, value in now.items()
         if name != "data" and before.get(name) != value
     ]
@@ -194,11 +195,6 @@ def _check_same(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None
             f"{root} was begun from other images or with other settings "
             f"({'; '.join(changed)}): give the same ones, or another --to."
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 def _run(

@@ -1,9 +1,10 @@
-"""What flags ask for: classes by number or name."""
+"""What flags ask for: classes by number or name, and how images are drawn."""
 
 import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from atebm_jax import data
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.names import of_class
+from atebm_jax.recipes import Recipe
 from atebm_jax.trained import Trained
 
 _log = logging.getLogger(__name__)
@@ -48,3 +50,8 @@ def parse_classes(flag: str, text: str, names: Sequence[str]) -> np.ndarray:
     alone = of_class(text) in names
     words = [text] if alone else [part.strip() for part in text.split(",")]
     return np.asarray([classes.find(flag, word, names) for word in words], np.int32)
+
+
+def of_recipe(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are fields of a recipe under the same name."""
+    return {k: value for k, value in vars(flags).items() if k in Recipe._fields}

@@ -19,11 +19,6 @@ from atebm_jax.workdir_lock import held
 
 # Names have six digits, and one entry each in memory.
 _MOST_IMAGES = 10**6
-# Flags that are fields of a recipe under the same name.
-_OF_RECIPE = (
-    *("sampler", "schedule", "step_size", "num_steps"),
-    *("target_energy", "smooth", "seed"),
-)
 # In the protocol: numbers of samples whose seed cannot be decoded.
 _STAND_INS = "undecodable_seeds"
 # In the protocol: what tells the images that are the seeds from others.
@@ -40,7 +35,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     recipe = recipes.of_config(
         loaded.config.evaluate.samples,
         conditional=not flags.unconditional,
-        **{name: getattr(flags, name) for name in _OF_RECIPE},
+        **asked.of_recipe(flags),
     )
     classes = _classes(flags, loaded)
     if not 1 <= flags.count <= _MOST_IMAGES:

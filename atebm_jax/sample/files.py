@@ -10,7 +10,7 @@ import numpy as np
 
 from atebm_jax import pictures, storage
 from atebm_jax.data import decode
-from atebm_jax.errors import UserError
+from atebm_jax.errors import UserError, shortened
 
 _SHEET_IMAGES = 100
 
@@ -55,9 +55,9 @@ def claim(
             for key, now in json.loads(json.dumps(protocol)).items():
                 if key not in free and before.get(key) != now:
                     raise UserError(
-                        f"{folder} holds {what} with {key} {_short(before.get(key))} "
-                        f"and now it is {_short(now)}: give another --out, or the same "
-                        "settings to go on."
+                        f"{folder} holds {what} with {key} "
+                        f"{shortened(before.get(key))} and now it is {shortened(now)}: "
+                        "give another --out, or the same settings to go on."
                     )
             check(before)
         content = {**protocol, **{k: before[k] for k in before if k == keep}}
@@ -76,12 +76,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             "are; give an empty --out."
         )
     return content
-
-
-def _short(value: Any) -> str:
-    """A value for a sentence: of a thousand classes the first ones."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:160]} ..."
 
 
 def told(out: Path) -> contextlib.AbstractContextManager[None]:

@@ -31,8 +31,6 @@ _TASKS: dict[str, tuple[str, ...]] = {
     "superres": ("factor",),
 }
 _DEFAULTS = {"fill": "mean", "strength": 0.5}
-# Flags that are fields of a recipe under the same name.
-_OF_RECIPE = ("sampler", "schedule", "step_size", "num_steps", "seed")
 
 #: Pictures of a strip by title, and what the record of the result has beside.
 Comparison = tuple[dict[str, np.ndarray], dict[str, Any]]
@@ -66,7 +64,7 @@ def _rows(
         constraint(images, variants),
         None if labels is None else labels[variants],
         loaded.config.evaluate.samples,
-        **{name: getattr(given, name) for name in _OF_RECIPE},
+        **asked.of_recipe(given),
     )
 
 
