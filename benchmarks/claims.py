@@ -160,8 +160,9 @@ CLAIMS = (
         "T grows as the energy learns.",
         "dat_fixed_t",
         "distance",
-        why="With the row's AUC threshold T ends well below T_max. With a lower one it "
-        "ends near it, and in three seeds the samples are about as near to the digits "
+        why="With the row's AUC threshold T ends well below T_max.\n"
+        "With a lower one it ends near it, and in three seeds the samples are about as "
+        "near to the digits\n"
         "as with T fixed at T_max ([runs](curriculum.md#a-lower-threshold)).",
     ),
 )

@@ -96,7 +96,8 @@ def _about(loaded: Trained, dtype: str) -> str:
     meta = loaded.meta
     return (
         "One network that classifies, resists attacks and draws images: its logits "
-        "f(x) are read\nas the energies E(x, y) = -f(x)[y] and E(x) = -logsumexp f(x). "
+        "f(x) are read\n"
+        "as the energies E(x, y) = -f(x)[y] and E(x) = -logsumexp f(x).\n"
         f"The method is {_PAPER}.\n\n"
         f"- Network: `{archs.describe(loaded.config.model)}`, {size:,} parameters, "
         "normalisation inside.\n"
