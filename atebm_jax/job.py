@@ -451,7 +451,7 @@ def _origins(
         weights, meta = checkpoint.load_weights(source, together=together)
         weights = {k: v for k, v in weights.items() if v or k in expected}
         fitting.check_weights(expected, weights, str(source))
-        stored = meta["config"]["model"]
+        stored = configuration.complete(meta["config"])["model"]
         fitting.check_function(config.model, stored, str(source))
         return weights
 

@@ -84,6 +84,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     | {"curriculum"},
     "config": {"stages"},
     "train_step": {"stages", "optim"},
+    "fitting": {"models"},
     "constraints": {"ascent"},
     "autoattack": {"losses", "attacks"},
     "metric_writer": {"storage"},

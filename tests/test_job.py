@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import small
 import tiny
+from etils import epath
 
 import atebm_jax
-from atebm_jax import UserError, checkpoint, checksums, data
+from atebm_jax import UserError, checkpoint, checksums, data, job, models
 from atebm_jax.config import flatten
 from atebm_jax.evaluate.context import Context
 from atebm_jax.metric_writer import MetricWriter, read_metrics
@@ -375,6 +376,21 @@ def test_weights_of_another_network_are_refused_by_name(finished, tmp_path):
     with pytest.raises(UserError, match="bn0"):
         tiny.run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_weights_from_before_a_field_have_its_default(monkeypatch, tmp_path):
+    settings = tiny.config(init_from="runs/older", stages="stage2")
+    settings.model.standardize = True
+    model = models.build(settings.model)
+    shapes = models.variable_shapes(model, settings.data.image_shape)
+    stored = settings.model.to_dict()
+    del stored["standardize"]
+    found = (shapes, {"config": {"model": stored}})
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_, **__: found)
+    with pytest.raises(
+        UserError, match="init_from: .*--config.model.standardize=False"
+    ):
+        job._origins(settings, epath.Path(tmp_path), model, 100)
 
 
 def test_number_of_classes_must_be_that_of_the_data(tmp_path):

@@ -9,7 +9,7 @@ of the residual branches is float32 also where the branches compute in bfloat16.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -191,15 +191,13 @@ class Swin(family.Network):
 
     Attributes:
       size: a key of `SIZES`.
-      window: side of the windows in patches; see `window_sides`.
-      position_grid: side of the grid of 4x4 patches that the weights were trained with.
+      sides: of the windows of each stage, as of `window_sides`.
       norm_epsilon: of all norms.
       sparse: as of `Block`.
     """
 
     size: str
-    window: int = 7
-    position_grid: int = 56
+    sides: Sequence[int] = (7, 7, 7, 7)
     norm_epsilon: float = 1e-5
     sparse: bool = False
 
@@ -213,10 +211,9 @@ class Swin(family.Network):
           UserError: a side that does not fit the windows.
         """
         del train
-        sides = window_sides(self.window, self.position_grid)
-        windows_of = f"windows of {', '.join(map(str, sides))} patches"
-        unit = side_unit(self.window, self.position_grid)
-        check_sides(images, unit, f"a Swin transformer with {windows_of}")
+        windows_of = f"windows of {', '.join(map(str, self.sides))} patches"
+        what = f"a Swin transformer with {windows_of}"
+        check_sides(images, side_unit(self.sides), what)
         block = nn.remat(Block) if self.remat else Block
         blocks, channels, heads = SIZES[self.size]
         common: dict[str, Any] = {"epsilon": self.norm_epsilon, "dtype": self.dtype}
@@ -229,7 +226,7 @@ class Swin(family.Network):
             for index in range(num_blocks):
                 x = block(
                     heads=heads << stage,
-                    side=sides[stage],
+                    side=self.sides[stage],
                     shifted=index % 2 == 1,
                     sparse=self.sparse,
                     name=f"stage{stage}_{index}",
@@ -240,9 +237,8 @@ class Swin(family.Network):
         return x if features else fc(x)
 
 
-def side_unit(window: int, position_grid: int) -> int:
+def side_unit(sides: Sequence[int]) -> int:
     """Sides of images that fit all windows are multiples of so many pixels."""
-    sides = window_sides(window, position_grid)
     return math.lcm(*(PATCH * side << stage for stage, side in enumerate(sides)))
 
 
@@ -269,8 +265,9 @@ def build(config: ml_collections.ConfigDict) -> Swin:
             f"model.norm_epsilon is {config.norm_epsilon}: it must be in (0, 1), 1e-5 "
             "for most Swin transformers."
         )
-    fields = ("size", "window", "position_grid", "norm_epsilon")
-    return Swin(**family.network_fields(config, *fields))
+    sides = window_sides(config.window, grid)
+    fields = family.network_fields(config, "size", "norm_epsilon")
+    return Swin(sides=sides, **fields)
 
 
 # Epsilon of the norms in the networks of MIMIR.
@@ -387,7 +384,9 @@ FAMILY = family.Family(
         first=("patch_embed.proj.weight",),
         fields=_fields,
         unsaid=lambda fields: {"norm_epsilon": "--arch gives another"},
-        side=lambda model: side_unit(model["window"], model["position_grid"]),
+        side=lambda model: side_unit(
+            window_sides(model["window"], model["position_grid"])
+        ),
         usual=_usual,
         who="--normalization=imagenet (the authors, timm, torchvision, Liu2023) or "
         "--arch=swin_b_mimir (MIMIR, on pixels as they are)",
