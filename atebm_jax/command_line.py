@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from atebm_jax.config import check_override, default, flatten, nearest
 from atebm_jax.errors import UserError
+from atebm_jax.models import BUILT_IN
 from atebm_jax.names import printable
 
 # --config=FILE, --config.FIELD=VALUE, --noconfig.FIELD.
@@ -124,12 +125,10 @@ def _check_names(path: str, config: ConfigDict) -> None:
     """Refuses a field that nothing reads."""
     fields = [name for name, _ in flatten(default())]
     others = [name for name, _ in flatten(config) if name not in fields]
-    if any(name.startswith("model.") for name in others):
-        from atebm_jax import models  # slow to import
-
-        # A family of the user's own may read more.
-        if config.model.get("name") not in models.BUILT_IN:
-            others = [name for name in others if not name.startswith("model.")]
+    of_model = [name for name in others if name.startswith("model.")]
+    # A family of the user's own may read more than it declares.
+    if of_model and config.model.get("name") not in BUILT_IN:
+        others = [name for name in others if name not in of_model]
     if others:
         near = nearest(others[0], fields) or sorted(default())
         raise UserError(

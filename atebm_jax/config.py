@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.models import FAMILIES
 from atebm_jax.stages import PAPER, STAGES
 
 #: The `init_from` that stands for random weights, whatever a stage starts from.
@@ -134,36 +135,6 @@ def _model() -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     # Family: a key of `atebm_jax.models.FAMILIES`.
     model.name = "wide_resnet"
-    # 6n + 4 for WideResNets; 18, 34, 50 or 101 for ResNets; 18 or 34 for PreActResNets;
-    # blocks of an XCiT.
-    model.depth = 34
-    # Width of WideResNets: 16, 32 and 64 times this many channels.
-    model.widen_factor = 10
-    # Channels inside a ResNet's first bottlenecks: 64; wide ResNets have 128 or 256.
-    model.base_width = 64
-    # Of RaWideResNets and their like: blocks of each group, and channels of the first
-    # convolution and of each group.
-    model.blocks = "30-31-10"
-    model.widths = "96-216-432-864"
-    # Whether a PreActResNet has a norm before its pooling, and what shortcuts with a
-    # convolution see: "active", the input after norm and activation, or "raw".
-    model.final_norm = True
-    model.shortcut = "active"
-    # Size of a ConvNeXt or Swin ("tiny", "small", "base", "large"), ViT ("small",
-    # "base") or XCiT ("tiny", "small", "medium", "large").
-    model.size = "base"
-    # First layers of a ConvNeXt or ViT: "patch", or "conv" for convolutions (ConvStem).
-    model.stem = "patch"
-    # Side of the grid of patches that a ViT's position embedding is kept for; images
-    # with another grid get it interpolated. Of a Swin the grid that its windows are
-    # laid out for: 56 for images of 224 pixels.
-    model.position_grid = 14
-    # Side of an XCiT's patches in pixels: 16, 8, or 4 for small images.
-    model.patch = 16
-    # Side of a Swin's windows, in patches.
-    model.window = 7
-    # Of a Swin's norms: 1e-5, or 1e-6 for the networks of MIMIR.
-    model.norm_epsilon = 1e-5
     model.num_classes = 10
     # Input normalisation inside the network, one number a channel; () for none.
     model.mean = ()
@@ -178,6 +149,16 @@ def _model() -> ml_collections.ConfigDict:
     # Keep only the blocks' inputs and compute a block again in the backward pass: less
     # memory for activations, about a third more computation.
     model.remat = False
+    # What families read beside; each says in its file what for.
+    for name, family in FAMILIES.items():
+        for field, value in family.fields.items():
+            if repr(model.get(field, value)) != repr(value):
+                raise UserError(
+                    f"the networks {name!r} declare model.{field} with the default "
+                    f"{value!r}, and it has {model[field]!r} already: give that one, "
+                    "or the field another name."
+                )
+            model[field] = value
     return model
 
 

@@ -49,10 +49,6 @@ GIB = 2**30
 # fragmentation, the runtime itself.
 RESERVE = 0.1
 _MOST_DEVICES = 1024
-# Share of what differentiation keeps that compilers keep, by family: the most among the
-# rows of docs/cost.md that need a GiB or more. Of families without one the most of all.
-_KEPT = {"convnext": 0.36, "dm_wide_resnet": 0.5, "resnet": 0.63, "swin": 0.58}
-_MOST_KEPT = 0.76
 
 
 class Machine(NamedTuple):
@@ -180,7 +176,7 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
 
 def _compiled_share(model: ml_collections.ConfigDict) -> float:
     # With rematerialisation only what stands between blocks is kept, and all of it.
-    return 1.0 if model.remat else _KEPT.get(model.name, _MOST_KEPT)
+    return 1.0 if model.remat else models.FAMILIES[model.name].compiled_share
 
 
 def _bytes_of_a_part(tree: Any, count: int) -> int:

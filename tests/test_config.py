@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -20,6 +21,7 @@ from atebm_jax import (
     main,
     models,
 )
+from atebm_jax.models.family import Family
 from atebm_jax.train import plan_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -285,6 +287,54 @@ def test_config_file_that_cannot_be_run_is_explained(tmp_path, text, row, messag
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         command_line.load_config(f"{path}{row}")
+
+
+class Scratch(nn.Module):
+    """A network of this package, as far as the config is concerned."""
+
+    width: int
+    num_classes: int
+
+
+def add_scratch(monkeypatch, **fields):
+    """As by its file in `models/` and its line of `models/families.py`."""
+    family = Family(
+        build=lambda model: Scratch(model.width, model.num_classes),
+        sized_by=tuple(fields),
+        fields=fields,
+    )
+    monkeypatch.setitem(models.FAMILIES, "scratch", family)
+    monkeypatch.setattr(command_line, "BUILT_IN", frozenset(models.FAMILIES))
+
+
+def test_field_of_a_new_family_needs_nothing_but_its_declaration(monkeypatch, tmp_path):
+    add_scratch(monkeypatch, width=32)
+    file = tmp_path / "mine.py"
+    file.write_text(f"{DEFAULT}  made.model.name = 'scratch'\n  return made")
+    assert models.build(command_line.load_config(str(file)).model) == Scratch(32, 10)
+    file.write_text(f"{DEFAULT}  made.model.width = 8\n  return made")
+    made = command_line.load_config(str(file))
+    config.check_complete(made)
+    assert made.model.width == 8
+    flag = "--config.model.width=16"
+    assert flag in command_line.checked_arguments([f"--config={file}", flag])
+    with pytest.raises(UserError, match="width=wide is no int"):
+        command_line.checked_arguments(
+            [f"--config={file}", "--config.model.width=wide"]
+        )
+    monkeypatch.setitem(archs.ARCHS, "scratch16", {"name": "scratch", "width": 16})
+    model = archs.model_config("scratch16", num_classes=4)
+    assert models.build(model) == Scratch(16, 4)
+    assert archs.describe(model) == "scratch-16"
+    stored = config.complete({"model": {"name": "scratch"}})
+    assert stored["model"]["width"] == 32
+
+
+@pytest.mark.parametrize("value", [35, 34.0, "34"])
+def test_family_whose_default_is_not_that_of_the_others_is_refused(monkeypatch, value):
+    add_scratch(monkeypatch, depth=value)
+    with pytest.raises(UserError, match=f"'scratch' .*depth .*{value!r}, .*has 34 alr"):
+        config.default()
 
 
 def test_config_that_lacks_a_field_or_has_another_kind_of_one_is_told():

@@ -17,6 +17,8 @@ from atebm_jax.models.family import Family
 
 # Of `config.model`: what changes no function.
 MEMORY = {"dtype", "remat"}
+# What a family reads without a word, the last one where it has several.
+OF_ALL = {"num_classes", "mean", "std", "standardize", "activation"} | MEMORY
 # Read, so that a wrong value is told, and not used.
 UNUSED = {"dm_preact_resnet": {"final_norm", "shortcut"}}
 # One value more of each field, and another where a family has not that one.
@@ -89,11 +91,13 @@ def altered(model: ConfigDict, field: str) -> ConfigDict | None:
 
 
 @pytest.mark.parametrize("network", tiny.NETWORKS, ids=str)
-def test_every_field_that_a_family_reads_is_compared(network):
+def test_every_field_that_a_family_reads_is_declared_and_compared(network):
     """`tiny.NETWORKS` has all families, and `OTHERS` every field."""
     model = described(**network)
     assert OTHERS.keys() == set(model) - MEMORY - {"name"}
-    read = read_by(model)
+    read, family = read_by(model), models.FAMILIES[model.name]
+    assert read - OF_ALL == family.fields.keys()
+    assert ("activation" in read) == (family.activation is None)
     decisive = read - MEMORY - {"name"} - UNUSED.get(model.name, set())
     for field in OTHERS:
         if field in decisive:

@@ -82,7 +82,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "attacks": {"ascent", "losses"},
     "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"}
     | {"curriculum"},
-    "config": {"stages"},
+    "config": {"stages", "models"},
     "train_step": {"stages", "optim"},
     "fitting": {"models"},
     "constraints": {"ascent"},

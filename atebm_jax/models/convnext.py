@@ -193,9 +193,16 @@ def _arch(size: str, stem: str) -> dict[str, Any]:
 FAMILY = family.Family(
     build=build,
     sized_by=("size", "stem"),
+    fields={
+        # "tiny", "small", "base" or "large".
+        "size": "base",
+        # First layers: "patch", or "conv" for convolutions (ConvStem).
+        "stem": "patch",
+    },
     archs={f"convnext_{size}": _arch(size, "patch") for size in SIZES}
     | {f"convnext_{size}_cvst": _arch(size, "conv") for size in SIZES},
     activation="gelu",
+    compiled_share=0.36,
     # The names of timm.
     torch=family.TorchNames(
         rules=(

@@ -45,6 +45,7 @@ class CosineWideResNet(wide_resnet.PreActivated):
 FAMILY = family.Family(
     build=partial(wide_resnet.build, kind=CosineWideResNet),
     sized_by=("depth", "widen_factor"),
+    fields=wide_resnet.FAMILY.fields,
     archs={"cosine_wrn34_20": wide_resnet.arch(34, 20, family.DEEPMIND[10])},
     torch=dataclasses.replace(
         wide_resnet.NAMES,

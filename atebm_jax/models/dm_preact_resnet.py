@@ -29,6 +29,7 @@ FAMILY = family.Family(
         final_norm=True, shortcut="raw", shortcut_side=3, same_padding=True
     ),
     sized_by=("depth",),
+    fields=preact_resnet.FAMILY.fields,
     archs={
         "dm_preact_resnet18": _arch(18),
         "dm_preact_resnet34": _arch(34),

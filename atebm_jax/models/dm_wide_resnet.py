@@ -46,6 +46,7 @@ def _arch(depth: int, widen_factor: int) -> dict[str, Any]:
 FAMILY = family.Family(
     build=lambda model: wide_resnet.build(model).clone(same_padding=True),
     sized_by=("depth", "widen_factor"),
+    fields=wide_resnet.FAMILY.fields,
     archs={
         "dm_wrn28_10": _arch(28, 10),
         "dm_wrn34_10": _arch(34, 10),
@@ -55,6 +56,7 @@ FAMILY = family.Family(
         "dm_wrn94_16": _arch(94, 16),
         "dm_wrn106_16": _arch(106, 16),
     },
+    compiled_share=0.5,
     # The names of the authors' PyTorch port, and of RobustBench.
     torch=family.TorchNames(
         rules=RULES,

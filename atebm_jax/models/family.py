@@ -153,25 +153,35 @@ class TorchNames:
     published: str = ""
 
 
+#: Share of what differentiation keeps that compilers keep: the most among the rows of
+#: docs/cost.md that need a GiB or more.
+MOST_KEPT = 0.76
+
+
 @dataclass(frozen=True)
 class Family:
     """Networks that one Flax module computes.
 
     Attributes:
       build: makes the network of a `config.model`; raises `UserError` if it cannot.
+      fields: the fields of `config.model` that it reads beside those of all networks,
+        with their defaults. Families that share a field share its default.
       sized_by: fields of `config.model` that give a network its size.
       archs: usual names of networks, and what each sets in `config.model`. Classes and
         normalisation are those of the data that public weights were trained on.
       activation: the activation of all its networks; None if
         `config.model.activation` chooses it.
       torch: names in PyTorch; None if weights cannot be imported or exported.
+      compiled_share: as of `MOST_KEPT`, among its own rows alone.
     """
 
     build: Callable[[Any], nn.Module]
     sized_by: tuple[str, ...]
+    fields: ModelFields = field(default_factory=dict)
     archs: Mapping[str, ModelFields] = field(default_factory=dict)
     activation: str | None = None
     torch: TorchNames | None = None
+    compiled_share: float = MOST_KEPT
 
 
 def count(shapes: Shapes, template: str) -> int:

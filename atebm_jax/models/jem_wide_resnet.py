@@ -84,6 +84,7 @@ def build(config: ml_collections.ConfigDict) -> JEMWideResNet:
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
+    fields=wide_resnet.FAMILY.fields,
     activation="leaky_relu",
     archs={"jem_wrn28_10": wide_resnet.arch(28, 10, _NORMALIZATION)},
     # The names of `Wide_ResNet` in the authors' code; the classifier around it has

@@ -74,6 +74,7 @@ def sparse(
         dense,
         build=lambda model: dense.build(model).clone(sparse=True),
         archs=archs,
+        compiled_share=family.MOST_KEPT,
         torch=dataclasses.replace(
             dense.torch, rules=(*rules, *dense.torch.rules), **names
         ),

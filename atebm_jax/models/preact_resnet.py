@@ -68,6 +68,15 @@ def _arch(final_norm: bool, shortcut: str) -> dict[str, Any]:
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "final_norm", "shortcut"),
+    fields={
+        # 18 or 34.
+        "depth": 34,
+        # Whether a norm comes before the pooling.
+        "final_norm": True,
+        # What shortcuts with a convolution see: "active", the input after norm and
+        # activation, or "raw".
+        "shortcut": "active",
+    },
     archs={
         # Rice2020, Kireev2021, Addepalli2021.
         "preact_resnet18": _arch(True, "active"),

@@ -82,6 +82,7 @@ def _beside(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
+    fields=wide_resnet.FAMILY.fields,
     archs={"pssilu_wrn28_10": wide_resnet.arch(28, 10, family.AS_THEY_ARE)},
     activation="pssilu",
     torch=dataclasses.replace(

@@ -135,6 +135,8 @@ def _stage(stage: int) -> str:
 FAMILY = family.Family(
     build=build,
     sized_by=("blocks", "widths"),
+    # Of four stages.
+    fields=ra_wide_resnet.FAMILY.fields,
     archs={
         "ra_wrn101_2": {
             "blocks": "7-11-18-1",

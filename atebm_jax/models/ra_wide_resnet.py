@@ -89,6 +89,12 @@ FAMILY = family.Family(
         same_padding=True, squeeze_ratio=0.25
     ),
     sized_by=("blocks", "widths"),
+    fields={
+        # Of each group.
+        "blocks": "30-31-10",
+        # Channels of the first convolution, then of each group.
+        "widths": "96-216-432-864",
+    },
     archs={
         "ra_wrn70_16": {
             "blocks": "30-31-10",

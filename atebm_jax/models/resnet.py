@@ -170,6 +170,12 @@ def _arch(depth: int, base_width: int = 64) -> dict[str, Any]:
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "base_width"),
+    fields={
+        # 18, 34, 50 or 101.
+        "depth": 34,
+        # Channels inside the first bottlenecks: 64; wide ResNets have 128 or 256.
+        "base_width": 64,
+    },
     archs={
         "resnet18": _arch(18),
         "resnet34": _arch(34),
@@ -178,6 +184,7 @@ FAMILY = family.Family(
         "wide_resnet50_2": _arch(50, 128),
         "wide_resnet50_4": _arch(50, 256),
     },
+    compiled_share=0.63,
     # The names of timm and torchvision.
     torch=family.TorchNames(
         rules=(

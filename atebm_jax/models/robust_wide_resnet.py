@@ -35,6 +35,7 @@ _NAMES = family.TorchNames(
 FAMILY = family.Family(
     build=ra_wide_resnet.build_groups,
     sized_by=("blocks", "widths"),
+    fields=ra_wide_resnet.FAMILY.fields,
     archs={
         "wrn34_r": {
             "blocks": "5-5-5",
@@ -49,6 +50,7 @@ FAMILY = family.Family(
 WRN_A_FAMILY = family.Family(
     build=ra_wide_resnet.build_groups,
     sized_by=("blocks", "widths"),
+    fields=ra_wide_resnet.FAMILY.fields,
     archs={
         "wrn_a4": {
             "blocks": "27-28-13",

@@ -16,6 +16,7 @@ def _arch(depth: int) -> dict[str, Any]:
 FAMILY = family.Family(
     build=lambda model: resnet.build(model).clone(small=True),
     sized_by=("depth", "base_width"),
+    fields=resnet.FAMILY.fields,
     archs={
         "small_resnet18": _arch(18),
         "small_resnet34": _arch(34),

@@ -357,6 +357,17 @@ def _usual(model: family.ModelFields) -> Mapping[str, tuple[float, ...]] | None:
 FAMILY = family.Family(
     build=build,
     sized_by=("size", "window", "norm_epsilon"),
+    fields={
+        # "tiny", "small", "base" or "large".
+        "size": "base",
+        # Side of the windows, in patches.
+        "window": 7,
+        # Side of the grid of patches that the windows are laid out for: 56 for images
+        # of 224 pixels.
+        "position_grid": 14,
+        # Of the norms: 1e-5, or 1e-6 for the networks of MIMIR.
+        "norm_epsilon": 1e-5,
+    },
     archs={f"swin_{size[0]}": _arch(size) for size in SIZES}
     # Xu et al., 2024 (MIMIR).
     | {
@@ -364,6 +375,7 @@ FAMILY = family.Family(
         "swin_l_mimir": _arch("large", window=14, norm_epsilon=_MIMIRS),
     },
     activation="gelu",
+    compiled_share=0.58,
     # The names of timm since version 0.9.
     torch=family.TorchNames(
         rules=(

@@ -176,6 +176,15 @@ def _arch(size: str, stem: str, normalisation: family.ModelFields) -> dict[str, 
 FAMILY = family.Family(
     build=build,
     sized_by=("size", "stem"),
+    fields={
+        # "small" or "base".
+        "size": "base",
+        # First layers: "patch", or "conv" for convolutions (ConvStem).
+        "stem": "patch",
+        # Side of the grid of patches that the position embedding is kept for; images
+        # with another grid get it interpolated.
+        "position_grid": 14,
+    },
     archs={
         "vit_s": _arch("small", "patch", family.IMAGENET),
         "vit_b": _arch("base", "patch", family.IMAGENET),

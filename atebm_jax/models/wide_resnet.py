@@ -265,6 +265,12 @@ NAMES = family.TorchNames(
 FAMILY = family.Family(
     build=build,
     sized_by=("depth", "widen_factor"),
+    fields={
+        # 6n + 4.
+        "depth": 34,
+        # The groups have 16, 32 and 64 times this many channels.
+        "widen_factor": 10,
+    },
     archs={
         "wrn16_4": arch(16, 4),
         "wrn28_10": arch(28, 10),

@@ -324,6 +324,14 @@ _NAMED = {"xcit_s12": "small", "xcit_m12": "medium", "xcit_l12": "large"}
 FAMILY = family.Family(
     build=build,
     sized_by=("size", "depth", "patch"),
+    fields={
+        # "tiny", "small", "medium" or "large".
+        "size": "base",
+        # Blocks before the class attention.
+        "depth": 34,
+        # Side of the patches in pixels: 16, 8, or 4 for small images.
+        "patch": 16,
+    },
     archs={name: _arch(size, 16, family.AS_THEY_ARE) for name, size in _NAMED.items()}
     | {f"{name}_p4": _arch(size, 4, _CIFAR[10]) for name, size in _NAMED.items()},
     activation="gelu",
