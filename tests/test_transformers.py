@@ -12,7 +12,7 @@ import torch_networks
 
 from atebm_jax import UserError, archs, ascent, convert, fitting, models
 from atebm_jax.convert import exporting, importing
-from atebm_jax.models import swin, xcit
+from atebm_jax.models import layers, swin, xcit
 
 CLASSES, LABEL = 5, 3
 
@@ -253,7 +253,7 @@ def test_offsets_and_masks_of_windows_by_hand():
 
 def test_channels_that_are_zero_everywhere_have_a_gradient():
     x = jnp.zeros((1, 2, 1, 3))
-    assert np.isfinite(jax.grad(lambda x: xcit._unit(x).sum())(x)).all()
+    assert np.isfinite(jax.grad(lambda x: layers.unit(x).sum())(x)).all()
 
 
 @pytest.mark.parametrize("case", ["patches of 4", "windows of 2"])

@@ -10,10 +10,9 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from atebm_jax.models import family, wide_resnet
-from atebm_jax.models.layers import prepared
+from atebm_jax.models.layers import prepared, unit
 
 
 class Cosines(nn.Module):
@@ -26,13 +25,7 @@ class Cosines(nn.Module):
         shape = (x.shape[-1], self.features)
         init = nn.initializers.lecun_normal()
         kernel = lambda: self.param("kernel", init, shape, jnp.float32).astype(x.dtype)
-        return _unit(x, -1) @ prepared(self, lambda: _unit(kernel(), 0))
-
-
-def _unit(x: jax.Array, axis: int) -> jax.Array:
-    """Vectors of length 1; shorter ones than 1e-12 stay shorter, as in PyTorch."""
-    squares = jnp.square(x).sum(axis, keepdims=True)
-    return x * lax.rsqrt(jnp.maximum(squares, 1e-24))
+        return unit(x) @ prepared(self, lambda: unit(kernel(), 0))
 
 
 class CosineWideResNet(wide_resnet.PreActivated):

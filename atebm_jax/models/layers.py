@@ -244,6 +244,16 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Vectors along an axis, scaled to length one, in float32 at least.
+
+    Shorter ones than 1e-12 stay shorter, as in PyTorch.
+    """
+    x = at_least_float32(x)
+    square = jnp.square(x).sum(axis=axis, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(square, 1e-24))
+
+
 class BatchNorm(nn.BatchNorm):
     """Batch normalisation whose evaluation mode is one multiply-add a channel."""
 

@@ -37,6 +37,7 @@ from atebm_jax.models.layers import (
     normed,
     prepared,
     self_attention,
+    unit,
 )
 from atebm_jax.models.stem import biased_conv
 
@@ -62,9 +63,6 @@ _DEEPEST = 96
 
 # Frequencies of the position code: so many for rows, and so many for columns.
 _FREQUENCIES = 32
-
-# Below this length a vector is not scaled to length one.
-_SHORTEST = 1e-12
 
 
 class Stem(nn.Module):
@@ -104,19 +102,12 @@ class CrossCovariance(nn.Module):
             # Each channel is a token, and its values over the image are its channels.
             scale = temperature.reshape(1, 1, self.heads, 1)
             query, key, value = (y.swapaxes(1, 3) for y in (query, key, value))
-            query = (_unit(query) * scale).astype(value.dtype)
-            key = _unit(key).astype(value.dtype)
+            query = (unit(query) * scale).astype(value.dtype)
+            key = unit(key).astype(value.dtype)
             y = jax.nn.dot_product_attention(query, key, value, scale=1.0)
             return y.swapaxes(1, 3)
 
         return self_attention(x, self.heads, self.dtype, attend)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """Vectors along the last axis, scaled to length one, in float32 at least."""
-    x = at_least_float32(x)
-    square = jnp.square(x).sum(axis=-1, keepdims=True)
-    return x / jnp.sqrt(jnp.maximum(square, _SHORTEST**2))
 
 
 class Block(nn.Module):
