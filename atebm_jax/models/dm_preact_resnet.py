@@ -7,16 +7,8 @@ from typing import Any
 
 from atebm_jax.models import dm_wide_resnet, family, preact_resnet
 
-
-def _block_rules() -> family.Rules:
-    """PyTorch's names number stages and norms from 0, ours from 1."""
-    theirs = {"batchnorm_0": "bn1", "conv_2d_1": "conv1", "batchnorm_1": "bn2"}
-    theirs |= {"conv_2d_2": "conv2", "shortcut": "shortcut"}
-    return tuple(
-        (f"layer_{stage}.{{b}}.{name}", f"layer{stage + 1}_{{b}}/{ours}")
-        for stage in range(4)
-        for name, ours in theirs.items()
-    )
+_LAYERS = {"batchnorm_0": "bn1", "conv_2d_1": "conv1", "batchnorm_1": "bn2"}
+_LAYERS |= {"conv_2d_2": "conv2", "shortcut": "shortcut"}
 
 
 def _arch(depth: int) -> dict[str, Any]:
@@ -37,7 +29,7 @@ FAMILY = family.Family(
     torch=family.TorchNames(
         rules=(
             ("conv_2d", "conv1"),
-            *_block_rules(),
+            *family.block_rules("layer_{g0}.{b}", "layer{g}_{b}", _LAYERS, 4),
             ("batchnorm", "bn"),
             ("logits", "fc"),
         ),

@@ -11,20 +11,22 @@ from typing import Any
 from atebm_jax.models import family, wide_resnet
 
 
-def _block_rules() -> family.Rules:
-    """PyTorch's names number groups and a block's layers from 0, ours from 1."""
-    theirs = {"batchnorm_0": "bn1", "conv_0": "conv1", "batchnorm_1": "bn2"}
-    theirs |= {"conv_1": "conv2", "shortcut": "shortcut"}
-    return tuple(
-        (f"layer.{group}.block.{{b}}.{name}", f"block{group + 1}_{{b}}/{ours}")
-        for group in range(3)
-        for name, ours in theirs.items()
-    )
+def block_rules(layers: Mapping[str, str]) -> family.Rules:
+    """The rules for layers of blocks, as of `family.block_rules`."""
+    return family.block_rules("layer.{g0}.block.{b}", "block{g}_{b}", layers, 3)
 
 
 RULES: family.Rules = (
     ("init_conv", "conv1"),
-    *_block_rules(),
+    *block_rules(
+        {
+            "batchnorm_0": "bn1",
+            "conv_0": "conv1",
+            "batchnorm_1": "bn2",
+            "conv_1": "conv2",
+            "shortcut": "shortcut",
+        }
+    ),
     ("batchnorm", "bn1"),
     ("logits", "fc"),
 )

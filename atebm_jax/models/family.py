@@ -184,6 +184,28 @@ class Family:
     compiled_share: float = MOST_KEPT
 
 
+def block_rules(
+    theirs: str, ours: str, layers: Mapping[str, str], groups: int
+) -> Rules:
+    """Rules for the layers of the blocks of several groups.
+
+    Args:
+      theirs, ours: PyTorch's name of a block and ours, with {g0} for the number of its
+        group from 0, or {g} from 1.
+      layers: PyTorch's names of a block's layers, and ours.
+      groups: number of groups.
+    """
+
+    def named(block: str, group: int, layer: str) -> str:
+        return block.replace("{g0}", f"{group}").replace("{g}", f"{group + 1}") + layer
+
+    return tuple(
+        (named(theirs, group, f".{layer}"), named(ours, group, f"/{own}"))
+        for group in range(groups)
+        for layer, own in layers.items()
+    )
+
+
 def count(shapes: Shapes, template: str) -> int:
     """Number of arrays whose name is the template with a number in place of "{}"."""
     before, after = template.split("{}")

@@ -11,18 +11,12 @@ import numpy as np
 
 from atebm_jax.models import dm_wide_resnet, family, ra_wide_resnet
 
-
-def _rules() -> family.Rules:
-    """PyTorch's names number groups and a block's layers from 0, ours from 1."""
-    blocks = tuple(
-        (
-            f"layer.{group}.block.{{b}}.meansparse_{place}",
-            f"block{group + 1}_{{b}}/sparse{place + 1}",
-        )
-        for group in range(3)
-        for place in range(3)
-    )
-    return (*blocks, ("meansparse_end", "sparse"))
+_RULES: family.Rules = (
+    *dm_wide_resnet.block_rules(
+        {f"meansparse_{place}": f"sparse{place + 1}" for place in range(3)}
+    ),
+    ("meansparse_end", "sparse"),
+)
 
 
 # Of each layer; of those of ConvNeXts also "momentum" and "epsilon".
@@ -87,7 +81,7 @@ FAMILY = sparse(
         "mean_sparse_wrn70_16": dm_wide_resnet.FAMILY.archs["dm_wrn70_16"],
         "mean_sparse_wrn94_16": dm_wide_resnet.FAMILY.archs["dm_wrn94_16"],
     },
-    _rules(),
+    _RULES,
     mark="layer.0.block.0.meansparse_0.running_mean",
     published="Amini2024 (MeanSparse on Wang2023's and Bartoldson2024's networks)",
     look_alikes={},
@@ -96,7 +90,7 @@ FAMILY = sparse(
 RA_FAMILY = sparse(
     ra_wide_resnet.FAMILY,
     {"mean_sparse_ra_wrn70_16": ra_wide_resnet.FAMILY.archs["ra_wrn70_16"]},
-    _rules(),
+    _RULES,
     # Dense ones have this array too, and are recognised before.
     mark="layer.0.block.0.se.fc1.bias",
     published="Amini2024 (MeanSparse on Peng2023's network for CIFAR-10)",

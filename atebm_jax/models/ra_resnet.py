@@ -115,20 +115,12 @@ def build(config: ml_collections.ConfigDict) -> RaResNet:
     return RaResNet(blocks, widths, **family.network_fields(config, "activation"))
 
 
-def _rules() -> family.Rules:
-    theirs = {"F.a.0": "conv1", "F.b.0": "conv2", "F.b.1": "bn2", "F.c.0": "conv3"}
-    theirs |= {"F.c.1": "bn3", "proj.0": "shortcut", "proj.1": "shortcut_bn"}
-    theirs |= {"F.se.fc{k}": "se/fc{k}"}
-    blocks = tuple(
-        (f"{_stage(stage)}{{b}}.{name}", f"layer{stage}_{{b}}/{ours}")
-        for stage in range(1, 5)
-        for name, ours in theirs.items()
-    )
-    stem = (("stem.stem.stem.0", "conv1"), ("stem.stem.stem.1", "bn1"))
-    return (*stem, *blocks, ("fc", "fc"))
+_LAYERS = {"F.a.0": "conv1", "F.b.0": "conv2", "F.b.1": "bn2", "F.c.0": "conv3"}
+_LAYERS |= {"F.c.1": "bn3", "proj.0": "shortcut", "proj.1": "shortcut_bn"}
+_LAYERS |= {"F.se.fc{k}": "se/fc{k}"}
 
 
-def _stage(stage: int) -> str:
+def _stage(stage: int | str) -> str:
     return f"stages.stage{stage}.stage{stage}-block"
 
 
@@ -147,7 +139,12 @@ FAMILY = family.Family(
         },
     },
     torch=family.TorchNames(
-        rules=_rules(),
+        rules=(
+            ("stem.stem.stem.0", "conv1"),
+            ("stem.stem.stem.1", "bn1"),
+            *family.block_rules(_stage("{g}") + "{b}", "layer{g}_{b}", _LAYERS, 4),
+            ("fc", "fc"),
+        ),
         published="Peng2023 for ImageNet (RaWRN-101-2)",
         mark=f"{_stage(1)}0.F.se.fc1.weight",
         first=("stem.stem.stem.0.weight",),

@@ -75,15 +75,6 @@ def fields(shapes: family.Shapes, first: str, blocks: Sequence[str]) -> dict[str
 
 _BLOCKS = [f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3)]
 
-RULES: family.Rules = (
-    *(
-        (f"layer.{group}.block.{{b}}.se.fc{{k}}", f"block{group + 1}_{{b}}/se/fc{{k}}")
-        for group in range(3)
-    ),
-    *dm_wide_resnet.RULES,
-)
-
-
 FAMILY = family.Family(
     build=lambda model: build_groups(model).clone(
         same_padding=True, squeeze_ratio=0.25
@@ -105,7 +96,10 @@ FAMILY = family.Family(
         },
     },
     torch=family.TorchNames(
-        rules=RULES,
+        rules=(
+            *dm_wide_resnet.block_rules({"se.fc{k}": "se/fc{k}"}),
+            *dm_wide_resnet.RULES,
+        ),
         published="Peng2023 for CIFAR-10",
         mark="layer.0.block.0.se.fc1.weight",
         first=("init_conv.weight",),

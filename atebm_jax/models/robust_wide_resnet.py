@@ -10,13 +10,8 @@ from atebm_jax.models import family, ra_wide_resnet
 
 
 def _rules(shortcut: str, last_norm: str) -> family.Rules:
-    """PyTorch's names number groups from 0, ours from 1."""
-    theirs = {"bn{k}": "bn{k}", "conv{k}": "conv{k}", shortcut: "shortcut"}
-    blocks = tuple(
-        (f"blocks.{group}.layer.{{b}}.{name}", f"block{group + 1}_{{b}}/{ours}")
-        for group in range(3)
-        for name, ours in theirs.items()
-    )
+    layers = {"bn{k}": "bn{k}", "conv{k}": "conv{k}", shortcut: "shortcut"}
+    blocks = family.block_rules("blocks.{g0}.layer.{b}", "block{g}_{b}", layers, 3)
     return (("stem_conv", "conv1"), *blocks, (last_norm, "bn1"), ("fc", "fc"))
 
 
