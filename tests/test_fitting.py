@@ -115,8 +115,9 @@ WIDE |= {"activation": "swish"}
 SHAPE = (32, 32, 3)
 
 
-def test_families_of_one_shape_pass_for_each_other_where_their_logits_are_equal():
+def test_families_of_one_shape_pass_where_their_logits_are_equal(monkeypatch):
     """Same names and shapes: what decides is the logits on the same weights."""
+    reference.shallow(monkeypatch)
     alike: dict[str, dict[str, ConfigDict]] = {}
     for network in tiny.NETWORKS:
         model = described(**network, activation="swish", window=1)
