@@ -19,6 +19,7 @@ from atebm_jax import storage
 from atebm_jax.data.decoding import to_pillow
 from atebm_jax.metrics import Reliability, roc_curve
 from atebm_jax.names import printable
+from atebm_jax.progress import losses_in
 
 
 def png(image: np.ndarray) -> bytes:
@@ -365,13 +366,13 @@ def panels(
 
 
 def training_curves(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Losses, T, AUC, scores and held-out evaluation over the steps of both stages.
+    """Losses, T, AUC, scores and held-out evaluation over the steps of all stages.
 
     Lines mark where a stage begins and where a sign of `atebm_jax.health` was seen.
     Records are the lines of `metrics.jsonl`.
     """
     panels = {
-        "losses": ("loss_ce", "loss_bce", "loss_energy", "loss_uniform"),
+        "losses": losses_in(name for record in records for name in record),
         "T (contrastive steps)": ("T",),
         "AUC of real images": ("auc", "auc_seeds"),
         "mean score s(x)": ("score_real", "score_contrastive", "score_seeds"),

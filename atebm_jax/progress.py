@@ -91,16 +91,31 @@ def _bars(
     )
 
 
-# Metrics of the progress line, in this order, with their format.
-_SHOWN = (
-    ("T", "T {:.0f}"),
-    ("auc", "AUC {:.2f}"),
-    ("loss_ce", "CE {:.3f}"),
-    ("loss_bce", "BCE {:.3f}"),
-    ("loss_energy", "s(x_q) - s(x) {:.3f}"),
-    ("loss_uniform", "KL {:.3f}"),
-    ("images_per_second", "{:.0f} img/s"),
-)
+# What the progress line calls losses; others go by their own names.
+_LOSSES = {
+    "loss_ce": "CE",
+    "loss_bce": "BCE",
+    "loss_energy": "s(x_q) - s(x)",
+    "loss_uniform": "KL",
+}
+
+
+def losses_in(names: Iterable[str]) -> list[str]:
+    """The terms of a method's loss among the metrics, the cross-entropy first."""
+    found = {name for name in names if name.startswith("loss_")}
+    return sorted(found, key=lambda name: (name != "loss_ce", name))
+
+
+def _in_a_line(metrics: Mapping[str, float]) -> str:
+    losses = {
+        name: f"{_LOSSES.get(name, name.removeprefix('loss_'))} {{:.3f}}"
+        for name in losses_in(metrics)
+    }
+    forms = {"T": "T {:.0f}", "auc": "AUC {:.2f}", **losses}
+    forms["images_per_second"] = "{:.0f} img/s"
+    return "  ".join(
+        form.format(metrics[name]) for name, form in forms.items() if name in metrics
+    )
 
 
 class ProgressLine:
@@ -120,9 +135,7 @@ class ProgressLine:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics of a step."""
-        shown = "  ".join(
-            form.format(metrics[name]) for name, form in _SHOWN if name in metrics
-        )
+        shown = _in_a_line(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif time.monotonic() >= self._next_line:

@@ -91,7 +91,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "workdir_lock": {"sharding", "storage"},
     "intact": {"checkpoint", "train_step"},
     "compilation": {"names", "storage"},
-    "pictures": {"names", "metrics", "data", "storage"},
+    "pictures": {"names", "metrics", "data", "storage", "progress"},
     "reachability": {"ascent", "data", "metrics", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
     | {"names", "local_path", "storage", "progress"},

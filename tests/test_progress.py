@@ -31,6 +31,14 @@ def test_progress_shows_stage_step_t_auc_losses_and_speed(terminal):
     assert "640 img/s" in shown
 
 
+def test_every_loss_is_shown_the_cross_entropy_first():
+    printed = io.StringIO()
+    line = ProgressLine(Console(file=printed, width=160), "new", 0, 100)
+    line.show(40, {"loss": 9.0, "loss_smooth": 2.0, **METRICS})
+    expected = "T 3  AUC 0.81  CE 1.500  BCE 0.250  smooth 2.000  640 img/s"
+    assert printed.getvalue() == f"new step 40/100  {expected}\n"
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_names_are_shown_as_they_are(name, terminal):
