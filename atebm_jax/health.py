@@ -113,8 +113,9 @@ def look(
 ) -> tuple[Watch, list[Sign]]:
     """Takes the metrics of one step.
 
-    They are those of `train_step.make`, as plain numbers. A step that was skipped, as
-    it was not finite, is not looked at.
+    They are those of `train_step.make`, as plain numbers; signs of what a method does
+    not measure are not shown. A step that was skipped, as it was not finite, is not
+    looked at.
 
     Returns:
       (what is remembered now, signs that are shown for the first time).
@@ -195,15 +196,13 @@ def _remember(watch: Watch, metrics: Mapping[str, float], setting: Setting) -> W
         )
     if not setting.classifies or setting.num_classes == 1:
         return watch
-    entropy = entropy_evidence(metrics["loss_ce"], setting, _BETWEEN, _LEARNT)
-    accuracy = accuracy_evidence(
-        _accuracy(metrics), setting, _BETWEEN_ODDS, _LEARNT_ODDS
-    )
-    return replace(
-        watch,
-        better_entropy=_latched(watch.better_entropy, entropy),
-        better_accuracy=_latched(watch.better_accuracy, accuracy),
-    )
+    if "loss_ce" in metrics:
+        gain = entropy_evidence(metrics["loss_ce"], setting, _BETWEEN, _LEARNT)
+        watch = replace(watch, better_entropy=_latched(watch.better_entropy, gain))
+    if not math.isnan(accuracy := _accuracy(metrics)):
+        gain = accuracy_evidence(accuracy, setting, _BETWEEN_ODDS, _LEARNT_ODDS)
+        watch = replace(watch, better_accuracy=_latched(watch.better_accuracy, gain))
+    return watch
 
 
 def _latched(evidence: float, gain: float) -> float:
@@ -248,7 +247,8 @@ def _history(
     # Logits of a fresh network may shrink in its first steps. Those that stage 2 starts
     # from count from the first: few images may never show that they are better.
     trained = setting.trained or watch.better_entropy >= 1
-    if trained and gains.get("logit_spread", 0) <= 0:
+    measured = "logit_spread" in metrics
+    if trained and measured and gains.get("logit_spread", 0) <= 0:
         spreads = (*watch.spreads, metrics["logit_spread"])
         made["spreads"] = spreads[-_MEDIAN_STEPS:]
     return made
@@ -302,15 +302,17 @@ def _text(
     """What was seen, its likely cause, and the page on it."""
     window = f"AUC of {_WINDOWS} windows"
     number = setting.num_classes
+    measured = lambda name: metrics.get(name, math.nan)
     seen = {
         "cross_entropy": "cross-entropy at chance or above "
-        f"({metrics['loss_ce']:.3g}, ln {number} = {math.log(number):.3g}) after it "
+        f"({measured('loss_ce'):.3g}, ln {number} = {math.log(number):.3g}) after it "
         "was better",
         "accuracy": f"{'adversarial ' * ('accuracy_adv' in metrics)}accuracy at chance "
         f"({_accuracy(metrics):.2g}, "
         f"1 / {number}) after it was better",
         "logit_spread": "all images of a batch get the same logits (spread "
-        f"{metrics['logit_spread']:.2g}, {np.median(watch.spreads or 0.0):.2g} before)",
+        f"{measured('logit_spread'):.2g}, "
+        f"{np.median(watch.spreads or 0.0):.2g} before)",
         "gradient_norm": f"gradient norm {metrics['gradient_norm']:.3g}, many times "
         f"the usual {_usual_norm(watch):.3g}",
         "energy": f"energies run away (as far as {_size(metrics):.3g}, "

@@ -267,6 +267,16 @@ def test_skipped_steps_are_left_to_the_guard_for_nan():
     assert after == before and signs == []
 
 
+def test_what_a_method_does_not_measure_is_not_watched_and_the_rest_is():
+    only = {"skipped_in_row": 0.0, "gradient_norm": 1.0}
+    for setting in (STAGE1, STAGE2):
+        found = shown([only] * 60 + [only | {"gradient_norm": 99.0}] * 10, setting)
+        assert found == {"gradient_norm": 65}
+    entropy = only | {"loss_ce": 1.7}
+    found = shown([entropy] * 60 + [only | {"loss_ce": 2.31}] * 20, STAGE2)
+    assert found.keys() == {"cross_entropy"}
+
+
 # How it is told and kept.
 
 
