@@ -6,8 +6,8 @@ differentiation has to keep, at one and at two images. Both are exact about the
 arithmetic and know nothing of the compiler's own buffers: hence the reserve. Compilers
 keep less than differentiation does; `target_run` asks them.
 
-Where the data can be opened, some images are looked at too: whether the seeds of stage
-2 can come near them.
+Where the data can be opened, some images are looked at too: whether the seeds of a
+curriculum can come near them.
 """
 
 import dataclasses
@@ -29,7 +29,6 @@ from atebm_jax import (
     archs,
     data,
     energy,
-    losses,
     models,
     reachability,
     seeds,
@@ -42,6 +41,7 @@ from atebm_jax.errors import UserError
 from atebm_jax.local_path import is_device, local, real
 from atebm_jax.models import forms
 from atebm_jax.progress import say
+from atebm_jax.stages import CONTRASTIVE, Part
 from atebm_jax.train import plan_stage
 
 GIB = 2**30
@@ -49,6 +49,8 @@ GIB = 2**30
 # fragmentation, the runtime itself.
 RESERVE = 0.1
 _MOST_DEVICES = 1024
+# The part of every step that comes after those a method declares.
+_LOSS = "loss gradient"
 
 
 class Machine(NamedTuple):
@@ -102,7 +104,7 @@ class Cost:
         """FLOPs of a whole step, at T_max or at another T."""
         turns = self.turns
         if contrastive_steps is not None:
-            turns = turns | {"contrastive step": contrastive_steps}
+            turns = turns | {CONTRASTIVE: contrastive_steps}
         return batch_size * sum(self.flops[part] * turns[part] for part in self.flops)
 
     def device_bytes(self, batch_size: int, devices: int, parts: int) -> int:
@@ -143,7 +145,8 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     variables = models.variable_shapes(model, shape)
     state = jax.eval_shape(plan.new_state, variables)
     batch = batch_shapes(stage, shape, 1)
-    turns = plan.method.turns(plan.block) | {"loss gradient": 1}
+    parts = plan.method.parts(plan.block)
+    turns = {part: declared.turns for part, declared in parts.items()}
     params, stats = variables["params"], variables.get("batch_stats", {})
     gradient = num_bytes(params)
 
@@ -166,8 +169,8 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
         # What two images need more than one.
         loss_bytes=by_params(2) - by_params(1),
         pgd_bytes=by_images(2) - by_images(1),
-        flops=_flops(stage, model, variables, batch, turns),
-        turns=turns,
+        flops=_flops(stage, model, variables, batch, parts),
+        turns=turns | {_LOSS: 1},
         gathered_bytes=0 if fsdp == 1 else gradient,
         whole_batch=plan.method.whole_batch(plan.block) and "batch_stats" in variables,
         compiled_share=_compiled_share(config.model),
@@ -191,7 +194,7 @@ def _bytes_of_a_part(tree: Any, count: int) -> int:
 
 def moments(name: str, turns: Mapping[str, int]) -> list[int]:
     """Contrastive steps T to tell a whole step at: the least and the most."""
-    most = turns.get("contrastive step", 0)
+    most = turns.get(CONTRASTIVE, 0)
     return sorted({0 if stages.STAGES[name].curriculum else most, most})
 
 
@@ -204,14 +207,14 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a stage: images [number, H, W, C] and labels of each stream.
 
-    They have a place, a sharding, unless they are only traced.
+    Training reads "cls" for every method. The shapes have a place, a sharding, unless
+    they are only traced.
     """
     images = jax.ShapeDtypeStruct((number, *shape), dtype, sharding=place)
     labels = jax.ShapeDtypeStruct((number,), jnp.int32, sharding=place)
-    batch = {f"x_{stream}": images for stream in stage.streams}
-    return batch | {
-        f"y_{stream}": labels for stream in stage.streams if stream != "ood"
-    }
+    streams = dict.fromkeys(("cls", *stage.streams))
+    batch = {f"x_{stream}": images for stream in streams}
+    return batch | {f"y_{stream}": labels for stream in streams if stream != "ood"}
 
 
 def _made(stage: stages.Stage, variables: Any, batch: Any) -> Any:
@@ -230,35 +233,28 @@ def _flops(
     model: nn.Module,
     variables: Any,
     batch: Any,
-    turns: dict[str, int],
+    parts: Mapping[str, Part],
 ) -> dict[str, float]:
-    """FLOPs of each part that has turns, for one image of each stream."""
-    image, label = batch["x_cls"], batch["y_cls"]
+    """FLOPs of each part and of the loss, for one image of each stream."""
 
-    def score(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return energy.score(models.logits_fn(model, variables)(x), y).sum()
+    def of(function: Callable[..., Any], *arguments: Any) -> float:
+        analysis = jax.jit(function).lower(*arguments).cost_analysis() or {}
+        return float(analysis["flops"])
 
-    def cross_entropy(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return losses.cross_entropy(models.logits_fn(model, variables)(x), y).sum()
+    def of_part(part: Part) -> float:
+        def read(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            return part.reads(models.logits_fn(model, variables)(x), y).sum()
+
+        function = jax.grad(read, 1) if part.scope else read
+        return of(function, variables, batch["x_cls"], batch["y_cls"])
 
     def loss(params: Any, stats: Any, batch: Any, made: Any) -> jax.Array:
         return stage.loss(params, stats, batch, made)[0]
 
     made = _made(stage, variables, batch)
     stats = variables.get("batch_stats", {})
-    parts = {
-        "contrastive step": (jax.grad(score, 1), (variables, image, label)),
-        "seed scores": (score, (variables, image, label)),
-        "adversary step": (jax.grad(cross_entropy, 1), (variables, image, label)),
-        "loss gradient": (jax.grad(loss), (variables["params"], stats, batch, made)),
-    }
-    parts["outside step"] = parts["adversary step"]  # the loss hardly counts
-    result = {}
-    for part in (name for name in parts if name in turns):
-        function, arguments = parts[part]
-        analysis = jax.jit(function).lower(*arguments).cost_analysis() or {}
-        result[part] = float(analysis["flops"])
-    return result
+    found = {name: of_part(part) for name, part in parts.items()}
+    return found | {_LOSS: of(jax.grad(loss), variables["params"], stats, batch, made)}
 
 
 def _kept(function: Callable[..., Any], by: Any, *rest: Any) -> int:
@@ -386,12 +382,12 @@ def _estimate(
         figures[name] = _figures(config, name, cost, machine)
         _show(console, config, name, figures[name])
         if stages.STAGES[name].curriculum:
-            figures[name]["reachability"] = _reachability(config, console)
+            figures[name]["reachability"] = _reachability(config, name, console)
     return figures
 
 
 def _reachability(
-    config: ml_collections.ConfigDict, console: Console
+    config: ml_collections.ConfigDict, name: str, console: Console
 ) -> dict[str, Any] | None:
     """Whether seeds can come near the images; None where these cannot be opened."""
     drawn = config.data.seeds in seeds.DRAWN
@@ -401,7 +397,7 @@ def _reachability(
             role: data.open_source(config.data[role], config.data.data_dir)
             for role in roles
         }
-        found = reachability.of_config(config, sources)
+        found = reachability.of_config(config, sources, name)
     except UserError as error:
         say(console, f"reachability was not measured: {error}")
         return None

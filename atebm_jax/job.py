@@ -1,4 +1,4 @@
-"""One job from config to report: stage 1, stage 2, evaluation, sampling."""
+"""One job from config to report: its stages in turn, evaluation, sampling."""
 
 import contextlib
 import importlib.metadata
@@ -423,7 +423,8 @@ def _tell_ahead(job: Job, plans: Sequence[Plan], evaluation: Evaluation) -> None
     to_run = {plan.name for plan in plans}
     evaluated = [s for s in reached if reached[s] or s in to_run]
     say(job.console, f"ahead: {evaluation.cost_of_final(evaluated)}")
-    if any(p.method.curriculum and not reached[p.name] for p in to_train):
+    begins = any(p.method.curriculum and not reached[p.name] for p in to_train)
+    if begins and evaluation.reachability is not None:
         for line in reachability.lines(evaluation.reachability):
             say(job.console, line)
 

@@ -51,6 +51,7 @@ def measure(
     contrastive_step_size: float,
     num_sampling_steps: int,
     sampling_step_size: float | None,
+    stage: str = "stage2",
 ) -> Reachability:
     """Compares seeds with training images, and the distance with what steps can cover.
 
@@ -59,10 +60,11 @@ def measure(
       t_max, num_sampling_steps: most contrastive steps, and those of evaluation.
       contrastive_step_size, sampling_step_size: L2 pixels; the latter is None where
         steps have no given length.
+      stage: whose contrastive steps these are, to name its fields.
     """
     distance = _mean_distance(seeds, images)
     least = metrics.spectral_distance(seeds, images)
-    fields = ("stage2.t_max", "stage2.contrastive_step_size")
+    fields = (f"{stage}.t_max", f"{stage}.contrastive_step_size")
     ways = [_Way("contrastive images", t_max, contrastive_step_size, *fields)]
     if sampling_step_size is not None:
         fields = ("evaluate.samples.num_steps", "evaluate.samples.step_size")
@@ -75,6 +77,7 @@ def measure(
 def of_config(
     config: ml_collections.ConfigDict,
     sources: Mapping[str, data.Source],
+    stage: str,
     gaussian: seeds.Gaussian | None = None,
 ) -> Reachability:
     """`measure` on what a config trains on.
@@ -82,6 +85,7 @@ def of_config(
     Args:
       config: a complete config.
       sources: "train", and "seeds" where `config.data.seeds` names a source.
+      stage: one whose method has a curriculum.
       gaussian: what seeds are drawn from; by default it is fitted, where the config
         needs one, to the images that are compared.
 
@@ -112,10 +116,11 @@ def of_config(
     return measure(
         drawn,
         _pixels(images),
-        t_max=config.stage2.t_max,
-        contrastive_step_size=config.stage2.contrastive_step_size,
+        t_max=config[stage].t_max,
+        contrastive_step_size=config[stage].contrastive_step_size,
         num_sampling_steps=samples.num_steps,
         sampling_step_size=length if math.isfinite(length) else None,
+        stage=stage,
     )
 
 

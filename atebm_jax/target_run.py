@@ -38,7 +38,7 @@ from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.progress import say, waiting
 from atebm_jax.seeds import NOISE
-from atebm_jax.stages import STAGES
+from atebm_jax.stages import CONTRASTIVE, STAGES
 from atebm_jax.targets import Target
 from atebm_jax.train import jit_step, placed_state, plan_stage
 
@@ -48,14 +48,10 @@ _NUM_TRAIN = {
     "tfds:cifar10:train": 50_000,
     "tfds:cifar100:train": 50_000,
 }
-# The scopes of loops, as traced: of PGD's steps, by their names in `dry_run`, the
-# longest first, and of the parts of a batch.
-_CLIMBS = {
-    "outside step": "outside/adversary/climb",
-    "adversary step": "adversary/climb",
-    "contrastive step": "climb",
-}
+# The scopes of loops, as traced: of the parts of a batch, and of any climb, which is a
+# sampler's only one.
 _PARTS = "parts"
+_CLIMB = {CONTRASTIVE: "climb"}
 _MOST_DOUBLINGS = 4
 
 #: What `run` can compile.
@@ -217,43 +213,59 @@ def estimate(
     return of
 
 
-def _part(loop: hlo.Loop) -> str:
+def climbs_of(config: ml_collections.ConfigDict, name: str) -> dict[str, str]:
+    """The parts of a stage that climb, and the scopes of their loops."""
+    parts = STAGES[name].parts(config[name])
+    return {part: declared.scope for part, declared in parts.items() if declared.scope}
+
+
+def _part(loop: hlo.Loop, climbs: Mapping[str, str]) -> str:
     """Which of a step's loops this is; "" for sorts, searches and the like."""
     if loop.scope.endswith(f"{_PARTS}/while"):
         return _PARTS
-    for part, scope in _CLIMBS.items():
+    # The longest scope first: others may be its end.
+    for part, scope in sorted(climbs.items(), key=lambda item: -len(item[1])):
         if f"/{scope}/while/" in f"/{loop.scope}/":
             return part
     return ""
 
 
-def _loops(program: hlo.Program, name: str = "") -> Iterator[tuple[str, hlo.Loop]]:
+def _loops(
+    program: hlo.Program, climbs: Mapping[str, str], name: str = ""
+) -> Iterator[tuple[str, hlo.Loop]]:
     """The loops of a batch's parts and of PGD; of one climb's nest only the outermost.
 
     A sampler climbs in a loop of one turn around the loop of steps, where the compiler
     has not removed it; what a step itself searches for stands further inside.
     """
     for loop in program.loops(name):
-        part = _part(loop)
+        part = _part(loop, climbs)
         if part:
             yield part, loop
-        if part not in _CLIMBS:
-            yield from _loops(program, loop.body)
+        if part not in climbs:
+            yield from _loops(program, climbs, loop.body)
 
 
 def times(
-    program: hlo.Program, target: Target, *, parts: int, dtype: str = "bfloat16"
+    program: hlo.Program,
+    target: Target,
+    climbs: Mapping[str, str],
+    *,
+    parts: int,
+    dtype: str = "bfloat16",
 ) -> dict[str, float]:
     """Seconds of a step's parts.
 
     Args:
       program, target: a compiled step, and what it was compiled for.
+      climbs: as of `climbs_of`.
       parts, dtype: micro-batches, and the network's dtype.
 
     Returns:
-      Each of `_CLIMBS` that has a loop (one step, of the whole batch), and "rest".
+      Each of the climbs that has a loop (one step, of the whole batch), and "rest".
     """
-    own_seconds, loops = estimate(program, target, dtype), list(_loops(program))
+    own_seconds = estimate(program, target, dtype)
+    loops = list(_loops(program, climbs))
 
     def taking(climbed: str) -> float:
         bodies = {
@@ -264,7 +276,7 @@ def times(
 
     rest = taking("")
     there = {part for part, _ in loops}
-    result = {part: taking(part) - rest for part in reversed(_CLIMBS) if part in there}
+    result = {part: taking(part) - rest for part in climbs if part in there}
     return result | {"rest": rest}
 
 
@@ -273,14 +285,16 @@ def whole(seconds: Mapping[str, float], turns: Mapping[str, int]) -> float:
 
     What runs without a loop of its own is in the rest.
     """
-    climbs = (turns.get(part, 0) * seconds.get(part, 0.0) for part in _CLIMBS)
+    climbs = (turns[part] * x for part, x in seconds.items() if part != "rest")
     return seconds["rest"] + sum(climbs)
 
 
-def communication(program: hlo.Program) -> dict[str, dict[str, dict[str, int]]]:
+def communication(
+    program: hlo.Program, climbs: Mapping[str, str]
+) -> dict[str, dict[str, dict[str, int]]]:
     """Collectives by place and kind: how many, and the bytes of their results."""
     loops = program.all_loops()
-    inner = [loop for part, loop in _loops(program) if part in _CLIMBS]
+    inner = [loop for part, loop in _loops(program, climbs) if part in climbs]
     in_pgd = {line for loop in inner for line in program.reachable(loop.body)}
     in_loops = {line for loop in loops for line in program.reachable(loop.body)}
     places = {
@@ -319,13 +333,14 @@ def figures(
     if compiled.program is None:
         return result
     dtype, parts = config.model.dtype, block.num_micro_batches
-    seconds = times(compiled.program, target, parts=parts, dtype=dtype)
+    climbs = climbs_of(config, name)
+    seconds = times(compiled.program, target, climbs, parts=parts, dtype=dtype)
     most = target.num_devices * peak(target, dtype)
     return result | {
         "time_is": _basis(target, dtype),
         "seconds": seconds,
         "step": steps(config, name, seconds, step_flops, most),
-        "collectives": communication(compiled.program),
+        "collectives": communication(compiled.program, climbs),
     }
 
 
@@ -342,10 +357,11 @@ def steps(
     peak of all devices, in FLOP/s.
     """
     block, images = config[name], num_images(config)
-    turns = STAGES[name].turns(block)
+    parts = STAGES[name].parts(block)
+    turns = {part: declared.turns for part, declared in parts.items()}
     at: dict[str, dict[str, float]] = {}
     for moment in dry_run.moments(name, turns):
-        step = whole(seconds, {**turns, "contrastive step": moment})
+        step = whole(seconds, {**turns, CONTRASTIVE: moment})
         at[f"T={moment}"] = {
             "seconds": step,
             "share_of_peak": step_flops(moment) / (step * most),
@@ -492,15 +508,15 @@ def _sample(
     made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
         number = recipe.num_steps
-        taken = times(compiled.program, target, parts=1, dtype=dtype)
+        taken = times(compiled.program, target, _CLIMB, parts=1, dtype=dtype)
         one = f"step of {drawing.CHUNK} images"
-        climb = {"contrastive step": number}
+        climb = {CONTRASTIVE: number}
         made |= {
             "time_is": _basis(target, dtype),
             "num_steps": number,
-            "seconds": {one: taken.get("contrastive step", 0.0), "rest": taken["rest"]},
+            "seconds": {one: taken.get(CONTRASTIVE, 0.0), "rest": taken["rest"]},
             "samples_per_second": len(devices) * drawing.CHUNK / whole(taken, climb),
-            "collectives": communication(compiled.program),
+            "collectives": communication(compiled.program, _CLIMB),
         }
     title = f"samples of {recipe.num_steps} steps, {drawing.CHUNK} at once"
     _show(console, config, title, made)
@@ -577,7 +593,7 @@ def _autoattack(
                 "rounds": rounds,
                 "seconds": {f"round of {size} images": seconds},
                 "images_per_second": size / (rounds * seconds),
-                "collectives": communication(compiled.program),
+                "collectives": communication(compiled.program, _CLIMB),
             }
         title = f"{name}, {plan.norm} {plan.epsilon:.4g}, batch {size}"
         _show(console, config, title, made)

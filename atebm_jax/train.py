@@ -261,7 +261,7 @@ def plan_stage(
             num_classes=config.model.num_classes,
             batch_size=block.batch_size,
             classifies=method.classifies(block),
-            t_max=method.contrastive_steps(block),
+            t_max=method.t_max(block),
             auc_window=method.window(block),
             trained=bool(method.starts_from) and config.init_from != RANDOM,
         ),

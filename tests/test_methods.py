@@ -1,5 +1,6 @@
 """Other training methods, JEM and RATIO: losses, one step, replay buffer, resuming."""
 
+import io
 import json
 
 import flax
@@ -11,21 +12,26 @@ import pytest
 import reference
 import tiny
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from atebm_jax import (
     UserError,
+    ascent,
     checkpoint,
     command_line,
     config,
     dry_run,
     hlo,
     losses,
+    models,
     optim,
     sharding,
     stages,
+    target_run,
     train,
     train_step,
 )
+from atebm_jax.evaluate import cost
 from atebm_jax.metric_writer import MetricWriter, read_metrics
 from atebm_jax.stages import jem
 
@@ -354,9 +360,63 @@ def test_dry_run_counts_the_climbs_of_a_method():
     ratio_cost = dry_run.measure(settings("ratio"), "ratio")
     turns = {"adversary step": 10, "outside step": 20, "loss gradient": 1}
     assert ratio_cost.turns == turns
-    for cost in (jem_cost, ratio_cost):
-        assert cost.flops.keys() == cost.turns.keys()
-        assert cost.step_flops(16, 2) > 0
+    for measured in (jem_cost, ratio_cost):
+        assert measured.flops.keys() == measured.turns.keys()
+        assert measured.step_flops(16, 2) > 0
+
+
+def noisy(model, block):
+    """E[s(x + n)], n with 7 steps towards the score: one batch, no labels, no CE."""
+
+    def adversaries(key, variables, extra, batch):
+        x = batch["x_gen"]
+        score = lambda x: models.freeze(model, variables, x.shape[1:])(x).max(axis=1)
+        with jax.named_scope("noise"):
+            return {"x": ascent.climb(score, x, step_size=0.1, num_steps=7)}
+
+    def loss(params, batch_stats, batch, made):
+        variables = {"params": params, "batch_stats": batch_stats}
+        (made, real), _ = models.one_pass(
+            model, variables, [made["x"], batch["x_gen"]], frozen=True
+        )
+        loss = ((real - made) ** 2).mean()
+        return loss, (batch_stats, {"loss_smooth": loss})
+
+    return stages.Stage(("gen",), adversaries, loss)
+
+
+NOISY = stages.Method(
+    ("gen",),
+    noisy,
+    parts=lambda block: {
+        "noise step": stages.Part(
+            7, lambda logits, y: logits.max(axis=1), "noise/climb"
+        )
+    },
+    loss_passes=lambda block: 6,
+)
+
+
+def test_new_method_is_a_file_and_a_line_of_the_table(monkeypatch, tmp_path):
+    """Without labels, with a climb of its own: trained, counted, shown."""
+    monkeypatch.setitem(stages.STAGES, "noisy", NOISY)
+    counts = {k: TINY[k] for k in list(TINY)[:5] if k != "warmup_steps"}
+    chosen = tiny.config(
+        stages="noisy", **{f"noisy.{name}": value for name, value in counts.items()}
+    )
+    report, printed = tiny.run(chosen, tmp_path)
+    assert report["stages"]["noisy"]["step"] == 6 and "diverged" not in report
+    assert " smooth 0." in printed
+    found = dry_run.run(chosen, dry_run.Machine(), console=Console(file=io.StringIO()))
+    flops, turns = found["noisy"]["flops"], found["noisy"]["turns"]
+    assert turns == {"noise step": 7, "loss gradient": 1}
+    # Forward and backward of one image, against both for two by the parameters too.
+    assert flops["noise step"] == pytest.approx(flops["loss gradient"] / 3, rel=0.15)
+    (seconds,) = found["noisy"]["seconds_per_step"].values()
+    once = 16 * (7 * flops["noise step"] + flops["loss gradient"])
+    assert seconds == pytest.approx(once / (989e12 * 0.4))
+    assert cost.passes_of_training(chosen, "noisy") == 7 * 2 + 6
+    assert target_run.climbs_of(chosen, "noisy") == {"noise step": "noise/climb"}
 
 
 @pytest.fixture(scope="module")

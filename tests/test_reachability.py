@@ -135,6 +135,21 @@ def test_what_the_warning_says_would_do_does(sets):
         assert measured(sets, "noise", *settings).sentence is None
 
 
+def test_fields_of_the_warning_are_those_of_the_stage(sets):
+    config = load_config(f"{CONFIGS}/cifar10.py:small")
+    images = np.round(255 * sets[0]).astype(np.uint8)
+    sources = {"train": data.ArraySource(images, np.zeros(len(images), np.int64))}
+    config.data.seeds, config.another = (
+        "noise",
+        config.stage2.copy_and_resolve_references(),
+    )
+    config.another.update(t_max=20, contrastive_step_size=0.2)
+    found = reachability.of_config(config, sources, "another")
+    assert found.farthest_contrastive == pytest.approx(4.0)
+    assert "--config.another.t_max=" in found.sentence
+    assert "stage2" not in found.sentence
+
+
 def test_samples_that_cannot_come_near_are_told_by_their_own_fields(sets):
     found = measured(sets, "noise", 40, 1.0, sampling_step_size=0.1)
     assert "samples go no farther than 3.5 (35 steps of 0.1)" in found.sentence
@@ -162,7 +177,7 @@ def test_classes_too_many_for_gaussians_are_told_before_a_run():
     images = np.zeros((4, 32, 32, 3), np.uint8)
     sources = {"train": data.ArraySource(images, np.arange(4), num_classes=100)}
     with pytest.raises(UserError, match="100 classes are too large to be kept"):
-        reachability.of_config(config, sources)
+        reachability.of_config(config, sources, "stage2")
 
 
 def test_seeds_that_are_the_training_images_do_not_meet_themselves(sets):
@@ -186,7 +201,7 @@ def test_digits_are_warned_of_where_their_runs_fail(settings, warned):
     config = load_config(f"{CONFIGS}/digits.py")
     config.update_from_flattened_dict(settings)
     sources = {"train": data.open_source(config.data.train)}
-    found = reachability.of_config(config, sources)
+    found = reachability.of_config(config, sources, "stage2")
     assert (found.sentence is not None) == warned
     assert "samples go" not in (found.sentence or "")
 
@@ -207,7 +222,7 @@ def test_cifar10_is_warned_of_where_its_runs_fail(tfds_dir, seeds, t_max, step, 
     sources = {"train": data.open_source(config.data.train, tfds_dir)}
     if seeds != "noise":
         sources["seeds"] = data.open_source(seeds, tfds_dir)
-    found = reachability.of_config(config, sources)
+    found = reachability.of_config(config, sources, "stage2")
     assert 15 < found.distance < 25
     assert (found.sentence is not None) == warned
 
@@ -217,11 +232,11 @@ def test_large_photographs_reach_others_and_noise_does_not(tfds_dir):
     halves = ("tfds:imagenet_sample:train[:50%]", "tfds:imagenet_sample:train[50%:]")
     train, seeds = (data.open_source(half, tfds_dir) for half in halves)
     config.data.seeds = halves[1]
-    near = reachability.of_config(config, {"train": train, "seeds": seeds})
+    near = reachability.of_config(config, {"train": train, "seeds": seeds}, "stage2")
     config.data.seeds = "gaussian"
-    drawn = reachability.of_config(config, {"train": train})
+    drawn = reachability.of_config(config, {"train": train}, "stage2")
     config.data.seeds = "noise"
-    noise = reachability.of_config(config, {"train": train})
+    noise = reachability.of_config(config, {"train": train}, "stage2")
     assert near.sentence is None and drawn.sentence is None
     assert near.distance > 100 and noise.distance > 100
     assert near.least_distance < 30 and noise.least_distance > 100

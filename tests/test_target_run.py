@@ -70,12 +70,15 @@ def settings(**overrides):
     return tiny.config(**chosen | overrides)
 
 
-def compiled(gib, temporaries=None):
+STAGE2 = target_run.climbs_of(settings(), "stage2")
+
+
+def compiled(gib, temporaries=None, text=STEP):
     """A step that needs so much; of it temporaries."""
     needed = int(gib * GIB)
     inner = int((gib - 1 if temporaries is None else temporaries) * GIB)
     memory = {"arguments": needed - inner, "temporaries": inner, "needed": needed}
-    return Compiled(hlo.Program(STEP), memory, 1.0)
+    return Compiled(hlo.Program(text), memory, 1.0)
 
 
 @pytest.fixture
@@ -139,7 +142,9 @@ def test_without_the_compiler_the_extra_is_named(name, extra, monkeypatch):
 
 
 def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
-    found = target_run.times(hlo.Program(STEP), targets.parse("v5e:2x4"), parts=2)
+    found = target_run.times(
+        hlo.Program(STEP), targets.parse("v5e:2x4"), STAGE2, parts=2
+    )
     second = 197e12 / 131_072  # cycles
     cycles = {name: round(seconds * second) for name, seconds in found.items()}
     rest = 2 * 10_000 + 1 + 5
@@ -154,7 +159,9 @@ def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
 
 def test_attacks_inside_and_outside_take_the_turns_of_their_own():
     text = STEP.replace("body/climb/while", "body/outside/adversary/climb/while")
-    found = target_run.times(hlo.Program(text), targets.parse("v5e:2x4"), parts=1)
+    climbs = target_run.climbs_of(settings(), "ratio")
+    target = targets.parse("v5e:2x4")
+    found = target_run.times(hlo.Program(text), target, climbs, parts=1)
     second = 197e12 / 131_072  # cycles
     cycles = {name: round(seconds * second) for name, seconds in found.items()}
     rest = 10_000 + 1 + 5
@@ -167,23 +174,31 @@ def test_attacks_inside_and_outside_take_the_turns_of_their_own():
     assert target_run.whole(cycles, turns) == rest + 3 * 100 + 20 * 1000
 
 
-def test_attacks_inside_and_outside_are_traced_in_scopes_of_their_own():
-    config = settings()
+@pytest.mark.parametrize("name", STAGES)
+def test_climbs_are_traced_in_the_scopes_that_their_method_declares(name):
+    config = settings(**{f"{name}.batch_size": 2})
     model, shape = models.build(config.model), tuple(config.data.image_shape)
-    stage = STAGES["ratio"].build(model, config.ratio)
+    stage = STAGES[name].build(model, config[name])
     batch = dry_run.batch_shapes(stage, shape, 2)
+    key = jax.random.key(0)
+    extra = jax.eval_shape(lambda key: stage.init(key, shape), key)
     lowered = jax.jit(stage.adversaries).lower(
-        None, models.variable_shapes(model, shape), None, batch
+        key if stage.needs_key else None,
+        models.variable_shapes(model, shape),
+        extra,
+        batch,
     )
     text = lowered.as_text(debug_info=True)
     loops = set(re.findall(r"/([\w/]*climb)/while", text))
-    assert loops == {"adversary/climb", "outside/adversary/climb"}
+    assert loops == set(target_run.climbs_of(config, name).values())
+    assert name != "ratio" or loops == {"adversary/climb", "outside/adversary/climb"}
 
 
 def test_chains_of_jem_take_their_turns_and_no_adversary(monkeypatch):
     monkeypatch.setattr(targets, "devices", lambda target: range(8))
     config = settings(**{"jem.sgld_steps": 4})
-    one = compiled(1)
+    attack = next(line for line in STEP.splitlines() if "/adversary/" in line)
+    one = compiled(1, text=STEP.replace(attack, ""))
     asked = []
     made = target_run.figures(
         config, "jem", targets.parse("v5e:2x4"), one, lambda t: asked.append(t) or 1.0
@@ -194,7 +209,9 @@ def test_chains_of_jem_take_their_turns_and_no_adversary(monkeypatch):
 
 
 def test_time_on_a_gpu_is_what_bytes_and_flops_of_its_kernels_take():
-    found = target_run.times(hlo.Program(STEP), targets.parse("h100:8"), parts=1)
+    found = target_run.times(
+        hlo.Program(STEP), targets.parse("h100:8"), STAGE2, parts=1
+    )
     assert found["contrastive step"] == pytest.approx((4 + 1) * 4 / 3.35e12, rel=0.3)
 
 
@@ -223,7 +240,7 @@ def test_network_in_float32_on_a_gpu_is_told_so(pretend):
 
 
 def test_communication_is_told_by_place():
-    found = target_run.communication(hlo.Program(STEP))
+    found = target_run.communication(hlo.Program(STEP), STAGE2)
     assert found["in the loops of PGD"] == found["in other loops"] == {}
     assert found["outside of loops"] == {"all-reduce": {"number": 1, "bytes": 4096}}
 

@@ -74,7 +74,8 @@ class Context:
     model: nn.Module
     variables: Any  #: averaged weights, on every device
     mesh: Mesh
-    sources: Mapping[str, data.Source]  #: "train", "eval", "test", those of Options.ood
+    #: "train", "eval", "test", "seeds" where they are read, those of Options.ood
+    sources: Mapping[str, data.Source]
     #: of the sources, as of `fingerprint`
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
     store: Store = dataclasses.field(default_factory=lambda: Store(None, {}))

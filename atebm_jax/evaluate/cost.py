@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from atebm_jax import drawing
-from atebm_jax.stages import STAGES
+from atebm_jax.stages import CONTRASTIVE, STAGES
 
 _FORWARD, _BY_IMAGE = 1, 2
 # Records of training whose median is its speed; the first of all compiles.
@@ -39,10 +39,13 @@ def passes_of_training(
     config: ml_collections.ConfigDict, stage: str, contrastive_steps: int = 0
 ) -> int:
     """Passes of a training step for one image of each of its streams, at T steps."""
-    settings = config[stage]
-    passes = STAGES[stage].passes(settings, contrastive_steps)
-    if "adversary" in settings:
-        passes += _passes_of_attack(settings.adversary)
+    method, settings = STAGES[stage], config[stage]
+    passes = method.loss_passes(settings)
+    for name, part in method.parts(settings).items():
+        counted = method.curriculum and name == CONTRASTIVE
+        turns = contrastive_steps if counted else part.turns
+        passes += turns * (_BY_IMAGE if part.scope else _FORWARD)
+        passes += part.keep_best * _FORWARD
     return passes
 
 
@@ -92,7 +95,8 @@ def of_periodic(
     if passes <= total * step / 2:
         return None
     return (
-        f"{number} evaluations on the way take {passes / (total * step):.2g} times as "
+        f"{number} evaluation{'s' * (number > 1)} on the way "
+        f"take{'s' * (number == 1)} {passes / (total * step):.2g} times as "
         f"many passes of an image as {total:,} steps of {name}: less with "
         f"a larger config.{stage}.eval_every_steps, or a smaller "
         "config.evaluate.num_examples or config.evaluate.samples.num."
@@ -101,7 +105,7 @@ def of_periodic(
 
 def _longest_step(config: ml_collections.ConfigDict, stage: str) -> tuple[int, str]:
     """Passes of a step of a stage, at T_max where it has a T, and its name."""
-    t_max = STAGES[stage].contrastive_steps(config[stage])
+    t_max = STAGES[stage].t_max(config[stage])
     passes = config[stage].batch_size * passes_of_training(config, stage, t_max)
     return passes, f"{stage} at T_max" if t_max else stage
 

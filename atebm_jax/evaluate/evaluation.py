@@ -1,6 +1,7 @@
 """Held-out evaluation of a job: while it trains, and for its report."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,10 +110,16 @@ class Evaluation:
         return cost.of_final(self._config, stages, num_test, records)
 
     @functools.cached_property
-    def reachability(self) -> Reachability:
-        """How far seeds are from training images, and how far steps go."""
-        context = self._context
-        return of_config(self._config, context.sources, context.gaussian)
+    def reachability(self) -> Reachability | None:
+        """How far seeds are from training images, and how far steps go.
+
+        Of the first stage to run that has a curriculum; None without one.
+        """
+        for name in configuration.stages_to_run(self._config):
+            if STAGES[name].curriculum:
+                context = self._context
+                return of_config(self._config, context.sources, name, context.gaussian)
+        return None
 
     def _measure(
         self, folders: dict[str, epath.Path], ended: dict[str, Any], show: ShowFn
@@ -151,8 +158,7 @@ class Evaluation:
         num_test = self._config.evaluate.samples.num_test
         real, labels = self._context.images("test", num_test)
         reached = {}
-        to_run = configuration.stages_to_run(self._config)
-        if any(STAGES[name].curriculum for name in to_run):
+        if self.reachability is not None:
             reached["reachability"] = self.reachability._asdict()
         return {
             "stages": stages,
@@ -180,17 +186,7 @@ class Evaluation:
             f"{self._reference.pca.n_components_} principal components of the training "
             "pixels (not FID)."
         )
-        notes, settings = [robust, drawn], self._config.data
-        trained_on_gen = {"gen" in STAGES[name].streams for name in stages}
-        if len(trained_on_gen) == 2 and settings.augment_gen != settings.augment_cls:
-            # Not all of stage 2's gain is that of the energy.
-            notes.append(
-                "Stage 2 also sees the training images under the weaker augmentation "
-                f"of the generative batch ({settings.augment_gen or 'none'} instead of "
-                f"{settings.augment_cls}): part of its gain over stage 1 comes from "
-                "that."
-            )
-        return notes
+        return [robust, drawn, *augmentation_notes(self._config, list(stages))]
 
     def _evaluate(
         self, role: str, variables: Any, limit: int, num: int, show: ShowFn
@@ -231,3 +227,22 @@ class Evaluation:
         settings = self._config.evaluate.samples
         images, labels = self._context.images("train", settings.num_reference)
         return pixel_scores.make_reference(images, labels, settings)
+
+
+def augmentation_notes(
+    config: ml_collections.ConfigDict, stages: Sequence[str]
+) -> list[str]:
+    """Of which stages not all of the gain is that of the energy."""
+    weaker, strong = config.data.augment_gen, config.data.augment_cls
+    notes = []
+    for name in stages:
+        before = STAGES[name].starts_from
+        both = before in stages and "gen" in STAGES[name].streams
+        if both and "gen" not in STAGES[before].streams and weaker != strong:
+            later, earlier = (x.replace("stage", "stage ") for x in (name, before))
+            notes.append(
+                f"{later.capitalize()} also sees the training images under the weaker "
+                f"augmentation of the generative batch ({weaker or 'none'} instead of "
+                f"{strong}): part of its gain over {earlier} comes from that."
+            )
+    return notes

@@ -6,6 +6,7 @@ optimiser differentiates, with those images as constants.
 
 from atebm_jax.stages import adversarial, jem, joint, ratio
 from atebm_jax.stages.method import Batch, Method, Stage, Variables
+from atebm_jax.stages.parts import CONTRASTIVE, Part
 
 #: The methods by their block of the config, in the order of a job; the only list.
 STAGES: dict[str, Method] = {
@@ -18,4 +19,5 @@ STAGES: dict[str, Method] = {
 #: Those of the paper's method, one after the other.
 PAPER = ("stage1", "stage2")
 
-__all__ = ["PAPER", "STAGES", "Batch", "Method", "Stage", "Variables"]
+__all__ = ["CONTRASTIVE", "PAPER", "STAGES"]
+__all__ += ["Batch", "Method", "Part", "Stage", "Variables"]

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from atebm_jax import attacks, losses, metrics, models
+from atebm_jax import attacks, models
+from atebm_jax.stages import method
 from atebm_jax.stages.method import Batch, Method, Stage, Variables, with_spread
 
 STREAMS = ("cls",)
@@ -35,13 +36,8 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         (logits,), batch_stats = models.one_pass(
             model, variables, [made["x_adv"]], frozen=False
         )
-        loss_ce = losses.cross_entropy(logits, batch["y_cls"]).mean()
-        outputs = {
-            "loss_ce": loss_ce,
-            "accuracy_adv": metrics.accuracy(logits, batch["y_cls"]).mean(),
-            "logits_adv": logits,
-        }
-        return loss_ce, (batch_stats, outputs)
+        outputs = method.classified(logits, batch["y_cls"])
+        return outputs["loss_ce"], (batch_stats, outputs)
 
     return Stage(STREAMS, adversaries, loss, with_spread)
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from atebm_jax import ascent, energy, losses, metrics, models
+from atebm_jax import ascent, energy, metrics, models
 from atebm_jax.errors import UserError
+from atebm_jax.stages import method
 from atebm_jax.stages.method import Batch, Method, Stage, Variables, with_spread
+from atebm_jax.stages.parts import CONTRASTIVE, Part
 
 STREAMS = ("gen", "cls")
 
@@ -66,22 +68,18 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         images = [made["x_cls"], made["x_gen"], made["x_sampled"]]
         variables = {"params": params, "batch_stats": batch_stats}
-        (classified, real, sampled), _ = models.one_pass(
+        (clean, real, sampled), _ = models.one_pass(
             model, variables, images, frozen=True
         )
         scores = {"real": energy.score(real), "contrastive": energy.score(sampled)}
-        loss_ce = losses.cross_entropy(classified, batch["y_cls"]).mean()
-        loss_energy = scores["contrastive"].mean() - scores["real"].mean()
         outputs = {
-            "loss_ce": loss_ce,
-            "loss_energy": loss_energy,
-            "accuracy": metrics.accuracy(classified, batch["y_cls"]).mean(),
-            "logits_adv": classified,
+            **method.classified(clean, batch["y_cls"], "accuracy"),
+            "loss_energy": scores["contrastive"].mean() - scores["real"].mean(),
             "x_sampled": made["x_sampled"],
             "places": made["places"],
             **{f"each_{name}": value for name, value in scores.items()},
         }
-        return loss_ce + loss_energy, (batch_stats, outputs)
+        return outputs["loss_ce"] + outputs["loss_energy"], (batch_stats, outputs)
 
     return Stage(
         streams=STREAMS,
@@ -180,7 +178,6 @@ METHOD = Method(
     build,
     block=_block,
     check=_check,
-    # Steps of the chains, and gradients of three sets of images.
-    passes=lambda block, steps: 2 * block.sgld_steps + 3 * 3,
-    turns=lambda block: {"contrastive step": block.sgld_steps},
+    parts=lambda block: {CONTRASTIVE: Part(block.sgld_steps, energy.score, "climb")},
+    loss_passes=lambda block: 3 * 3,
 )

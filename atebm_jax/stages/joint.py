@@ -11,7 +11,9 @@ import ml_collections
 from atebm_jax import ascent, attacks, curriculum, energy, losses, metrics, models
 from atebm_jax.curriculum import Curriculum
 from atebm_jax.errors import UserError, check_choice
+from atebm_jax.stages import method
 from atebm_jax.stages.method import Batch, Method, Stage, Variables, with_spread
+from atebm_jax.stages.parts import CONTRASTIVE, Part, attack
 
 STREAMS = ("gen", "cls", "ood")
 
@@ -82,17 +84,14 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
             [batch["x_gen"], made["x_contrastive"], made["x_adv"]],
             frozen=config.normalization == "frozen",
         )
-        loss_ce = losses.cross_entropy(adversarial, batch["y_cls"]).mean()
         loss_bce = losses.contrastive_bce(energy.score(real), energy.score(contrastive))
-        total = weights["ce"] * loss_ce + weights["bce"] * loss_bce
         outputs = {
-            "loss_ce": loss_ce,
+            **method.classified(adversarial, batch["y_cls"]),
             "loss_bce": loss_bce,
-            "accuracy_adv": metrics.accuracy(adversarial, batch["y_cls"]).mean(),
-            "logits_adv": adversarial,
             "travel": made["travel"],
             **_scores(real, contrastive, made["seed_logits"], batch["y_gen"]),
         }
+        total = weights["ce"] * outputs["loss_ce"] + weights["bce"] * loss_bce
         if with_r1:
             logits_fn = models.logits_fn(model, variables)
             r1 = losses.r1(lambda x: energy.score(logits_fn(x)), batch["x_gen"])
@@ -181,12 +180,6 @@ def _window(block: ml_collections.ConfigDict) -> int:
     return curriculum.window_length(block.auc_window_images, block.batch_size)
 
 
-def _passes(block: ml_collections.ConfigDict, steps: int) -> int:
-    """Contrastive steps, the seeds' scores, and gradients of three sets of images."""
-    regularised = block.weight_r1 > 0 or block.log_r1
-    return 2 * steps + 1 + 3 * 3 + 6 * regularised
-
-
 METHOD = Method(
     STREAMS,
     build,
@@ -196,12 +189,12 @@ METHOD = Method(
     starts_from="stage1",
     classifies=lambda block: block.weight_ce > 0,
     curriculum=True,
-    contrastive_steps=lambda block: block.t_max,
     window=_window,
-    passes=_passes,
-    turns=lambda block: {
-        "contrastive step": block.t_max,
-        "seed scores": 1,
-        "adversary step": block.adversary.num_steps,
+    parts=lambda block: {
+        CONTRASTIVE: Part(block.t_max, energy.score, "climb"),
+        "seed scores": Part(1, energy.score),
+        "adversary step": attack(block.adversary),
     },
+    # Of three sets of images, and of R1, which differentiates twice.
+    loss_passes=lambda block: 3 * 3 + 6 * (block.weight_r1 > 0 or block.log_r1),
 )

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from atebm_jax import losses, metrics
+from atebm_jax.stages.parts import Part, attack
+
 Batch = Mapping[str, jax.Array]
 Variables = Mapping[str, Any]
 
@@ -24,7 +27,9 @@ class Stage(NamedTuple):
     #: outputs, scalars are means over it and arrays [B, ...] are per image.
     loss: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
     #: outputs of a whole batch -> scalar metrics. Apart from the loss, so that a batch
-    #: may pass in parts and still be ranked as one.
+    #: may pass in parts and still be ranked as one. `health` watches those it knows:
+    #: "loss_ce" and "accuracy_adv" (or "accuracy") of a method that classifies,
+    #: "logit_spread", "score_real" and "score_contrastive". Every "loss_NAME" is shown.
     statistics: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
     #: (key, image_shape) -> the extra state before the first step, a pytree of arrays
     init: Callable[[Any, tuple[int, ...]], Any] = lambda key, image_shape: ()
@@ -42,7 +47,7 @@ class Stage(NamedTuple):
 class Method(NamedTuple):
     """A training method: one file of this folder, and one line of `stages.STAGES`."""
 
-    #: the batches it takes, of "gen", "cls" and "ood"; "ood" are seeds
+    #: the batches it takes, of "gen", "cls" (read in any case) and "ood", the seeds
     streams: tuple[str, ...]
     #: (model, block of the config) -> Stage; refuses values that it cannot use
     build: Callable[[nn.Module, ml_collections.ConfigDict], Stage]
@@ -57,17 +62,36 @@ class Method(NamedTuple):
     whole_batch: Callable[[ml_collections.ConfigDict], bool] = lambda block: False
     #: block -> whether the cross-entropy has a weight
     classifies: Callable[[ml_collections.ConfigDict], bool] = lambda block: True
-    curriculum: bool = False  #: whether T contrastive steps lead from the seeds
-    #: block -> T_max; 0 for a method without a curriculum
-    contrastive_steps: Callable[[ml_collections.ConfigDict], int] = lambda block: 0
+    #: whether T contrastive steps lead from the seeds: its block has `t_max` and
+    #: `contrastive_step_size`, its metrics "T" and "auc", its `parts` CONTRASTIVE
+    curriculum: bool = False
     #: block -> steps in the window of the AUC
     window: Callable[[ml_collections.ConfigDict], int] = lambda block: 1
-    #: (block, T) -> passes of an image through the network in one step, beside those of
-    #: the adversary (`evaluate.cost`)
-    passes: Callable[[ml_collections.ConfigDict, int], int] = lambda block, steps: 3
-    #: block -> how often a step climbs at most, by the parts of `dry_run`
-    turns: Callable[[ml_collections.ConfigDict], dict[str, int]] = lambda block: {
-        "adversary step": block.adversary.num_steps
+    #: block -> what a step does before the gradient of its loss, by the names that
+    #: costs are told with
+    parts: Callable[[ml_collections.ConfigDict], dict[str, Part]] = lambda block: {
+        "adversary step": attack(block.adversary)
+    }
+    #: block -> passes that the gradient of the loss takes, for one image of each
+    #: stream: 3 for each set of images (`evaluate.cost`)
+    loss_passes: Callable[[ml_collections.ConfigDict], int] = lambda block: 3
+
+    def t_max(self, block: ml_collections.ConfigDict) -> int:
+        """T_max; 0 for a method without a curriculum."""
+        return block.t_max if self.curriculum else 0
+
+
+def classified(
+    logits: jax.Array, labels: jax.Array, accuracy: str = "accuracy_adv"
+) -> dict[str, jax.Array]:
+    """Outputs of a loss: the mean cross-entropy (nats), the accuracy, and the logits.
+
+    The accuracy is called "accuracy" where the images are not adversarial.
+    """
+    return {
+        "loss_ce": losses.cross_entropy(logits, labels).mean(),
+        accuracy: metrics.accuracy(logits, labels).mean(),
+        "logits_adv": logits,
     }
 
 

@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from atebm_jax import attacks, losses, metrics, models
+from atebm_jax import attacks, losses, models
+from atebm_jax.stages import method
 from atebm_jax.stages.method import Batch, Method, Stage, Variables, with_spread
+from atebm_jax.stages.parts import attack
 
 STREAMS = ("cls", "ood")
 
@@ -49,15 +51,10 @@ def build(model: nn.Module, config: ml_collections.ConfigDict) -> Stage:
         (adversarial, outside), batch_stats = models.one_pass(
             model, variables, images, frozen=False
         )
-        loss_ce = losses.cross_entropy(adversarial, batch["y_cls"]).mean()
-        loss_uniform = losses.from_uniform(outside).mean()
-        outputs = {
-            "loss_ce": loss_ce,
-            "loss_uniform": loss_uniform,
-            "accuracy_adv": metrics.accuracy(adversarial, batch["y_cls"]).mean(),
-            "logits_adv": adversarial,
-        }
-        return 0.5 * (loss_ce + loss_uniform), (batch_stats, outputs)
+        outputs = method.classified(adversarial, batch["y_cls"])
+        outputs["loss_uniform"] = losses.from_uniform(outside).mean()
+        total = 0.5 * (outputs["loss_ce"] + outputs["loss_uniform"])
+        return total, (batch_stats, outputs)
 
     return Stage(STREAMS, adversaries, loss, with_spread)
 
@@ -74,10 +71,10 @@ METHOD = Method(
     build,
     block=_block,
     whole_batch=lambda block: True,
-    # Both halves are differentiated; the classifier's adversary counts elsewhere.
-    passes=lambda block, steps: 2 * block.ood_adversary.num_steps + 3 * 2,
-    turns=lambda block: {
-        "adversary step": block.adversary.num_steps,
-        "outside step": block.ood_adversary.num_steps,
+    parts=lambda block: {
+        "adversary step": attack(block.adversary),
+        "outside step": attack(block.ood_adversary, "outside/adversary/climb"),
     },
+    # Both halves are differentiated.
+    loss_passes=lambda block: 3 * 2,
 )

@@ -73,5 +73,8 @@ def test_periodic_evaluations_are_told_where_they_cost_over_half_of_training():
     share = 3 * (40 * 42 + 32 * 60) / (100 * 16 * 13)
     assert f"3 evaluations on the way take {share:.2g} times" in said
     assert "config.stage1.eval_every_steps" in said
+    once = config(**{"stage1.num_steps": 1, "stage1.eval_every_steps": 1})
+    said = cost.of_periodic(once, "stage1", 1, 1000)
+    assert said.startswith("1 evaluation on the way takes ")
     rarely = config(**{"stage1.eval_every_steps": 0})
     assert cost.of_periodic(rarely, "stage1", 100, 1000) is None

@@ -10,7 +10,7 @@ from etils import epath
 from rich.console import Console
 
 from atebm_jax import UserError
-from atebm_jax.evaluate import pixel_scores, report
+from atebm_jax.evaluate import evaluation, pixel_scores, report
 
 
 def test_table_has_a_row_a_stage_and_only_measured_columns():
@@ -46,6 +46,18 @@ def test_names_stand_in_tables_as_they_are(name):
     shown = printed.getvalue()
     assert f"folder:{name}, seed 0" in shown and f"images of {name}" in shown
     assert f"{name} (6 steps)" in shown and f"{name}/clean/auroc" in shown
+
+
+def test_weaker_augmentation_is_noted_of_a_stage_and_the_one_it_starts_from():
+    config = tiny.config(**{"data.augment_gen": "", "data.augment_cls": "flip"})
+    (note,) = evaluation.augmentation_notes(config, ["stage1", "stage2", "jem"])
+    assert note.startswith("Stage 2 also sees") and "(none instead of flip)" in note
+    assert "part of its gain over stage 1 comes from that" in note
+    # Neither starts from the other.
+    for others in (["jem", "ratio"], ["stage1", "jem"], ["stage2", "ratio"]):
+        assert evaluation.augmentation_notes(config, others) == []
+    config.data.augment_gen = "flip"
+    assert evaluation.augmentation_notes(config, ["stage1", "stage2"]) == []
 
 
 def test_report_is_read_as_it_was_written(tmp_path):
