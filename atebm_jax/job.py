@@ -95,7 +95,8 @@ def run(
         num_train = len(sources["train"])
         plans = _plan(config, mesh, model, num_train)
         _check_images(config, sources)
-        origins = _origins(config, workdir, model, num_train)
+        shapes = models.variable_shapes(model, config.data.image_shape)
+        origins = _origins(config, workdir, model, shapes, num_train)
         if not allow_config_change:
             _check_config(workdir, config)
         described = _describe(sources)
@@ -114,6 +115,7 @@ def run(
             workdir=workdir,
             mesh=mesh,
             model=model,
+            shapes=shapes,
             sources=sources,
             gaussian=gaussian,
             evaluate=evaluation.periodic,
@@ -133,7 +135,7 @@ def run(
 
 
 def _check_start(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses stage 2 without weights before a large data set is opened.
+    """Refuses a stage without its weights before a large data set is opened.
 
     And a release as workdir, whose config.json would be written over.
     """
@@ -398,8 +400,7 @@ def _fit_seeds(
 
 
 def _greet(job: Job) -> None:
-    variables = models.variable_shapes(job.model, job.config.data.image_shape)
-    number = parameter_overview.count_parameters(variables["params"])
+    number = parameter_overview.count_parameters(job.shapes["params"])
     config = job.config.model
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     say(
@@ -438,15 +439,15 @@ def _origins(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
     model: nn.Module,
+    expected: Any,
     num_train: int,
 ) -> dict[str, Callable[[], Any]]:
     """For each stage what makes the variables that it starts from.
 
     The first stage to run starts from `init_from`, if that is given. Otherwise a stage
     starts from the averaged weights of the one before in the workdir, or at random.
-    What is there already must fit.
+    What is there already must fit the `expected` shapes.
     """
-    expected = models.variable_shapes(model, config.data.image_shape)
 
     def loaded(source: str | epath.Path, together: bool = False) -> Any:
         weights, meta = checkpoint.load_weights(source, together=together)

@@ -51,7 +51,7 @@ def measure(
     contrastive_step_size: float,
     num_sampling_steps: int,
     sampling_step_size: float | None,
-    stage: str = "stage2",
+    stage: str,
 ) -> Reachability:
     """Compares seeds with training images, and the distance with what steps can cover.
 

@@ -90,7 +90,7 @@ def lower_step(
     model = models.build(config.model)
     # Its length needs the data; a warm-up must fit.
     plan = plan_stage(config, name, model, max(block.warmup_steps, 1), mesh)
-    state = placed_state(plan, model, shape, mesh)
+    state = placed_state(plan, models.variable_shapes(model, shape), mesh)
     batch = dry_run.batch_shapes(
         plan.stage, shape, block.batch_size, jnp.uint8, sharding.batched(mesh)
     )

@@ -49,6 +49,7 @@ class Job(NamedTuple):
     workdir: epath.Path
     mesh: Mesh
     model: nn.Module
+    shapes: Any  # of the network's variables
     sources: Mapping[str, data.Source]  # by role; "seeds" unless they are drawn
     gaussian: Gaussian | None  # what seeds are drawn from, unless read or noise
     evaluate: EvaluateFn
@@ -128,7 +129,7 @@ def train_stage(
       Interrupted: asked to stop; it says what is saved.
     """
     name = plan.name
-    like = placed_state(plan, job.model, job.config.data.image_shape, job.mesh)
+    like = placed_state(plan, job.shapes, job.mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
     step_fn = jit_step(plan.step, placement, job.mesh)
     checkpoints = checkpoint.manager(job.workdir, name)
@@ -173,11 +174,11 @@ def train_stage(
     return None
 
 
-def placed_state(
-    plan: Plan, model: nn.Module, image_shape: Sequence[int], mesh: Mesh
-) -> TrainState:
-    """Shapes of a fresh state, each with where it lives between two steps."""
-    shapes = models.variable_shapes(model, image_shape)
+def placed_state(plan: Plan, shapes: Any, mesh: Mesh) -> TrainState:
+    """Shapes of a fresh state, each with where it lives between two steps.
+
+    `shapes` are those of the network's variables, as of `models.variable_shapes`.
+    """
     placed = sharding.placed_shapes(jax.eval_shape(plan.new_state, shapes), mesh)
     if not plan.stage.split_extra:
         return placed

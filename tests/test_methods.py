@@ -425,7 +425,7 @@ def jem_program():
     mesh = sharding.make_mesh()
     chosen = settings("jem", **{"jem.buffer_size": 16 * 64, "data.image_shape": SHAPE})
     plan = train.plan_stage(chosen, "jem", NETWORK, 6, mesh)
-    like = train.placed_state(plan, NETWORK, SHAPE, mesh)
+    like = train.placed_state(plan, models.variable_shapes(NETWORK, SHAPE), mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
     state = jax.jit(plan.new_state, out_shardings=placement)(WEIGHTS)
     batch = sharding.put_batch(reference.random_batch(16, SHAPE, 4), mesh)

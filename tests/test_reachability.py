@@ -10,7 +10,7 @@ from atebm_jax.command_line import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHAPE = (32, 32, 3)
-CIFAR = {"num_sampling_steps": 35, "sampling_step_size": 1.0}
+CIFAR = {"num_sampling_steps": 35, "sampling_step_size": 1.0, "stage": "stage2"}
 
 
 def photographs(rng, number):

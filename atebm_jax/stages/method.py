@@ -62,8 +62,9 @@ class Method(NamedTuple):
     whole_batch: Callable[[ml_collections.ConfigDict], bool] = lambda block: False
     #: block -> whether the cross-entropy has a weight
     classifies: Callable[[ml_collections.ConfigDict], bool] = lambda block: True
-    #: whether T contrastive steps lead from the seeds: its block has `t_max` and
-    #: `contrastive_step_size`, its metrics "T" and "auc", its `parts` CONTRASTIVE
+    #: whether T contrastive steps lead from the seeds: its block has `t_max`,
+    #: `contrastive_step_size` and `auc_threshold`, its metrics "T" and "auc", its
+    #: `parts` CONTRASTIVE
     curriculum: bool = False
     #: block -> steps in the window of the AUC
     window: Callable[[ml_collections.ConfigDict], int] = lambda block: 1

@@ -191,7 +191,9 @@ def test_stage_2_starts_from_imported_weights_of_the_same_function(small, tmp_pa
     def start(**changes):
         settings = tiny.config(init_from=made, **(model | changes))
         network = models.build(settings.model)
-        return job._origins(settings, epath.Path(tmp_path), network, 100)["stage2"]()
+        shapes = models.variable_shapes(network, settings.data.image_shape)
+        origins = job._origins(settings, epath.Path(tmp_path), network, shapes, 100)
+        return origins["stage2"]()
 
     weights, _ = checkpoint.load_weights(made)
     jax.tree.map(np.testing.assert_array_equal, start(), weights)
