@@ -15,7 +15,6 @@ To add a rule, write one function here and name it in `RULES`. Command line, con
 API read its settings from its signature (`sgld(noise=0.005)`).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -253,23 +252,6 @@ def rule(text: str) -> Rule:
     """
     name, given = calls.choice("sampler", RULES, text)
     return RULES[name](**given)
-
-
-def resolved(text: str) -> str:
-    """A rule's text with all of its settings: "sgld" becomes "sgld(noise=0.01)".
-
-    Different texts of one rule become the same text, which protocols hold.
-
-    Raises:
-      UserError: as of `rule`.
-    """
-    rule(text)  # checks the ranges
-    return calls.resolved("sampler", RULES, text)
-
-
-def step_length(text: str, step_size: float) -> float:
-    """L2 length of every step, pixels; infinite where gradients decide it."""
-    return step_size if rule(text).by_length else math.inf
 
 
 def _is_decay(value: float) -> bool:

@@ -236,7 +236,7 @@ def prepare(
         given["sampler"] = "sign" if linf else "pgd"
         # The config's step size is its own sampler's, whose unit may be another.
         if usual:
-            longest = ascent.step_length(settings.sampler, longest)
+            longest = recipes.step_length(settings.sampler, longest)
     recipe = recipes.of_config(settings, **given)
     if recipe.num_steps > _MOST_STEPS:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from atebm_jax import ascent, data, metrics, seeds
+from atebm_jax import data, metrics, recipes, seeds
 
 # Images compared of each set: fewer large ones, so that it takes seconds and 64 MB.
 _MOST_IMAGES, _MOST_NUMBERS = 1000, 2**24
@@ -112,7 +112,7 @@ def of_config(
         numbers = np.arange(num, dtype=np.int32)
         drawn = draw(numbers, numbers % config.model.num_classes)
     samples = config.evaluate.samples
-    length = ascent.step_length(samples.sampler, samples.step_size)
+    length = recipes.step_length(samples.sampler, samples.step_size)
     return measure(
         drawn,
         _pixels(images),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from atebm_jax import ascent
+from atebm_jax import ascent, calls
 from atebm_jax.errors import UserError, check_choice
 
 # The blur is written out, a sum of 6 sigma + 1 images along each axis.
@@ -52,9 +52,26 @@ def of_config(settings: ml_collections.ConfigDict, **given: Any) -> Recipe:
     """
     wanted = {k: settings[k] for k in ("sampler", "step_size", "num_steps")}
     wanted |= {k: value for k, value in given.items() if value is not None}
-    made = Recipe(**wanted | {"sampler": ascent.resolved(wanted["sampler"])})
+    made = Recipe(**wanted | {"sampler": resolved(wanted["sampler"])})
     check(made)
     return made
+
+
+def resolved(text: str) -> str:
+    """A sampler's text with all of its settings: "sgld" becomes "sgld(noise=0.01)".
+
+    Different texts of one sampler become the same text, which protocols hold.
+
+    Raises:
+      UserError: as of `ascent.rule`.
+    """
+    ascent.rule(text)  # checks the ranges
+    return calls.resolved("sampler", ascent.RULES, text)
+
+
+def step_length(text: str, step_size: float) -> float:
+    """L2 length of every step, pixels; infinite where gradients decide it."""
+    return step_size if ascent.rule(text).by_length else math.inf
 
 
 def check(recipe: Recipe) -> None:

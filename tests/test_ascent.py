@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from atebm_jax import UserError, ascent, attacks, editing, hlo, sharding
+from atebm_jax import UserError, ascent, attacks, editing, hlo, recipes, sharding
 
 SHAPE = (4, 5, 3)
 BEST = 0.25
@@ -231,8 +231,8 @@ def test_ascent_in_parts_is_one_ascent(name):
     ],
 )
 def test_rule_is_written_with_all_of_its_settings(text, resolved):
-    assert ascent.resolved(text) == resolved
-    assert ascent.resolved(resolved) == resolved
+    assert recipes.resolved(text) == resolved
+    assert recipes.resolved(resolved) == resolved
 
 
 def test_settings_in_the_text_are_those_of_the_rule():
@@ -249,7 +249,7 @@ def test_rule_is_one_function_and_its_name(monkeypatch):
         return ascent.along(lambda v: share * ascent.unit(v))
 
     monkeypatch.setitem(ascent.RULES, "half", half)
-    assert ascent.resolved("half") == "half(share=0.5)"
+    assert recipes.resolved("half") == "half(share=0.5)"
     with pytest.raises(UserError, match=r"sign, half\(share=0.5\)[.]"):
         ascent.rule("quarter")
     seeds, _ = seeds_and_keys()
@@ -259,8 +259,8 @@ def test_rule_is_one_function_and_its_name(monkeypatch):
 
 def test_length_of_a_step_is_known_where_gradients_do_not_decide_it():
     for name in ("pgd", "momentum(decay=0.5)", "adam"):
-        assert ascent.step_length(name, 0.3) == 0.3
-    assert ascent.step_length("sgld(noise=0)", 0.3) == np.inf
+        assert recipes.step_length(name, 0.3) == 0.3
+    assert recipes.step_length("sgld(noise=0)", 0.3) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -288,6 +288,6 @@ def test_length_of_a_step_is_known_where_gradients_do_not_decide_it():
     ],
 )
 def test_text_that_is_no_rule_gets_one_clear_sentence(text, message):
-    for read in (ascent.rule, ascent.resolved):
+    for read in (ascent.rule, recipes.resolved):
         with pytest.raises(UserError, match=message):
             read(text)

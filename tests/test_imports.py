@@ -92,7 +92,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "intact": {"checkpoint", "train_step"},
     "compilation": {"names", "storage"},
     "pictures": {"names", "metrics", "data", "storage", "progress"},
-    "reachability": {"ascent", "data", "metrics", "seeds"},
+    "reachability": {"data", "metrics", "recipes", "seeds"},
     "convert": {"models", "archs", "checkpoint", "checksums", "command_line", "config"}
     | {"names", "local_path", "storage", "progress"},
 }

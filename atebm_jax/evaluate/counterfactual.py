@@ -8,7 +8,7 @@ import numpy as np
 import scipy
 from etils import epath
 
-from atebm_jax import ascent, attacks, editing, energy, metrics, pictures
+from atebm_jax import attacks, editing, energy, metrics, pictures, recipes
 from atebm_jax.data import classes
 from atebm_jax.errors import UserError
 from atebm_jax.evaluate import extractors
@@ -75,7 +75,7 @@ def check(context: Context) -> None:
 def run(context: Context, out: epath.Path) -> dict[str, Any]:
     """Validity, distance and realism of counterfactuals at every radius."""
     settings, target = context.config.evaluate.samples, _target(context)
-    longest = ascent.step_length(settings.sampler, settings.step_size)
+    longest = recipes.step_length(settings.sampler, settings.step_size)
     extractor = extractors.of(context)
     real = context.map_images(
         "features of test",

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from atebm_jax import ascent, data, metrics, pictures, recipes, seeds, storage
+from atebm_jax import data, metrics, pictures, recipes, seeds, storage
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.evaluate import extractors, feature_units, references
 from atebm_jax.evaluate.context import Context, Options, check_finite, figure, share
@@ -288,7 +288,7 @@ def _protocol(
         "samples": options.num_samples,
         "labels": "0 to K-1 cyclically",
         "seeds": config.data.seeds,
-        "sampler": ascent.resolved(config.evaluate.samples.sampler),
+        "sampler": recipes.resolved(config.evaluate.samples.sampler),
         "step_size": config.evaluate.samples.step_size,
         "num_steps": seen.num_steps,
         "sweep": {str(k): round(v, 4) for k, v in curve.items()},
