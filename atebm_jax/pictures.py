@@ -330,7 +330,8 @@ class Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     colour: str
-    marker: str = ""  #: "o", say, for points instead of a line
+    marker: str = ""  #: "o", say, at every point
+    style: str = "-"  #: "--", say, for a broken line
     crossed: bool = False  #: whether the last point is marked by a cross
 
 
@@ -347,9 +348,16 @@ def panels(
     figure, axes = _figure(1, len(lines), (4.5 * len(lines) + 0.5, 3.8))
     for axis, (title, drawn) in zip(axes.flat, lines.items(), strict=True):
         for line in drawn:
-            points = {"marker": line.marker, "linestyle": "", "alpha": 0.7}
-            style = points if line.marker else {"linewidth": 0.8}
-            axis.plot(line.x, line.y, color=line.colour, label=line.label, **style)
+            axis.plot(
+                line.x,
+                line.y,
+                color=line.colour,
+                label=line.label,
+                linestyle=line.style,
+                linewidth=0.8,
+                marker=line.marker,
+                alpha=0.7 if line.marker else 1.0,
+            )
             if line.crossed and len(line.x):
                 axis.plot(line.x[-1], line.y[-1], "x", color=line.colour, markersize=9)
         if title in logarithmic:

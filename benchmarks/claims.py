@@ -9,17 +9,19 @@ rate too. docs/claims.md and its pictures are then written from what lies there,
 report.html below --workdir, the rows of one seed side by side.
 
 The command goes on where it was stopped. `--rows` and `--seeds` select; the page is of
-those that are selected. `--config.FIELD=VALUE` is for all runs.
+those that are selected. `--config.FIELD=VALUE` is for all runs. A run that diverges is
+a result; one that cannot be trained ends the command, and the page stays as it was.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +33,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 import atebm_jax
-from atebm_jax import UserError, command_line, compilation, data, job, pictures, storage
+from atebm_jax import (
+    UserError,
+    command_line,
+    compilation,
+    data,
+    job,
+    models,
+    pictures,
+    storage,
+    train,
+)
 from atebm_jax import config as configuration
 from atebm_jax.evaluate import html, pixel_scores, report, suite
 from atebm_jax.evaluate.options import Options
@@ -44,6 +56,8 @@ ROWS += ("dat_r1", "dat_fixed_t")
 STABILITY = ("jem", "dat")
 # Of a run whose features score the samples of all methods.
 JUDGE_SEED = 1000
+# The data that the attempts to understand are of.
+_DIGITS = "digits"
 RADII = (1.0, 2.0, 3.0)
 METRICS = ("accuracy", "autoattack", "generation", "calibration", "abstention", "ood")
 
@@ -69,7 +83,7 @@ class Measure(NamedTuple):
     digits: int = 3
 
 
-# Table -> column -> figure.
+# Table -> column -> figure. {data} is the name of the data.
 _FEATURES = "network_features"
 TABLES: dict[str, dict[str, Measure]] = {
     "Classification": {
@@ -88,7 +102,7 @@ TABLES: dict[str, dict[str, Measure]] = {
         "precision": Measure("generation", f"precision_{_FEATURES}"),
         "recall": Measure("generation", f"recall_{_FEATURES}"),
     },
-    "Noise told from digits, AUROC": {
+    "Noise told from {data}, AUROC": {
         "max-softmax": Measure("ood", "noise/max_softmax/clean/auroc"),
         "attacked": Measure("ood", "noise/max_softmax/attacked/auroc"),
         "-E(x)": Measure("ood", "noise/log_density/clean/auroc"),
@@ -109,7 +123,7 @@ class Claim(NamedTuple):
     other: str
     measure: str  #: a key of `MEASURES`
     slack: float = 0.0  #: how much worse still counts as equal
-    why: str = ""  #: where it does not hold: the attempt to understand
+    why: str = ""  #: where it does not hold on the digits: the attempt to understand
 
 
 _ATTACKED = "AutoAttack L2 0.5 on CIFAR-10: 75.75, and"
@@ -177,6 +191,7 @@ def main(argv: Sequence[str]) -> None:
     command_line.quiet_libraries()
     compilation.use_cache("workdir", flags.workdir)
     runs = all_runs(flags)
+    _check(runs, flags, overrides)
     missing = [run for run in runs if not _is_done(run, flags.workdir)]
     began = time.monotonic()
     for number, run in enumerate(missing):
@@ -191,7 +206,7 @@ def main(argv: Sequence[str]) -> None:
             flush=True,
         )
         _do(run, flags, overrides)
-    write_page(flags, [run for run in runs if run.seed != JUDGE_SEED])
+    write_page(flags, overrides, [run for run in runs if run.seed != JUDGE_SEED])
     print(f"{flags.out} is written")
 
 
@@ -203,9 +218,14 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     add = parser.add_argument
     add("--workdir", required=True, help="all runs are kept below")
     add("--config", default="configs/digits.py", help="config file with all rows")
-    add("--rows", type=options.listed(str), default=list(ROWS))
-    add("--seeds", type=_numbers(int), default=[0, 1, 2, 3, 4])
-    add("--factors", type=_numbers(float), default=[0.1, 10.0], help="of the rates")
+    add("--rows", type=_each_once(_row), default=list(ROWS))
+    add("--seeds", type=_each_once(_seed), default=[0, 1, 2, 3, 4])
+    add(
+        "--factors",
+        type=lambda text: _each_once(_factor)(text) if text else [],
+        default=[0.1, 10.0],
+        help="of the learning rates, beside 1; may be empty",
+    )
     add("--num_examples", type=options.positive, default=1000, help="of each set")
     add("--num_samples", type=options.positive, default=1000)
     add("--out", default="docs/claims.md", help="the page; pictures lie beside it")
@@ -215,11 +235,46 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     return flags, options.overrides(rest)
 
 
-def _numbers(kind: type) -> Any:
-    def numbers(text: str) -> list[Any]:
-        return [kind(word) for word in text.split(",") if word]
+def _each_once(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Different values of a kind, joined by commas, for argparse."""
 
-    return numbers
+    def values(text: str) -> list[Any]:
+        found = options.listed(kind)(text)
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} has a value twice: give it once"
+            )
+        return found
+
+    return values
+
+
+def _row(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a row has no name: give some, as at,dat")
+    return text
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) == JUDGE_SEED:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no seed of a run: give whole numbers, as 0,1,2, but "
+            f"{JUDGE_SEED}, the seed of the run whose features score all samples"
+        )
+    return int(text)
+
+
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf or factor == 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no other rate: give positive factors, as 0.1,10, but 1, "
+            "which every row has"
+        )
+    return factor
 
 
 def all_runs(flags: argparse.Namespace) -> list[Run]:
@@ -242,18 +297,34 @@ def _is_done(run: Run, workdir: str) -> bool:
     return (run.folder(workdir) / last).exists()
 
 
+def _check(
+    runs: Sequence[Run], flags: argparse.Namespace, overrides: list[tuple[str, str]]
+) -> None:
+    """Refuses, before anything runs, a row with a config that cannot be trained."""
+    for row, factor in dict.fromkeys((run.row, run.factor) for run in runs):
+        config = settings(Run(row, 0, factor), flags, overrides)
+        try:
+            configuration.check(config)
+            model = models.build(config.model)
+            for name in configuration.stages_to_run(config):
+                train.plan_stage(config, name, model, max(config[name].warmup_steps, 1))
+        except UserError as error:
+            raise UserError(f"row {row}: {error}") from error
+
+
 def _do(run: Run, flags: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-    """Trains and evaluates one run; one that cannot be trained is told and left out."""
+    """Trains and evaluates one run.
+
+    Raises:
+      UserError: it cannot be trained; one that diverges is no error.
+    """
     folder, config = run.folder(flags.workdir), settings(run, flags, overrides)
-    try:
-        trained = job.run(config, folder, console=Console(file=sys.stderr))
-        if _is_scored(run):
-            # Of a run that diverged before its first checkpoint there is nothing.
-            found = _scores(folder, config, flags) if trained["stages"] else {}
-            found["job"] = _of_last_stage(trained) if found else {}
-            storage.write_json(folder / "figures.json", found)
-    except UserError as error:
-        print(f"{run.row}, seed {run.seed}: {error}", flush=True)
+    trained = job.run(config, folder, console=Console(file=sys.stderr))
+    if _is_scored(run):
+        # Of a run that diverged before its first checkpoint there is nothing.
+        found = _scores(folder, config, flags) if trained["stages"] else {}
+        found["job"] = _of_last_stage(trained) if found else {}
+        storage.write_json(folder / "figures.json", found)
     # The programs of many runs would fill the memory.
     jax.clear_caches()
 
@@ -394,7 +465,7 @@ def _values(
 
 # --- The page -------------------------------------------------------------------------
 
-_HEAD = """# The paper's claims on the digits
+_HEAD = """# The paper's claims on {title}
 
 Printed by `{command}` on {machine[cpus]} CPUs
 ({machine[cpu]}; {versions}).
@@ -417,6 +488,11 @@ Robust accuracy (PGD) and sample distance are those of the runs that did not.
 |---|---:|---:|---:|---:|---:|"""
 # Figures of a job's report, and the digits that are shown.
 _OF_A_JOB = {"robust_accuracy": 3, "sample_distance": 2}
+# Measure of a claim -> what is nearest to it in a job's report: its name, and figure.
+_REPORTED = {
+    "AutoAttack": ("PGD", "robust_accuracy"),
+    "distance": ("distance", "sample_distance"),
+}
 _STABILITY_WHY = """
 What may explain it, untested: JEM's Adam bounds the length of an update and the SGD of
 stage 2 does not; 800 steps on 8x8 pixels are few, and the paper's runs of JEM diverged
@@ -442,24 +518,35 @@ way of a run:
 ![robust accuracy and distance](images/claims_trade.png)"""
 
 
-def write_page(flags: argparse.Namespace, runs: Sequence[Run]) -> None:
+def write_page(
+    flags: argparse.Namespace, overrides: list[tuple[str, str]], runs: Sequence[Run]
+) -> None:
     """Writes the page and its pictures from what lies in the workdir."""
+    name = _data_name(settings(Run("at", 0), flags, overrides))
     images = epath.Path(flags.out).parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     _draw_samples(images / "claims_samples.png", runs, flags.workdir)
     _draw_curves(images, runs, flags.workdir)
     versions = report.made_with("jax", "flax", "numpy")["versions"]
     head = _HEAD.format(
+        title=f"the {name}" if name == _DIGITS else name,
         command=options.command(),
         machine=options.machine(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         config=flags.config,
     )
-    lines = [head, *_stability(runs, flags.workdir), *_claims(runs, flags.workdir)]
+    lines = [head, *_stability(runs, flags.workdir, name)]
+    lines += [*_claims(runs, flags.workdir, name), *_tables(runs, flags.workdir, name)]
     notes = _NOTES.format(comparison=f"{flags.workdir}/{html.FILE}")
-    text = "\n".join([*lines, *_tables(runs, flags.workdir), notes])
+    text = "\n".join([*lines, notes])
     storage.replace_bytes(epath.Path(flags.out), f"{text}\n".encode())
     _compare(runs, flags.workdir)
+
+
+def _data_name(config: ConfigDict) -> str:
+    """`digits:train` gives "digits", `tfds:cifar10:train` "cifar10"."""
+    kind, _, rest = config.data.train.partition(":")
+    return kind if kind == _DIGITS else rest.partition(":")[0]
 
 
 def _compare(runs: Sequence[Run], workdir: str) -> None:
@@ -475,32 +562,41 @@ def _compare(runs: Sequence[Run], workdir: str) -> None:
         html.compare(there, (), epath.Path(workdir))
 
 
-def _stability(runs: Sequence[Run], workdir: str) -> Iterator[str]:
+def _by_rate(runs: Sequence[Run], workdir: str) -> dict[str, dict[float, list[Run]]]:
+    """Row of `STABILITY` -> factor of its learning rate -> the runs that ended."""
+    found: dict[str, dict[float, list[Run]]] = {row: {} for row in STABILITY}
+    for run in sorted(runs, key=lambda run: run.factor):
+        if run.row in found and report.read_stages(run.folder(workdir)):
+            found[run.row].setdefault(run.factor, []).append(run)
+    return found
+
+
+def _lasting(runs: Sequence[Run], workdir: str, figure: str) -> Interval | None:
+    """A figure of the jobs that did not diverge; None if all did."""
+    folders = [run.folder(workdir) for run in runs]
+    stages = [report.read_stages(f) for f in folders if divergence(f) is None]
+    return interval([_of_last_stage(x)[figure] for x in stages]) if stages else None
+
+
+def _stability(runs: Sequence[Run], workdir: str, data_name: str) -> Iterator[str]:
     """Share of runs that diverge, by method and learning rate; how the others end."""
-    tried: dict[str, dict[float, list[Run]]] = {row: {} for row in STABILITY}
-    for run in runs:
-        if run.row in tried and report.read_stages(run.folder(workdir)):
-            tried[run.row].setdefault(run.factor, []).append(run)
+    tried = _by_rate(runs, workdir)
     yield _STABILITY
     seen: dict[str, list[str]] = {row: [] for row in STABILITY}
     for row, factors in tried.items():
-        for factor, alike in sorted(factors.items()):
-            folders = [run.folder(workdir) for run in alike]
-            ends = [divergence(folder) for folder in folders]
-            seen[row] += [
-                f"* {row}, {factor:g} x, seed {run.seed}: {end}"
-                for run, end in zip(alike, ends, strict=True)
+        for factor, alike in factors.items():
+            ends = {run.seed: divergence(run.folder(workdir)) for run in alike}
+            died = [
+                f"* {row}, {factor:g} x, seed {seed}: {end}"
+                for seed, end in ends.items()
                 if end
             ]
-            lasted = [f for f, end in zip(folders, ends, strict=True) if end is None]
-            figures = [_of_last_stage(report.read_stages(folder)) for folder in lasted]
-            number = len(ends) - len(lasted)
-            cells = [
-                interval([at[name] for at in figures]).text(digits) if figures else ""
-                for name, digits in _OF_A_JOB.items()
-            ]
-            row_cells = [row, f"{factor:g} x", f"{len(ends)}", f"{number}", *cells]
-            yield f"| {' | '.join(row_cells)} |"
+            seen[row] += died
+            cells = [row, f"{factor:g} x", f"{len(alike)}", f"{len(died)}"]
+            for figure, digits in _OF_A_JOB.items():
+                lasting = _lasting(alike, workdir, figure)
+                cells.append(lasting.text(digits) if lasting else "")
+            yield f"| {' | '.join(cells)} |"
     theirs, ours = (len(seen[row]) for row in STABILITY)
     said = "Holds" if theirs > ours == 0 else "Does not hold"
     if not all(tried.values()):
@@ -511,11 +607,11 @@ def _stability(runs: Sequence[Run], workdir: str) -> Iterator[str]:
     yield f"**{said}**: {theirs} runs of JEM and {ours} of ours diverged."
     shown = [end for found in seen.values() for end in found]
     yield from ["", *shown] if shown else []
-    if said == "Does not hold":
+    if said == "Does not hold" and data_name == _DIGITS:
         yield _STABILITY_WHY
 
 
-def _claims(runs: Sequence[Run], workdir: str) -> Iterator[str]:
+def _claims(runs: Sequence[Run], workdir: str, data_name: str) -> Iterator[str]:
     for claim in CLAIMS:
         measure = MEASURES[claim.measure]
         values = _values(runs, workdir, measure)
@@ -530,14 +626,40 @@ def _claims(runs: Sequence[Run], workdir: str) -> Iterator[str]:
         if claim.slack:
             line += f"; {claim.slack:g} worse counts as equal"
         yield f"\n## {claim.title}\n\nThe paper: {claim.says}\n\n{line}."
-        if claim.why and said == "does not hold":
+        yield from _at_another_rate(claim, runs, workdir)
+        if claim.why and said == "does not hold" and data_name == _DIGITS:
             yield f"\n{claim.why}"
 
 
-def _tables(runs: Sequence[Run], workdir: str) -> Iterator[str]:
+def _at_another_rate(claim: Claim, runs: Sequence[Run], workdir: str) -> Iterator[str]:
+    """Where the other row is better at another learning rate than its own."""
+    rates = _by_rate(runs, workdir)
+    if claim.other not in rates:
+        return
+    name, figure = _REPORTED[claim.measure]
+    theirs, ours = (
+        {f: at for f in rates[row] if (at := _lasting(rates[row][f], workdir, figure))}
+        for row in (claim.other, "dat")
+    )
+    sign = 1 if MEASURES[claim.measure].higher else -1
+    best = max(theirs, key=lambda factor: sign * theirs[factor].mean, default=1.0)
+    if best == 1 or 1 not in theirs or 1 not in ours:
+        return
+    better, own, our_own = (
+        figures.text(_OF_A_JOB[figure])
+        for figures in (theirs[best], theirs[1], ours[1])
+    )
+    yield (
+        f"\n`{claim.other}` is better at {best:g} times its learning rate: {name} "
+        f"{better}, at its own {own}; `dat` at its own {our_own}."
+    )
+
+
+def _tables(runs: Sequence[Run], workdir: str, data_name: str) -> Iterator[str]:
     rows = list(dict.fromkeys(run.row for run in runs))
     for title, table in TABLES.items():
-        yield f"\n## {title}\n\n| row | {' | '.join(table)} | seeds |"
+        titled = title.format(data=data_name)
+        yield f"\n## {titled}\n\n| row | {' | '.join(table)} | seeds |"
         yield f"|---|{'---:|' * (len(table) + 1)}"
         values = [_values(runs, workdir, measure) for measure in table.values()]
         for row in rows:
@@ -581,17 +703,21 @@ _TRADE = (
 def _draw_curves(folder: epath.Path, runs: Sequence[Run], workdir: str) -> None:
     """Curves of the runs of `STABILITY`, and what all runs pay for what."""
     rows = list(dict.fromkeys(run.row for run in runs))
+    factors = sorted({run.factor for run in runs} - {1.0})
+    styles = {1.0: "-", **dict(zip(factors, itertools.cycle((":", "--", "-."))))}
     curves: dict[str, list[pictures.Line]] = {title: [] for title in _PANELS}
     trade = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (rows.index(run.row), run.factor)):
         records = read_metrics(run.folder(workdir))
         colour = f"C{rows.index(run.row)}"
         if run.row in STABILITY:
             steps = [record for record in records if "auc" in record]
             crossed = divergence(run.folder(workdir)) is not None
             for title, value in _PANELS.items():
-                line = _line(run.row, steps, lambda r: r["step"], value, colour)
-                curves[title].append(line._replace(crossed=crossed))
+                label = f"{run.row}, {run.factor:g} x"
+                line = _line(label, steps, lambda r: r["step"], value, colour)
+                line = line._replace(crossed=crossed, style=styles[run.factor])
+                curves[title].append(line)
         if run.factor == 1:
             known = [record for record in records if "eval_sample_distance" in record]
             line = _line(run.row, known, *_TRADE, colour)

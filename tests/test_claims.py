@@ -119,8 +119,18 @@ def test_page_says_claim_by_claim_what_holds(tmp_path, monkeypatch):
         figures["autoattack"] = {"accuracy_after_square": robust}
         if run.factor == 1:
             (run.folder(workdir) / "figures.json").write_text(json.dumps(figures))
-    claims.write_page(chosen, runs)
+    drawn = {}
+    panels = claims.pictures.panels
+
+    def draw(path, lines, *named):
+        drawn[path.name] = lines
+        panels(path, lines, *named)
+
+    monkeypatch.setattr(claims.pictures, "panels", draw)
+    claims.write_page(chosen, [], runs)
     text = page.read_text()
+    assert text.startswith("# The paper's claims on the digits\n")
+    assert "## Noise told from digits, AUROC" in text
     assert "**Holds**: 2 runs of JEM and 0 of ours diverged" in text
     assert "| jem | 10 x | 2 | 2 |  |  |" in text
     assert "| dat | 1 x | 2 | 0 | 0.701 ± 0.013 | 5.05 ± 0.64 |" in text
@@ -135,16 +145,106 @@ def test_page_says_claim_by_claim_what_holds(tmp_path, monkeypatch):
     for name in ("curves", "trade"):
         assert f"(images/claims_{name}.png)" in text
         assert (page.parent / "images" / f"claims_{name}.png").stat().st_size > 1000
+    # All of JEM's runs at the other rate diverged: there is nothing better to tell.
+    assert "is better at" not in text
+    looks = {
+        (line.label, line.style, line.crossed)
+        for line in drawn["claims_curves.png"]["AUC"]
+    }
+    assert looks == {
+        ("jem, 1 x", "-", False),
+        ("jem, 10 x", ":", True),
+        ("dat, 1 x", "-", False),
+        ("dat, 10 x", ":", False),
+    }
 
 
-def test_mistakes_are_told_before_anything_runs(tmp_path, capsys):
+def test_page_says_where_jem_is_better_at_another_rate(tmp_path):
+    runs = [claims.Run("dat", 0), claims.Run("jem", 0), claims.Run("jem", 0, 10.0)]
+    for run, robust, distance in zip(runs, (0.8, 0.5, 0.7), (0.4, 0.6, 0.9)):
+        end = {"robust_accuracy": robust, "sample_distance": distance}
+        finish(run.folder(tmp_path), steps(), stages={"jem": end})
+    robust, distance, other = (
+        next(claim for claim in claims.CLAIMS if claim.title == title)
+        for title in (
+            "More robust than JEM",
+            "Better samples than JEM's",
+            "R1 does not replace it",
+        )
+    )
+    (said,) = claims._at_another_rate(robust, runs, str(tmp_path))
+    assert said.strip() == (
+        "`jem` is better at 10 times its learning rate: PGD 0.700, at its own 0.500; "
+        "`dat` at its own 0.800."
+    )
+    # Less is more here, and its own rate is the best.
+    assert list(claims._at_another_rate(distance, runs, str(tmp_path))) == []
+    assert list(claims._at_another_rate(other, runs, str(tmp_path))) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ("digits:train", "digits"),
+        ("tfds:cifar10:train[:45000]", "cifar10"),
+        ("folder:/photographs/train", "/photographs/train"),
+    ],
+)
+def test_page_is_named_after_the_data(train, name):
+    assert claims._data_name(ConfigDict({"data": {"train": train}})) == name
+
+
+def test_mistakes_are_told_before_anything_runs(tmp_path):
     with pytest.raises(UserError, match="unknown row 'dta'.*Did you mean 'dat'"):
         flags(tmp_path, "--rows=dta")
     with pytest.raises(UserError, match="unknown argument '--sedes=1'"):
         flags(tmp_path, "--sedes=1")
-    with pytest.raises(SystemExit):
-        flags(tmp_path, "--seeds=one")
-    assert "--seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--seeds=one", "'one' is no seed"),
+        ("--seeds=", "'' is no seed"),
+        ("--seeds=1,1", "'1,1' has a value twice"),
+        ("--seeds=1000", "1000, the seed of the run whose features score"),
+        ("--factors=0", "'0' is no other rate"),
+        ("--factors=ten", "'ten' is no other rate"),
+        ("--factors=1", "but 1, which every row has"),
+        ("--factors=10,10.0", "has a value twice"),
+        ("--rows=jem,jem", "has a value twice"),
+        ("--rows=", "a row has no name"),
+    ],
+)
+def test_seeds_rates_and_rows_that_make_no_sense_are_one_sentence(
+    flag, said, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        flags(tmp_path, flag)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert flag.partition("=")[0] in error and said in error
+
+
+@pytest.mark.parametrize(
+    ("override", "said", "begun"),
+    [
+        ("--config.stage1.num_steps=0", "row at: .*stage1", False),
+        ("--config.jem.fresh_share=1.5", "row jem: .*jem.fresh_share is 1.5", False),
+        ("--config.data.train=folder:/absent", "/absent", True),
+    ],
+)
+def test_run_that_cannot_be_trained_ends_the_command_and_leaves_the_page(
+    override, said, begun, tmp_path, capsys
+):
+    page = tmp_path / "claims.md"
+    page.write_text("as it was")
+    arguments = [f"--workdir={tmp_path / 'runs'}", f"--config={tiny.DIGITS}"]
+    arguments += ["--rows=at,jem", "--seeds=0", f"--out={page}", override]
+    with pytest.raises(UserError, match=said):
+        claims.main(arguments)
+    assert ("run 1 of" in capsys.readouterr().out) == begun
+    assert page.read_text() == "as it was"
 
 
 @pytest.mark.slow
