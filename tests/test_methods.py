@@ -1,5 +1,6 @@
 """Other training methods, JEM and RATIO: losses, one step, replay buffer, resuming."""
 
+import functools
 import io
 import json
 
@@ -419,12 +420,13 @@ def test_new_method_is_a_file_and_a_line_of_the_table(monkeypatch, tmp_path):
     assert target_run.climbs_of(chosen, "noisy") == {"noise step": "noise/climb"}
 
 
-@pytest.fixture(scope="module")
-def jem_program():
-    """JEM's update over eight devices, its fresh state, and what it compiled to."""
+@functools.cache
+def compiled(method):
+    """A method's update over eight devices: its fresh state, and the program."""
     mesh = sharding.make_mesh()
-    chosen = settings("jem", **{"jem.buffer_size": 16 * 64, "data.image_shape": SHAPE})
-    plan = train.plan_stage(chosen, "jem", NETWORK, 6, mesh)
+    more = {"jem.buffer_size": 16 * 64} if method == "jem" else {}
+    chosen = settings(method, **more, **{"data.image_shape": SHAPE})
+    plan = train.plan_stage(chosen, method, NETWORK, 6, mesh)
     like = train.placed_state(plan, models.variable_shapes(NETWORK, SHAPE), mesh)
     placement = jax.tree.map(lambda x: x.sharding, like)
     state = jax.jit(plan.new_state, out_shardings=placement)(WEIGHTS)
@@ -435,15 +437,22 @@ def jem_program():
     )
 
 
-def test_buffer_lies_with_the_batch_and_never_leaves_its_device(jem_program):
-    state, program = jem_program
+@pytest.mark.parametrize(("method", "climbs"), [("jem", 1), ("ratio", 2)])
+def test_no_collective_is_in_a_loop_of_a_method(method, climbs):
+    _, program = compiled(method)
+    bodies = program.loop_bodies()
+    assert sum(bool(reference.convolutions(body)) for body in bodies) == climbs
+    for body in bodies:
+        assert hlo.collectives(body) == []
+    # The gradients are summed all the same.
+    assert "all-reduce" in {c.kind for c in hlo.collectives(program.outside_loops())}
+
+
+def test_buffer_lies_with_the_batch_and_never_leaves_its_device():
+    state, program = compiled("jem")
     assert {shard.data.shape for shard in state.extra.addressable_shards} == {
         (2, 64, *SHAPE)
     }
-    bodies = program.loop_bodies()
-    assert sum(bool(reference.convolutions(body)) for body in bodies) == 1
-    for body in bodies:
-        assert hlo.collectives(body) == []
     found = hlo.collectives(program.outside_loops())
     assert {c.kind for c in found} <= {"all-reduce", "all-gather"}
     # Scores for the AUC, and gradients: no image of batch or buffer.
