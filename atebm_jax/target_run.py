@@ -382,6 +382,7 @@ def _basics(
     limit = int(target.chip.memory_gib * GIB)
     return {
         "target": target.name,
+        "versions": targets.versions(target),
         "devices": target.num_devices,
         "remat": config.model.remat,
         "memory_bytes": compiled.memory | {"available": limit},

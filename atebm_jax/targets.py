@@ -3,6 +3,8 @@
 A TPU's compiler is in libtpu, a GPU's in JAX's plugin for CUDA: wheels, no devices.
 """
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -97,6 +99,9 @@ dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
 device_description_str: "{name}"
 """
 _A_HOST = 8  # GPUs of one machine
+# XLA, and ptxas, which XLA calls; for CUDA 12 and 13.
+_GPU_WHEELS = ["jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"]
+_GPU_WHEELS += ["jax-cuda13-pjrt", "nvidia-cuda-nvcc"]
 
 _KNOWN = (
     "a TPU and its topology (v5e:2x4, v6e:2x4, v5p:2x2x1; also v2, v3, v4, tpu7x), or "
@@ -173,6 +178,16 @@ def missing(target: Target) -> str:
         plugins = (f"jax_plugins.xla_cuda{version}" for version in (12, 13))
         found = any(map(importlib.util.find_spec, plugins))
     return "" if found else f"pip install 'atebm_jax[{extra}]'"
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Of jax and of the wheels that hold a target's compiler, those that are here."""
+    names = ["jax", *(_GPU_WHEELS if target.is_gpu else ["libtpu"])]
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _tpus(target: Target) -> Sequence[Any]:

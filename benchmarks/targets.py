@@ -188,6 +188,7 @@ def print_table(kept: dict[str, Any]) -> None:
         f"| row | target | setting | GiB a device of | images/s at T = 0 | at T_max | "
         f"peak at T_max | hours to the end | |\n|{'---|' * 3}{'---:|' * 5}---|"
     )
+    shown = []
     there = (f"{row} {target}" for row in rows("") for target in TARGETS.split(","))
     for name in dict.fromkeys([*there, *kept]):
         if name not in kept or name.count(" ") > 1:
@@ -207,6 +208,19 @@ def print_table(kept: dict[str, Any]) -> None:
         hours = [_number(at, "hours_of_the_budget") for at in (first, last)]
         cells += [" to ".join(hours) if last else "does not fit", COMPILED]
         print("| " + " | ".join(cells) + " |")
+        shown.append(figures)
+    print_versions(shown)
+
+
+def print_versions(shown: list[dict[str, Any]]) -> None:
+    """One line: of what the figures say that they were compiled with."""
+    told = [
+        ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+        for figures in shown
+        if "versions" in figures
+    ]
+    if told:
+        print(f"\nCompiled with {'; '.join(dict.fromkeys(told))}.")
 
 
 def _setting(made: dict[str, Any]) -> str:
@@ -223,9 +237,11 @@ def _number(at: dict[str, float], name: str) -> str:
 def print_chips(kept: dict[str, Any]) -> None:
     """Images a second and chip at T_max, one line a row and kind, in Markdown."""
     found: dict[str, dict[int, str]] = {}
+    shown = []
     for name, figures in kept.items():
         if name.count(" ") < 2:
             continue
+        shown.append(figures)
         row, target, images = name.split(" ")
         *_, last = figures.get("step", {"": {}}).values()
         cell = _number(last, "images_per_second") if figures["fits"] else "too large"
@@ -237,6 +253,7 @@ def print_chips(kept: dict[str, Any]) -> None:
     for key, cells in found.items():
         told = " | ".join(cells.get(n, "") for n in numbers)
         print(f"| {key} | {told} | {COMPILED} |")
+    print_versions(shown)
 
 
 def compiled_loop(network: str, on: Any) -> hlo.Program:

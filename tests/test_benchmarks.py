@@ -277,19 +277,21 @@ def test_table_of_targets_is_printed_from_what_is_kept(tmp_path):
     steps["T=30"] = at | {"hours_of_the_budget": 12.0}
     remedy = fitting | {"flags": "--config.model.remat=True"}
     small = {"T=30": {"images_per_second": 99.0}}
+    by_libtpu = {"versions": {"jax": "1", "libtpu": "2"}}
     kept = {
-        "imagenet256:resnet50_t30 v5e:2x4": fitting | {"remedies": []},
+        "imagenet256:resnet50_t30 v5e:2x4": fitting | {"remedies": [], **by_libtpu},
         "imagenet256:swin_b h100:8": {
             "memory_bytes": memory,
             "fits": False,
             "remedies": [remedy],
+            "versions": {"jax": "1", "jax-cuda13-pjrt": "3"},
         },
         "cifar10:small v5e:2x4": {
             "memory_bytes": memory,
             "fits": False,
             "remedies": [],
         },
-        "cifar10:small v5e:2x4 16": {"fits": True, "step": small},
+        "cifar10:small v5e:2x4 16": {"fits": True, "step": small, **by_libtpu},
         "cifar10:small v5e:2x4 128": {"fits": False},
     }
     path = tmp_path / "targets.json"
@@ -300,10 +302,13 @@ def test_table_of_targets_is_printed_from_what_is_kept(tmp_path):
     expected = "8.0 of 16.0 | 1,234 | 1,234 | 25% | 1.5 to 12 | *compiled* |"
     assert lines[0] == f"| `imagenet256:resnet50_t30` | v5e:2x4 | as it is | {expected}"
     assert lines[1].endswith(f"| `--config.model.remat=True` | {expected}")
-    assert "does not fit" in lines[2] and len(lines) == 3
+    assert "does not fit" in lines[2]
+    # Of entries without versions nothing is told; alike ones are told once.
+    said = "Compiled with jax 1, libtpu 2; jax 1, jax-cuda13-pjrt 3."
+    assert lines[3:] == ["", said]
     chips = run("targets.py", f"--json={path}", "--markdown", "--images_a_chip=16")
     line = "| `cifar10:small` | v5e | 99 | too large | *compiled* |"
-    assert chips.stdout.splitlines()[2:] == [line]
+    assert chips.stdout.splitlines()[2:] == [line, "", "Compiled with jax 1, libtpu 2."]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Nothing is compiled here: `tests/targets` does that.
 """
 
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -139,6 +140,21 @@ def test_without_the_compiler_the_extra_is_named(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install 'atebm_jax\[{extra}\]'"):
         target_run.run(settings(), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"), [("v5e:2x4", "libtpu"), ("h100:8", "jax-cuda13-pjrt")]
+)
+def test_versions_are_those_of_the_compiler_that_is_here(name, compiler, monkeypatch):
+    here = {"jax": "1.2", compiler: "3.4"}
+
+    def version(wheel):
+        if wheel not in here:
+            raise importlib.metadata.PackageNotFoundError(wheel)
+        return here[wheel]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert targets.versions(targets.parse(name)) == here
 
 
 def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
@@ -284,6 +300,7 @@ def test_step_that_fits_is_told_with_all_figures(pretend, tmp_path):
     figures, shown = told(settings(), "v5e:2x4", json_file=str(path))
     assert len(made) == 1 and figures["fits"] and figures["remedies"] == []
     assert json.loads(path.read_text())["stage2"] == figures
+    assert figures["versions"]["jax"] == jax.__version__
     assert "9.20 GiB" in shown and "1 all-reduce" in shown
     assert "compiled, not measured; time is the compiler's own estimate" in shown
     assert "stage2 fits on v5e:2x4: 9.2 of 15.75 GiB a device." in shown
