@@ -150,6 +150,10 @@ def _running(path: str) -> Iterator[None]:
         ) from error
 
 
+# Where a machine shows its NVIDIA GPUs. Without any of these JAX looks for none.
+_NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+
+
 def quiet_libraries() -> None:
     """Shows errors of the libraries and warnings of this package, and nothing else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -166,6 +170,10 @@ def quiet_libraries() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _unraisable
+    if not any(map(os.path.exists, _NVIDIA)):
+        # Installed as a compiler, the plugin for CUDA misses what only a GPU needs.
+        jax_log = logging.getLogger("jax._src.xla_bridge")
+        jax_log.addFilter(lambda record: "xla_cuda" not in record.getMessage())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Python warns when it frees, at exit, the shared memory of batches made ahead.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -207,6 +208,26 @@ def test_what_a_failed_save_leaves_behind_shows_no_traceback(monkeypatch, capfd)
 
     Broken()
     assert "ValueError: shown" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_plugin_of_a_gpu_that_is_not_here_shows_no_traceback(
+    has_gpu, tmp_path, monkeypatch, caplog
+):
+    """A GPU that is here and cannot be used is told of; so are other plugins."""
+    device = tmp_path / "nvidia0"
+    if has_gpu:
+        device.touch()
+    monkeypatch.setattr(command_line, "_NVIDIA", (str(device),))
+    log = logging.getLogger("jax._src.xla_bridge")
+    monkeypatch.setattr(log, "filters", [])
+    command_line.quiet_libraries()
+    said = "Jax plugin configuration error: Exception when calling %s.initialize()"
+    for plugin in ("jax_plugins.xla_cuda13", "jax_plugins.xla_rocm7"):
+        log.error(said, plugin)
+    told = [record.args[0] for record in caplog.records if record.name == log.name]
+    shown = ["jax_plugins.xla_cuda13"] if has_gpu else []
+    assert told == [*shown, "jax_plugins.xla_rocm7"]
 
 
 def test_what_a_failed_read_leaves_behind_shows_no_traceback(monkeypatch):
