@@ -331,6 +331,8 @@ def _check_number(field: str, value: Any) -> None:
         )
     if field.endswith("step_size") and not value > 0:
         raise UserError(f"config.{field} is {value}: it must be positive.")
+    if field.endswith(("adversary.num_steps", "attack.num_steps")) and value < 0:
+        raise UserError(f"config.{field} is {value}: it must be >= 0.")
 
 
 # Of float32, in which everything is computed; a comparison with NaN is False.

@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
 def _dry_run() -> None:
     from atebm_jax import dry_run, target_run, targets
 
-    if _TARGET.value:
+    if _TARGET.value is not None:
         targets.only_compile()
         target_run.run(
             _CONFIG.value,

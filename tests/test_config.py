@@ -178,6 +178,8 @@ def test_fitting_override_is_taken(field, value):
         ("data.image_shape", (8, 8), "image_shape"),
         ("data.train", "", "data.train"),
         ("stage1.num_steps", 0, "budget"),
+        ("ratio.ood_adversary.num_steps", -3, "config.ratio.ood_adversary.num_steps"),
+        ("evaluate.attack.num_steps", -1, "config.evaluate.attack.num_steps is -1"),
         ("stage1.num_epochs", 1.0, "budget"),
         ("stage1.learning_rate", 0.0, "positive"),
         ("stage1.average_decay", 1.0, "average_decay"),

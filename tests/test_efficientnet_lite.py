@@ -1,5 +1,8 @@
 """EfficientNet-Lite0: against PyTorch's, its weights, and where it may judge."""
 
+import importlib.util
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -44,7 +47,7 @@ def test_inputs_are_levels_around_127_by_128():
     np.testing.assert_allclose(white, 1, atol=1e-6)
 
 
-def test_missing_weights_and_package_are_told(monkeypatch):
+def test_missing_weights_and_package_are_told(monkeypatch, tmp_path):
     network = efficientnet_lite.EfficientNetLite0()
     expected = models.variable_shapes(network, (224, 224, 3))
     leaves = jax.tree_util.tree_leaves_with_path(expected)
@@ -56,6 +59,12 @@ def test_missing_weights_and_package_are_told(monkeypatch):
     assert named["_blocks.15._project_conv.weight"] == (1, 1, 1152, 320)
     with pytest.raises(UserError, match="_conv_stem.weight is missing"):
         scorers.arranged({}, network, 224, lambda _: "_conv_stem.weight", UserError)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: found)
+        with pytest.raises(UserError, match="there is no such file.*install") as told:
+            extractors.from_efficientnet_lite0()
+    assert "--from" not in str(told.value)
     monkeypatch.setattr(scorers, "_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 'atebm_jax\[features\]'"):
         extractors.from_efficientnet_lite0()

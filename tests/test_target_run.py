@@ -365,6 +365,7 @@ def test_step_that_nothing_helps_is_told_so(pretend):
             "--devices and --target=v5e:2x4 exclude each other",
         ),
         (["--dry_run", "--target=v5e"], "--target is 'v5e': give a TPU"),
+        (["--dry_run", "--target="], "--target is '': give a TPU"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message):

