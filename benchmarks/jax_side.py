@@ -155,6 +155,10 @@ class JaxSide:
             return timed(lambda: self._loop(*self._loop_arguments).block_until_ready())
         return timed(self._advance)
 
+    def peak_bytes(self) -> int | None:
+        """Of device memory so far; None where the device does not say (a CPU)."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
     def peak(self) -> float:
         """FLOP/s of large square matrix products in the compute dtype, best of five."""
         side = 512 if jax.default_backend() == "cpu" else 8192

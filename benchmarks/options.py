@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import operator
 import os
 import platform
@@ -146,6 +147,26 @@ def machine() -> dict[str, Any]:
 def command() -> str:
     """The command line as it was given."""
     return shlex.join(["python", *sys.argv])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+      UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): mend it, or move it away to begin anew."
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{path} holds a {type(record).__name__}, no record of this command: move "
+            "it away to begin anew."
+        )
+    return record
 
 
 def write_json(path: str, record: dict[str, Any]) -> None:

@@ -74,6 +74,9 @@ def main(argv: list[str]) -> None:
     }
     try:
         record = measure(workers, config, flags.repeats)
+        # Ours is the first side; before --peak, whose products are large.
+        ours = next(iter(workers))
+        record["sides"][ours]["peak_bytes"] = workers[ours].call("peak_bytes")
         if flags.peak:
             record["peak"] = measure_peak(workers, config, record)
     finally:

@@ -20,7 +20,6 @@ Nothing here is measured on a device. It needs a compiler: the extras `target-tp
 
 import argparse
 import functools
-import json
 import runpy
 import sys
 import time
@@ -31,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import options
-from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +42,6 @@ from atebm_jax import (
     models,
     presets,
     sharding,
-    storage,
     target_run,
     targets,
 )
@@ -108,8 +105,8 @@ def steps(flags: argparse.Namespace) -> None:
     """Compiles what the file lacks, and prints the table."""
     if not flags.json:
         raise UserError("--json is missing: give a file for what is compiled.")
-    path = epath.Path(flags.json)
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    path = Path(flags.json)
+    kept = options.read_json(path) if path.exists() else {}
     console = Console(stderr=True)
     for row in rows(flags.rows):
         for target in flags.targets.split(","):
@@ -132,7 +129,7 @@ def steps(flags: argparse.Namespace) -> None:
                 except target_run.CompilerFailure as error:
                     say(console, str(error))  # another one may do it
                     continue
-                storage.write_json(path, kept)
+                options.write_json(flags.json, kept)
     (print_chips if flags.images_a_chip else print_table)(kept)
 
 

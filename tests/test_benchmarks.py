@@ -51,6 +51,7 @@ def test_both_sides_agree_and_the_record_is_complete(tmp_path):
     record = json.loads(path.read_text())
     assert record["agreement"]["image_median"] < 1e-4
     assert record["agreement"]["params"] < 1e-3
+    assert "peak_bytes" in record["sides"]["ours"]
     assert {"command", "machine", "flags", "model", "stage2"} < record.keys()
     for side in ("ours", "torch"):
         assert record["sides"][side]["versions"]
@@ -101,17 +102,34 @@ def test_ways_to_write_the_step_are_compared(tmp_path):
 
 def test_rows_with_a_record_are_not_run_again(tmp_path):
     times = {side: {"wall_s": {"median": 2.0}} for side in ("ours", "torch", "ratio")}
+    card = {"device": "NVIDIA H100 80GB HBM3", "peak_bytes": 7 * 2**30}
     record = {
-        "flags": {"batch_size": 16},
+        "flags": {"batch_size": 64, "steps": 3},
+        "sides": {"ours": card},
+        "stage2": {"adversary": {"num_steps": 2}},
         "summary": {"loop": times, "step": times},
         "peak": {"share": 0.5},
     }
-    for row in ("wrn34_10", "resnet50"):
-        (tmp_path / f"{row}.json").write_text(json.dumps(record))
+    other = record | {"sides": {"ours": {"device": "cpu", "peak_bytes": None}}}
+    (tmp_path / "resnet50.json").write_text(json.dumps(record))
+    (tmp_path / "wrn34_10.json").write_text(json.dumps(other))
     done = run("gpu.py", f"--out={tmp_path}", "--rows=wrn34_10,resnet50")
     assert done.returncode == 0, done.stderr
     assert "step.py" not in done.stdout
-    assert "resnet50, loop" in done.stdout and "50 %" in done.stdout
+    shown = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]]
+        for line in done.stdout.splitlines()
+        if len(cells := line.strip("│").split("│")) > 1
+    }
+    kept = json.loads((ROOT / "docs" / "targets.json").read_text())
+    one_card = kept["imagenet256:resnet50_t30 h100:8 64"]
+    step, inner, rest = one_card["seconds"].values()
+    bounds = f"{64 / (3 * step):,.4g}", f"{64 / (rest + 2 * inner + 3 * step):,.4g}"
+    measured = ["32", "32", "2.00"]
+    assert shown["resnet50, loop"] == [*measured, "50 %", bounds[0], "", ""]
+    needed = f"{one_card['memory_bytes']['peak'] / 2**30:.1f}"
+    assert shown["resnet50, step"] == [*measured, "", bounds[1], "7.0", needed]
+    assert shown["wrn34_10, step"] == [*measured, "", "", "", ""]
 
 
 FLOAT64 = """
@@ -334,6 +352,19 @@ def test_rows_that_differ_in_their_curriculum_alone_are_compiled_once(tmp_path):
     for moment, figures in kept[other]["step"].items():
         assert found["step"][moment] == pytest.approx(figures, rel=1e-9)
     assert found["memory_bytes"] == kept[other]["memory_bytes"]
+
+
+@pytest.mark.parametrize("held", ["{", "[]"])
+def test_damaged_records_are_told_in_one_sentence(held, tmp_path):
+    for name in ("targets.json", "resnet50.json"):
+        (tmp_path / name).write_text(held)
+    for script, *arguments in (
+        ("targets.py", f"--json={tmp_path / 'targets.json'}", "--markdown"),
+        ("gpu.py", f"--out={tmp_path}", "--rows=resnet50"),
+    ):
+        done = run(script, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert str(tmp_path) in done.stderr and "to begin anew" in done.stderr
 
 
 def test_targets_needs_a_file_and_rows_that_are_there(tmp_path):
