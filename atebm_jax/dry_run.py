@@ -192,10 +192,20 @@ def _bytes_of_a_part(tree: Any, count: int) -> int:
     return sum(map(part, jax.tree.leaves(tree)))
 
 
-def moments(name: str, turns: Mapping[str, int]) -> list[int]:
-    """Contrastive steps T to tell a whole step at: the least and the most."""
+def moments(name: str, turns: Mapping[str, int]) -> dict[str, int]:
+    """Contrastive steps to tell a whole step with, by name: the least T and the most.
+
+    Of a method without T all steps are alike, "each".
+    """
     most = turns.get(CONTRASTIVE, 0)
-    return sorted({0 if stages.STAGES[name].curriculum else most, most})
+    if not stages.STAGES[name].curriculum:
+        return {"each": most}
+    return {f"T={steps}": steps for steps in (0, most)}
+
+
+def at(moment: str) -> str:
+    """The name of one of `moments` behind a noun: " at T=7", or nothing."""
+    return "" if moment == "each" else f" at {moment}"
 
 
 def batch_shapes(
@@ -414,8 +424,8 @@ def _figures(
     need = cost.device_bytes(stage.batch_size, machine.devices, parts)
     speed = machine.devices * machine.peak_tflops * 1e12 * machine.utilisation
     seconds = {
-        f"T={steps}": cost.step_flops(stage.batch_size, steps) / speed
-        for steps in moments(name, cost.turns)
+        moment: cost.step_flops(stage.batch_size, steps) / speed
+        for moment, steps in moments(name, cost.turns).items()
     }
     return {
         **dataclasses.asdict(cost),
@@ -465,7 +475,7 @@ def _show(
     for moment, seconds in figures["seconds_per_step"].items():
         rate = figures["images_per_second"][moment]
         table.add_row(
-            f"a step at {moment}, at {share}",
+            f"a step{at(moment)}, at {share}",
             f"{seconds:.3g} s, {rate:,.0f} images/s",
         )
     table.add_row(

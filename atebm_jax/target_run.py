@@ -351,7 +351,7 @@ def steps(
     step_flops: Callable[[int], float],
     most: float,
 ) -> dict[str, dict[str, float]]:
-    """Whole steps at the least T and the most, as numbers to print and to write.
+    """Whole steps at each of `dry_run.moments`, as numbers to print and to write.
 
     `seconds` are the `times` of the parts; `step_flops` as of `figures`; `most` is the
     peak of all devices, in FLOP/s.
@@ -360,16 +360,16 @@ def steps(
     parts = STAGES[name].parts(block)
     turns = {part: declared.turns for part, declared in parts.items()}
     at: dict[str, dict[str, float]] = {}
-    for moment in dry_run.moments(name, turns):
-        step = whole(seconds, {**turns, CONTRASTIVE: moment})
-        at[f"T={moment}"] = {
+    for moment, contrastive in dry_run.moments(name, turns).items():
+        step = whole(seconds, {**turns, CONTRASTIVE: contrastive})
+        at[moment] = {
             "seconds": step,
-            "share_of_peak": step_flops(moment) / (step * most),
+            "share_of_peak": step_flops(contrastive) / (step * most),
             "images_per_second": block.batch_size / step,
         }
         if images:
             hours = configuration.num_steps(block, images) * step / 3600
-            at[f"T={moment}"] |= {
+            at[moment] |= {
                 "hours_of_an_epoch": images / block.batch_size * step / 3600,
                 "hours_of_the_budget": hours,
             }
@@ -712,12 +712,13 @@ def _show(
         speed = f"{at['images_per_second']:,.0f} images/s"
         share = f"{at['share_of_peak']:.0%} of the peak"
         table.add_row(
-            f"a step at {moment}", f"{_duration(at['seconds'])}, {speed}, {share}"
+            f"a step{dry_run.at(moment)}",
+            f"{_duration(at['seconds'])}, {speed}, {share}",
         )
         if "hours_of_an_epoch" in at:
             told = f"{at['hours_of_an_epoch']:.2g} h an epoch, "
             told += f"{at['hours_of_the_budget']:.2g} h the stage"
-            table.add_row(f"all steps at {moment}", told)
+            table.add_row(f"all steps{dry_run.at(moment)}", told)
     console.print(table)
     if "time_is" in made:
         say(console, f"compiled, not measured; time is {made['time_is']}.")

@@ -7,11 +7,12 @@ Rows, with the paper's numbers after stage 2 (clean / AutoAttack L2 0.5 / FID):
 
 * `wrn34_10_t45`: T = 45.
 * `wrn34_10_t50`: 60.12 / 42.55 / 9.53 at T = 50.
-* `small`: WRN-16-4 in bfloat16, 20 + 10 epochs. It takes about 25 minutes on one H100
-  (estimated, not run). Its stage 2 has the learning rate, the contrastive steps and the
-  threshold of `hour` in configs/cifar10.py, which were run on CIFAR-10 alone.
+* `small`: WRN-16-4 in bfloat16, 20 + 10 epochs; it was not run. Its stage 2 has the
+  learning rate, the contrastive steps and the threshold of `hour` in
+  configs/cifar10.py, which were run on CIFAR-10 alone.
 
-Hardware, hours, seeds and the length of stage 2 are as in configs/cifar10.py.
+Hardware, seeds and the length of stage 2 are as in configs/cifar10.py. Hours, as bounds
+by the compiler: docs/cost.md.
 Inputs are normalised by CIFAR-10's mean and standard deviation.
 """
 

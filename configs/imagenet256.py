@@ -11,7 +11,8 @@ and the transformers are not in the paper. No row has been run to its end yet.
 
 Hardware: the paper's stage 2 of ConvNeXt-L took about 20 hours on 8 accelerators of the
 MI300 class. ResNet-50 needs a fraction of that. To estimate memory, FLOPs and speed of
-a row on given devices, add `--dry_run --devices=8` to its command.
+a row on given devices, add `--dry_run --devices=8` to its command; to compile its step
+for a machine that is not here, `--dry_run --target=h100:8` (docs/cost.md has all rows).
 
 Data: a prepared TFDS `imagenet2012`; or class folders,
 `--config.data.train=folder:PATH/train --config.data.eval=folder:PATH/val

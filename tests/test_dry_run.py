@@ -263,6 +263,8 @@ def test_figures_are_printed_and_written(tmp_path):
     assert set(figures) == {"stage1", "stage2"} and figures["stage2"]["fits"]
     shown = console.file.getvalue()
     assert "fits into 72 of 80 GiB" in shown and "contrastive step" in shown
+    assert list(figures["stage1"]["seconds_per_step"]) == ["each"]
+    assert "│ a step, at 40% of the peak" in shown and "a step at T=0, at 40%" in shown
     slow, fast = figures["stage2"]["seconds_per_step"].values()
     assert slow < fast
 

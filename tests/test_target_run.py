@@ -219,9 +219,14 @@ def test_chains_of_jem_take_their_turns_and_no_adversary(monkeypatch):
     made = target_run.figures(
         config, "jem", targets.parse("v5e:2x4"), one, lambda t: asked.append(t) or 1.0
     )
-    assert list(made["step"]) == ["T=4"] and asked == [4]
-    cycles = round(made["step"]["T=4"]["seconds"] * 197e12 / 131_072)
+    # No step of JEM has a T of its own.
+    assert list(made["step"]) == ["each"] and asked == [4]
+    cycles = round(made["step"]["each"]["seconds"] * 197e12 / 131_072)
     assert cycles == 10_000 + 1 + 5 + 4 * 1000
+    console = Console(file=io.StringIO(), width=160)
+    target_run._show(console, config, "jem", made)
+    shown = console.file.getvalue()
+    assert "│ a step " in shown and "│ all steps " in shown and "T=" not in shown
 
 
 def test_time_on_a_gpu_is_what_bytes_and_flops_of_its_kernels_take():

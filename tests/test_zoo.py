@@ -14,7 +14,6 @@ from atebm_jax.release.__main__ import main as release
 from atebm_jax.sample.__main__ import main as sample
 
 ZOO = Path(atebm_jax.__file__).parent / "zoo"
-DATA = tiny.ROOT.parent / "shared" / "tfds"
 
 
 def figures(name, metric):
@@ -22,9 +21,9 @@ def figures(name, metric):
     return report.read_figures(folder)["metrics"][metric]["figures"]
 
 
-def images_of(spec, shape, limit):
+def images_of(spec, shape, limit, data_dir=""):
     """Images of a data set, as a job's last evaluation takes them, and labels."""
-    source = data.open_source(spec, str(DATA))
+    source = data.open_source(spec, data_dir)
     return data.materialise(source, "", shape, limit, 1)
 
 
@@ -59,13 +58,11 @@ def test_digits_are_as_accurate_as_is_written():
     assert abs(int(robust.sum()) - round(359 * written["value"])) <= 1
 
 
-@pytest.mark.skipif(
-    not (DATA / "cifar10").is_dir(), reason=f"CIFAR-10's test images are not in {DATA}"
-)
-def test_cifar10_is_as_accurate_as_is_written():
+def test_cifar10_is_as_accurate_as_is_written(tfds_dir):
     model = atebm_jax.load("zoo:cifar10", batch_size=250)
     written = figures("cifar10", "accuracy")["clean_accuracy"]
-    images, labels = images_of("tfds:cifar10:test", (32, 32, 3), written["count"])
+    spec, shape, count = "tfds:cifar10:test", (32, 32, 3), written["count"]
+    images, labels = images_of(spec, shape, count, tfds_dir)
     clean = model.classify(images).argmax(-1) == labels
     assert clean.mean() == written["value"]
 
