@@ -47,8 +47,8 @@ command:
 
 Rows of other methods on the network and budget of `cpu`, as configs/digits.py describes
 them: `at`, `jem` and `ratio`, and of ours `dat_one_stage`, `dat_batchnorm`,
-`dat_clean`, `dat_r1` and `dat_fixed_t`; `dat` is `cpu`. None was run to its end, `jem`
-and `ratio` for an hour (docs/results.md). 1,000 steps of `jem`, `ratio` or
+`dat_clean`, `dat_r1` and `dat_fixed_t`; `dat` is `cpu`. None was run to its end, `at`,
+`jem` and `ratio` for an hour (docs/results.md). 1,000 steps of `jem`, `ratio` or
 `dat_one_stage` take about as long as both stages (estimated). `jem` has its published
 learning rate: at 1e-3, that of the digits, it diverged at step 21.
 

@@ -390,7 +390,7 @@ def test_weights_from_before_a_field_have_its_default(monkeypatch, tmp_path):
     with pytest.raises(
         UserError, match="init_from: .*--config.model.standardize=False"
     ):
-        job._origins(settings, epath.Path(tmp_path), model, 100)
+        job._origins(settings, epath.Path(tmp_path), model, shapes, 100)
 
 
 def test_number_of_classes_must_be_that_of_the_data(tmp_path):
