@@ -1,7 +1,8 @@
-"""The config: every field with its default and meaning, and how it is checked.
+"""The config: fields with their defaults and meaning, and how it is checked.
 
-A file in `configs/` starts from `default()` and sets what its data set needs; the
-command line overrides single fields (`--config.stage2.auc_threshold=0.7`).
+Fields of one family of networks or of one training method stand in its file. A file in
+`configs/` starts from `default()` and sets what its data set needs; the command line
+overrides single fields (`--config.stage2.auc_threshold=0.7`).
 """
 
 import ast

@@ -54,13 +54,17 @@ def check_function(
     Raises:
       UserError: names the field, both values and the flag to give.
     """
-    want, have = _plain(expected), _plain(stored)
+    want = _plain(expected)
+    # Of a field that is newer than the weights nothing can be said.
+    have = want | _plain(stored)
     changed = _differences(want, have)
     decisive = _differences(_attributes(want), _attributes(have)) if changed else []
     if not decisive:
         return
     # What is no field follows from the family or, within one, from other fields.
-    field = next(f for f in (*decisive, "name", *changed) if f in changed)
+    known = have["name"] in models.FAMILIES
+    named = (*decisive, "name", *changed) if known else ("name",)
+    field = next(f for f in named if f in changed)
     raise UserError(
         f"config.model.{field} is {want[field]!r} and the weights of {source} were "
         f"trained with {have[field]!r}: give --config.model.{field}={have[field]!r}."
@@ -94,8 +98,10 @@ def _differences(want: Mapping[str, Any], have: Mapping[str, Any]) -> list[str]:
 
 
 def _same(name: str, want: Any, have: Any) -> bool:
-    if name in ("mean", "std") and have is not None:
-        return len(want) == len(have) and np.allclose(want, have, rtol=0, atol=1e-5)
+    if np.shape(want) != np.shape(have):
+        return False
+    if name in ("mean", "std"):
+        return np.allclose(want, have, rtol=0, atol=1e-5)
     # An attribute of a user's network may be an array.
     return bool(np.all(want == have))
 

@@ -61,7 +61,7 @@ def cifar(name: str, num_classes: int) -> ConfigDict:
 
 
 def cifar_small(name: str, num_classes: int) -> ConfigDict:
-    """WRN-16-4 in bfloat16 for 20 + 10 epochs: a row for one GPU and half an hour."""
+    """WRN-16-4 in bfloat16 for 20 + 10 epochs: a row for one GPU."""
     config = cifar(name, num_classes)
     config.model.depth = 16
     config.model.widen_factor = 4

@@ -321,8 +321,15 @@ def _do(run: Run, flags: argparse.Namespace, overrides: list[tuple[str, str]]) -
     folder, config = run.folder(flags.workdir), settings(run, flags, overrides)
     trained = job.run(config, folder, console=Console(file=sys.stderr))
     if _is_scored(run):
+        found = {}
         # Of a run that diverged before its first checkpoint there is nothing.
-        found = _scores(folder, config, flags) if trained["stages"] else {}
+        if trained["stages"]:
+            try:
+                found = _scores(folder, config, flags)
+            except UserError:
+                if divergence(folder) is None:
+                    raise
+                # What it ended with cannot be scored.
         found["job"] = _of_last_stage(trained) if found else {}
         storage.write_json(folder / "figures.json", found)
     # The programs of many runs would fill the memory.
@@ -571,11 +578,14 @@ def _by_rate(runs: Sequence[Run], workdir: str) -> dict[str, dict[float, list[Ru
     return found
 
 
-def _lasting(runs: Sequence[Run], workdir: str, figure: str) -> Interval | None:
-    """A figure of the jobs that did not diverge; None if all did."""
-    folders = [run.folder(workdir) for run in runs]
-    stages = [report.read_stages(f) for f in folders if divergence(f) is None]
-    return interval([_of_last_stage(x)[figure] for x in stages]) if stages else None
+def _lasting(runs: Sequence[Run], workdir: str, figure: str) -> dict[int, float]:
+    """Seed -> a figure of its job, of those that did not diverge."""
+    folders = {run.seed: run.folder(workdir) for run in runs}
+    return {
+        seed: _of_last_stage(report.read_stages(folder))[figure]
+        for seed, folder in folders.items()
+        if divergence(folder) is None
+    }
 
 
 def _stability(runs: Sequence[Run], workdir: str, data_name: str) -> Iterator[str]:
@@ -595,7 +605,8 @@ def _stability(runs: Sequence[Run], workdir: str, data_name: str) -> Iterator[st
             cells = [row, f"{factor:g} x", f"{len(alike)}", f"{len(died)}"]
             for figure, digits in _OF_A_JOB.items():
                 lasting = _lasting(alike, workdir, figure)
-                cells.append(lasting.text(digits) if lasting else "")
+                values = [*lasting.values()]
+                cells.append(interval(values).text(digits) if values else "")
             yield f"| {' | '.join(cells)} |"
     theirs, ours = (len(seen[row]) for row in STABILITY)
     said = "Holds" if theirs > ours == 0 else "Does not hold"
@@ -632,26 +643,39 @@ def _claims(runs: Sequence[Run], workdir: str, data_name: str) -> Iterator[str]:
 
 
 def _at_another_rate(claim: Claim, runs: Sequence[Run], workdir: str) -> Iterator[str]:
-    """Where the other row is better at another learning rate than its own."""
+    """Where the other row is better at another learning rate than its own.
+
+    As of a claim, the seeds must show it.
+    """
     rates = _by_rate(runs, workdir)
     if claim.other not in rates:
         return
     name, figure = _REPORTED[claim.measure]
-    theirs, ours = (
-        {f: at for f in rates[row] if (at := _lasting(rates[row][f], workdir, figure))}
-        for row in (claim.other, "dat")
-    )
+    theirs = {f: _lasting(of, workdir, figure) for f, of in rates[claim.other].items()}
+    ours = _lasting(rates["dat"].get(1.0, []), workdir, figure)
+    own = theirs.pop(1.0, {})
     sign = 1 if MEASURES[claim.measure].higher else -1
-    best = max(theirs, key=lambda factor: sign * theirs[factor].mean, default=1.0)
-    if best == 1 or 1 not in theirs or 1 not in ours:
+    better = {
+        factor: values
+        for factor, values in theirs.items()
+        if ours
+        and verdict([sign * (values[s] - own[s]) for s in values.keys() & own])
+        == "holds"
+    }
+    if not better:
         return
-    better, own, our_own = (
-        figures.text(_OF_A_JOB[figure])
-        for figures in (theirs[best], theirs[1], ours[1])
+    best = max(
+        better, key=lambda factor: sign * interval([*better[factor].values()]).mean
     )
+    told = [
+        interval([*values.values()]).text(_OF_A_JOB[figure])
+        for values in (better[best], own, ours)
+    ]
+    died = len(rates[claim.other][best]) - len(better[best])
+    runs_died = f" ({died} of its runs diverged)" if died else ""
     yield (
-        f"\n`{claim.other}` is better at {best:g} times its learning rate: {name} "
-        f"{better}, at its own {own}; `dat` at its own {our_own}."
+        f"\n`{claim.other}` is better at {best:g} times its learning rate{runs_died}: "
+        f"{name} {told[0]}, at its own {told[1]}; `dat` at its own {told[2]}."
     )
 
 

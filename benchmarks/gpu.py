@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atebm_jax import target_run
+from atebm_jax.command_line import load_config
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError
 
@@ -77,8 +78,11 @@ def command(row: str, path: Path, repeats: int, rehearse: bool) -> list[str]:
 def compiled(row: str, record: dict[str, Any]) -> dict[str, Any] | None:
     """What docs/targets.json has of this row and card, with as many images on it.
 
-    Best of one card, else of one of several.
+    Best of one card, else of one of several; nothing of a program in another dtype.
     """
+    config = load_config(f"{_CONFIGS / ROWS[row][0]}")
+    if config.model.dtype != record["model"]["dtype"]:
+        return None  # compiled as the row has it, and measured in another
     device = record["sides"]["ours"]["device"].lower()
     kept = options.read_json(_COMPILED).items()
     for name, figures in sorted(kept, key=lambda entry: entry[1]["devices"]):

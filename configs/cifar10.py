@@ -8,10 +8,11 @@ Rows of the paper, with its numbers after stage 2 (clean / AutoAttack L2 0.5 / F
 * `wrn34_10_t40`: 91.92 / 75.75 / 9.12 at T = 40.
 * `wrn34_10_t50`: 90.72 / 74.65 / 7.57 at T = 50.
 
-They need one 80 GB GPU; none was run. Stage 1 takes three hours on one H100 (estimated
-by `--dry_run`, at 40 % of the peak). Stage 2 takes at least 0.06 to 0.24 hours (T = 40)
-and 0.06 to 0.43 hours (T = 50) on eight H100, from all steps at T = 0 to all at T_max,
-and up to eight times that on one: bounds by the compiler, not measured (docs/cost.md).
+None was run. Stage 1 takes six hours on one H100 (estimated by `--dry_run
+--peak_tflops=494`, at 40 % of the peak of TF32). Stage 2 takes at least 0.06 to 0.24
+hours (T = 40) and 0.06 to 0.43 hours (T = 50) on eight H100, from all steps at T = 0 to
+all at T_max, and up to eight times that on one: bounds by the compiler, not measured
+(docs/cost.md).
 
 Row for stage 2 of a published classifier, DeepMind's WRN-28-10 with SiLU:
 
@@ -23,7 +24,7 @@ Row for stage 2 of a published classifier, DeepMind's WRN-28-10 with SiLU:
 
   Nobody has published stage 2 of this network; its settings are those of
   `wrn34_10_t50`. There the paper gives 1.7 points of clean and 1.1 of robust accuracy
-  for a FID of 7.57: expect the same order. It needs one 80 GB GPU; it was not run.
+  for a FID of 7.57: expect the same order. It was not run.
   The compiler's bounds are 0.05 to 0.36 hours on eight H100.
 
 Row for one GPU:

@@ -105,6 +105,7 @@ def test_rows_with_a_record_are_not_run_again(tmp_path):
     card = {"device": "NVIDIA H100 80GB HBM3", "peak_bytes": 7 * 2**30}
     record = {
         "flags": {"batch_size": 64, "steps": 3},
+        "model": {"dtype": "bfloat16"},
         "sides": {"ours": card},
         "stage2": {"adversary": {"num_steps": 2}},
         "summary": {"loop": times, "step": times},
@@ -130,6 +131,18 @@ def test_rows_with_a_record_are_not_run_again(tmp_path):
     needed = f"{one_card['memory_bytes']['peak'] / 2**30:.1f}"
     assert shown["resnet50, step"] == [*measured, "", bounds[1], "7.0", needed]
     assert shown["wrn34_10, step"] == [*measured, "", "", "", ""]
+
+
+def test_measured_and_compiled_in_other_dtypes_are_not_put_side_by_side(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    record = {
+        "sides": {"ours": {"device": "NVIDIA H100 80GB HBM3"}},
+        "flags": {"batch_size": 128, "steps": 20},
+    }
+    for dtype, found in (("float32", True), ("bfloat16", False)):
+        record["model"] = {"dtype": dtype}
+        assert bool(gpu.compiled("wrn34_10", record)) == found
 
 
 FLOAT64 = """

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -197,7 +198,37 @@ def test_network_of_the_users_own_is_compared_by_its_attributes(monkeypatch):
         fitting.check_function(expected, stored.to_dict(), "runs/x")
 
 
+@pytest.mark.parametrize(
+    ("attribute", "same"),
+    [
+        (lambda model: np.ones(model.depth), False),  # of other lengths
+        (lambda model: 0.5, True),
+    ],
+)
+def test_attributes_of_any_kind_are_compared(monkeypatch, attribute, same):
+    class Own(nn.Module):
+        mean: Any
+        num_classes: int
+
+    def build(model):
+        return Own(attribute(model), model.num_classes)
+
+    monkeypatch.setitem(models.FAMILIES, "own", Family(build=build, sized_by=()))
+    stored = described(name="own", depth=1)
+    assert refused(described(name="own", depth=3), stored) is not same
+
+
+def test_field_that_is_newer_than_the_weights_is_not_compared(monkeypatch):
+    def build(model):
+        return Filtered(np.full(3, model.slope), model.num_classes)
+
+    monkeypatch.setitem(models.FAMILIES, "own", Family(build=build, sized_by=()))
+    expected, stored = described(name="own"), described(name="own", depth=3)
+    expected.slope = 0.1
+    assert not refused(expected, stored)
+
+
 def test_weights_of_a_family_that_is_not_known_here_are_refused():
-    expected, stored = described(), described(name="own")
+    expected, stored = described(), described(name="own", activation="swish")
     with pytest.raises(UserError, match="name is 'wide_resnet' .*'own'"):
         fitting.check_function(expected, stored.to_dict(), "runs/x")

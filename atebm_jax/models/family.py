@@ -164,8 +164,8 @@ class Family:
 
     Attributes:
       build: makes the network of a `config.model`; raises `UserError` if it cannot.
-      fields: the fields of `config.model` that it reads beside those of all networks,
-        with their defaults. Families that share a field share its default.
+      fields: the fields of `config.model` that `build` reads beside those of all
+        networks, with their defaults. Families that share a field share its default.
       sized_by: fields of `config.model` that give a network its size.
       archs: usual names of networks, and what each sets in `config.model`. Classes and
         normalisation are those of the data that public weights were trained on.
