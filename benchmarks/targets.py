@@ -123,7 +123,8 @@ def steps(flags: argparse.Namespace) -> None:
                 found = next((other for other in alike if other in kept), None)
                 try:
                     if found:
-                        kept[name] = with_curriculum(row, images, kept[found])
+                        made = with_curriculum(row, images, kept[found])
+                        kept[name] = made | {"compiled_as": found}
                     else:
                         kept[name] = compiled(row, target, images, console)
                 except target_run.CompilerFailure as error:

@@ -365,6 +365,7 @@ def test_rows_that_differ_in_their_curriculum_alone_are_compiled_once(tmp_path):
     for moment, figures in kept[other]["step"].items():
         assert found["step"][moment] == pytest.approx(figures, rel=1e-9)
     assert found["memory_bytes"] == kept[other]["memory_bytes"]
+    assert found["compiled_as"] == one
 
 
 @pytest.mark.parametrize("held", ["{", "[]"])
