@@ -146,7 +146,6 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
     state = jax.eval_shape(plan.new_state, variables)
     batch = batch_shapes(stage, shape, 1)
     parts = plan.method.parts(plan.block)
-    turns = {part: declared.turns for part, declared in parts.items()}
     params, stats = variables["params"], variables.get("batch_stats", {})
     gradient = num_bytes(params)
 
@@ -170,7 +169,7 @@ def _measured(config: ml_collections.ConfigDict, name: str, fsdp: int) -> Cost:
         loss_bytes=by_params(2) - by_params(1),
         pgd_bytes=by_images(2) - by_images(1),
         flops=_flops(stage, model, variables, batch, parts),
-        turns=turns | {_LOSS: 1},
+        turns=plan.method.turns(plan.block) | {_LOSS: 1},
         gathered_bytes=0 if fsdp == 1 else gradient,
         whole_batch=plan.method.whole_batch(plan.block) and "batch_stats" in variables,
         compiled_share=_compiled_share(config.model),

@@ -357,8 +357,7 @@ def steps(
     peak of all devices, in FLOP/s.
     """
     block, images = config[name], num_images(config)
-    parts = STAGES[name].parts(block)
-    turns = {part: declared.turns for part, declared in parts.items()}
+    turns = STAGES[name].turns(block)
     at: dict[str, dict[str, float]] = {}
     for moment, contrastive in dry_run.moments(name, turns).items():
         step = whole(seconds, {**turns, CONTRASTIVE: contrastive})

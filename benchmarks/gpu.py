@@ -27,6 +27,7 @@ from atebm_jax import target_run
 from atebm_jax.command_line import load_config
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError
+from atebm_jax.stages import CONTRASTIVE
 
 STEP = Path(__file__).with_name("step.py")
 _ROOT = Path(__file__).parents[1]
@@ -102,9 +103,9 @@ def bounds(figures: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
     """
     seconds, steps = figures["seconds"], record["flags"]["steps"]
     inner = record["stage2"]["adversary"]["num_steps"]
-    turns = {"contrastive step": steps, "adversary step": inner}
+    turns = {CONTRASTIVE: steps, "adversary step": inner}
     taken = {
-        "loop": steps * seconds["contrastive step"],
+        "loop": steps * seconds[CONTRASTIVE],
         "step": target_run.whole(seconds, turns),
     }
     return {name: record["flags"]["batch_size"] / taken[name] for name in taken}

@@ -81,6 +81,10 @@ class Method(NamedTuple):
         """T_max; 0 for a method without a curriculum."""
         return block.t_max if self.curriculum else 0
 
+    def turns(self, block: ml_collections.ConfigDict) -> dict[str, int]:
+        """How often each of the `parts` runs in one step, at most."""
+        return {name: part.turns for name, part in self.parts(block).items()}
+
 
 def classified(
     logits: jax.Array, labels: jax.Array, accuracy: str = "accuracy_adv"
