@@ -103,8 +103,7 @@ def descend(
         targets = jnp.where(labels == GUESS, originals, labels)
 
     def confidence(logits: jax.Array, classes: jax.Array) -> jax.Array:
-        probabilities = energy.class_probabilities(logits)
-        return jnp.take_along_axis(probabilities, classes[:, None], axis=-1)[:, 0]
+        return energy.of_class(energy.class_probabilities(logits), classes)
 
     def objective(x: jax.Array) -> tuple[jax.Array, Path]:
         logits = logits_fn(x)

@@ -9,6 +9,16 @@ import jax
 import jax.numpy as jnp
 
 
+def of_class(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """values[i, labels[i]] of [B, K] and [B]; NaN where there is no such class.
+
+    By a mask, as the gradient of an index is a scatter.
+    """
+    chosen = jax.nn.one_hot(labels, values.shape[-1], dtype=bool)
+    found = jnp.where(chosen, values, 0).sum(axis=-1)
+    return jnp.where(chosen.any(axis=-1), found, jnp.nan)
+
+
 def joint(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Joint energy E(x, y) = -f(x)[y].
 
@@ -19,7 +29,7 @@ def joint(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Returns:
       [B] energies, in the dtype of the logits. Lower means more likely.
     """
-    return -jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return -of_class(logits, labels)
 
 
 def marginal(logits: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from atebm_jax import energy
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy -log softmax(f(x))[y], one value an image.
@@ -18,7 +20,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       [B] losses in nats, not averaged: the caller sums (attacks) or averages (losses).
     """
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    return -energy.of_class(log_probabilities, labels)
 
 
 def contrastive_bce(real_scores: jax.Array, contrastive_scores: jax.Array) -> jax.Array:

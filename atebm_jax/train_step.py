@@ -40,10 +40,7 @@ StepFn = Callable[
 
 
 def create_state(
-    variables: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    extra: Any = (),
+    variables: Any, optimizer: optax.GradientTransformation, *, extra: Any = ()
 ) -> TrainState:
     """A fresh state from a network's variables.
 
@@ -76,10 +73,7 @@ def create_state(
 
 def average_variables(state: TrainState) -> dict[str, Any]:
     """The averaged network: what evaluates, samples and starts the next stage."""
-    return {
-        "params": state.average_params,
-        "batch_stats": state.average_batch_stats,
-    }
+    return {"params": state.average_params, "batch_stats": state.average_batch_stats}
 
 
 def make(

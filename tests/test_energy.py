@@ -78,3 +78,14 @@ def test_energies_match_the_reference(golden):
     logits, labels = jnp.asarray(wrn["logits_eval"]), jnp.asarray(wrn["labels"])
     np.testing.assert_allclose(energy.marginal(logits), wrn["E_x"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(energy.joint(logits, labels), wrn["E_xy"], atol=1e-5)
+
+
+def test_value_of_a_class_is_its_own_and_of_no_class_none():
+    values = jnp.array([[1.0, jnp.inf, -2.0], [3.0, 4.0, 5.0]])
+    for labels, chosen in (((1, 0), (jnp.inf, 3.0)), ((2, 2), (-2.0, 5.0))):
+        found = energy.of_class(values, jnp.array(labels))
+        np.testing.assert_array_equal(found, chosen)
+    found = energy.of_class(values, jnp.array([-1, 3]))
+    assert np.isnan(found).all()
+    gradient = jax.grad(lambda v: energy.of_class(v, jnp.array([2, 0])).sum())(values)
+    np.testing.assert_array_equal(gradient, [[0, 0, 1], [1, 0, 0]])

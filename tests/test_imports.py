@@ -68,7 +68,7 @@ ORDER = (
 )
 
 # Rooms that may know less than their place in the order allows.
-FREE = ("energy", "losses", "metrics", "models", "curriculum", "optim")
+FREE = ("energy", "metrics", "models", "curriculum", "optim")
 FREE += ("calls", "health", "hlo", "targets")
 FREE += ("data", "sharding", "config", "preemption", "storage", "progress")
 FREE += ("checksums", "fitting")
@@ -78,6 +78,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "storage": {"local_path", "names"},
     "progress": {"names"},
     "sharding": {"names"},
+    "losses": {"energy"},
     "ascent": {"calls"},
     "attacks": {"ascent", "losses"},
     "stages": {"energy", "losses", "ascent", "attacks", "metrics", "models"}

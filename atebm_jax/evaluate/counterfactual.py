@@ -177,8 +177,7 @@ def _explain(
             said["judge_"] = context.judge.logits(judge, result)
         for prefix, logits in said.items():
             probabilities = energy.class_probabilities(logits)
-            confidence = jnp.take_along_axis(probabilities, targets[:, None], axis=-1)
-            rows[f"{prefix}confidence"] = confidence[:, 0]
+            rows[f"{prefix}confidence"] = energy.of_class(probabilities, targets)
             rows[f"{prefix}agrees"] = metrics.accuracy(logits, targets)
         return rows
 

@@ -4,7 +4,7 @@ When a program is traced nobody knows yet for which machine: a CPU may compile f
 TPU. So a trace holds one operation with both forms, of which lowering writes out one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -37,41 +37,50 @@ def only(name: str) -> AbstractContextManager[None]:
     return _chosen(name)
 
 
-def either(ours: Form, theirs: Form, *arrays: jax.Array) -> jax.Array:
-    """`ours` of the arrays in programs for CPUs, `theirs` in all others.
+def either(
+    ours: Form, theirs: Form, *arrays: jax.Array, on: Sequence[str] = ("cpu",)
+) -> jax.Array:
+    """`ours` of the arrays in programs for some platforms, `theirs` in all others.
 
     Reverse-mode derivatives only, of any order: those of the form that is used.
 
     Args:
       ours, theirs: arrays -> one array; the same function but for rounding.
       arrays: what they are called with.
+      on: "cpu", "gpu" or both.
     """
     if _chosen.value is not None:
         return (ours if _chosen.value == "cpu" else theirs)(*arrays)
-    return _either(_single(ours), _single(theirs), *arrays)[0]
+    return _either(_single(ours), _single(theirs), tuple(on), *arrays)[0]
 
 
 def _single(form: Form) -> Callable[..., tuple[jax.Array, ...]]:
     return lambda *arrays: (form(*arrays),)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _either(ours: Form, theirs: Form, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(_choice.bind(*arrays, ours=ours, theirs=theirs))
+#: Platforms that have the first of two forms.
+_On = tuple[str, ...]
 
 
-def _forward(ours: Form, theirs: Form, *arrays: jax.Array) -> tuple[Any, Any]:
-    return _either(ours, theirs, *arrays), arrays
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _either(
+    ours: Form, theirs: Form, on: _On, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    return tuple(_choice.bind(*arrays, ours=ours, theirs=theirs, on=on))
+
+
+def _forward(ours: Form, theirs: Form, on: _On, *arrays: jax.Array) -> tuple[Any, Any]:
+    return _either(ours, theirs, on, *arrays), arrays
 
 
 def _backward(
-    ours: Form, theirs: Form, arrays: Any, cotangents: Any
+    ours: Form, theirs: Form, on: _On, arrays: Any, cotangents: Any
 ) -> tuple[jax.Array, ...]:
     def pullback(form: Form) -> Form:
         count = len(arrays)
         return lambda *given: jax.vjp(form, *given[:count])[1](given[count:])
 
-    return _either(pullback(ours), pullback(theirs), *arrays, *cotangents)
+    return _either(pullback(ours), pullback(theirs), on, *arrays, *cotangents)
 
 
 _either.defvjp(_forward, _backward)
@@ -82,31 +91,34 @@ _choice.multiple_results = True
 
 
 @_choice.def_impl
-def _run(*arrays: jax.Array, ours: Form, theirs: Form) -> Any:
+def _run(*arrays: jax.Array, **forms: Any) -> Any:
     arrays = tuple(map(jnp.asarray, arrays))
     (platform,) = {device.platform for device in arrays[0].devices()}
-    return (ours if platform == "cpu" else theirs)(*arrays)
+    return _form(platform, **forms)(*arrays)
+
+
+def _form(platform: str, *, ours: Form, theirs: Form, on: _On) -> Form:
+    return ours if platform in on else theirs
 
 
 @_choice.def_abstract_eval
-def _shapes(*arrays: Any, ours: Form, theirs: Form) -> Any:
+def _shapes(*arrays: Any, ours: Form, theirs: Form, on: _On) -> Any:
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     made = jax.eval_shape(theirs, *like)
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
 
 
-def _batched(arrays: Any, axes: Any, *, ours: Form, theirs: Form) -> Any:
+def _batched(arrays: Any, axes: Any, *, ours: Form, theirs: Form, on: _On) -> Any:
     ours, theirs = (jax.vmap(form, in_axes=tuple(axes)) for form in (ours, theirs))
-    made = _choice.bind(*arrays, ours=ours, theirs=theirs)
+    made = _choice.bind(*arrays, ours=ours, theirs=theirs, on=on)
     return made, [0] * len(made)
 
 
+def _lowered(platform: str) -> Any:
+    return mlir.lower_fun(lambda *arrays, **forms: _form(platform, **forms)(*arrays))
+
+
 batching.primitive_batchers[_choice] = _batched
-mlir.register_lowering(
-    _choice, mlir.lower_fun(lambda *arrays, ours, theirs: theirs(*arrays))
-)
-mlir.register_lowering(
-    _choice,
-    mlir.lower_fun(lambda *arrays, ours, theirs: ours(*arrays)),
-    platform="cpu",
-)
+mlir.register_lowering(_choice, _lowered("tpu"))
+for _platform in ("cpu", "gpu"):
+    mlir.register_lowering(_choice, _lowered(_platform), platform=_platform)
