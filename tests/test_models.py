@@ -276,3 +276,42 @@ def test_gelu_is_jaxs_and_keeps_the_dtype():
     assert layers.gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     # 1 Phi(1), from a table of the normal distribution.
     np.testing.assert_allclose(layers.gelu(jnp.float32(1.0)), 0.8413447, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_standardised_channels_and_their_derivatives_are_those_of_float64(dtype, close):
+    """Also the derivative of a derivative."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 16)) + 0.5, dtype)
+    direction = rng.normal(size=x.shape)
+
+    def plain(x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+    def figures(standardized, x):
+        score = lambda x: (standardized(x) ** 3 * made).sum()
+        made = jnp.asarray(direction, standardized(x).dtype)
+        norm = lambda x: jnp.square(jax.grad(score)(x)).sum()
+        return standardized(x), jax.grad(score)(x), jax.grad(norm)(x)
+
+    ours = figures(lambda x: layers.standardized(x, 1e-6), x)
+    with jax.enable_x64(), jax.numpy_dtype_promotion("standard"):
+        exact = figures(plain, x.astype(jnp.float64))
+    for found, wanted in zip(ours, exact, strict=True):
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted)
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found / scale, wanted / scale, atol=close)
+
+
+def test_standardisation_in_one_pass_loses_nothing_that_rounding_had_left():
+    """Channels whose mean is a hundred deviations away, in bfloat16."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(10 + 0.1 * rng.normal(size=(64, 256)), jnp.bfloat16)
+    found = layers.standardized(x, 1e-6)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    np.testing.assert_allclose(found, exact, rtol=1e-2, atol=1e-2)
+    np.testing.assert_array_equal(
+        layers.standardized(jnp.full((1, 8), 3e3, x.dtype), 1e-6), 0
+    )
