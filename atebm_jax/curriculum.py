@@ -61,8 +61,8 @@ def update(
     length = curriculum.window.shape[0]
     window = curriculum.window.at[curriculum.count % length].set(auc)
     count = curriculum.count + 1
-    grow = (count >= length) & (window.mean() >= threshold)
-    grow &= curriculum.num_steps < max_steps
+    below = curriculum.num_steps < max_steps
+    grow = below & (count >= length) & (window.mean() >= threshold)
     return Curriculum(
         num_steps=curriculum.num_steps + grow.astype(jnp.int32),
         window=window,

@@ -103,7 +103,7 @@ def descend(
         targets = jnp.where(labels == GUESS, originals, labels)
 
     def confidence(logits: jax.Array, classes: jax.Array) -> jax.Array:
-        return energy.of_class(energy.class_probabilities(logits), classes)
+        return energy.at_labels(energy.class_probabilities(logits), classes)
 
     def objective(x: jax.Array) -> tuple[jax.Array, Path]:
         logits = logits_fn(x)

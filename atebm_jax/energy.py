@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 
-def of_class(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """values[i, labels[i]] of [B, K] and [B]; NaN where there is no such class.
+def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """values[i, labels[i]] of [B, K] and [B]; NaN for a label outside of 0..K-1.
 
-    By a mask, as the gradient of an index is a scatter.
+    By a mask: the gradient of indexing is a scatter, two kernels more on a GPU.
     """
-    chosen = jax.nn.one_hot(labels, values.shape[-1], dtype=bool)
+    chosen = jax.nn.one_hot(labels.ravel().astype(int), values.shape[-1], dtype=bool)
     found = jnp.where(chosen, values, 0).sum(axis=-1)
     return jnp.where(chosen.any(axis=-1), found, jnp.nan)
 
@@ -29,7 +29,7 @@ def joint(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Returns:
       [B] energies, in the dtype of the logits. Lower means more likely.
     """
-    return -of_class(logits, labels)
+    return -at_labels(logits, labels)
 
 
 def marginal(logits: jax.Array) -> jax.Array:

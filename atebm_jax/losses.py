@@ -20,7 +20,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       [B] losses in nats, not averaged: the caller sums (attacks) or averages (losses).
     """
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    return -energy.of_class(log_probabilities, labels)
+    return -energy.at_labels(log_probabilities, labels)
 
 
 def contrastive_bce(real_scores: jax.Array, contrastive_scores: jax.Array) -> jax.Array:

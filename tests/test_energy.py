@@ -83,9 +83,16 @@ def test_energies_match_the_reference(golden):
 def test_value_of_a_class_is_its_own_and_of_no_class_none():
     values = jnp.array([[1.0, jnp.inf, -2.0], [3.0, 4.0, 5.0]])
     for labels, chosen in (((1, 0), (jnp.inf, 3.0)), ((2, 2), (-2.0, 5.0))):
-        found = energy.of_class(values, jnp.array(labels))
+        found = energy.at_labels(values, jnp.array(labels))
         np.testing.assert_array_equal(found, chosen)
-    found = energy.of_class(values, jnp.array([-1, 3]))
+    found = energy.at_labels(values, jnp.array([-1, 3]))
     assert np.isnan(found).all()
-    gradient = jax.grad(lambda v: energy.of_class(v, jnp.array([2, 0])).sum())(values)
+    gradient = jax.grad(lambda v: energy.at_labels(v, jnp.array([2, 0])).sum())(values)
     np.testing.assert_array_equal(gradient, [[0, 0, 1], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("labels", [np.uint8([5, 200]), np.int64([[5], [200]])])
+def test_labels_of_any_integer_type_are_read(labels):
+    values = jnp.arange(600.0).reshape(2, 300)
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_array_equal(energy.at_labels(values, labels), [5, 500])

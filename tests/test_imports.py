@@ -87,7 +87,7 @@ KNOWS: dict[str, set[str]] = {name: set() for name in FREE} | {
     "train_step": {"stages", "optim"},
     "fitting": {"models"},
     "constraints": {"ascent"},
-    "autoattack": {"losses", "attacks"},
+    "autoattack": {"energy", "losses", "attacks"},
     "metric_writer": {"storage"},
     "workdir_lock": {"sharding", "storage"},
     "intact": {"checkpoint", "train_step"},

@@ -302,16 +302,3 @@ def test_standardised_channels_and_their_derivatives_are_those_of_float64(dtype,
         found, wanted = np.asarray(found, np.float64), np.asarray(wanted)
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(found / scale, wanted / scale, atol=close)
-
-
-def test_standardisation_in_one_pass_loses_nothing_that_rounding_had_left():
-    """Channels whose mean is a hundred deviations away, in bfloat16."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(10 + 0.1 * rng.normal(size=(64, 256)), jnp.bfloat16)
-    found = layers.standardized(x, 1e-6)
-    exact = np.asarray(x, np.float64)
-    exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
-    np.testing.assert_allclose(found, exact, rtol=1e-2, atol=1e-2)
-    np.testing.assert_array_equal(
-        layers.standardized(jnp.full((1, 8), 3e3, x.dtype), 1e-6), 0
-    )

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from atebm_jax import energy
 from atebm_jax.autoattack import apgd, balls
 from atebm_jax.autoattack.apgd import ModelFn
 from atebm_jax.autoattack.balls import per_image
-from atebm_jax.autoattack.objectives import pick, targeted_margin
+from atebm_jax.autoattack.objectives import targeted_margin
 
 # (x [B, H, W, C]) -> margin [B], its gradient [B, H, W, C]: the boundary to approach.
 BoundaryFn = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -109,7 +110,7 @@ def nearest_boundary(
 
         def look(k: jax.Array, found: tuple) -> tuple:
             hot = jax.nn.one_hot(k, num_classes, dtype=logits.dtype)
-            values = logits @ hot - pick(logits, labels)
+            values = logits @ hot - energy.at_labels(logits, labels)
             (gradient,) = pullback(hot[None, :] - own)
             distance = jnp.abs(values) / (dual_length(gradient) + 1e-12)
             nearer = (k != labels) & (distance < found[0])

@@ -12,17 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from atebm_jax import losses
+from atebm_jax import energy, losses
 
 # Keeps the quotient finite where all logits are equal.
 _OFFSET = 1e-12
-
-
-def pick(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logit of a class."""
-    # A masked sum: its gradient is a product, where that of an index is a scatter.
-    hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return (logits * hot).sum(axis=-1)
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -31,14 +24,16 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     With a single class there is no other, and the result is -inf.
     """
     hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.bool_)
-    return jnp.where(hot, -jnp.inf, logits).max(axis=-1) - pick(logits, labels)
+    return jnp.where(hot, -jnp.inf, logits).max(axis=-1) - energy.at_labels(
+        logits, labels
+    )
 
 
 def targeted_margin(
     logits: jax.Array, labels: jax.Array, targets: jax.Array
 ) -> jax.Array:
     """f(x)[t] - f(x)[y]."""
-    return pick(logits, targets) - pick(logits, labels)
+    return energy.at_labels(logits, targets) - energy.at_labels(logits, labels)
 
 
 def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -50,7 +45,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
     first, second, third = _largest(logits, 3)
     wrong = logits.argmax(axis=-1) != labels
     rival = jnp.where(wrong, first, second)
-    return (rival - pick(logits, labels)) / (first - third + _OFFSET)
+    return (rival - energy.at_labels(logits, labels)) / (first - third + _OFFSET)
 
 
 def dlr_targeted(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
@@ -105,7 +100,7 @@ def _largest(logits: jax.Array, count: int) -> list[jax.Array]:
     values, rest = [], logits
     for _ in range(count):
         largest = rest.argmax(axis=-1)
-        values.append(pick(logits, largest))
+        values.append(energy.at_labels(logits, largest))
         taken = jax.nn.one_hot(largest, logits.shape[-1], dtype=jnp.bool_)
         rest = jnp.where(taken, -jnp.inf, rest)
     return values

@@ -177,7 +177,7 @@ def _explain(
             said["judge_"] = context.judge.logits(judge, result)
         for prefix, logits in said.items():
             probabilities = energy.class_probabilities(logits)
-            rows[f"{prefix}confidence"] = energy.of_class(probabilities, targets)
+            rows[f"{prefix}confidence"] = energy.at_labels(probabilities, targets)
             rows[f"{prefix}agrees"] = metrics.accuracy(logits, targets)
         return rows
 

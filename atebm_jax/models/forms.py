@@ -4,7 +4,7 @@ When a program is traced nobody knows yet for which machine: a CPU may compile f
 TPU. So a trace holds one operation with both forms, of which lowering writes out one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ def only(name: str) -> AbstractContextManager[None]:
     Use `with forms.only("xla"):` to count XLA's operations, or to compare forms.
 
     Args:
-      name: "cpu" for the forms of `models.cpu`, "xla" for XLA's own.
+      name: "cpu" for the forms of `models.cpu`, "xla" for those of a TPU.
 
     Raises:
       UserError: any other name.
@@ -38,49 +38,47 @@ def only(name: str) -> AbstractContextManager[None]:
 
 
 def either(
-    ours: Form, theirs: Form, *arrays: jax.Array, on: Sequence[str] = ("cpu",)
+    ours: Form, theirs: Form, *arrays: jax.Array, on_gpus: bool = False
 ) -> jax.Array:
-    """`ours` of the arrays in programs for some platforms, `theirs` in all others.
+    """`ours` of the arrays in programs for CPUs, `theirs` in all others.
 
     Reverse-mode derivatives only, of any order: those of the form that is used.
 
     Args:
       ours, theirs: arrays -> one array; the same function but for rounding.
       arrays: what they are called with.
-      on: "cpu", "gpu" or both.
+      on_gpus: `ours` in programs for GPUs too.
     """
     if _chosen.value is not None:
         return (ours if _chosen.value == "cpu" else theirs)(*arrays)
-    return _either(_single(ours), _single(theirs), tuple(on), *arrays)[0]
+    return _either(_single(ours), _single(theirs), on_gpus, *arrays)[0]
 
 
 def _single(form: Form) -> Callable[..., tuple[jax.Array, ...]]:
     return lambda *arrays: (form(*arrays),)
 
 
-#: Platforms that have the first of two forms.
-_On = tuple[str, ...]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _either(
-    ours: Form, theirs: Form, on: _On, *arrays: jax.Array
+    ours: Form, theirs: Form, on_gpus: bool, *arrays: jax.Array
 ) -> tuple[jax.Array, ...]:
-    return tuple(_choice.bind(*arrays, ours=ours, theirs=theirs, on=on))
+    return tuple(_choice.bind(*arrays, ours=ours, theirs=theirs, on_gpus=on_gpus))
 
 
-def _forward(ours: Form, theirs: Form, on: _On, *arrays: jax.Array) -> tuple[Any, Any]:
-    return _either(ours, theirs, on, *arrays), arrays
+def _forward(
+    ours: Form, theirs: Form, on_gpus: bool, *arrays: jax.Array
+) -> tuple[Any, Any]:
+    return _either(ours, theirs, on_gpus, *arrays), arrays
 
 
 def _backward(
-    ours: Form, theirs: Form, on: _On, arrays: Any, cotangents: Any
+    ours: Form, theirs: Form, on_gpus: bool, arrays: Any, cotangents: Any
 ) -> tuple[jax.Array, ...]:
     def pullback(form: Form) -> Form:
         count = len(arrays)
         return lambda *given: jax.vjp(form, *given[:count])[1](given[count:])
 
-    return _either(pullback(ours), pullback(theirs), on, *arrays, *cotangents)
+    return _either(pullback(ours), pullback(theirs), on_gpus, *arrays, *cotangents)
 
 
 _either.defvjp(_forward, _backward)
@@ -97,20 +95,20 @@ def _run(*arrays: jax.Array, **forms: Any) -> Any:
     return _form(platform, **forms)(*arrays)
 
 
-def _form(platform: str, *, ours: Form, theirs: Form, on: _On) -> Form:
-    return ours if platform in on else theirs
+def _form(platform: str, *, ours: Form, theirs: Form, on_gpus: bool) -> Form:
+    return ours if platform == "cpu" or (platform == "gpu" and on_gpus) else theirs
 
 
 @_choice.def_abstract_eval
-def _shapes(*arrays: Any, ours: Form, theirs: Form, on: _On) -> Any:
+def _shapes(*arrays: Any, ours: Form, theirs: Form, on_gpus: bool) -> Any:
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     made = jax.eval_shape(theirs, *like)
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
 
 
-def _batched(arrays: Any, axes: Any, *, ours: Form, theirs: Form, on: _On) -> Any:
+def _batched(arrays: Any, axes: Any, *, ours: Form, theirs: Form, on_gpus: bool) -> Any:
     ours, theirs = (jax.vmap(form, in_axes=tuple(axes)) for form in (ours, theirs))
-    made = _choice.bind(*arrays, ours=ours, theirs=theirs, on=on)
+    made = _choice.bind(*arrays, ours=ours, theirs=theirs, on_gpus=on_gpus)
     return made, [0] * len(made)
 
 
@@ -119,6 +117,7 @@ def _lowered(platform: str) -> Any:
 
 
 batching.primitive_batchers[_choice] = _batched
+# The first is that of all platforms without one of their own.
 mlir.register_lowering(_choice, _lowered("tpu"))
 for _platform in ("cpu", "gpu"):
     mlir.register_lowering(_choice, _lowered(_platform), platform=_platform)

@@ -48,7 +48,7 @@ def conv(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-    # A TPU's compiler has this one faster, a GPU's turns no kernel for its gradient.
+    # A product is faster on TPUs, and on GPUs its gradient transposes no weights.
     pixels = kernel.shape[:2] == strides == (1, 1) and groups == 1
     if pixels and padding == ((0, 0), (0, 0)):
         theirs = lambda images, kernel: images @ kernel[0, 0]
@@ -66,8 +66,8 @@ def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Arr
     around = ((padding, padding), (padding, padding))
     ours = lambda x: cpu.max_pool(x, window, strides, around)
     theirs = lambda x: nn.max_pool(x, window, strides, around)
-    # On a GPU the gradient of XLA's is a scatter with atomic sums.
-    return forms.either(ours, theirs, images, on=("cpu", "gpu"))
+    # The gradient of XLA's is a scatter on a GPU.
+    return forms.either(ours, theirs, images, on_gpus=True)
 
 
 @jax.custom_jvp
@@ -366,23 +366,17 @@ def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
 def standardized(x: jax.Array, epsilon: float) -> jax.Array:
     """Mean 0 and variance 1 over the last axis, in float32 at least.
 
-    The two means of its derivative do not wait for each other: one pass makes both.
+    Its derivative is written out, so that one pass takes both of its means.
     """
     return _standardized(x, epsilon)[0]
 
 
 def _standardized(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """`standardized`, and what it divided by, inverted: [..., C] and [..., 1]."""
-    wide = at_least_float32(x)
-    mean = _mean(wide)
-    centred = wide - mean
-    if wide.dtype == x.dtype:
-        var = _mean(jnp.square(centred))
-    else:
-        # One pass, which loses less than the rounding of x did.
-        var = jnp.maximum(_mean(jnp.square(wide)) - jnp.square(mean), 0.0)
-    scale = lax.rsqrt(var + epsilon)
-    return centred * scale, scale
+    """`standardized`, and its factor 1 / sqrt(variance + epsilon)."""
+    x = at_least_float32(x)
+    x = x - _mean(x)
+    scale = lax.rsqrt(_mean(jnp.square(x)) + epsilon)
+    return x * scale, scale
 
 
 def _mean(x: jax.Array) -> jax.Array:

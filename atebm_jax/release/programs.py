@@ -1,8 +1,8 @@
 """Logits, energy and sampler as programs that run with JAX alone.
 
 Each is a serialised `jax.export` program for batches of any size. Weights are its first
-argument, by their names in `model.safetensors`, so that they lie on the disk once. CPUs
-get the forms of operations that are fast there, GPUs and TPUs get XLA's own.
+argument, by their names in `model.safetensors`, so that they lie on the disk once. Each
+platform gets the forms of operations that are fast there.
 """
 
 import importlib.util
@@ -23,16 +23,12 @@ from atebm_jax import (
     storage,
 )
 from atebm_jax.errors import UserError
-from atebm_jax.models import forms
 from atebm_jax.trained import Trained
 
 #: The folder of a release that holds them: FOLDER/KIND/NAME.jaxexport.
 FOLDER = "programs"
-# Form of operations and platforms of each kind.
-_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cpu": ("cpu", ("cpu",)),
-    "accelerator": ("xla", ("cuda", "tpu")),
-}
+# Platforms of each kind.
+_KINDS = {"cpu": ("cpu",), "accelerator": ("cuda", "tpu")}
 
 #: Weights by their names in the file.
 Weights = Mapping[str, jax.Array]
@@ -49,12 +45,11 @@ def write(loaded: Trained, folder: epath.Path) -> None:
             "--stablehlo needs the package flatbuffers: pip install "
             "'atebm_jax[stablehlo]'."
         )
-    for kind, (form, platforms) in _KINDS.items():
+    for kind, platforms in _KINDS.items():
         (folder / kind).mkdir(parents=True)
         for name, (function, shapes) in _functions(loaded).items():
-            with forms.only(form):
-                made = jax.export.export(jax.jit(function), platforms=platforms)
-                content = made(*shapes).serialize()
+            made = jax.export.export(jax.jit(function), platforms=platforms)
+            content = made(*shapes).serialize()
             storage.replace_bytes(folder / kind / f"{name}.jaxexport", bytes(content))
 
 
