@@ -131,7 +131,7 @@ def measure(config: ml_collections.ConfigDict, name: str, fsdp: int = 1) -> Cost
     Raises:
       UserError: the config describes no network or no step.
     """
-    # The forms of accelerators, whose memory and FLOPs are wanted.
+    # XLA's forms are those of GPUs and TPUs, whose memory and FLOPs are wanted.
     with forms.only("xla"):
         return _measured(config, name, fsdp)
 

@@ -28,7 +28,7 @@ def only(name: str) -> AbstractContextManager[None]:
     Use `with forms.only("xla"):` to count XLA's operations, or to compare forms.
 
     Args:
-      name: "cpu" for the forms of `models.cpu`, "xla" for those of a TPU.
+      name: "cpu" for the forms of `models.cpu`, "xla" for XLA's own.
 
     Raises:
       UserError: any other name.
@@ -37,9 +37,7 @@ def only(name: str) -> AbstractContextManager[None]:
     return _chosen(name)
 
 
-def either(
-    ours: Form, theirs: Form, *arrays: jax.Array, on_gpus: bool = False
-) -> jax.Array:
+def either(ours: Form, theirs: Form, *arrays: jax.Array) -> jax.Array:
     """`ours` of the arrays in programs for CPUs, `theirs` in all others.
 
     Reverse-mode derivatives only, of any order: those of the form that is used.
@@ -47,38 +45,33 @@ def either(
     Args:
       ours, theirs: arrays -> one array; the same function but for rounding.
       arrays: what they are called with.
-      on_gpus: `ours` in programs for GPUs too.
     """
     if _chosen.value is not None:
         return (ours if _chosen.value == "cpu" else theirs)(*arrays)
-    return _either(_single(ours), _single(theirs), on_gpus, *arrays)[0]
+    return _either(_single(ours), _single(theirs), *arrays)[0]
 
 
 def _single(form: Form) -> Callable[..., tuple[jax.Array, ...]]:
     return lambda *arrays: (form(*arrays),)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _either(
-    ours: Form, theirs: Form, on_gpus: bool, *arrays: jax.Array
-) -> tuple[jax.Array, ...]:
-    return tuple(_choice.bind(*arrays, ours=ours, theirs=theirs, on_gpus=on_gpus))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _either(ours: Form, theirs: Form, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(_choice.bind(*arrays, ours=ours, theirs=theirs))
 
 
-def _forward(
-    ours: Form, theirs: Form, on_gpus: bool, *arrays: jax.Array
-) -> tuple[Any, Any]:
-    return _either(ours, theirs, on_gpus, *arrays), arrays
+def _forward(ours: Form, theirs: Form, *arrays: jax.Array) -> tuple[Any, Any]:
+    return _either(ours, theirs, *arrays), arrays
 
 
 def _backward(
-    ours: Form, theirs: Form, on_gpus: bool, arrays: Any, cotangents: Any
+    ours: Form, theirs: Form, arrays: Any, cotangents: Any
 ) -> tuple[jax.Array, ...]:
     def pullback(form: Form) -> Form:
         count = len(arrays)
         return lambda *given: jax.vjp(form, *given[:count])[1](given[count:])
 
-    return _either(pullback(ours), pullback(theirs), on_gpus, *arrays, *cotangents)
+    return _either(pullback(ours), pullback(theirs), *arrays, *cotangents)
 
 
 _either.defvjp(_forward, _backward)
@@ -89,35 +82,31 @@ _choice.multiple_results = True
 
 
 @_choice.def_impl
-def _run(*arrays: jax.Array, **forms: Any) -> Any:
+def _run(*arrays: jax.Array, ours: Form, theirs: Form) -> Any:
     arrays = tuple(map(jnp.asarray, arrays))
     (platform,) = {device.platform for device in arrays[0].devices()}
-    return _form(platform, **forms)(*arrays)
-
-
-def _form(platform: str, *, ours: Form, theirs: Form, on_gpus: bool) -> Form:
-    return ours if platform == "cpu" or (platform == "gpu" and on_gpus) else theirs
+    return (ours if platform == "cpu" else theirs)(*arrays)
 
 
 @_choice.def_abstract_eval
-def _shapes(*arrays: Any, ours: Form, theirs: Form, on_gpus: bool) -> Any:
+def _shapes(*arrays: Any, ours: Form, theirs: Form) -> Any:
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     made = jax.eval_shape(theirs, *like)
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
 
 
-def _batched(arrays: Any, axes: Any, *, ours: Form, theirs: Form, on_gpus: bool) -> Any:
+def _batched(arrays: Any, axes: Any, *, ours: Form, theirs: Form) -> Any:
     ours, theirs = (jax.vmap(form, in_axes=tuple(axes)) for form in (ours, theirs))
-    made = _choice.bind(*arrays, ours=ours, theirs=theirs, on_gpus=on_gpus)
+    made = _choice.bind(*arrays, ours=ours, theirs=theirs)
     return made, [0] * len(made)
 
 
-def _lowered(platform: str) -> Any:
-    return mlir.lower_fun(lambda *arrays, **forms: _form(platform, **forms)(*arrays))
-
-
 batching.primitive_batchers[_choice] = _batched
-# The first is that of all platforms without one of their own.
-mlir.register_lowering(_choice, _lowered("tpu"))
-for _platform in ("cpu", "gpu"):
-    mlir.register_lowering(_choice, _lowered(_platform), platform=_platform)
+mlir.register_lowering(
+    _choice, mlir.lower_fun(lambda *arrays, ours, theirs: theirs(*arrays))
+)
+mlir.register_lowering(
+    _choice,
+    mlir.lower_fun(lambda *arrays, ours, theirs: ours(*arrays)),
+    platform="cpu",
+)

@@ -41,17 +41,13 @@ def conv(
       [B, H', W', O].
     """
     ours = partial(cpu.conv, strides=strides, padding=padding, groups=groups)
-    theirs: forms.Form = partial(
+    theirs = partial(
         lax.conv_general_dilated,
         window_strides=strides,
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-    # A product is faster on TPUs, and on GPUs its gradient transposes no weights.
-    pixels = kernel.shape[:2] == strides == (1, 1) and groups == 1
-    if pixels and padding == ((0, 0), (0, 0)):
-        theirs = lambda images, kernel: images @ kernel[0, 0]
     return forms.either(ours, theirs, images, kernel)
 
 
@@ -66,8 +62,7 @@ def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Arr
     around = ((padding, padding), (padding, padding))
     ours = lambda x: cpu.max_pool(x, window, strides, around)
     theirs = lambda x: nn.max_pool(x, window, strides, around)
-    # The gradient of XLA's is a scatter on a GPU.
-    return forms.either(ours, theirs, images, on_gpus=True)
+    return forms.either(ours, theirs, images)
 
 
 @jax.custom_jvp
