@@ -375,7 +375,7 @@ FAMILY = family.Family(
         "swin_l_mimir": _arch("large", window=14, norm_epsilon=_MIMIRS),
     },
     activation="gelu",
-    compiled_share=0.58,
+    compiled_share=0.67,
     # The names of timm since version 0.9.
     torch=family.TorchNames(
         rules=(
