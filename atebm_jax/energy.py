@@ -12,7 +12,7 @@ import jax.numpy as jnp
 def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
     """values[i, labels[i]] of [B, K] and [B]; NaN for a label outside of 0..K-1.
 
-    By a mask: the gradient of indexing is a scatter, two kernels more on a GPU.
+    By a mask: the gradient of indexing is a scatter, one more kernel on a GPU.
     """
     chosen = jax.nn.one_hot(labels.ravel().astype(int), values.shape[-1], dtype=bool)
     found = jnp.where(chosen, values, 0).sum(axis=-1)
