@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from ml_collections import ConfigDict
 
 from atebm_jax import config, convert, hlo, optim, stages, train_step
 from atebm_jax.models import (
     convnext,
+    forms,
     layers,
     preact_resnet,
     resnet,
@@ -50,15 +50,9 @@ def network(**options: Any) -> wide_resnet.PreActivated:
 def conv_xla(
     images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, groups: int = 1
 ) -> jax.Array:
-    """`models.layers.conv` as XLA's own operation."""
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    """`models.layers.conv` in XLA's form."""
+    with forms.only("xla"):
+        return layers.conv(images, kernel, strides, padding, groups)
 
 
 def double_network() -> wide_resnet.PreActivated:

@@ -106,11 +106,12 @@ def nearest_boundary(
         logits, pullback = jax.vjp(lambda x: model(x, key), x)
         num_classes = logits.shape[-1]
         own = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+        own_logits = energy.at_labels(logits, labels)
         dual_length = balls.LENGTHS[_DUAL[norm]]
 
         def look(k: jax.Array, found: tuple) -> tuple:
             hot = jax.nn.one_hot(k, num_classes, dtype=logits.dtype)
-            values = logits @ hot - energy.at_labels(logits, labels)
+            values = logits @ hot - own_logits
             (gradient,) = pullback(hot[None, :] - own)
             distance = jnp.abs(values) / (dual_length(gradient) + 1e-12)
             nearer = (k != labels) & (distance < found[0])

@@ -24,9 +24,8 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     With a single class there is no other, and the result is -inf.
     """
     hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.bool_)
-    return jnp.where(hot, -jnp.inf, logits).max(axis=-1) - energy.at_labels(
-        logits, labels
-    )
+    others = jnp.where(hot, -jnp.inf, logits).max(axis=-1)
+    return others - energy.at_labels(logits, labels)
 
 
 def targeted_margin(
