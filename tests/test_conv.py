@@ -200,6 +200,30 @@ def test_form_follows_the_platform_that_a_program_is_lowered_for(platform):
     assert ("optimization_barrier" in text) == (platform == "cpu")
 
 
+@pytest.mark.parametrize(("side", "barriers"), [(3, [0, 0]), (7, [1, 3])])
+def test_wide_depthwise_convolution_reads_what_is_made_before_it(side, barriers):
+    """On a TPU, its images, here twice, and its gradient; but what it makes is free."""
+    images, kernel = normal(2, 8, 8, 4), normal(side, side, 1, 4)
+
+    def score(x):
+        padding = (side // 2, side // 2)
+        return (layers.conv(x, kernel, (1, 1), (padding, padding), 4) ** 2).sum()
+
+    def count(function):
+        traced = jax.jit(function).trace(images)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        return text.count("optimization_barrier")
+
+    assert [count(score), count(jax.grad(score))] == barriers
+    norm = lambda x: (jax.grad(score)(x) ** 2).sum()
+    made = []
+    for form in ("cpu", "xla"):
+        with forms.only(form):
+            made.append((jax.grad(score)(images), jax.grad(norm)(images)))
+    for ours, theirs in zip(*made, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_both_forms_have_the_same_derivatives_without_a_choice_and_with_vmap():
     images, kernel = normal(3, 2, 6, 6, 4), normal(3, 3, 4, 4)
 
