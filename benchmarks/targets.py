@@ -236,11 +236,11 @@ def print_chips(kept: dict[str, Any]) -> None:
     """Images a second and chip at T_max, one line a row and kind, in Markdown."""
     found: dict[str, dict[int, str]] = {}
     shown = []
-    for name, figures in kept.items():
-        if name.count(" ") < 2:
-            continue
+    known = rows("")
+    names = [name.split(" ") for name in kept if name.count(" ") == 2]
+    for row, target, images in sorted(names, key=lambda n: [*known, n[0]].index(n[0])):
+        figures = kept[f"{row} {target} {images}"]
         shown.append(figures)
-        row, target, images = name.split(" ")
         *_, last = figures.get("step", {"": {}}).values()
         cell = _number(last, "images_per_second") if figures["fits"] else "too large"
         key = f"`{row}` | {target.partition(':')[0]}"
