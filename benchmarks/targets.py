@@ -236,9 +236,9 @@ def print_chips(kept: dict[str, Any]) -> None:
     """Images a second and chip at T_max, one line a row and kind, in Markdown."""
     found: dict[str, dict[int, str]] = {}
     shown = []
-    known = rows("")
+    place = {row: place for place, row in enumerate(rows(""))}
     names = [name.split(" ") for name in kept if name.count(" ") == 2]
-    for row, target, images in sorted(names, key=lambda n: [*known, n[0]].index(n[0])):
+    for row, target, images in sorted(names, key=lambda n: place.get(n[0], len(place))):
         figures = kept[f"{row} {target} {images}"]
         shown.append(figures)
         *_, last = figures.get("step", {"": {}}).values()

@@ -1,5 +1,7 @@
 """Convolutions in the form for CPUs against XLA's, and which form a program takes."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -200,28 +202,40 @@ def test_form_follows_the_platform_that_a_program_is_lowered_for(platform):
     assert ("optimization_barrier" in text) == (platform == "cpu")
 
 
-@pytest.mark.parametrize(("side", "barriers"), [(3, [0, 0]), (7, [1, 3])])
-def test_wide_depthwise_convolution_reads_what_is_made_before_it(side, barriers):
-    """On a TPU, its images, here twice, and its gradient; but what it makes is free."""
-    images, kernel = normal(2, 8, 8, 4), normal(side, side, 1, 4)
+@pytest.mark.parametrize(
+    ("side", "groups", "barriers"),
+    [
+        (3, 4, [[], []]),
+        (7, 1, [[], []]),
+        # Images, in reverse once more for the kernel, and the smaller gradient.
+        (7, 4, [["8x8x4"], ["8x8x4", "8x8x4", "2x2x4"]]),
+    ],
+)
+def test_wide_grouped_convolution_of_a_tpu_reads_from_memory(side, groups, barriers):
+    """Of what it makes, the image's gradient too, nothing is held back."""
+    images, kernel = normal(2, 8, 8, 4), normal(side, side, 4 // groups, 4)
 
-    def score(x):
-        padding = (side // 2, side // 2)
-        return (layers.conv(x, kernel, (1, 1), (padding, padding), 4) ** 2).sum()
+    def score(x, kernel):
+        made = layers.conv(x, kernel, (1, 1), ((0, 0), (0, 0)), groups)
+        return (made**2).sum()
 
-    def count(function):
-        traced = jax.jit(function).trace(images)
+    def held(function):
+        traced = jax.jit(function).trace(images, kernel)
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
-        return text.count("optimization_barrier")
+        return re.findall(r"optimization_barrier .*tensor<2x(\w+)xf32>", text)
 
-    assert [count(score), count(jax.grad(score))] == barriers
-    norm = lambda x: (jax.grad(score)(x) ** 2).sum()
+    assert [held(score), held(jax.grad(score))] == barriers
+    norm = lambda *of: sum((x**2).sum() for x in jax.grad(score, (0, 1))(*of))
     made = []
     for form in ("cpu", "xla"):
         with forms.only(form):
-            made.append((jax.grad(score)(images), jax.grad(norm)(images)))
-    for ours, theirs in zip(*made, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+            made.append([jax.grad(f, (0, 1))(images, kernel) for f in (score, norm)])
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(
+            ours, theirs, rtol=1e-3, atol=1e-3
+        ),
+        *made,
+    )
 
 
 def test_both_forms_have_the_same_derivatives_without_a_choice_and_with_vmap():

@@ -18,7 +18,7 @@ from jax import lax
 from atebm_jax.errors import UserError
 from atebm_jax.models import cpu, forms
 
-# Pixels a side, from which on `_made_before` shortens a TPU's depthwise convolutions:
+# From so many pixels a side on, `_from_memory` shortens a TPU's depthwise convolutions:
 # with ConvNeXt's 7 it does, with XCiT's 3 it does not.
 _WIDE_WINDOW = 7
 
@@ -52,30 +52,34 @@ def conv(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-    if groups > 1 and kernel.shape[0] >= _WIDE_WINDOW:
-        theirs = partial(_made_before, theirs)
+    if groups > 1 and min(kernel.shape[:2]) >= _WIDE_WINDOW:
+        theirs = partial(_from_memory, theirs)
     return forms.either(ours, theirs, images, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _made_before(conv: forms.Form, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv(images, kernel), of images, and of a gradient, that are made before it.
+def _from_memory(form: forms.Form, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution that reads its images, and in reverse its gradient, from memory.
 
-    A TPU's compiler would else make a pixel again, its norm or the norm's derivative,
-    in each tile of the result whose windows reach it.
+    Otherwise a TPU's compiler makes each pixel again, its norm or that norm's
+    derivative, in every tile of the result whose windows reach it. The derivative of a
+    barrier alone would stand behind the gradient of the images, where a sum along the
+    block can still be fused.
     """
-    return conv(lax.optimization_barrier(images), kernel)
+    return form(lax.optimization_barrier(images), kernel)
 
 
-def _forward(conv: forms.Form, images: jax.Array, kernel: jax.Array) -> tuple[Any, Any]:
-    return jax.vjp(conv, lax.optimization_barrier(images), kernel)
+def _from_memory_forward(
+    form: forms.Form, images: jax.Array, kernel: jax.Array
+) -> tuple[Any, Any]:
+    return jax.vjp(form, lax.optimization_barrier(images), kernel)
 
 
-def _backward(conv: forms.Form, pullback: Any, gradient: jax.Array) -> Any:
+def _from_memory_backward(form: forms.Form, pullback: Any, gradient: jax.Array) -> Any:
     return pullback(lax.optimization_barrier(gradient))
 
 
-_made_before.defvjp(_forward, _backward)
+_from_memory.defvjp(_from_memory_forward, _from_memory_backward)
 
 
 def max_pool(images: jax.Array, side: int, stride: int, padding: int) -> jax.Array:
