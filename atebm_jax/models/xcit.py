@@ -153,12 +153,13 @@ class ClassBlock(nn.Module):
             self.param(f"gamma{k}", nn.initializers.ones, (channels,))[None, None]
             for k in (1, 2)
         ]
+        # Chosen, not concatenated: of the latter before a norm a GPU's compiler makes
+        # a program that it then refuses (jax 0.10.2).
+        is_first = jnp.arange(x.shape[1])[:, None] == 0
         y = layer_norm(x, "norm1")
-        first = self._read(y)
-        x = x + scales[0] * jnp.concatenate([first, y[:, 1:]], axis=1)
+        x = x + scales[0] * jnp.where(is_first, self._read(y), y)
         x = layer_norm(x, "norm2")
-        first = scales[1] * mlp(x[:, :1], self.dtype)
-        return x + jnp.concatenate([first, x[:, 1:]], axis=1)
+        return x + jnp.where(is_first, scales[1] * mlp(x[:, :1], self.dtype), x)
 
     def _read(self, x: jax.Array) -> jax.Array:
         """What the first token takes from all of them: [B, 1, channels]."""

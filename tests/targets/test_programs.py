@@ -25,6 +25,7 @@ from atebm_jax import (
     targets,
 )
 from atebm_jax.autoattack import versions
+from atebm_jax.models import xcit
 
 # Images a device, of a step and of a chunk of samples: no weight has as many rows.
 PER_DEVICE, NUM_CLASSES = 6, 10
@@ -274,6 +275,24 @@ def test_state_takes_no_memory_of_its_own(made):
     )
     # A TPU pads small arrays.
     assert kept <= made.memory.alias_size_in_bytes <= made.memory.output_size_in_bytes
+
+
+def test_a_class_token_among_patches_is_compiled(target):
+    """A GPU's compiler fails where they are concatenated between a sum and a norm."""
+    if not target.is_gpu:
+        pytest.skip("a TPU's compiler makes no difference")
+    sizes = {"size": "tiny", "depth": 1, "patch": 4}
+    model = xcit.XCiT(num_classes=NUM_CLASSES, **sizes)
+    shape = (32, 32, 3)
+    weights = models.variable_shapes(model, shape)
+    images = jax.ShapeDtypeStruct((PER_DEVICE, *shape), jnp.float32)
+
+    def gradients(weights, images):
+        return jax.grad(lambda x: energy.score(model.apply(weights, x)).sum())(images)
+
+    place = jax.sharding.SingleDeviceSharding(targets.devices(target)[0])
+    placed = sharding.shapes_at((weights, images), place)
+    reference.compiled(jax.jit(gradients).lower(*placed))
 
 
 def everything_wrong(target):
