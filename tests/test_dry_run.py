@@ -290,6 +290,7 @@ def test_impossible_machine_is_refused(machine, message):
         "imagenet256:resnet50_t30 v5e:2x4",
         "imagenet256:wrn50_4_t65 h100:8",
         "imagenet256:convnext_tiny h100:8",
+        "imagenet256:xcit_s12 h100:8",
         "cifar10:wrn34_10_t50 v5e:2x4",
         "cifar10:dm_wrn28_10 h100:8",
     ],

@@ -327,6 +327,7 @@ FAMILY = family.Family(
     archs={name: _arch(size, 16, family.AS_THEY_ARE) for name, size in _NAMED.items()}
     | {f"{name}_p4": _arch(size, 4, _CIFAR[10]) for name, size in _NAMED.items()},
     activation="gelu",
+    compiled_share=0.54,
     # The names of timm.
     torch=family.TorchNames(
         rules=(
