@@ -1,21 +1,14 @@
-"""The step of a config, compiled for a machine that is not here: what it would take.
+"""The programs of a config, compiled for a machine that is not here: what they take.
 
 Nothing is measured: memory and communication are those of the program that the machine
-would be given. The time is an estimate: on a TPU the compiler's own, of the cycles of
-every instruction; on a GPU, whose compiler makes none, the time that each kernel's
-FLOPs and bytes take at the peaks of the card, without launches and communication.
+would be given, and the time is an estimate (`target_costs`).
 """
 
 import functools
-import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import ml_collections
 from rich.console import Console
 from rich.table import Table
@@ -26,21 +19,21 @@ from atebm_jax import (
     data,
     drawing,
     dry_run,
-    hlo,
     models,
     recipes,
     sharding,
     storage,
+    target_costs,
+    target_programs,
     targets,
 )
-from atebm_jax.autoattack import programs, versions
+from atebm_jax.autoattack import versions
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError, check_choice
 from atebm_jax.progress import say, waiting
-from atebm_jax.seeds import NOISE
 from atebm_jax.stages import CONTRASTIVE, STAGES
+from atebm_jax.target_programs import Compiled
 from atebm_jax.targets import Target
-from atebm_jax.train import jit_step, placed_state, plan_stage
 
 # Images of an epoch where the data are not at hand.
 _NUM_TRAIN = {
@@ -48,269 +41,12 @@ _NUM_TRAIN = {
     "tfds:cifar10:train": 50_000,
     "tfds:cifar100:train": 50_000,
 }
-# The scopes of loops, as traced: of the parts of a batch, and of any climb, which is a
-# sampler's only one.
-_PARTS = "parts"
+# The scope of any climb as traced, which is a sampler's only one.
 _CLIMB = {CONTRASTIVE: "climb"}
 _MOST_DOUBLINGS = 4
 
 #: What `run` can compile.
 PROGRAMS = ("train", "sample", "autoattack")
-
-
-class CompilerFailure(UserError):
-    """The target's compiler gives up on a program, not for want of memory."""
-
-
-class Compiled(NamedTuple):
-    """What a compiler made of a step."""
-
-    program: hlo.Program | None  #: its text, read; None where the step does not fit
-    memory: dict[str, int]  #: bytes a device by kind, "needed" among them
-    seconds: float  #: that compilation took
-
-
-def lower_step(
-    config: ml_collections.ConfigDict, name: str, target: Target
-) -> tuple[Any, Any, Any]:
-    """The update of a stage that training runs, ready to be compiled for a target.
-
-    Returns:
-      The lowered update, and the placed shapes of its state and of its batch.
-
-    Raises:
-      UserError: config or target is refused, or the compiler is not here.
-    """
-    mesh = sharding.make_mesh(config.mesh, targets.devices(target))
-    block, shape = config[name], tuple(config.data.image_shape)
-    field = f"config.{name}.batch_size"
-    sharding.check_batch_size(
-        block.batch_size, mesh.size, field, block.num_micro_batches
-    )
-    model = models.build(config.model)
-    # Its length needs the data; a warm-up must fit.
-    plan = plan_stage(config, name, model, max(block.warmup_steps, 1), mesh)
-    state = placed_state(plan, models.variable_shapes(model, shape), mesh)
-    batch = dry_run.batch_shapes(
-        plan.stage, shape, block.batch_size, jnp.uint8, sharding.batched(mesh)
-    )
-    if config.data.seeds == NOISE:
-        batch.pop("x_ood", None)
-    placement = jax.tree.map(lambda x: x.sharding, state)
-    step: Any = jit_step(plan.step, placement, mesh)
-    return step.lower(state, batch), state, batch
-
-
-def compile_step(
-    config: ml_collections.ConfigDict, name: str, target: Target
-) -> Compiled:
-    """Compiles the update that training runs; arguments and errors of `lower_step`.
-
-    Raises:
-      CompilerFailure: the compiler gives up, not for want of memory.
-    """
-    begin = time.monotonic()
-    lowered, state, batch = lower_step(config, name, target)
-    # The loop puts the next batch on the devices while a step runs.
-    return _compiled(lowered, target, _a_device(state), _a_device(batch), begin)
-
-
-def _executable(lowered: Any, target: Target) -> Any:
-    """Compiles; for a GPU without Triton's products where their tiles cannot be found.
-
-    The compiler would try them on the device, and take cuBLAS where none works.
-    """
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not target.is_gpu or _needed(str(error)) is not None:
-            raise
-        options = {"xla_gpu_enable_triton_gemm": False}
-        return lowered.compile(compiler_options=options)
-
-
-def _compiled(
-    lowered: Any, target: Target, state: int, batch: int, begin: float
-) -> Compiled:
-    """Compiles; of what does not fit, what the compiler says that it would need."""
-    try:
-        compiled = _executable(lowered, target)
-    except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
-        if needed is None:
-            reason = " ".join(str(error).partition("\n")[0].split())[:300]
-            raise CompilerFailure(
-                f"the compiler of {target.name} fails on this program ({reason}): try "
-                "another version of jax and of the compiler, or another target."
-            ) from error
-        memory = _memory(state + batch, needed, batch)
-        return Compiled(None, memory, time.monotonic() - begin)
-    found = compiled.memory_analysis()
-    peak = max(
-        getattr(found, "peak_memory_in_bytes", 0),
-        found.argument_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes,
-    )
-    memory = _memory(
-        found.argument_size_in_bytes, peak, batch, found.generated_code_size_in_bytes
-    )
-    program = hlo.Program(compiled.as_text())
-    return Compiled(program, memory, time.monotonic() - begin)
-
-
-def _memory(arguments: int, peak: int, batch: int, program: int = 0) -> dict[str, int]:
-    """Bytes a device by kind; "needed" is the peak with what is there beside it."""
-    return {
-        "arguments": arguments,
-        "temporaries": peak - arguments,
-        "peak": peak,
-        "program": program,
-        "next batch": batch,
-        "needed": peak + program + batch,
-    }
-
-
-def _a_device(tree: Any) -> int:
-    """Bytes of placed shapes that one device holds."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
-
-
-def _needed(message: str) -> int | None:
-    """Bytes that a program would need, by its refusal; None of another error.
-
-    Arguments and outputs are among the "temporaries" of which it may speak.
-    """
-    found = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMGT])", message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
-        return None
-    return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))
-
-
-def peak(target: Target, dtype: str) -> float:
-    """FLOP/s of a device; products of float32 run on a GPU as TF32, at half of them."""
-    halved = target.is_gpu and dtype == "float32"
-    return target.chip.flops / (2 if halved else 1)
-
-
-def estimate(
-    program: hlo.Program, target: Target, dtype: str
-) -> Callable[[str], float]:
-    """Name of a computation -> seconds of its own instructions, worked out once."""
-    chip, flops = target.chip, peak(target, dtype)
-
-    @functools.cache
-    def of(name: str) -> float:
-        if not target.is_gpu:
-            return program.own_cycles(name) * chip.flops_per_cycle / chip.flops
-        costs = program.kernel_costs(name)
-        return sum(max(f / flops, b / chip.bandwidth) for f, b in costs)
-
-    return of
-
-
-def climbs_of(config: ml_collections.ConfigDict, name: str) -> dict[str, str]:
-    """The parts of a stage that climb, and the scopes of their loops."""
-    parts = STAGES[name].parts(config[name])
-    return {part: declared.scope for part, declared in parts.items() if declared.scope}
-
-
-def _part(loop: hlo.Loop, climbs: Mapping[str, str]) -> str:
-    """Which of a step's loops this is; "" for sorts, searches and the like."""
-    if loop.scope.endswith(f"{_PARTS}/while"):
-        return _PARTS
-    # The longest scope first: others may be its end.
-    for part, scope in sorted(climbs.items(), key=lambda item: -len(item[1])):
-        if f"/{scope}/while/" in f"/{loop.scope}/":
-            return part
-    return ""
-
-
-def _loops(
-    program: hlo.Program, climbs: Mapping[str, str], name: str = ""
-) -> Iterator[tuple[str, hlo.Loop]]:
-    """The loops of a batch's parts and of PGD; of one climb's nest only the outermost.
-
-    A sampler climbs in a loop of one turn around the loop of steps, where the compiler
-    has not removed it; what a step itself searches for stands further inside.
-    """
-    for loop in program.loops(name):
-        part = _part(loop, climbs)
-        if part:
-            yield part, loop
-        if part not in climbs:
-            yield from _loops(program, climbs, loop.body)
-
-
-def times(
-    program: hlo.Program,
-    target: Target,
-    climbs: Mapping[str, str],
-    *,
-    parts: int,
-    dtype: str = "bfloat16",
-) -> dict[str, float]:
-    """Seconds of a step's parts.
-
-    Args:
-      program, target: a compiled step, and what it was compiled for.
-      climbs: as of `climbs_of`.
-      parts, dtype: micro-batches, and the network's dtype.
-
-    Returns:
-      Each of the climbs that has a loop (one step, of the whole batch), and "rest".
-    """
-    own_seconds = estimate(program, target, dtype)
-    loops = list(_loops(program, climbs))
-
-    def taking(climbed: str) -> float:
-        bodies = {
-            loop.body: parts if part == _PARTS else int(part == climbed)
-            for part, loop in loops
-        }
-        return program.total(own_seconds, bodies)
-
-    rest = taking("")
-    there = {part for part, _ in loops}
-    result = {part: taking(part) - rest for part in climbs if part in there}
-    return result | {"rest": rest}
-
-
-def whole(seconds: Mapping[str, float], turns: Mapping[str, int]) -> float:
-    """Seconds of a whole step, of those of its `times` and of how often each part runs.
-
-    What runs without a loop of its own is in the rest.
-    """
-    climbs = (turns[part] * x for part, x in seconds.items() if part != "rest")
-    return seconds["rest"] + sum(climbs)
-
-
-def communication(
-    program: hlo.Program, climbs: Mapping[str, str]
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Collectives by place and kind: how many, and the bytes of their results."""
-    loops = program.all_loops()
-    inner = [loop for part, loop in _loops(program, climbs) if part in climbs]
-    in_pgd = {line for loop in inner for line in program.reachable(loop.body)}
-    in_loops = {line for loop in loops for line in program.reachable(loop.body)}
-    places = {
-        "in the loops of PGD": in_pgd,
-        "in other loops": in_loops - in_pgd,
-        "outside of loops": set(program.everything()) - in_loops,
-    }
-    result: dict[str, dict[str, dict[str, int]]] = {}
-    for place, lines in places.items():
-        found: dict[str, dict[str, int]] = {}
-        for made in hlo.collectives(sorted(lines)):
-            entry = found.setdefault(made.kind, {"number": 0, "bytes": 0})
-            entry["number"] += 1
-            entry["bytes"] += made.bytes
-        result[place] = found
-    return result
 
 
 def figures(
@@ -333,14 +69,16 @@ def figures(
     if compiled.program is None:
         return result
     dtype, parts = config.model.dtype, block.num_micro_batches
-    climbs = climbs_of(config, name)
-    seconds = times(compiled.program, target, climbs, parts=parts, dtype=dtype)
-    most = target.num_devices * peak(target, dtype)
+    climbs = target_costs.climbs_of(config, name)
+    seconds = target_costs.times(
+        compiled.program, target, climbs, parts=parts, dtype=dtype
+    )
+    most = target.num_devices * target_costs.peak(target, dtype)
     return result | {
         "time_is": _basis(target, dtype),
         "seconds": seconds,
         "step": steps(config, name, seconds, step_flops, most),
-        "collectives": communication(compiled.program, climbs),
+        "collectives": target_costs.communication(compiled.program, climbs),
     }
 
 
@@ -360,7 +98,7 @@ def steps(
     turns = STAGES[name].turns(block)
     at: dict[str, dict[str, float]] = {}
     for moment, contrastive in dry_run.moments(name, turns).items():
-        step = whole(seconds, {**turns, CONTRASTIVE: contrastive})
+        step = target_costs.whole(seconds, {**turns, CONTRASTIVE: contrastive})
         at[moment] = {
             "seconds": step,
             "share_of_peak": step_flops(contrastive) / (step * most),
@@ -394,7 +132,11 @@ def _basis(target: Target, dtype: str) -> str:
     """What the times are."""
     if not target.is_gpu:
         return "the compiler's own estimate of cycles"
-    at = "" if peak(target, dtype) == target.chip.flops else ", at the peak of TF32"
+    at = (
+        ""
+        if target_costs.peak(target, dtype) == target.chip.flops
+        else ", at the peak of TF32"
+    )
     return (
         f"the roofline of the compiled kernels' FLOPs and bytes{at}, without launches "
         "and communication"
@@ -478,21 +220,6 @@ def _stage(
     return made
 
 
-def _lowered_sampler(
-    config: ml_collections.ConfigDict, model: nn.Module, device: jax.Device
-) -> Any:
-    """The program that draws one chunk, to be compiled for a device."""
-    static, traced = drawing.parts_of(recipes.of_config(config.evaluate.samples))
-    shape = tuple(config.data.image_shape)
-    images = jax.ShapeDtypeStruct((drawing.CHUNK, *shape), jnp.float32)
-    numbers = jax.ShapeDtypeStruct((drawing.CHUNK,), jnp.int32)
-    weights = (models.variable_shapes(model, shape), None)
-    place = jax.sharding.SingleDeviceSharding(device)
-    arguments = sharding.shapes_at((weights, traced, numbers, numbers, images), place)
-    program: Any = drawing.chunk_program(model, static, None)
-    return program.lower(*arguments)
-
-
 def _sample(
     config: ml_collections.ConfigDict, target: Target, console: Console
 ) -> dict[str, Any]:
@@ -502,21 +229,25 @@ def _sample(
     model, shape = models.build(config.model), tuple(config.data.image_shape)
     devices = targets.devices(target)
     with waiting(console, f"compiling samples for {target.name}"):
-        lowered = _lowered_sampler(config, model, devices[0])
+        lowered = target_programs.lower_sampler(config, model, devices[0])
         weights = dry_run.num_bytes(models.variable_shapes(model, shape))
-        compiled = _compiled(lowered, target, weights, 0, begin)
+        compiled = target_programs.compile_lowered(lowered, target, weights, 0, begin)
     made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
         number = recipe.num_steps
-        taken = times(compiled.program, target, _CLIMB, parts=1, dtype=dtype)
+        taken = target_costs.times(
+            compiled.program, target, _CLIMB, parts=1, dtype=dtype
+        )
         one = f"step of {drawing.CHUNK} images"
         climb = {CONTRASTIVE: number}
         made |= {
             "time_is": _basis(target, dtype),
             "num_steps": number,
             "seconds": {one: taken.get(CONTRASTIVE, 0.0), "rest": taken["rest"]},
-            "samples_per_second": len(devices) * drawing.CHUNK / whole(taken, climb),
-            "collectives": communication(compiled.program, _CLIMB),
+            "samples_per_second": len(devices)
+            * drawing.CHUNK
+            / target_costs.whole(taken, climb),
+            "collectives": target_costs.communication(compiled.program, _CLIMB),
         }
     title = f"samples of {recipe.num_steps} steps, {drawing.CHUNK} at once"
     _show(console, config, title, made)
@@ -525,46 +256,6 @@ def _sample(
         say(console, f"{rate:,.3g} samples a second on {len(devices)} devices.")
     _tell_verdict(console, "sampling", made, "give one with more memory")
     return made
-
-
-def prepared_shapes(config: ml_collections.ConfigDict) -> Any:
-    """The shapes of a network that is made ready once."""
-    shape, model = tuple(config.data.image_shape), models.build(config.model)
-    return jax.eval_shape(
-        lambda variables: models.freeze(model, variables, shape),
-        models.variable_shapes(model, shape),
-    )
-
-
-def lower_attack(
-    config: ml_collections.ConfigDict,
-    plan: versions.Plan,
-    name: str,
-    network: Any,
-    target: Target,
-) -> Any:
-    """One round of an attack on a batch of the evaluation, ready to be compiled.
-
-    `network` is that of `prepared_shapes`.
-
-    Raises:
-      UserError: the batch does not split over the devices, as of `evaluate`.
-    """
-    mesh = sharding.make_mesh(devices=targets.devices(target))
-    size = config.evaluate.batch_size
-    sharding.check_batch_size(size, mesh.size, "config.evaluate.batch_size")
-    images = jax.ShapeDtypeStruct((size, *config.data.image_shape), jnp.float32)
-    numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    whole = sharding.replicated(mesh)
-    batch = programs.Batch(
-        *sharding.shapes_at((images, numbers, numbers), sharding.batched(mesh)),
-        *sharding.shapes_at((*scalars, key), whole),
-    )
-    attack: Any = programs.attack
-    placed = sharding.shapes_at(network, whole)
-    return attack.lower(programs.planned(plan, name), placed, batch)
 
 
 def _autoattack(
@@ -576,24 +267,28 @@ def _autoattack(
     for note in plan.notes:
         say(console, note)
     size, dtype = config.evaluate.batch_size, config.model.dtype
-    network = prepared_shapes(config)
+    network = target_programs.prepared_shapes(config)
     weights = dry_run.num_bytes(network)
     found = {}
     for name in plan.attacks:
         begin = time.monotonic()
         with waiting(console, f"compiling {name} for {target.name}"):
-            lowered = lower_attack(config, plan, name, network, target)
-            compiled = _compiled(lowered, target, weights, 0, begin)
+            lowered = target_programs.lower_attack(config, plan, name, network, target)
+            compiled = target_programs.compile_lowered(
+                lowered, target, weights, 0, begin
+            )
         made = _basics(config, target, compiled)
         if compiled.program is not None:
             rounds = [round_.attack for round_ in plan.rounds].count(name)
-            seconds = compiled.program.total(estimate(compiled.program, target, dtype))
+            seconds = compiled.program.total(
+                target_costs.estimate(compiled.program, target, dtype)
+            )
             made |= {
                 "time_is": _basis(target, dtype),
                 "rounds": rounds,
                 "seconds": {f"round of {size} images": seconds},
                 "images_per_second": size / (rounds * seconds),
-                "collectives": communication(compiled.program, _CLIMB),
+                "collectives": target_costs.communication(compiled.program, _CLIMB),
             }
         title = f"{name}, {plan.norm} {plan.epsilon:.4g}, batch {size}"
         _show(console, config, title, made)
@@ -621,7 +316,7 @@ def _tried(
 ) -> dict[str, Any]:
     what = f"compiling {name} for {target.name}{' with ' if flags else ''}{flags}"
     with waiting(console, what):
-        compiled = compile_step(config, name, target)
+        compiled = target_programs.compile_step(config, name, target)
     flops = functools.partial(cost.step_flops, config[name].batch_size)
     return figures(config, name, target, compiled, flops)
 

@@ -23,7 +23,7 @@ import options
 from rich.console import Console
 from rich.table import Table
 
-from atebm_jax import target_run
+from atebm_jax import target_costs
 from atebm_jax.command_line import load_config
 from atebm_jax.dry_run import GIB
 from atebm_jax.errors import UserError
@@ -99,14 +99,14 @@ def compiled(row: str, record: dict[str, Any]) -> dict[str, Any] | None:
 def bounds(figures: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
     """Images a second that the compiled loop and step are bound by, at the record's T.
 
-    Those of `target_run`: FLOPs and bytes of each kernel, at the peaks of the card.
+    Those of `target_costs`: FLOPs and bytes of each kernel, at the peaks of the card.
     """
     seconds, steps = figures["seconds"], record["flags"]["steps"]
     inner = record["stage2"]["adversary"]["num_steps"]
     turns = {CONTRASTIVE: steps, "adversary step": inner}
     taken = {
         "loop": steps * seconds[CONTRASTIVE],
-        "step": target_run.whole(seconds, turns),
+        "step": target_costs.whole(seconds, turns),
     }
     return {name: record["flags"]["batch_size"] / taken[name] for name in taken}
 

@@ -42,6 +42,8 @@ from atebm_jax import (
     models,
     presets,
     sharding,
+    target_costs,
+    target_programs,
     target_run,
     targets,
 )
@@ -127,7 +129,7 @@ def steps(flags: argparse.Namespace) -> None:
                         kept[name] = made | {"compiled_as": found}
                     else:
                         kept[name] = compiled(row, target, images, console)
-                except target_run.CompilerFailure as error:
+                except target_programs.CompilerFailure as error:
                     say(console, str(error))  # another one may do it
                     continue
                 options.write_json(flags.json, kept)
@@ -164,7 +166,7 @@ def with_curriculum(row: str, images: int, figures: dict[str, Any]) -> dict[str,
         if "step" not in made:
             return made
         target = targets.parse(made["target"])
-        most = made["devices"] * target_run.peak(target, config.model.dtype)
+        most = made["devices"] * target_costs.peak(target, config.model.dtype)
         at = target_run.steps(config, "stage2", made["seconds"], flops, most)
         return made | {"step": at}
 
@@ -297,7 +299,7 @@ def loops(flags: argparse.Namespace) -> None:
             begin = time.perf_counter()
             program = compiled_loop(network, on)
             (loop,) = program.loops()
-            estimate = target_run.estimate(program, target, "bfloat16")
+            estimate = target_costs.estimate(program, target, "bfloat16")
             seconds = program.total(estimate, name=loop.body)
             cells = [str(LOOPS[network][1]), f"{1e3 * seconds:.2f}"]
             if target.is_gpu:

@@ -59,6 +59,8 @@ ORDER = (
     "hlo",
     "targets",
     "dry_run",
+    "target_costs",
+    "target_programs",
     "target_run",
     "job",
     "main",

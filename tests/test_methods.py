@@ -28,7 +28,7 @@ from atebm_jax import (
     optim,
     sharding,
     stages,
-    target_run,
+    target_costs,
     train,
     train_step,
 )
@@ -417,7 +417,7 @@ def test_new_method_is_a_file_and_a_line_of_the_table(monkeypatch, tmp_path):
     once = 16 * (7 * flops["noise step"] + flops["loss gradient"])
     assert seconds == pytest.approx(once / (989e12 * 0.4))
     assert cost.passes_of_training(chosen, "noisy") == 7 * 2 + 6
-    assert target_run.climbs_of(chosen, "noisy") == {"noise step": "noise/climb"}
+    assert target_costs.climbs_of(chosen, "noisy") == {"noise step": "noise/climb"}
 
 
 @functools.cache

@@ -24,13 +24,15 @@ from atebm_jax import (
     hlo,
     models,
     progress,
+    target_costs,
+    target_programs,
     target_run,
     targets,
 )
 from atebm_jax.autoattack import versions
 from atebm_jax.dry_run import GIB
 from atebm_jax.stages import STAGES
-from atebm_jax.target_run import Compiled
+from atebm_jax.target_programs import Compiled
 
 # Two parts of a batch, in each both loops; in the rest a search and the all-reduce.
 STEP = """HloModule jit_step
@@ -71,7 +73,7 @@ def settings(**overrides):
     return tiny.config(**chosen | overrides)
 
 
-STAGE2 = target_run.climbs_of(settings(), "stage2")
+STAGE2 = target_costs.climbs_of(settings(), "stage2")
 
 
 def compiled(gib, temporaries=None, text=STEP):
@@ -97,7 +99,7 @@ def pretend(monkeypatch):
         turns = {"contrastive step": 7, "adversary step": 5, "loss gradient": 1}
         cost = dry_run.Cost(1, 2, 3, 4, 5, 6, flops, turns)
         monkeypatch.setattr(dry_run, "measure", lambda config, name: cost)
-        monkeypatch.setattr(target_run, "compile_step", compile_step)
+        monkeypatch.setattr(target_programs, "compile_step", compile_step)
         monkeypatch.setattr(
             targets, "devices", lambda target: range(math.prod(target.sizes))
         )
@@ -158,7 +160,7 @@ def test_versions_are_those_of_the_compiler_that_is_here(name, compiler, monkeyp
 
 
 def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
-    found = target_run.times(
+    found = target_costs.times(
         hlo.Program(STEP), targets.parse("v5e:2x4"), STAGE2, parts=2
     )
     second = 197e12 / 131_072  # cycles
@@ -170,14 +172,14 @@ def test_times_are_of_one_step_of_each_loop_of_the_rest_and_of_whole_steps():
         "rest": rest,
     }
     turns = {"contrastive step": 7, "seed scores": 1, "adversary step": 3}
-    assert target_run.whole(cycles, turns) == rest + 2 * (3 * 100 + 7 * 1000)
+    assert target_costs.whole(cycles, turns) == rest + 2 * (3 * 100 + 7 * 1000)
 
 
 def test_attacks_inside_and_outside_take_the_turns_of_their_own():
     text = STEP.replace("body/climb/while", "body/outside/adversary/climb/while")
-    climbs = target_run.climbs_of(settings(), "ratio")
+    climbs = target_costs.climbs_of(settings(), "ratio")
     target = targets.parse("v5e:2x4")
-    found = target_run.times(hlo.Program(text), target, climbs, parts=1)
+    found = target_costs.times(hlo.Program(text), target, climbs, parts=1)
     second = 197e12 / 131_072  # cycles
     cycles = {name: round(seconds * second) for name, seconds in found.items()}
     rest = 10_000 + 1 + 5
@@ -187,7 +189,7 @@ def test_attacks_inside_and_outside_take_the_turns_of_their_own():
         "rest": rest,
     }
     turns = {"adversary step": 3, "outside step": 20}
-    assert target_run.whole(cycles, turns) == rest + 3 * 100 + 20 * 1000
+    assert target_costs.whole(cycles, turns) == rest + 3 * 100 + 20 * 1000
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -206,7 +208,7 @@ def test_climbs_are_traced_in_the_scopes_that_their_method_declares(name):
     )
     text = lowered.as_text(debug_info=True)
     loops = set(re.findall(r"/([\w/]*climb)/while", text))
-    assert loops == set(target_run.climbs_of(config, name).values())
+    assert loops == set(target_costs.climbs_of(config, name).values())
     assert name != "ratio" or loops == {"adversary/climb", "outside/adversary/climb"}
 
 
@@ -230,7 +232,7 @@ def test_chains_of_jem_take_their_turns_and_no_adversary(monkeypatch):
 
 
 def test_time_on_a_gpu_is_what_bytes_and_flops_of_its_kernels_take():
-    found = target_run.times(
+    found = target_costs.times(
         hlo.Program(STEP), targets.parse("h100:8"), STAGE2, parts=1
     )
     assert found["contrastive step"] == pytest.approx((4 + 1) * 4 / 3.35e12, rel=0.3)
@@ -248,9 +250,9 @@ ENTRY %main (a: f32[{side},{side}]) -> f32[{side},{side}] {{
     target, program = targets.parse("h100:8"), hlo.Program(text)
     whole = 2 * side**3 / 989e12
     for dtype, slower in (("bfloat16", 1), ("float32", 2)):
-        found = program.total(target_run.estimate(program, target, dtype))
+        found = program.total(target_costs.estimate(program, target, dtype))
         assert found == pytest.approx(slower * whole)
-    assert target_run.peak(targets.parse("v5e:2x4"), "float32") == 197e12
+    assert target_costs.peak(targets.parse("v5e:2x4"), "float32") == 197e12
 
 
 def test_network_in_float32_on_a_gpu_is_told_so(pretend):
@@ -261,7 +263,7 @@ def test_network_in_float32_on_a_gpu_is_told_so(pretend):
 
 
 def test_communication_is_told_by_place():
-    found = target_run.communication(hlo.Program(STEP), STAGE2)
+    found = target_costs.communication(hlo.Program(STEP), STAGE2)
     assert found["in the loops of PGD"] == found["in other loops"] == {}
     assert found["outside of loops"] == {"all-reduce": {"number": 1, "bytes": 4096}}
 
@@ -279,7 +281,7 @@ def test_communication_is_told_by_place():
     ],
 )
 def test_what_a_refused_program_needs_is_read_off_the_refusal(message, gib):
-    assert target_run._needed(message) == (gib and gib * GIB)
+    assert target_programs._needed(message) == (gib and gib * GIB)
 
 
 @pytest.mark.parametrize("name", ["v5e:2x4", "h100:8"])
@@ -293,8 +295,8 @@ def test_failure_of_the_compiler_is_one_sentence(name):
 
     lowered, target = SimpleNamespace(compile=compile), targets.parse(name)
     said = rf"of {name} fails on this program \(INTERNAL: no tiles for\): try another"
-    with pytest.raises(target_run.CompilerFailure, match=said):
-        target_run._compiled(lowered, target, 0, 0, 0.0)
+    with pytest.raises(target_programs.CompilerFailure, match=said):
+        target_programs.compile_lowered(lowered, target, 0, 0, 0.0)
     without = {"xla_gpu_enable_triton_gemm": False}
     assert tried == [None, *([without] if target.is_gpu else [])]
 
@@ -467,8 +469,8 @@ ENTRY %main (a: f32[3]) -> f32[3] {
 def test_samples_are_told_a_second_on_all_devices(text, pretend, monkeypatch):
     pretend(lambda config, target: compiled(1))
     one = Compiled(hlo.Program(text), {"needed": GIB}, 1.0)
-    monkeypatch.setattr(target_run, "_compiled", lambda *_: one)
-    monkeypatch.setattr(target_run, "_lowered_sampler", lambda *_: None)
+    monkeypatch.setattr(target_programs, "compile_lowered", lambda *_: one)
+    monkeypatch.setattr(target_programs, "lower_sampler", lambda *_: None)
     config = settings(**{"evaluate.samples.num_steps": 4})
     console = Console(file=io.StringIO(), width=160)
     made = target_run.run(config, "v5e:2x4", program="sample", console=console)
@@ -491,8 +493,8 @@ def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
     def lower_attack(config, plan, name, network, target):
         lowered.append((name, plan.norm, plan.epsilon))
 
-    monkeypatch.setattr(target_run, "lower_attack", lower_attack)
-    monkeypatch.setattr(target_run, "_compiled", lambda *_: made_of)
+    monkeypatch.setattr(target_programs, "lower_attack", lower_attack)
+    monkeypatch.setattr(target_programs, "compile_lowered", lambda *_: made_of)
     threat = {"evaluate.attack.norm": "l2", "evaluate.attack.epsilon": 0.25}
     config = settings(**threat, **{"evaluate.batch_size": 40, "model.num_classes": 4})
     console = Console(file=io.StringIO(), width=160)
@@ -516,8 +518,8 @@ def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
 def test_attack_that_does_not_fit_is_told_with_a_way_out(pretend, monkeypatch):
     pretend(lambda config, target: compiled(1))
     large = Compiled(None, {"needed": 99 * GIB}, 1.0)
-    monkeypatch.setattr(target_run, "lower_attack", lambda *_: None)
-    monkeypatch.setattr(target_run, "_compiled", lambda *_: large)
+    monkeypatch.setattr(target_programs, "lower_attack", lambda *_: None)
+    monkeypatch.setattr(target_programs, "compile_lowered", lambda *_: large)
     console = Console(file=io.StringIO(), width=160)
     made = target_run.run(settings(), "v5e:2x4", program="autoattack", console=console)
     assert not any(figures["fits"] for figures in made.values())
@@ -541,7 +543,7 @@ def test_batch_of_attacks_must_split_over_the_target():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets, "devices", lambda target: jax.devices())
         with pytest.raises(UserError, match="evaluate.batch_size is 33"):
-            target_run.lower_attack(config, plan, "apgd-ce", None, target)
+            target_programs.lower_attack(config, plan, "apgd-ce", None, target)
 
 
 def test_turns_are_read_beside_a_loop_or_from_the_constant_of_its_condition():

@@ -21,7 +21,7 @@ from atebm_jax import (
     hlo,
     models,
     sharding,
-    target_run,
+    target_programs,
     targets,
 )
 from atebm_jax.autoattack import versions
@@ -67,7 +67,7 @@ def program_of(name, target):
     if name == "attack":
         return SimpleNamespace(program=attack(target))
     config = settings("data:-1,fsdp:4" if "fsdp" in name else "data:-1")
-    lowered, state, _ = target_run.lower_step(config, name.split()[0], target)
+    lowered, state, _ = target_programs.lower_step(config, name.split()[0], target)
     compiled = reference.compiled(lowered)
     return SimpleNamespace(
         program=reference.Program(compiled.as_text()),
@@ -80,7 +80,7 @@ def sampler(target):
     config = settings()
     model = models.build(config.model)
     device = targets.devices(target)[0]
-    lowered = target_run._lowered_sampler(config, model, device)
+    lowered = target_programs.lower_sampler(config, model, device)
     return reference.Program(reference.compiled(lowered).as_text())
 
 
@@ -88,8 +88,8 @@ def attack(target):
     config = settings(**{"evaluate.batch_size": 8 * PER_DEVICE})
     steps = {"num_steps": ATTACK_STEPS}
     plan = versions.plan("standard", ("l2", 0.5), NUM_CLASSES, settings=steps)
-    network = target_run.prepared_shapes(config)
-    lowered = target_run.lower_attack(config, plan, "apgd-t", network, target)
+    network = target_programs.prepared_shapes(config)
+    lowered = target_programs.lower_attack(config, plan, "apgd-t", network, target)
     return reference.Program(reference.compiled(lowered).as_text())
 
 
@@ -233,7 +233,7 @@ def test_curricula_are_numbers_in_one_program(target):
         re.sub(r"dense<[-+.\de]+> : tensor<[if]32>", "number", lowered.as_text())
         for t_max, threshold in ((3, 0.7), (50, 0.8))
         for lowered, *_ in [
-            target_run.lower_step(
+            target_programs.lower_step(
                 settings(**{"stage2.t_max": t_max, "stage2.auc_threshold": threshold}),
                 "stage2",
                 target,
