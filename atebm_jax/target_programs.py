@@ -26,9 +26,9 @@ class CompilerFailure(UserError):
 
 
 class Compiled(NamedTuple):
-    """What a compiler made of a step."""
+    """What a compiler made of a program."""
 
-    program: hlo.Program | None  #: its text, read; None where the step does not fit
+    program: hlo.Program | None  #: its text, read; None where it does not fit
     memory: dict[str, int]  #: bytes a device by kind, "needed" among them
     seconds: float  #: that compilation took
 
@@ -148,9 +148,19 @@ def _executable(lowered: Any, target: Target) -> Any:
 
 
 def compile_lowered(
-    lowered: Any, target: Target, state: int, batch: int, begin: float
+    lowered: Any, target: Target, state_bytes: int, batch_bytes: int, begin: float
 ) -> Compiled:
-    """Compiles; of what does not fit, what the compiler says that it would need."""
+    """Compiles; of what does not fit, what the compiler says that it would need.
+
+    Args:
+      lowered, target: the program, and what it was lowered for.
+      state_bytes, batch_bytes: of a device, its state or weights, and the batch that
+        waits beside the program.
+      begin: `time.monotonic()` before it was lowered.
+
+    Raises:
+      CompilerFailure: the compiler gives up, not for want of memory.
+    """
     try:
         compiled = _executable(lowered, target)
     except jax.errors.JaxRuntimeError as error:
@@ -161,7 +171,7 @@ def compile_lowered(
                 f"the compiler of {target.name} fails on this program ({reason}): try "
                 "another version of jax and of the compiler, or another target."
             ) from error
-        memory = _memory(state + batch, needed, batch)
+        memory = _memory(state_bytes + batch_bytes, needed, batch_bytes)
         return Compiled(None, memory, time.monotonic() - begin)
     found = compiled.memory_analysis()
     peak = max(
@@ -172,7 +182,10 @@ def compile_lowered(
         - found.alias_size_in_bytes,
     )
     memory = _memory(
-        found.argument_size_in_bytes, peak, batch, found.generated_code_size_in_bytes
+        found.argument_size_in_bytes,
+        peak,
+        batch_bytes,
+        found.generated_code_size_in_bytes,
     )
     program = hlo.Program(compiled.as_text())
     return Compiled(program, memory, time.monotonic() - begin)

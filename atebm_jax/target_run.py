@@ -1,4 +1,4 @@
-"""The programs of a config, compiled for a machine that is not here: what they take.
+"""Compiles a config for a machine that is not here, and tells what its programs take.
 
 Nothing is measured: memory and communication are those of the program that the machine
 would be given, and the time is an estimate (`target_costs`).
@@ -91,8 +91,8 @@ def steps(
 ) -> dict[str, dict[str, float]]:
     """Whole steps at each of `dry_run.moments`, as numbers to print and to write.
 
-    `seconds` are the `times` of the parts; `step_flops` as of `figures`; `most` is the
-    peak of all devices, in FLOP/s.
+    `seconds` are those of `target_costs.times`; `step_flops` as of `figures`; `most` is
+    the peak of all devices, in FLOP/s.
     """
     block, images = config[name], num_images(config)
     turns = STAGES[name].turns(block)

@@ -13,6 +13,7 @@ compiled again: a stopped command goes on. Steps of large networks take minutes 
 
 The third is one turn of the contrastive loop of a network in bfloat16: a TPU's time by
 the cycles that its compiler estimates; of a GPU the kernels that a turn launches too.
+`--images_a_chip` gives it other batches.
 
 Nothing here is measured on a device. It needs a compiler: the extras `target-tpu` and
 `target-gpu`.
@@ -20,6 +21,7 @@ Nothing here is measured on a device. It needs a compiler: the extras `target-tp
 
 import argparse
 import functools
+import itertools
 import runpy
 import sys
 import time
@@ -57,7 +59,7 @@ FILES = ("imagenet256", "cifar10", "cifar100")
 # commands.
 NOT_FOR_TARGETS = ("cpu", "noise", "hour", "smoke", "dat", *presets.METHODS)
 TARGETS = "v5e:2x4,v5e:4x4,v6e:2x4,v5p:2x2x1,h100:8"
-#: Of loops: pixels a side, and images a chip.
+#: Of loops: pixels a side, and images a chip where no flag says how many.
 LOOPS = {
     "wrn16_4": (32, 128),
     "wrn34_10": (32, 128),
@@ -80,7 +82,7 @@ def parser() -> options.Parser:
         "--images_a_chip",
         type=options.listed(options.positive),
         default=(),
-        help="compile for one chip of each kind, with so many images of each stream",
+        help="compile for one chip of each kind, with so many images (of each stream)",
     )
     flags.add_argument("--loops", default="", help="of these networks, one turn each")
     return flags
@@ -256,9 +258,9 @@ def print_chips(kept: dict[str, Any]) -> None:
     print_versions(shown)
 
 
-def compiled_loop(network: str, on: Any) -> hlo.Program:
-    """The contrastive loop of a network on one chip."""
-    side, batch = LOOPS[network]
+def compiled_loop(network: str, on: Any, batch: int) -> hlo.Program:
+    """The contrastive loop of a network and a batch on one chip."""
+    side, _ = LOOPS[network]
     model = models.build(archs.model_config(network, dtype="bfloat16"))
     shape, place = (side, side, 3), jax.sharding.SingleDeviceSharding(on)
 
@@ -295,13 +297,13 @@ def loops(flags: argparse.Namespace) -> None:
         columns += ["kernels", "convolutions"] if target.is_gpu else []
         for title in (*columns, "compilation, s"):
             table.add_column(title, justify="right")
-        for network in networks:
-            begin = time.perf_counter()
-            program = compiled_loop(network, on)
+        for network, batch in itertools.product(networks, flags.images_a_chip or (0,)):
+            begin, batch = time.perf_counter(), batch or LOOPS[network][1]
+            program = compiled_loop(network, on, batch)
             (loop,) = program.loops()
             estimate = target_costs.estimate(program, target, "bfloat16")
             seconds = program.total(estimate, name=loop.body)
-            cells = [str(LOOPS[network][1]), f"{1e3 * seconds:.2f}"]
+            cells = [str(batch), f"{1e3 * seconds:.2f}"]
             if target.is_gpu:
                 kernels = program.kernels(loop.body)
                 cells.append(str(len(kernels)))
