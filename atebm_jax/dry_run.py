@@ -439,6 +439,16 @@ def _figures(
     }
 
 
+def a_second(rate: float) -> str:
+    """A rate with three digits or more: "23,104", "0.412"."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def devices_in_words(number: int) -> str:
+    """How many devices: "1 device", "8 devices"."""
+    return f"{number} device{'s' * (number != 1)}"
+
+
 def in_words(config: ml_collections.ConfigDict) -> str:
     """Network, image size and compute dtype of a config, for titles."""
     size = "x".join(map(str, config.data.image_shape[:2]))
@@ -451,10 +461,8 @@ def _show(
     name: str,
     figures: dict[str, Any],
 ) -> None:
-    title = (
-        f"{in_words(config)}, "
-        f"{name}, batch {figures['batch_size']} on {figures['devices']} devices"
-    )
+    on = devices_in_words(figures["devices"])
+    title = f"{in_words(config)}, {name}, batch {figures['batch_size']} on {on}"
     table = Table(title=Text(title, style="table.title"), show_header=False)
     image_mib = max(figures["loss_bytes"], figures["pgd_bytes"]) / 2**20
     table.add_row("parameters", f"{figures['parameters']:,}")
@@ -475,7 +483,7 @@ def _show(
         rate = figures["images_per_second"][moment]
         table.add_row(
             f"a step{at(moment)}, at {share}",
-            f"{seconds:.3g} s, {rate:,.0f} images/s",
+            f"{seconds:.3g} s, {a_second(rate)} images/s",
         )
     table.add_row(
         "memory, a device, estimated (--target asks the compiler)",

@@ -252,8 +252,9 @@ def _sample(
     title = f"samples of {recipe.num_steps} steps, {drawing.CHUNK} at once"
     _show(console, config, title, made)
     if "samples_per_second" in made:
-        rate = made["samples_per_second"]
-        say(console, f"{rate:,.3g} samples a second on {len(devices)} devices.")
+        rate = dry_run.a_second(made["samples_per_second"])
+        on = dry_run.devices_in_words(len(devices))
+        say(console, f"{rate} samples a second on {on}.")
     _tell_verdict(console, "sampling", made, "give one with more memory")
     return made
 
@@ -297,11 +298,11 @@ def _autoattack(
         found[name] = made
     if found and all("images_per_second" in made for made in found.values()):
         rate = 1 / sum(1 / made["images_per_second"] for made in found.values())
+        on = dry_run.devices_in_words(target.num_devices)
         say(
             console,
-            f"{plan.title}: {rate:,.3g} images a second on {target.num_devices} "
-            "devices if every image withstands all attacks; those that fall are "
-            "spared the rest.",
+            f"{plan.title}: {dry_run.a_second(rate)} images a second on {on} if every "
+            "image withstands all attacks; those that fall are spared the rest.",
         )
     return found
 
@@ -403,7 +404,7 @@ def _show(
     for part, value in made.get("seconds", {}).items():
         table.add_row(f"time: {part}", _duration(value))
     for moment, at in made.get("step", {}).items():
-        speed = f"{at['images_per_second']:,.0f} images/s"
+        speed = f"{dry_run.a_second(at['images_per_second'])} images/s"
         share = f"{at['share_of_peak']:.0%} of the peak"
         table.add_row(
             f"a step{dry_run.at(moment)}",

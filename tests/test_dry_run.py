@@ -284,6 +284,12 @@ def test_impossible_machine_is_refused(machine, message):
         dry_run.run(settings(), machine, console=quiet())
 
 
+def test_rates_and_devices_are_told_in_plain_numbers():
+    rates = [dry_run.a_second(rate) for rate in (23_104.4, 99.96, 0.4123)]
+    assert rates == ["23,104", "100", "0.412"]
+    assert [dry_run.devices_in_words(n) for n in (1, 8)] == ["1 device", "8 devices"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

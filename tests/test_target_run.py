@@ -511,7 +511,7 @@ def test_autoattack_is_told_for_each_attack_and_for_all_its_rounds(
         rate = made[name]["images_per_second"]
         assert rate == pytest.approx(40 / rounds / seconds)
     shown = console.file.getvalue()
-    assert f"{40 / 8 / seconds:,.3g} images a second on 8 devices" in shown
+    assert f"{40 / 8 / seconds:,.0f} images a second on 8 devices" in shown
     assert "apgd-t has 3 instead of 9 target classes" in shown
 
 
