@@ -132,11 +132,8 @@ def _basis(target: Target, dtype: str) -> str:
     """What the times are."""
     if not target.is_gpu:
         return "the compiler's own estimate of cycles"
-    at = (
-        ""
-        if target_costs.peak(target, dtype) == target.chip.flops
-        else ", at the peak of TF32"
-    )
+    in_tf32 = target_costs.peak(target, dtype) != target.chip.flops
+    at = ", at the peak of TF32" if in_tf32 else ""
     return (
         f"the roofline of the compiled kernels' FLOPs and bytes{at}, without launches "
         "and communication"
@@ -234,19 +231,16 @@ def _sample(
         compiled = target_programs.compile_lowered(lowered, target, weights, 0, begin)
     made, dtype = _basics(config, target, compiled), config.model.dtype
     if compiled.program is not None:
-        number = recipe.num_steps
         taken = target_costs.times(
             compiled.program, target, _CLIMB, parts=1, dtype=dtype
         )
+        chunk = target_costs.whole(taken, {CONTRASTIVE: recipe.num_steps})
         one = f"step of {drawing.CHUNK} images"
-        climb = {CONTRASTIVE: number}
         made |= {
             "time_is": _basis(target, dtype),
-            "num_steps": number,
+            "num_steps": recipe.num_steps,
             "seconds": {one: taken.get(CONTRASTIVE, 0.0), "rest": taken["rest"]},
-            "samples_per_second": len(devices)
-            * drawing.CHUNK
-            / target_costs.whole(taken, climb),
+            "samples_per_second": len(devices) * drawing.CHUNK / chunk,
             "collectives": target_costs.communication(compiled.program, _CLIMB),
         }
     title = f"samples of {recipe.num_steps} steps, {drawing.CHUNK} at once"
