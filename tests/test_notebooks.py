@@ -35,7 +35,7 @@ def number_of_pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.slow
+@pytest.mark.jobs
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs_shows_its_pictures_and_leaves_nothing(

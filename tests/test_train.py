@@ -346,7 +346,7 @@ def test_nothing_is_saved_while_signs_of_dying_count(tmp_path, monkeypatch):
     assert checkpoint.steps_in(folder) == [10, 14]
 
 
-@pytest.mark.slow
+@pytest.mark.jobs
 def test_thirty_times_the_learning_rate_is_caught_and_mended(tmp_path, monkeypatch):
     """The digits' stage 2 from a short stage 1: 0.3, then 0.09, 0.027 and so on."""
     chosen = {"model.name": "wide_resnet"}
