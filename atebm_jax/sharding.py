@@ -13,13 +13,15 @@ layer inside would send T times as much.
 import contextlib
 import io
 import math
+import operator
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atebm_jax.errors import UserError
@@ -210,15 +212,30 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
 def make_mesh(
     spec: str = DATA_PARALLEL, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh of all devices that `parse_mesh` describes, with its errors."""
+    """The mesh of all devices that `parse_mesh` describes, with its errors.
+
+    Over several slices (TPUs whose chips are joined; what joins slices is slower), the
+    batch axis takes them as far as it divides, so that a split state stays in one.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(spec, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
-    )
+    shape = tuple(sizes.values())
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    across, left = [], len(slices) if len(set(slices.values())) == 1 else 1
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    # Axes may also share a side of the network: 4x4 chips are 8 x 2, too.
+    if math.prod(across) > 1:
+        within = tuple(map(operator.floordiv, shape, across))
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

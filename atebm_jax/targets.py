@@ -32,11 +32,11 @@ class Chip(NamedTuple):
 
 
 #: By the first part of a target's name. FLOP/s and bytes/s: the makers' data sheets;
-#: of v2, v3, v4 and tpu7x, where a device is one of a chip's two cores, the half.
+#: of v2, v3 and tpu7x, where a device is one of a chip's two cores, the half.
 CHIPS = {
     "v2": Chip(23e12, 7.48, 32_768),
     "v3": Chip(61.5e12, 15.48, 65_536),
-    "v4": Chip(137.5e12, 15.25, 131_072),
+    "v4": Chip(275e12, 30.75, 262_144),
     "v5e": Chip(197e12, 15.75, 131_072),
     "v5p": Chip(459e12, 95.74, 262_144),
     "v6e": Chip(918e12, 31.25, 524_288),
@@ -198,11 +198,14 @@ def _tpus(target: Target) -> Sequence[Any]:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # Hosts have 2x2 chips, where there are as many.
     rows, columns = (min(size, 2) for size in (*target.sizes, 1)[:2])
+    # JAX takes the two cores of a v4 as one device, and would make no mesh of cores.
+    as_one = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
     return _described(
         target,
         platform="tpu",
         topology_name=target.name,
         chips_per_host_bounds=[rows, columns, 1],
+        **as_one,
     )
 
 

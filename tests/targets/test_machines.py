@@ -1,0 +1,65 @@
+"""Machines as their compilers describe them: meshes of their devices, their memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from atebm_jax import sharding, targets
+
+# One of each kind of TPU.
+TPUS = ("v2:2x2", "v3:2x2", "v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:4x4")
+TPUS += ("tpu7x:2x2x1",)
+# More elements than any device holds.
+TOO_MANY = 2**36
+
+
+def devices(name, num_slices=1, monkeypatch=None):
+    target = targets.parse(name)
+    if install := targets.missing(target):
+        pytest.skip(f"the compiler of {name} is not installed: {install}")
+    if num_slices > 1:
+        describe = targets.topologies.get_topology_desc
+        monkeypatch.setattr(
+            targets.topologies,
+            "get_topology_desc",
+            lambda **options: describe(num_slices=num_slices, **options),
+        )
+    return targets.devices(target)
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_memory_of_a_tpu_is_what_its_compiler_refuses_to_go_beyond(name):
+    place = jax.sharding.SingleDeviceSharding(devices(name)[0])
+    array = jax.ShapeDtypeStruct((TOO_MANY,), jnp.float32, sharding=place)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        jax.jit(lambda x: jnp.cumsum(x) + x[::-1]).lower(array).compile()
+    [available] = re.findall(r"available HBM \((.*)G\)", str(refusal.value))
+    assert float(available) == targets.parse(name).chip.memory_gib
+
+
+@pytest.mark.parametrize("spec", ["data:-1", "data:-1,fsdp:2", "fsdp:-1"])
+@pytest.mark.parametrize("name", (*TPUS, "h100:16"))
+def test_devices_of_every_kind_make_a_mesh(name, spec):
+    """fsdp:2 on 4x4 chips takes half of a side."""
+    found = devices(name)
+    mesh = sharding.make_mesh(spec, found)
+    assert set(mesh.devices.flat) == set(found)
+    assert dict(mesh.shape) == sharding.parse_mesh(spec, len(found))
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:4x4", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    ("spec", "slices_of_a_state"),
+    [("data:-1", 1), ("data:-1,fsdp:4", 1), ("data:3,fsdp:-1", 1), ("fsdp:-1", 3)],
+)
+def test_a_state_stays_in_one_slice_where_it_can(
+    name, spec, slices_of_a_state, monkeypatch
+):
+    found = devices(name, 3, monkeypatch)
+    placed = sharding.make_mesh(spec, found).devices
+    assert set(placed.flat) == set(found)
+    states = placed if placed.ndim == 2 else placed[:, None]
+    for state in states:
+        assert len({device.slice_index for device in state}) == slices_of_a_state
