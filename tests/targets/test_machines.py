@@ -5,8 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import reference
+import tiny
 
-from atebm_jax import sharding, targets
+from atebm_jax import hlo, sharding, target_programs, targets
 
 # One of each kind of TPU.
 TPUS = ("v2:2x2", "v3:2x2", "v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:4x4")
@@ -63,3 +65,18 @@ def test_a_state_stays_in_one_slice_where_it_can(
     states = placed if placed.ndim == 2 else placed[:, None]
     for state in states:
         assert len({device.slice_index for device in state}) == slices_of_a_state
+
+
+@pytest.mark.parametrize("spec", ["data:-1", "data:-1,fsdp:4"])
+def test_slices_talk_outside_of_loops_alone(spec, monkeypatch):
+    assert len(devices("v5e:2x2", 2, monkeypatch)) == 8
+    config = tiny.config(**{"mesh": spec, "stage2.batch_size": 16})
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        lowered, *_ = target_programs.lower_step(
+            config, "stage2", targets.parse("v5e:2x2")
+        )
+    program = reference.Program(reference.compiled(lowered).as_text())
+    assert any(" send(" in line for line in program.outside_loops())
+    inside = [line for body in program.loop_bodies() for line in body]
+    assert inside and not hlo.collectives(inside)
+    assert not any(re.search(r" (send|recv)\(", line) for line in inside)
