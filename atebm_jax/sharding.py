@@ -214,8 +214,9 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of all devices that `parse_mesh` describes, with its errors.
 
-    Over several slices (TPUs whose chips are joined; what joins slices is slower), the
-    batch axis takes them as far as it divides, so that a split state stays in one.
+    Over several slices (of TPUs, or GPUs that are joined directly; what joins slices is
+    slower), the batch axis takes them as far as it divides, so that a split state stays
+    in one. Slices of unequal sizes are taken as one.
     """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(spec, len(devices))
@@ -236,6 +237,17 @@ def make_mesh(
             shape, devices, allow_split_physical_axes=True
         )
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def ordered_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices on one axis, process by process.
+
+    The p-th part of a batch is then that of process p, whatever the machine: rows that
+    come back are in the order of the images.
+    """
+    devices = jax.devices() if devices is None else devices
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(ordered), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

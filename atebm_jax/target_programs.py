@@ -116,7 +116,7 @@ def lower_attack(
     Raises:
       UserError: the batch does not split over the devices, as of `evaluate`.
     """
-    mesh = sharding.make_mesh(devices=targets.devices(target))
+    mesh = sharding.ordered_mesh(targets.devices(target))
     size = config.evaluate.batch_size
     sharding.check_batch_size(size, mesh.size, "config.evaluate.batch_size")
     images = jax.ShapeDtypeStruct((size, *config.data.image_shape), jnp.float32)

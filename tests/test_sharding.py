@@ -1,5 +1,7 @@
 """Placement of state and batches on the mesh."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,35 @@ MESH = sharding.make_mesh()
 def test_mesh_has_all_devices_on_one_axis():
     assert MESH.shape == {sharding.BATCH_AXIS: jax.device_count()}
     assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+    ("slices", "spec", "numbers"),
+    [
+        ([4, 4], "data:-1,fsdp:2", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ([4, 4], "fsdp:-1", [range(8)]),
+        ([4, 2], "data:-1", range(6)),
+    ],
+    ids=["two machines", "a state over two machines", "machines of unequal size"],
+)
+def test_machines_of_gpus_are_slices(slices, spec, numbers, monkeypatch):
+    """JAX numbers their slices; no compiler describes some without devices."""
+    of_slice = np.repeat(np.arange(len(slices)), slices)
+    devices = [
+        SimpleNamespace(id=n, slice_index=k, platform="gpu", device_kind="NVIDIA H100")
+        for n, k in enumerate(of_slice)
+    ]
+    monkeypatch.setattr(sharding, "Mesh", lambda placed, *_, **__: placed)
+    placed = sharding.make_mesh(spec, devices)
+    found = np.vectorize(lambda device: device.id, otypes=[int])(placed)
+    np.testing.assert_array_equal(found, np.array(numbers))
+
+
+def test_ordered_mesh_goes_process_by_process(monkeypatch):
+    processes = [0, 1, 1, 0, 2, 2]
+    devices = [SimpleNamespace(id=n, process_index=p) for n, p in enumerate(processes)]
+    monkeypatch.setattr(sharding, "Mesh", lambda placed, *_, **__: placed)
+    assert [d.id for d in sharding.ordered_mesh(devices)] == [0, 3, 1, 2, 4, 5]
 
 
 def test_batch_is_split_and_keeps_values_and_dtypes():

@@ -243,7 +243,7 @@ def _context(
 ) -> Context:
     # By place, as for a network that does not name its classes.
     names = None if by_place else loaded.class_names
-    mesh = sharding.make_mesh()
+    mesh = sharding.ordered_mesh()
     sharding.check_batch_size(
         settings.evaluate.batch_size, mesh.size, "config.evaluate.batch_size"
     )

@@ -38,7 +38,9 @@ def test_memory_of_a_tpu_is_what_its_compiler_refuses_to_go_beyond(name):
     with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
         jax.jit(lambda x: jnp.cumsum(x) + x[::-1]).lower(array).compile()
     [available] = re.findall(r"available HBM \((.*)G\)", str(refusal.value))
-    assert float(available) == targets.parse(name).chip.memory_gib
+    # Another version of the compiler may keep some more for itself.
+    expected = pytest.approx(targets.parse(name).chip.memory_gib, rel=0.01)
+    assert float(available) == expected
 
 
 @pytest.mark.parametrize("spec", ["data:-1", "data:-1,fsdp:2", "fsdp:-1"])
@@ -51,10 +53,20 @@ def test_devices_of_every_kind_make_a_mesh(name, spec):
     assert dict(mesh.shape) == sharding.parse_mesh(spec, len(found))
 
 
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4", "v4:2x2x4", "h100:16"])
+def test_rows_are_in_the_order_of_the_processes(name):
+    """A ring through all chips, which `make_mesh` takes, is not."""
+    found = devices(name)
+    placed = sharding.ordered_mesh(found).devices
+    assert set(placed) == set(found)
+    processes = [device.process_index for device in placed]
+    assert processes == sorted(processes) and len(set(processes)) > 1
+
+
 @pytest.mark.parametrize("name", ["v5e:2x2", "v6e:4x4", "v5p:2x2x1"])
 @pytest.mark.parametrize(
     ("spec", "slices_of_a_state"),
-    [("data:-1", 1), ("data:-1,fsdp:4", 1), ("data:3,fsdp:-1", 1), ("fsdp:-1", 3)],
+    [("data:-1,fsdp:4", 1), ("data:3,fsdp:-1", 1), ("fsdp:-1", 3)],
 )
 def test_a_state_stays_in_one_slice_where_it_can(
     name, spec, slices_of_a_state, monkeypatch
@@ -62,8 +74,7 @@ def test_a_state_stays_in_one_slice_where_it_can(
     found = devices(name, 3, monkeypatch)
     placed = sharding.make_mesh(spec, found).devices
     assert set(placed.flat) == set(found)
-    states = placed if placed.ndim == 2 else placed[:, None]
-    for state in states:
+    for state in placed:
         assert len({device.slice_index for device in state}) == slices_of_a_state
 
 
