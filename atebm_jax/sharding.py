@@ -222,12 +222,11 @@ def make_mesh(
     sizes = parse_mesh(spec, len(devices))
     shape = tuple(sizes.values())
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
-    across, left = [], len(slices) if len(set(slices.values())) == 1 else 1
-    for size in shape:
-        across.append(math.gcd(size, left))
-        left //= across[-1]
+    count = len(slices) if len(set(slices.values())) == 1 else 1
     # Axes may also share a side of the network: 4x4 chips are 8 x 2, too.
-    if math.prod(across) > 1:
+    if count > 1:
+        batch = math.gcd(sizes[BATCH_AXIS], count)
+        across = (batch, count // batch)[: len(shape)]
         within = tuple(map(operator.floordiv, shape, across))
         placed = mesh_utils.create_hybrid_device_mesh(
             within, across, devices, allow_split_physical_axes=True

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from atebm_jax import config, convert, hlo, optim, stages, train_step
+from atebm_jax import config, convert, hlo, optim, stages, targets, train_step
 from atebm_jax.models import (
     convnext,
     forms,
@@ -62,6 +62,14 @@ def double_network() -> wide_resnet.PreActivated:
     """
     mean, std = ([float(np.float32(x)) for x in values] for values in (MEAN, STD))
     return network(dtype=jnp.float64, mean=mean, std=std)
+
+
+def target(name: str) -> targets.Target:
+    """A machine to compile for; skips where its compiler is not installed."""
+    found = targets.parse(name)
+    if install := targets.missing(found):
+        pytest.skip(f"the compiler of {name} is not installed: {install}")
+    return found
 
 
 def compiled(lowered: Any) -> Any:

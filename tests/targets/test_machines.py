@@ -18,9 +18,7 @@ TOO_MANY = 2**36
 
 
 def devices(name, num_slices=1, monkeypatch=None):
-    target = targets.parse(name)
-    if install := targets.missing(target):
-        pytest.skip(f"the compiler of {name} is not installed: {install}")
+    target = reference.target(name)
     if num_slices > 1:
         describe = targets.topologies.get_topology_desc
         monkeypatch.setattr(
